@@ -1,0 +1,483 @@
+"""Configuration: defaults, validation, layer choice, fingerprint, profiles, factories, environment."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tmx_compile import config as config_module
+from tmx_compile.config import PROFILE_FORMAT, TriangleMixConfig, TriangleMixInferenceConfig, as_count
+
+COUNTS = ("num_sink_tokens", "sliding_window_size", "num_last_tokens", "num_triangle_layers", "min_seq_len")
+
+
+class Indexable:
+    """What a NumPy integer is to the package: an object with ``__index__``."""
+
+    def __init__(self, value: int, dtype: str = "int64") -> None:
+        self.value, self.dtype = value, dtype
+
+    def __index__(self) -> int:
+        return self.value
+
+    def __repr__(self) -> str:
+        return f"Indexable({self.value})"
+
+
+# Defaults and order of the parameters.
+
+
+def test_defaults_and_order() -> None:
+    assert list(dataclasses.asdict(TriangleMixConfig()).items()) == [
+        ("num_sink_tokens", 4),
+        ("sliding_window_size", 32),
+        ("num_last_tokens", 64),
+        ("num_triangle_layers", None),
+        ("triangle_layer_indices", None),
+        ("min_seq_len", 2048),
+    ]
+    assert list(dataclasses.asdict(TriangleMixInferenceConfig()).items()) == [
+        ("enable_trianglemix", False),
+        ("num_triangle_layers", None),
+        ("triangle_layer_indices", ()),
+        ("num_sink_tokens", 4),
+        ("sliding_window_size", 32),
+        ("num_last_tokens", 64),
+        ("use_npu_optimization", True),
+        ("npu_block_size", 64),
+        ("use_gradient_analysis", False),
+        ("analysis_warmup_steps", 100),
+    ]
+
+
+def test_frozen_hashable_and_picklable() -> None:
+    config = TriangleMixConfig(triangle_layer_indices=[3, 1])
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.num_sink_tokens = 5
+    assert hash(config) == hash(TriangleMixConfig(triangle_layer_indices=(1, 3)))
+    assert pickle.loads(pickle.dumps(config)) == config
+    assert config.geometry == (4, 32, 64)
+
+
+# Validation.
+
+
+@pytest.mark.parametrize("value", [-3, 1.0, True, "4", [4], Indexable(1, "torch.bool")])
+@pytest.mark.parametrize("name", COUNTS)
+def test_bad_counts_are_refused(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"{name} must be a non-negative integer, got {value!r}")):
+        TriangleMixConfig(**{name: value})
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_counts_fit_a_kernel_integer_and_are_normalised(name: str) -> None:
+    assert getattr(TriangleMixConfig(**{name: 2**31 - 1}), name) == 2**31 - 1
+    with pytest.raises(ValueError, match=re.escape(f"{name} must be less than 2**31, got 2147483648")):
+        TriangleMixConfig(**{name: 2**31})
+    assert type(getattr(TriangleMixConfig(**{name: Indexable(7)}), name)) is int
+
+
+def test_numpy_integers_are_counts() -> None:
+    numpy = pytest.importorskip("numpy")
+    config = TriangleMixConfig(numpy.int32(7), triangle_layer_indices=numpy.array([5, 2]))
+    assert config == TriangleMixConfig(7, triangle_layer_indices=[2, 5])
+    assert {type(each) for each in (config.num_sink_tokens, *config.layers())} == {int}
+    for value in (numpy.bool_(True), numpy.float32(1), numpy.array([1])):
+        with pytest.raises(ValueError, match="num_sink_tokens must be"):
+            TriangleMixConfig(value)
+    with pytest.raises(ValueError, match="triangle_layer_indices must be a sequence"):
+        TriangleMixConfig(triangle_layer_indices=numpy.array(3))
+
+
+@pytest.mark.parametrize("given", [[3, 1, 2], (1, 2, 3), {1, 2, 3}, range(1, 4), iter([2, 1, 3])])
+def test_layer_indices_become_a_sorted_tuple(given: object) -> None:
+    assert TriangleMixConfig(triangle_layer_indices=given).triangle_layer_indices == (1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([0, -2], "triangle_layer_indices[1] must be a non-negative integer, got -2"),
+        ([1.0], "triangle_layer_indices[0] must be a non-negative integer, got 1.0"),
+        ([True], "triangle_layer_indices[0] must be a non-negative integer, got True"),
+        ([4, 7, 4, 7, 1], "triangle_layer_indices must not repeat a layer, got 4, 7 more than once"),
+        ("12", "triangle_layer_indices must be a sequence of layer indices, got '12'"),
+        (12, "triangle_layer_indices must be a sequence of layer indices, got 12"),
+        ({1: 2}, "triangle_layer_indices must be a sequence of layer indices, got {1: 2}"),
+    ],
+)
+@pytest.mark.parametrize("cls", [TriangleMixConfig, TriangleMixInferenceConfig])
+def test_bad_layer_indices_are_refused(cls: type, given: object, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        cls(triangle_layer_indices=given)
+
+
+def test_as_count_minimum() -> None:
+    assert as_count("n", 1, minimum=1) == 1
+    with pytest.raises(ValueError, match="n must be a positive integer, got 0"):
+        as_count("n", 0, minimum=1)
+
+
+# Which layers.
+
+
+@pytest.mark.parametrize(
+    ("count", "indices", "layers", "first_n"),
+    [
+        (None, None, (), False),
+        (0, None, (), False),
+        (3, None, (0, 1, 2), True),
+        (3, [7, 5], (5, 7), False),
+        (3, [], (), False),
+        (None, [2], (2,), False),
+    ],
+)
+def test_effective_layers(count: int | None, indices: list[int] | None, layers: tuple, first_n: bool) -> None:
+    config = TriangleMixConfig(num_triangle_layers=count, triangle_layer_indices=indices)
+    assert config.layers() == layers
+    assert config.uses_first_n is first_n
+    assert tuple(layer for layer in range(-2, 12) if config.is_triangle_layer(layer)) == layers
+
+
+def test_check_layers() -> None:
+    TriangleMixConfig(num_triangle_layers=4).check_layers(4)
+    TriangleMixConfig(triangle_layer_indices=[3]).check_layers(4)
+    with pytest.raises(ValueError, match=r"num_triangle_layers must be at most num_layers=4, got 5"):
+        TriangleMixConfig(num_triangle_layers=5).check_layers(4)
+    with pytest.raises(ValueError, match=r"triangle_layer_indices must be less than num_layers=4, got 4, 6"):
+        TriangleMixConfig(triangle_layer_indices=[0, 4, 6]).check_layers(4)
+    with pytest.raises(ValueError, match=r"num_layers must be a positive integer, got 0"):
+        TriangleMixConfig().check_layers(0)
+
+
+def test_explicit_constructors() -> None:
+    deepest = TriangleMixConfig.deepest(3, num_layers=10, num_sink_tokens=8, min_seq_len=0)
+    assert deepest == TriangleMixConfig(8, triangle_layer_indices=[7, 8, 9], min_seq_len=0)
+    assert TriangleMixConfig.deepest(0, num_layers=10).layers() == ()
+    assert TriangleMixConfig.deepest(10, num_layers=10).layers() == tuple(range(10))
+    start = TriangleMixConfig.from_layer(7, num_layers=10, sliding_window_size=1, num_last_tokens=2)
+    assert start == TriangleMixConfig(4, 1, 2, triangle_layer_indices=[7, 8, 9])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: TriangleMixConfig.deepest(11, num_layers=10), "n must be at most num_layers=10, got 11"),
+        (lambda: TriangleMixConfig.deepest(-1, num_layers=10), "n must be a non-negative integer, got -1"),
+        (lambda: TriangleMixConfig.deepest(1, num_layers=0), "num_layers must be a positive integer, got 0"),
+        (
+            lambda: TriangleMixConfig.from_layer(10, num_layers=10),
+            "start must be less than num_layers=10, got 10",
+        ),
+        (
+            lambda: TriangleMixConfig.from_layer(1.0, num_layers=10),
+            "start must be a non-negative integer, got 1.0",
+        ),
+        (lambda: TriangleMixConfig.deepest(1, num_layers=9, sinks=4), "unknown parameter sinks"),
+        (lambda: TriangleMixConfig.from_layer(1, num_layers=9, last=4, w=3), "unknown parameter last, w"),
+        (
+            lambda: TriangleMixConfig.deepest(1, num_layers=9, triangle_layer_indices=[1]),
+            "unknown parameter triangle_layer_indices",
+        ),
+        (lambda: TriangleMixConfig.deepest(1, num_layers=9, num_last_tokens=-4), "num_last_tokens must be"),
+        (lambda: TriangleMixConfig().replace(sinks=1, window=2), "unknown parameter sinks, window"),
+        (lambda: TriangleMixConfig().replace(num_sink_tokens=-1), "num_sink_tokens must be a non-negative"),
+    ],
+)
+def test_constructors_refuse(call: object, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call()
+
+
+def test_replace() -> None:
+    config = TriangleMixConfig(triangle_layer_indices=[1])
+    changed = config.replace(num_sink_tokens=9, triangle_layer_indices=[3, 2])
+    assert changed == TriangleMixConfig(9, triangle_layer_indices=(2, 3))
+    assert config.num_sink_tokens == 4
+
+
+# Fingerprint.
+
+
+def test_fingerprint_changes_with_every_field() -> None:
+    config = TriangleMixConfig(num_triangle_layers=3, triangle_layer_indices=[5])
+    changes = {
+        "num_sink_tokens": 5,
+        "sliding_window_size": 33,
+        "num_last_tokens": 65,
+        "num_triangle_layers": 4,
+        "triangle_layer_indices": [6],
+        "min_seq_len": 2049,
+    }
+    assert set(changes) == {field.name for field in dataclasses.fields(config)}
+    prints = {config.replace(**{name: value}).fingerprint() for name, value in changes.items()}
+    assert len({config.fingerprint(), *prints}) == 1 + len(changes)
+    assert TriangleMixConfig().fingerprint() != TriangleMixConfig(triangle_layer_indices=[]).fingerprint()
+
+
+def test_fingerprint_is_the_same_in_every_process() -> None:
+    program = (
+        "from tmx_compile.config import TriangleMixConfig\n"
+        "print(TriangleMixConfig(8, triangle_layer_indices={9, 4, 17}).fingerprint())"
+    )
+    root = str(Path(config_module.__file__).parents[1])
+    expected = TriangleMixConfig(8, triangle_layer_indices=[17, 9, 4]).fingerprint()
+    assert re.fullmatch("[0-9a-f]{64}", expected)
+    for seed in ("0", "1", "4242"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": root}
+        run = subprocess.run(
+            [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+        )
+        assert run.stdout.strip() == expected
+
+
+def test_config_needs_the_standard_library_only() -> None:
+    tree = ast.parse(Path(config_module.__file__).read_text(encoding="utf-8"))
+    imported = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+    imported += [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    assert {name.split(".")[0] for name in imported} <= sys.stdlib_module_names
+
+
+# Profiles.
+
+
+def test_profile_round_trip(tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    config = TriangleMixConfig(8, 512, 128, triangle_layer_indices=[20, 22], min_seq_len=4096)
+    config.to_profile(path, num_layers=24)
+    assert TriangleMixConfig.from_profile(path, num_layers=24) == config
+    assert TriangleMixConfig.from_profile(str(path), num_layers=24, num_sink_tokens=1) == config.replace(
+        num_sink_tokens=1
+    )
+    written = json.loads(path.read_text(encoding="utf-8"))
+    assert written["format"] == PROFILE_FORMAT == "tmx-profile-1"
+    assert written["model"] == {"num_layers": 24}
+    assert written["geometry"] == {
+        "num_sink_tokens": 8,
+        "sliding_window_size": 512,
+        "num_last_tokens": 128,
+    }
+    assert written["triangle_layer_indices"] == [20, 22]
+
+
+def test_profile_spells_out_the_layers(tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    TriangleMixConfig(num_triangle_layers=2).to_profile(path, num_layers=4)
+    assert TriangleMixConfig.from_profile(path, num_layers=4) == TriangleMixConfig(
+        triangle_layer_indices=[0, 1]
+    )
+    with pytest.raises(ValueError, match=r"num_triangle_layers must be at most num_layers=4, got 5"):
+        TriangleMixConfig(num_triangle_layers=5).to_profile(path, num_layers=4)
+
+
+GEOMETRY = {"num_sink_tokens": 4, "sliding_window_size": 32, "num_last_tokens": 64}
+PROFILE = {
+    "format": PROFILE_FORMAT,
+    "model": {"num_layers": 24, "name": "any"},
+    "geometry": GEOMETRY,
+    "triangle_layer_indices": [20],
+    "scores": [0.5],
+}
+
+
+def test_profile_may_hold_more_than_it_must(tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    path.write_text(json.dumps(PROFILE), encoding="utf-8")
+    assert TriangleMixConfig.from_profile(path, num_layers=24) == TriangleMixConfig(
+        triangle_layer_indices=[20]
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("{", "not a JSON file"),
+        ("", "not a JSON file"),
+        ("[" * 100_000, "not a JSON file"),
+        ([], "format must be 'tmx-profile-1', got 'list'"),
+        ({**PROFILE, "format": "tmx-profile-2"}, "format must be 'tmx-profile-1', got 'tmx-profile-2'"),
+        ({**PROFILE, "model": None}, "lacks a model or a geometry section"),
+        ({**PROFILE, "model": {}}, "model.num_layers must be a positive integer, got None"),
+        ({**PROFILE, "model": {"num_layers": 30}}, "for a model of 30 layers, this one has num_layers=24"),
+        ({**PROFILE, "geometry": {"num_sink_tokens": 4}}, "geometry must hold num_sink_tokens, sliding"),
+        ({**PROFILE, "geometry": {**GEOMETRY, "window": 4}}, "and no more, got num_sink_tokens"),
+        (
+            {**PROFILE, "geometry": {**GEOMETRY, "num_last_tokens": -1}},
+            "num_last_tokens must be a non-negative",
+        ),
+        ({**PROFILE, "min_seq_len": 0.5}, "min_seq_len must be a non-negative integer, got 0.5"),
+        ({**PROFILE, "triangle_layer_indices": None}, "triangle_layer_indices must be a list, got None"),
+        ({**PROFILE, "triangle_layer_indices": [24]}, "must be less than num_layers=24, got 24"),
+        ({**PROFILE, "triangle_layer_indices": [1, 1]}, "must not repeat a layer, got 1"),
+    ],
+)
+def test_bad_profiles_are_refused(tmp_path: Path, content: object, reason: str) -> None:
+    path = tmp_path / "profile.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))}: .*{re.escape(reason)}"):
+        TriangleMixConfig.from_profile(path, num_layers=24)
+
+
+def test_profile_refuses_bad_overrides_and_binary_files(tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    path.write_text(json.dumps(PROFILE), encoding="utf-8")
+    with pytest.raises(ValueError, match="unknown parameter sinks"):
+        TriangleMixConfig.from_profile(path, num_layers=24, sinks=3)
+    with pytest.raises(ValueError, match="unknown parameter triangle_layer_indices"):
+        TriangleMixConfig.from_profile(path, num_layers=24, triangle_layer_indices=[1])
+    with pytest.raises(ValueError, match=r"^num_sink_tokens must be a non-negative integer, got -1"):
+        TriangleMixConfig.from_profile(path, num_layers=24, num_sink_tokens=-1)
+    path.write_bytes(b"\xff\xfe\xff\x80")
+    with pytest.raises(ValueError, match="not a JSON file"):
+        TriangleMixConfig.from_profile(path, num_layers=24)
+    with pytest.raises(FileNotFoundError):
+        TriangleMixConfig.from_profile(tmp_path / "none.json", num_layers=24)
+
+
+# The serving form.
+
+
+def test_to_trianglemix_config() -> None:
+    assert TriangleMixInferenceConfig(num_triangle_layers=3).to_trianglemix_config() is None
+    on = TriangleMixInferenceConfig(True, 3, [], 1, 2, 5)
+    assert on.to_trianglemix_config() == TriangleMixConfig(1, 2, 5, num_triangle_layers=3)
+    listed = TriangleMixInferenceConfig(True, 3, [9, 8])
+    assert listed.to_trianglemix_config() == TriangleMixConfig(
+        num_triangle_layers=3, triangle_layer_indices=(8, 9)
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("enable_trianglemix", 1, "must be a bool, got 1"),
+        ("use_npu_optimization", "yes", "must be a bool, got 'yes'"),
+        ("use_gradient_analysis", None, "must be a bool, got None"),
+        ("npu_block_size", 0, "must be a positive integer, got 0"),
+        ("npu_block_size", 64.0, "must be a positive integer, got 64.0"),
+        ("analysis_warmup_steps", -1, "must be a non-negative integer, got -1"),
+        ("num_triangle_layers", -1, "must be a non-negative integer, got -1"),
+        ("num_sink_tokens", True, "must be a non-negative integer, got True"),
+        ("sliding_window_size", 1.5, "must be a non-negative integer, got 1.5"),
+        ("num_last_tokens", None, "must be a non-negative integer, got None"),
+    ],
+)
+def test_inference_config_refuses(name: str, value: object, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"{name} {message}")):
+        TriangleMixInferenceConfig(**{name: value})
+
+
+def test_for_ascend_npu() -> None:
+    made = TriangleMixInferenceConfig.for_ascend_npu()
+    assert made == TriangleMixInferenceConfig(enable_trianglemix=True, num_triangle_layers=12)
+    made = TriangleMixInferenceConfig.for_ascend_npu(5, enable_gradient_analysis=True)
+    assert (made.num_triangle_layers, made.use_gradient_analysis, made.use_npu_optimization) == (
+        5,
+        True,
+        True,
+    )
+    with pytest.raises(ValueError, match="enable_gradient_analysis must be a bool, got 1"):
+        TriangleMixInferenceConfig.for_ascend_npu(5, 1)
+
+
+@pytest.mark.parametrize(
+    ("size", "layers"),
+    [
+        ("0.6B", 8),
+        ("1.7B", 8),
+        ("4B", 11),
+        ("8B", 11),
+        ("14B", 12),
+        ("14b", 12),
+        ("32B", 16),
+        ("30B-A3B", 14),
+        ("235B-A22B", 20),
+    ],
+)
+def test_for_qwen3(size: str, layers: int) -> None:
+    made = TriangleMixInferenceConfig.for_qwen3(size)
+    assert made == TriangleMixInferenceConfig(enable_trianglemix=True, num_triangle_layers=layers)
+    assert TriangleMixInferenceConfig.for_qwen3(size, 3).num_triangle_layers == 3
+
+
+def test_for_qwen3_refuses() -> None:
+    assert TriangleMixInferenceConfig.for_qwen3() == TriangleMixInferenceConfig.for_qwen3("14B")
+    known = "0.6B, 1.7B, 4B, 8B, 14B, 32B, 30B-A3B, 235B-A22B"
+    for size in ("7B", 14, None):
+        with pytest.raises(ValueError, match=re.escape(f"model_size must be one of {known}, got {size!r}")):
+            TriangleMixInferenceConfig.for_qwen3(size)
+    with pytest.raises(ValueError, match="num_triangle_layers must be at most num_layers=40, got 41"):
+        TriangleMixInferenceConfig.for_qwen3("14B", 41)
+
+
+# The environment.
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, {}),
+        ({"VLLM_TRIANGLEMIX_ENABLED": "", "VLLM_TRIANGLEMIX_LAYERS": " "}, {}),
+        ({"VLLM_TRIANGLEMIX_ENABLED": "Yes", "OTHER": "x"}, {"enable_trianglemix": True}),
+        ({"VLLM_TRIANGLEMIX_ENABLED": " on "}, {"enable_trianglemix": True}),
+        ({"VLLM_TRIANGLEMIX_ENABLED": "1"}, {"enable_trianglemix": True}),
+        ({"VLLM_TRIANGLEMIX_ENABLED": "TRUE"}, {"enable_trianglemix": True}),
+        ({"VLLM_NPU_OPTIMIZATION": "0"}, {"use_npu_optimization": False}),
+        ({"VLLM_NPU_OPTIMIZATION": "False"}, {"use_npu_optimization": False}),
+        ({"VLLM_NPU_OPTIMIZATION": "NO"}, {"use_npu_optimization": False}),
+        ({"VLLM_NPU_OPTIMIZATION": "off"}, {"use_npu_optimization": False}),
+        ({"VLLM_NPU_BLOCK_SIZE": "128"}, {"npu_block_size": 128}),
+        ({"VLLM_TRIANGLEMIX_LAYERS": "12"}, {"num_triangle_layers": 12}),
+        ({"VLLM_TRIANGLEMIX_LAYERS": "12,"}, {"triangle_layer_indices": [12]}),
+        ({"VLLM_TRIANGLEMIX_LAYERS": "22, 20,21"}, {"triangle_layer_indices": [20, 21, 22]}),
+        ({"VLLM_TRIANGLEMIX_LAYERS": "16-18"}, {"triangle_layer_indices": [16, 17, 18]}),
+        ({"VLLM_TRIANGLEMIX_LAYERS": "0, 4 - 5,9-9"}, {"triangle_layer_indices": [0, 4, 5, 9]}),
+    ],
+)
+def test_from_env(environ: dict[str, str], expected: dict[str, object]) -> None:
+    assert TriangleMixInferenceConfig.from_env(environ) == TriangleMixInferenceConfig(**expected)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "reason"),
+    [
+        ("VLLM_TRIANGLEMIX_ENABLED", "2", "expected 0, 1, true"),
+        ("VLLM_NPU_OPTIMIZATION", "maybe", "expected 0, 1, true"),
+        ("VLLM_NPU_BLOCK_SIZE", "0", "npu_block_size must be a positive integer, got 0"),
+        ("VLLM_NPU_BLOCK_SIZE", "-64", "npu_block_size must be a positive integer, got -64"),
+        ("VLLM_NPU_BLOCK_SIZE", "64.0", "expected an integer"),
+        ("VLLM_NPU_BLOCK_SIZE", "1_0", "expected an integer"),
+        ("VLLM_NPU_BLOCK_SIZE", "9" * 5000, "expected an integer"),
+        ("VLLM_TRIANGLEMIX_LAYERS", "-3", "num_triangle_layers must be a non-negative integer, got -3"),
+        ("VLLM_TRIANGLEMIX_LAYERS", "all", "cannot read 'all'"),
+        ("VLLM_TRIANGLEMIX_LAYERS", ",", "cannot read ''"),
+        ("VLLM_TRIANGLEMIX_LAYERS", "1,,2", "cannot read ''"),
+        ("VLLM_TRIANGLEMIX_LAYERS", "1,-2", "cannot read '-2'"),
+        ("VLLM_TRIANGLEMIX_LAYERS", "5-3", "range 5-3 is not an ascending range"),
+        ("VLLM_TRIANGLEMIX_LAYERS", "1-2000000000", "range 1-2000000000 is not"),
+        ("VLLM_TRIANGLEMIX_LAYERS", "3,1-4", "triangle_layer_indices must not repeat a layer, got 3"),
+        ("VLLM_TRIANGLEMIX_LAYERS", "9999999999,", "triangle_layer_indices[0] must be less than 2**31"),
+    ],
+)
+def test_from_env_refuses(variable: str, value: str, reason: str) -> None:
+    message = f"{re.escape(variable)}={re.escape(repr(value))}: .*{re.escape(reason)}"
+    with pytest.raises(ValueError, match=message):
+        TriangleMixInferenceConfig.from_env({variable: value})
+
+
+def test_from_env_reads_the_process_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("VLLM_TRIANGLEMIX_ENABLED", "VLLM_NPU_OPTIMIZATION", "VLLM_NPU_BLOCK_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("VLLM_TRIANGLEMIX_LAYERS", "5")
+    assert TriangleMixInferenceConfig.from_env().num_triangle_layers == 5
+    # Nothing but from_env looks there.
+    assert TriangleMixInferenceConfig().num_triangle_layers is None

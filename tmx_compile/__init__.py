@@ -1,0 +1,35 @@
+"""TriangleMix attention for ``torch.compile``: long prompts made cheap, with proof.
+
+model = torch.compile(model, backend=tmx_backend(TriangleMixConfig.deepest(15, num_layers=30)))
+"""
+
+from __future__ import annotations
+
+from tmx_compile.analysis import TriangleMixAnalyzer
+from tmx_compile.api import TmxBackend, explain, tmx_backend
+from tmx_compile.config import TriangleMixConfig, TriangleMixInferenceConfig
+from tmx_compile.errors import LoweringError, StrictModeError, TriangleMixError, VerificationError
+from tmx_compile.ops import triangle_attention
+from tmx_compile.plan.dense import TriangleMixAttention, TriangleMixMaskGenerator
+from tmx_compile.report import Reason, Report, SiteRecord
+from tmx_compile.version import __version__
+
+__all__ = [
+    "LoweringError",
+    "Reason",
+    "Report",
+    "SiteRecord",
+    "StrictModeError",
+    "TmxBackend",
+    "TriangleMixAnalyzer",
+    "TriangleMixAttention",
+    "TriangleMixConfig",
+    "TriangleMixError",
+    "TriangleMixInferenceConfig",
+    "TriangleMixMaskGenerator",
+    "VerificationError",
+    "__version__",
+    "explain",
+    "tmx_backend",
+    "triangle_attention",
+]

@@ -1,0 +1,241 @@
+"""What users call: the backend, and ``explain``."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from tmx_compile.config import TriangleMixConfig, TriangleMixInferenceConfig
+from tmx_compile.graph.nodes import value_of
+from tmx_compile.lengths import Prompt, dispatch
+from tmx_compile.lowering.select import CHOICES
+from tmx_compile.pipeline import Options, copy_graph, hint, plan_graph, records, rewrite_graph
+from tmx_compile.report import Report
+from tmx_compile.version import __version__, package_fingerprint
+
+# Measured by benchmarks/first_n.py: benchmarks/results/first_n.json.
+_FIRST_N_WARNING = (
+    "num_triangle_layers={n} makes the first {n} layers sparse, which is the worst choice: on SmolLM2-135M (9 of 30 "
+    "layers, 4/32/64) it costs {first:.0%} perplexity, the deepest 9 layers {deepest:.1%}. "
+    "Use TriangleMixConfig.deepest({n}, num_layers=...) or triangle_layer_indices."
+)
+_FIRST_N_COST = {"first": 0.23, "deepest": 0.012}
+
+
+class TmxBackend:
+    """A ``torch.compile`` backend: rewrites proven attention, then hands the graph to Inductor.
+
+    Attributes:
+        report: one record per attention site of every compiled graph, in order.
+        config: the effective configuration, or None where the inference configuration is disabled.
+    """
+
+    def __init__(
+        self,
+        config: TriangleMixConfig | TriangleMixInferenceConfig,
+        *,
+        lowering: str = "auto",
+        strict: bool = False,
+        report: Report | None = None,
+    ) -> None:
+        self.config = _effective(config)
+        if lowering not in CHOICES:
+            raise ValueError(f"lowering must be one of {', '.join(CHOICES)}, got {lowering!r}")
+        if not isinstance(strict, bool):
+            raise ValueError(f"strict must be True or False, got {strict!r}")
+        if report is not None and not isinstance(report, Report):
+            raise ValueError(f"report must be a tmx_compile.Report, got {report!r}")
+        self.lowering = lowering
+        self.strict = strict
+        self.report = Report() if report is None else report
+        if self.config is not None:
+            _warn(self.config)
+
+    def __call__(
+        self,
+        gm: GraphModule,
+        example_inputs: Sequence[Any],
+        *,
+        mode: str | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> Callable[..., Any]:
+        """Compile one graph; called by Dynamo. ``mode`` and ``options`` go to Inductor."""
+        inductor = _Inductor(mode, options or {})
+        if self.config is None or not self.config.layers():
+            return inductor.compile(gm, example_inputs)
+        plan = plan_graph(gm, Options(self.config, self.lowering, self.strict))
+        if plan.prompt is Prompt.SHORT:
+            self.report.add_graph(records(plan, self.report.graphs), plan.notes)
+            return inductor.compile(gm, example_inputs)
+        original = copy_graph(gm) if plan.prompt is Prompt.BOTH else None
+        rewritten = rewrite_graph(plan)
+        self.report.add_graph(records(rewritten.plan, self.report.graphs), plan.notes)
+        with _cache_tag(self.config):
+            long = inductor.compile(rewritten.gm, example_inputs, rewritten.inductor_options)
+        if original is None:
+            return long
+        assert plan.length is not None
+        short = inductor.compile(original, example_inputs)
+        return dispatch(plan.length, self.config.min_seq_len, short, long)
+
+    def __repr__(self) -> str:
+        return f"tmx_backend({self.config!r}, lowering={self.lowering!r}, strict={self.strict})"
+
+
+def tmx_backend(
+    config: TriangleMixConfig | TriangleMixInferenceConfig,
+    *,
+    lowering: str = "auto",
+    strict: bool = False,
+    report: Report | None = None,
+) -> TmxBackend:
+    """A backend for ``torch.compile(model, backend=tmx_backend(config))``.
+
+    Args:
+        config: which layers go sparse, and the geometry of their mask.
+        lowering: "auto" picks by a measured rule; a name ("flex", "blocked", "operator", "reference") takes that one
+            or raises :class:`~tmx_compile.errors.LoweringError`.
+        strict: raise :class:`~tmx_compile.errors.StrictModeError` where a site in a triangle layer cannot go sparse.
+        report: a report to fill; a new one by default, found as ``backend.report``.
+
+    Raises:
+        ValueError: an argument of the wrong kind or value, naming it.
+
+    Warns:
+        UserWarning: the configuration selects no layer, or the first n layers.
+    """
+    return TmxBackend(config, lowering=lowering, strict=strict, report=report)
+
+
+def tmx(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """The backend by name: ``torch.compile(model, backend="tmx", options={"tmx_config": cfg, ...})``.
+
+    Options that start with ``tmx_`` are arguments of :func:`tmx_backend` (``tmx_config`` may be a mapping of
+    ``TriangleMixConfig``'s parameters); the others go to Inductor.
+    """
+    known = ("tmx_config", "tmx_lowering", "tmx_strict", "tmx_report")
+    ours = {name: value for name, value in (options or {}).items() if name.startswith("tmx_")}
+    for name in ours:
+        if name not in known:
+            raise ValueError(f"unknown option {name!r}; the options of this backend are {', '.join(known)}")
+    config = ours.pop("tmx_config", None)
+    if config is None:
+        raise ValueError("backend 'tmx' needs options={'tmx_config': TriangleMixConfig(...)}")
+    if isinstance(config, Mapping):
+        try:
+            config = TriangleMixConfig(**config)
+        except TypeError as error:
+            raise ValueError(f"tmx_config: {error}") from None
+    backend = tmx_backend(config, **{name.removeprefix("tmx_"): value for name, value in ours.items()})
+    theirs = {name: value for name, value in (options or {}).items() if not name.startswith("tmx_")}
+    return backend(gm, example_inputs, mode=mode, options=theirs)
+
+
+def explain(
+    model: Callable[..., Any],
+    *args: Any,
+    config: TriangleMixConfig | TriangleMixInferenceConfig,
+    lowering: str = "auto",
+    strict: bool = False,
+    **kwargs: Any,
+) -> Report:
+    """The report for one call of ``model(*args, **kwargs)``, without running it.
+
+    Dynamo traces the call; wherever a graph would run, zeros of the right shapes stand in for its results. No kernel
+    of the model runs and nothing is compiled.
+
+    Raises:
+        ValueError: bad arguments, or a result whose shape is known only by running.
+    """
+    backend = TmxBackend(config, lowering=lowering, strict=strict)
+
+    def trace_only(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        del example_inputs
+        if backend.config is not None:
+            plan = plan_graph(gm, Options(backend.config, lowering, strict))
+            done = plan if plan.prompt is Prompt.SHORT else rewrite_graph(plan).plan
+            backend.report.add_graph(records(done, backend.report.graphs), plan.notes)
+        return _zeros_of(gm)
+
+    # A compile per call of explain is meant; it must not use up the user's recompiles.
+    with torch._dynamo.config.patch(recompile_limit=2**31, accumulated_recompile_limit=2**31):
+        torch.compile(model, backend=trace_only, dynamic=False)(*args, **kwargs)
+    return backend.report
+
+
+class _Inductor:
+    """Inductor with the user's mode and options."""
+
+    def __init__(self, mode: str | None, options: Mapping[str, Any]) -> None:
+        self._patches: dict[str, Any] = {}
+        if mode is not None and mode != "default":
+            self._patches.update(torch._inductor.list_mode_options(mode))
+        self._patches.update({name.replace("-", "_"): value for name, value in options.items()})
+
+    def compile(
+        self, gm: GraphModule, example_inputs: Sequence[Any], needed: Mapping[str, Any] | None = None
+    ) -> Callable[..., Any]:
+        """Compile with the user's settings, over which a lowering's needs win (it could not compile without)."""
+        from torch._inductor.compile_fx import compile_fx
+
+        patches = {**self._patches, **(needed or {})}
+        compiled: Callable[..., Any] = compile_fx(gm, list(example_inputs), config_patches=patches or None)
+        return compiled
+
+
+@contextlib.contextmanager
+def _cache_tag(config: TriangleMixConfig) -> Iterator[None]:
+    """Make this package's sources and the configuration part of every compile cache key, beside the user's own tag."""
+    own = f"tmx:{__version__}:{package_fingerprint()[:16]}:{config.fingerprint()[:16]}"
+    tag = torch.compiler.config.cache_key_tag
+    with torch.compiler.config.patch(cache_key_tag=f"{tag}|{own}" if tag else own):  # type: ignore[attr-defined]
+        yield
+
+
+def _effective(config: TriangleMixConfig | TriangleMixInferenceConfig) -> TriangleMixConfig | None:
+    if isinstance(config, TriangleMixInferenceConfig):
+        return config.to_trianglemix_config()
+    if not isinstance(config, TriangleMixConfig):
+        raise ValueError(f"config must be a TriangleMixConfig or TriangleMixInferenceConfig, got {config!r}")
+    return config
+
+
+def _warn(config: TriangleMixConfig) -> None:
+    if not config.layers():
+        warnings.warn("the configuration selects no layer: every layer stays dense", stacklevel=4)
+    elif config.uses_first_n:
+        text = _FIRST_N_WARNING.format(n=config.num_triangle_layers, **_FIRST_N_COST)
+        warnings.warn(text, stacklevel=4)
+
+
+def _zeros_of(gm: GraphModule) -> Callable[..., Any]:
+    """A stand-in for a compiled graph: its inputs where it returns them, else zeros that take no memory."""
+    placeholders = {node: i for i, node in enumerate(n for n in gm.graph.nodes if n.op == "placeholder")}
+    outputs = gm.graph.output_node().args[0]
+
+    def run(*args: Any) -> Any:
+        def result(node: torch.fx.Node) -> Any:
+            if node in placeholders:
+                return args[placeholders[node]]
+            value = value_of(node)
+            if not isinstance(value, torch.Tensor):
+                return hint(value) if isinstance(value, torch.SymInt) else value
+            if any(isinstance(size, torch.SymInt) and not size.node.has_hint() for size in value.shape):
+                raise ValueError(f"explain cannot tell the shape of {node.name} without running the model")
+            shape = [hint(size) for size in value.shape]
+            return torch.zeros((), dtype=value.dtype, device=value.device).expand(shape)
+
+        return torch.fx.node.map_arg(outputs, result)
+
+    return run

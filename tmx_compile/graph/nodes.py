@@ -1,0 +1,142 @@
+"""Small questions about FX nodes that every stage asks in the same way."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+_OPERATOR_NAMES = {"and_": "and", "or_": "or", "xor": "xor", "invert": "not", "inv": "not", "not_": "not"}
+_METHOD_NAMES = {
+    "__and__": "and",
+    "__or__": "or",
+    "__invert__": "not",
+    "bitwise_and": "and",
+    "bitwise_or": "or",
+    "bitwise_not": "not",
+    "logical_and": "and",
+    "logical_or": "or",
+    "logical_not": "not",
+    "less": "lt",
+    "less_equal": "le",
+    "greater": "gt",
+    "greater_equal": "ge",
+    "not_equal": "ne",
+    "subtract": "sub",
+    "multiply": "mul",
+    "negative": "neg",
+}
+
+# Calls whose result may share storage with their first argument.
+_VIEWS = frozenset(
+    "getitem view reshape expand expand_as broadcast_to transpose permute unsqueeze squeeze narrow select slice t "
+    "flatten unflatten unfold detach to contiguous alias swapaxes movedim view_as chunk split unbind as_strided "
+    "type bool float int long half bfloat16 diagonal".split()
+)
+
+
+def value_of(node: Node) -> Any:
+    """The node's example value: a fake tensor, a symbolic or plain number, or None where tracing left none."""
+    meta = node.meta
+    return meta["example_value"] if "example_value" in meta else meta.get("val")
+
+
+def tensor_of(arg: Any) -> torch.Tensor | None:
+    """The fake tensor of a node argument; None for anything else."""
+    value = value_of(arg) if isinstance(arg, Node) else None
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def op_name(node: Node) -> str:
+    """One name for a call however it was written: ``x + y``, ``torch.add(x, y)``, ``x.add(y)``, ``aten.add.Tensor``."""
+    target = node.target
+    if node.op == "call_method":
+        name = str(target)
+    elif node.op != "call_function":
+        return node.op
+    elif isinstance(target, torch._ops.OpOverload):
+        name = target._schema.name.split("::")[-1]
+    else:
+        name = getattr(target, "__name__", str(target))
+        if getattr(operator, name, None) is target:
+            name = _OPERATOR_NAMES.get(name, name)
+    return _METHOD_NAMES.get(name, name)
+
+
+def is_in_place(node: Node) -> bool:
+    """Whether a call writes to its first argument."""
+    if "out" in node.kwargs:
+        return True
+    if node.op not in ("call_method", "call_function"):
+        return False
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.is_mutable
+    if target is operator.setitem:
+        return True
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    if name.startswith("__i") and name not in ("__invert__", "__index__"):
+        return True
+    if getattr(operator, name, None) is target and name in _IN_PLACE_OPERATORS:
+        return True
+    return name.endswith("_") and not name.endswith("__") and name not in ("and_", "or_", "not_", "is_")
+
+
+_IN_PLACE_OPERATORS = frozenset(
+    "iadd isub imul itruediv ifloordiv imod ipow iand ior ixor ilshift irshift iconcat imatmul".split()
+)
+
+
+def written_nodes(graph: torch.fx.Graph) -> frozenset[Node]:
+    """Every node whose storage some in-place call of the graph may write: their values depend on when one looks."""
+    written: set[Node] = set()
+    stack = [node.args[0] for node in graph.nodes if is_in_place(node) and node.args]
+    while stack:
+        node = stack.pop()
+        if not isinstance(node, Node) or node in written:
+            continue
+        written.add(node)
+        if is_in_place(node) or op_name(node) in _VIEWS:
+            stack.extend(node.all_input_nodes)
+        # A view taken of the storage is written through its base, whichever of the two the call names.
+        stack.extend(user for user in node.users if op_name(user) in _VIEWS)
+    return frozenset(written)
+
+
+def erase_dead(graph: torch.fx.Graph, roots: Iterable[Node]) -> int:
+    """Erase the roots and what only they needed; returns how many nodes went.
+
+    ``Graph.eliminate_dead_code`` is not used: it takes an in-place method call without users for dead.
+    """
+    erased = 0
+    stack = list(roots)
+    gone: set[Node] = set()
+    while stack:
+        node = stack.pop()
+        if node in gone or node.users or node.op in ("placeholder", "output") or is_in_place(node):
+            continue
+        if node.op == "call_module" or node.is_impure():
+            continue
+        inputs = node.all_input_nodes
+        graph.erase_node(node)
+        gone.add(node)
+        erased += 1
+        stack.extend(inputs)
+    return erased
+
+
+def fake_mode_of(gm: GraphModule) -> Any:
+    """The fake tensor mode that the graph's example values belong to; None in a graph without fake tensors."""
+    for node in gm.graph.nodes:
+        value = value_of(node)
+        if isinstance(value, torch._subclasses.FakeTensor):
+            return value.fake_mode
+    return None
+
+
+def shape_env_of(value: torch.Tensor) -> Any:
+    """The shape environment behind a fake tensor, or None (static shapes need none)."""
+    return getattr(getattr(value, "fake_mode", None), "shape_env", None)

@@ -1,0 +1,95 @@
+"""Which side of ``min_seq_len`` a graph is for, without one recompile per length."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+from torch.fx.experimental.symbolic_shapes import StrictMinMaxConstraint, statically_known_true
+
+from tmx_compile.graph.nodes import value_of
+
+
+class Prompt(enum.Enum):
+    """The lengths that one graph serves."""
+
+    SHORT = "short"
+    LONG = "long"
+    BOTH = "both"
+
+
+def known(q_len: int | torch.SymInt, min_seq_len: int) -> Prompt | None:
+    """The side a length is on as far as it is known already; never guards."""
+    if statically_known_true(q_len > min_seq_len):
+        return Prompt.LONG
+    return Prompt.SHORT if statically_known_true(q_len <= min_seq_len) else None
+
+
+def decide(q_len: int | torch.SymInt, min_seq_len: int) -> Prompt:
+    """The side a graph is for. Guards on it, so that Dynamo compiles once per side, unless the user fixed a range.
+
+    ``mark_dynamic(min=, max=)`` promises one graph for the whole range; a guard inside it is a constraint violation.
+    Such a graph has to serve both sides.
+    """
+    side = known(q_len, min_seq_len)
+    if side is not None:
+        return side
+    assert isinstance(q_len, torch.SymInt)
+    if _has_fixed_range(q_len):
+        return Prompt.BOTH
+    return Prompt.LONG if bool(q_len > min_seq_len) else Prompt.SHORT
+
+
+def _has_fixed_range(length: torch.SymInt) -> bool:
+    symbols = length.node.expr.free_symbols
+    for tracked in length.node.shape_env.tracked_fakes or ():
+        constraints = getattr(tracked.symbolic_context, "constraint_sizes", None) or ()
+        sizes = getattr(tracked.fake, "shape", ())
+        for size, constraint in zip(sizes, constraints, strict=False):
+            fixed = isinstance(constraint, StrictMinMaxConstraint)
+            if fixed and isinstance(size, torch.SymInt) and size.node.expr.free_symbols & symbols:
+                return True
+    return False
+
+
+@dataclass(frozen=True)
+class LengthInput:
+    """The graph input that tells a length: its position, and the dimension (None: the input is the length)."""
+
+    position: int
+    dim: int | None
+
+    def read(self, args: Sequence[Any]) -> int:
+        """The length of one call."""
+        arg = args[self.position]
+        return int(arg if self.dim is None else arg.shape[self.dim])
+
+
+def find_length_input(gm: GraphModule, length: torch.SymInt) -> LengthInput | None:
+    """Where the graph's inputs carry a symbolic length, or None."""
+    expr = length.node.expr
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    for position, node in enumerate(placeholders):
+        value = value_of(node)
+        if isinstance(value, torch.SymInt) and value.node.expr == expr:
+            return LengthInput(position, None)
+        if isinstance(value, torch.Tensor):
+            for dim, size in enumerate(value.shape):
+                if isinstance(size, torch.SymInt) and size.node.expr == expr:
+                    return LengthInput(position, dim)
+    return None
+
+
+def dispatch(
+    where: LengthInput, min_seq_len: int, short: Callable[..., Any], long: Callable[..., Any]
+) -> Callable[..., Any]:
+    """A callable that picks the graph by the length of each call."""
+
+    def run(*args: Any) -> Any:
+        return (long if where.read(args) > min_seq_len else short)(*args)
+
+    return run

@@ -1,0 +1,162 @@
+"""The contract of a lowering, and how one writes graph nodes as plain PyTorch code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node, Proxy
+from torch.fx.proxy import GraphAppendingTracer
+
+from tmx_compile.graph.nodes import value_of
+from tmx_compile.report import Accepted, Rejected
+
+Length: TypeAlias = "int | torch.SymInt | Proxy"
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One call of the operator as a lowering sees it: fake tensors and constants.
+
+    Shapes are those of :func:`tmx_compile.ops.triangle_attention`. ``needs_grad`` tells that the compiled graph will be
+    differentiated.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    key_mask: Tensor | None
+    sink: int
+    window: int
+    last: int
+    scale: float
+    needs_grad: bool
+
+    @property
+    def geometry(self) -> tuple[int, int, int]:
+        """(sink, window, last)."""
+        return self.sink, self.window, self.last
+
+
+class Lowering(Protocol):
+    """A target. ``supports`` answers on fakes with a reason; ``emit`` writes ordinary nodes that compute ``out``."""
+
+    @property
+    def name(self) -> str:
+        """The name users choose it by."""
+
+    @property
+    def inductor_options(self) -> Mapping[str, Any]:
+        """Inductor settings that a graph with this lowering needs."""
+
+    def supports(self, call: AttentionCall) -> Accepted | Rejected:
+        """Whether the call can be lowered, or why not."""
+
+    def emit(self, write: Writer, call: AttentionCall, operands: Operands) -> Proxy:
+        """Write the nodes; returns the proxy of ``out`` (B, H, Sq, Dv)."""
+
+
+@dataclass(frozen=True)
+class Operands:
+    """The graph values of one call, in the operator's order."""
+
+    query: Proxy
+    key: Proxy
+    value: Proxy
+    key_mask: Proxy | None
+
+
+class _RecordingTracer(GraphAppendingTracer):
+    """Appends nodes as code runs on proxies, and runs the same code on their example values.
+
+    Every node gets ``meta["example_value"]`` (without it AOTAutograd bypasses its cache) and the origin of the site.
+    """
+
+    def __init__(self, graph: torch.fx.Graph, fake_mode: Any, origin: Node) -> None:
+        super().__init__(graph)
+        self._fake_mode = fake_mode
+        self._origin = {
+            key: origin.meta[key] for key in ("nn_module_stack", "stack_trace") if key in origin.meta
+        }
+
+    def create_proxy(  # type: ignore[override]
+        self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *rest: Any, **named: Any
+    ) -> Proxy:
+        proxy = super().create_proxy(kind, target, args, kwargs, *rest, **named)
+        node = proxy.node
+        node.meta.update(self._origin)
+        if kind in ("call_function", "call_method"):
+            values, keywords = torch.fx.node.map_arg((node.args, node.kwargs), value_of)
+            with self._fake_mode, torch.no_grad():
+                if kind == "call_method":
+                    node.meta["example_value"] = getattr(values[0], target)(*values[1:], **keywords)
+                else:
+                    node.meta["example_value"] = target(*values, **keywords)
+        return proxy
+
+
+@dataclass
+class Writer:
+    """Writes nodes into a graph before the node being replaced.
+
+    Lowerings are ordinary functions of tensors; run on this writer's proxies they become nodes.
+    """
+
+    gm: GraphModule
+    fake_mode: Any
+    origin: Node
+    tracer: _RecordingTracer = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.tracer = _RecordingTracer(self.gm.graph, self.fake_mode, self.origin)
+
+    def proxy(self, node: Node) -> Proxy:
+        """The proxy of an existing node."""
+        return Proxy(node, self.tracer)
+
+    def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Proxy:
+        """A call of a function that takes no proxy (``torch.arange``), or that must be one node."""
+        proxy: Proxy = self.tracer.create_proxy("call_function", function, args, kwargs)
+        return proxy
+
+    def submodule(self, prefix: str, module: GraphModule) -> Proxy:
+        """Attach a child graph under a fresh name and return its ``get_attr``."""
+        count = 0
+        while hasattr(self.gm, f"{prefix}_{count}"):
+            count += 1
+        name = f"{prefix}_{count}"
+        self.gm.register_module(name, module)
+        return self.tracer.create_proxy("get_attr", name, (), {})
+
+
+def length(x: Any, dim: int) -> Any:
+    """A dimension of a tensor or proxy: an int where it is static, else a symbolic size or its node's proxy."""
+    if isinstance(x, Proxy):
+        size = value_of(x.node).shape[dim]
+        return size if isinstance(size, int) else x.size(dim)
+    return x.shape[dim]
+
+
+def arange(like: Any, *bounds: Any) -> Any:
+    """``torch.arange`` in int64 on the device of a tensor or proxy."""
+    if isinstance(like, Proxy):
+        device = value_of(like.node).device
+        return like.tracer.create_proxy(
+            "call_function", torch.arange, bounds, {"device": device, "dtype": torch.int64}
+        )
+    return torch.arange(*bounds, device=like.device, dtype=torch.int64)
+
+
+def symbol(x: Any) -> Any:
+    """A length as a number for static reasoning: the SymInt behind a proxy, else the number itself."""
+    return value_of(x.node) if isinstance(x, Proxy) else x
+
+
+def example(x: Any) -> Tensor:
+    """The tensor itself, or the fake tensor behind a proxy: for its dtype and rank."""
+    value = value_of(x.node) if isinstance(x, Proxy) else x
+    assert isinstance(value, Tensor)
+    return value

@@ -1,0 +1,133 @@
+"""Row-blocked attention: one batched ``scaled_dot_product_attention`` over blocks of rows.
+
+A block of R rows reads [sinks | the blocks of keys that its window reaches], so the batch is (B * blocks) and the work
+O(N * (sink + window + R)). The last rows are a second call. Runs wherever SDPA runs, forward and backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.fx import Proxy
+
+from tmx_compile.lowering import rows
+from tmx_compile.lowering.base import AttentionCall, Operands, Writer, arange, example, length
+from tmx_compile.report import Accepted, Reason, Rejected
+
+_MAX_REACH = 4096
+
+
+class Blocked:
+    """The ``blocked`` lowering."""
+
+    name = "blocked"
+    inductor_options: Mapping[str, Any] = {}
+
+    def supports(self, call: AttentionCall) -> Accepted | Rejected:
+        """Any device and dtype; windows, sinks and last rows that are small against the prompt."""
+        kv_len = call.key.shape[2]
+        for name, count, limit in (
+            ("window", call.window, _MAX_REACH),
+            ("sink", call.sink, _MAX_REACH),
+            ("last", call.last, rows.MAX_LAST_ROWS),
+        ):
+            if (min(count, kv_len) if isinstance(kv_len, int) else count) > limit:
+                return Rejected(Reason.NO_LOWERING, f"blocked: {name}={count} is more than {limit}")
+        return Accepted()
+
+    def emit(self, write: Writer, call: AttentionCall, operands: Operands) -> Proxy:
+        """See :func:`blocked_attention`."""
+        out: Proxy = blocked_attention(
+            operands.query, operands.key, operands.value, operands.key_mask, *call.geometry, call.scale
+        )
+        return out
+
+
+def rows_per_block(window: int) -> int:
+    """Rows of a block. Measured on CPU: small windows want small blocks (benchmarks/results)."""
+    if window <= 32:
+        return 32
+    return 64 if window <= 128 else 128
+
+
+def blocked_attention(
+    q: Any, k: Any, v: Any, key_mask: Any, sink: int, window: int, last: int, scale: float
+) -> Any:
+    """Triangle attention, out (B, H, Sq, Dv), from tensors or proxies of the operator's shapes."""
+    q_len, kv_len = length(q, 2), length(k, 2)
+    if isinstance(kv_len, int):
+        sink, window = min(sink, kv_len), min(window, kv_len)
+    if isinstance(q_len, int):
+        last = min(last, q_len)
+    where = rows.extent(key_mask, kv_len)
+    out = _streaming(q, k, v, key_mask, where, sink, window, scale)
+    if last > 0:
+        final = rows.last_rows(q, k, v, key_mask, where, last, scale)
+        out = rows.join(out, final, q, k, key_mask, where, last)
+    if key_mask is not None:
+        out = rows.zero_empty(out, q, k, key_mask, where, sink, window, last)
+    return out
+
+
+def _streaming(
+    q: Any, k: Any, v: Any, key_mask: Any, where: rows.Extent, sink: int, window: int, scale: float
+) -> Any:
+    batch, heads, q_len, head_dim = (length(q, d) for d in range(4))
+    kv_len = length(k, 2)
+    offset = kv_len - q_len
+    size = rows_per_block(window)
+    reach = -(-window // size)  # whole blocks of keys before a row block's own
+    blocks = (q_len + size - 1) // size
+    tail = blocks * size - q_len
+
+    def key_blocks(x: Any, fill: float = 0.0) -> Any:
+        """(B, h, Skv, d) -> (B, blocks, h, (reach + 1) * size, d): the keys from `reach` blocks back to the own one."""
+        padded = F.pad(x, (0, 0, reach * size, tail), value=fill)[:, :, offset:]
+        cut = padded.reshape(length(x, 0), length(x, 1), blocks + reach, size, length(x, 3)).transpose(1, 2)
+        return torch.cat([cut[:, r : blocks + r] for r in range(reach + 1)], 3)
+
+    # Absolute positions: of a block's rows, of its keys, of the sinks.
+    own = arange(q, blocks)[:, None, None] * size + offset
+    row = own + arange(q, size)[None, :, None]
+    near = own + (arange(q, (reach + 1) * size) - reach * size)[None, None, :]
+    near_allowed = (near <= row) & (row - near <= window) & (near >= 0)
+    if key_mask is None:
+        far = arange(q, sink)[None, None, :]
+        far_allowed = (far <= row) & (row - far > window)
+        sinks = [_sink_rows(x, arange(q, sink).clamp(max=kv_len - 1), blocks) for x in (k, v)]
+        mask = torch.cat([far_allowed, near_allowed], 2)[None]
+    else:
+        position = where.start + arange(q, sink)[None, :]
+        index = torch.minimum(position, arange(q, 1) + (kv_len - 1))
+        sinks = [_sink_rows(x, index, blocks) for x in (k, v)]
+        far = position[:, None, None, :]
+        valid = key_mask.gather(1, index)[:, None, None, :]
+        far_allowed = valid & (far <= row) & (row - far > window) & (far < where.end[:, :, None, None])
+        near_valid = key_blocks(key_mask[:, None, :, None].to(example(q).dtype))[:, :, 0, :, 0] > 0.5
+        near_allowed = near_allowed & near_valid[:, :, None, :]
+        mask = torch.cat([far_allowed, near_allowed], 3)
+        # zero_empty clears the rows without keys afterwards.
+        own_key = F.pad((near == row), (sink, 0))
+        mask, _ = rows.with_own_key(mask, own_key)
+    keys, values = (
+        torch.cat([s, key_blocks(x)], 3).flatten(0, 1) for s, x in zip(sinks, (k, v), strict=True)
+    )
+    queries = (
+        F.pad(q, (0, 0, 0, tail)).reshape(batch, heads, blocks, size, head_dim).transpose(1, 2).flatten(0, 1)
+    )
+    mask = mask.expand(batch, -1, -1, -1).flatten(0, 1)[:, None]
+    out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale, enable_gqa=True)
+    out = out.reshape(batch, blocks, heads, size, length(v, 3)).transpose(1, 2)
+    return out.reshape(batch, heads, blocks * size, length(v, 3))[:, :, :q_len]
+
+
+def _sink_rows(x: Any, index: Any, blocks: Any) -> Any:
+    """Sink keys repeated for every block: (B, blocks, Hkv, sink, D); index is (sink,) or (B, sink)."""
+    if example(index).dim() == 2:
+        found = x.gather(2, index[:, None, :, None].expand(-1, length(x, 1), -1, length(x, 3)))
+    else:
+        found = x.index_select(2, index)
+    return found[:, None].expand(-1, blocks, -1, -1, -1)

@@ -1,0 +1,195 @@
+"""FlexAttention block masks through Inductor, written into the graph before AOTAutograd sees it.
+
+The streaming rows are one ``flex_attention`` higher-order call. Its block plan is ordinary arange / where / clamp
+nodes, O(N) in memory; the graph is its own cache key. The last rows are a second, small call (``rows.last_rows``):
+inside the first, few blocks would walk all keys.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._higher_order_ops.flex_attention import flex_attention
+from torch.fx import Graph, GraphModule, Proxy
+
+from tmx_compile.lowering import rows
+from tmx_compile.lowering.base import AttentionCall, Operands, Writer, arange, example, length
+from tmx_compile.report import Accepted, Reason, Rejected
+
+# 64-wide blocks were fastest or equal on CPU, 128 slowest (benchmarks/results). A power of two: the plan divides by a
+# right shift, because Inductor asserts on an integer floor division of a symbolic length there.
+_SHIFT = 6
+_BLOCK = 1 << _SHIFT
+
+_KERNEL_OPTIONS = {
+    "PRESCALE_QK": False,
+    "ROWS_GUARANTEED_SAFE": False,
+    "BLOCKS_ARE_CONTIGUOUS": False,
+    "WRITE_DQ": True,
+    "OUTPUT_LOGSUMEXP": False,
+    "OUTPUT_MAX": False,
+}
+
+
+class Flex:
+    """The ``flex`` lowering."""
+
+    name = "flex"
+    # The CPU template cannot be fused with what follows it ("Unsupported for epilogue_nodes" stops the compile).
+    inductor_options: Mapping[str, Any] = {"epilogue_fusion": False}
+
+    def supports(self, call: AttentionCall) -> Accepted | Rejected:
+        """What Inductor's CPU FlexAttention template takes: forward only, float32, bfloat16, float16, AVX2."""
+        device = call.query.device.type
+        if device != "cpu":
+            return Rejected(Reason.NO_LOWERING, f"flex: written for cpu so far, got {device}")
+        if call.needs_grad:
+            return Rejected(Reason.NO_LOWERING, "flex: Inductor's CPU template has no backward")
+        if call.query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return Rejected(
+                Reason.NO_LOWERING, f"flex: {call.query.dtype} is not float32, bfloat16 or float16"
+            )
+        if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+            return Rejected(Reason.NO_LOWERING, "flex: this CPU has no AVX2")
+        if 0 in call.query.shape or 0 in call.value.shape:
+            return Rejected(Reason.NO_LOWERING, "flex: an empty tensor")
+        q_len = call.query.shape[2]
+        if (min(call.last, q_len) if isinstance(q_len, int) else call.last) > rows.MAX_LAST_ROWS:
+            return Rejected(Reason.NO_LOWERING, f"flex: last={call.last} is more than {rows.MAX_LAST_ROWS}")
+        return Accepted()
+
+    def emit(self, write: Writer, call: AttentionCall, operands: Operands) -> Proxy:
+        """Streaming rows through FlexAttention, last rows through SDPA, joined."""
+        q, k, v, key_mask = operands.query, operands.key, operands.value, operands.key_mask
+        q_len, kv_len = length(q, 2), length(k, 2)
+        sink, window, last = call.geometry
+        if isinstance(kv_len, int):
+            sink, window = min(sink, kv_len), min(window, kv_len)
+        if isinstance(q_len, int):
+            last = min(last, q_len)
+        where = rows.extent(key_mask, kv_len)
+        # The template reads wrong elements of a query that is a slice of a larger tensor, and 2.11 rejects inputs that
+        # share a buffer.
+        contiguous = [x.contiguous() for x in (q, k, v)]
+        out = _streaming(write, contiguous, key_mask, where, sink, window, call.scale)
+        if last > 0:
+            final = rows.last_rows(q, k, v, key_mask, where, last, call.scale)
+            out = rows.join(out, final, q, k, key_mask, where, last)
+        if key_mask is not None:
+            out = rows.zero_empty(out, q, k, key_mask, where, sink, window, last)
+        return out
+
+
+def _streaming(
+    write: Writer, qkv: list[Any], key_mask: Any, where: rows.Extent, sink: int, window: int, scale: float
+) -> Proxy:
+    q, k, v = qkv
+    q_len, kv_len = length(q, 2), length(k, 2)
+    offset = kv_len - q_len
+    counts, indices = block_plan(q, q_len, kv_len, where, key_mask is not None, sink, window)
+    buffers: tuple[Any, ...] = ()
+    if key_mask is not None:
+        buffers += tuple(_stored(x) for x in (key_mask, where.start[:, 0], where.end[:, 0]))
+    if isinstance(offset, Proxy):
+        buffers += (offset,)
+    score = write.submodule("tmx_score_mod", _score_mod())
+    constant = None if isinstance(offset, Proxy) else offset
+    mask = write.submodule("tmx_mask_mod", _mask_mod(key_mask is not None, constant, sink, window))
+    unused = (None,) * (_tuple_length() - 7)
+    plan = (q_len, kv_len, counts, indices, *unused, _BLOCK, _BLOCK, mask)
+    # The call itself is not run on fakes: on CPU that would form the N x N scores.
+    flex = write.call(_call_flex, q, k, v, score, plan, scale, dict(_KERNEL_OPTIONS), (), buffers)
+    flex.node.target = flex_attention
+    out: Proxy = write.call(operator.getitem, flex, 0)
+    return out
+
+
+def _stored(x: Any) -> Any:
+    """``x`` as a tensor with storage of its own: the CPU template cannot read a buffer that is still an expression.
+
+    ``as_strided`` is the one view that makes Inductor compute its base first.
+    """
+    sizes = [length(x, dim) for dim in range(example(x).dim())]
+    strides = (sizes[1], 1) if len(sizes) == 2 else (1,)
+    return torch.as_strided(x.contiguous(), sizes, strides)
+
+
+def _call_flex(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """What ``flex_attention`` returns on fake tensors: out, log-sum-exp, maximum scores."""
+    batch, heads, q_len = q.shape[:3]
+    rows_only = q.new_empty(batch, heads, q_len, dtype=torch.float32)
+    return q.new_empty(batch, heads, q_len, v.shape[3]), rows_only, torch.empty_like(rows_only)
+
+
+def block_plan(
+    like: Any, q_len: Any, kv_len: Any, where: rows.Extent, padded: bool, sink: int, window: int
+) -> tuple[Any, Any]:
+    """Key blocks of every block of rows: counts (B or 1, 1, Q) and indices (B or 1, 1, Q, K), int32.
+
+    A row block touches the blocks of the sinks, then those of its window. Only a few columns of ``indices`` are ever
+    read, but the CPU template asserts a full width of K = Skv / block: ``as_strided`` lets rows overlap, so that the
+    storage stays O(Q).
+    """
+    q_blocks, k_blocks = ((n + _BLOCK - 1) >> _SHIFT for n in (q_len, kv_len))
+    first_row = arange(like, q_blocks)[None, :, None] * _BLOCK + (kv_len - q_len)
+    last_row = torch.clamp(first_row + (_BLOCK - 1), max=kv_len - 1)
+    near = (first_row - window).clamp(min=0) >> _SHIFT
+    own = last_row >> _SHIFT
+    start = where.start[:, :, None] if padded else 0
+    # Sink blocks [far, far_end) that lie before the window's first block.
+    far = torch.minimum(near, near * 0 + (start >> _SHIFT))
+    sink_stop = ((start + (sink - 1)) >> _SHIFT) + 1 if sink > 0 else far
+    far_count = (torch.minimum(near, near * 0 + sink_stop) - far).clamp(min=0)
+    # Sinks that start at any position reach one block more than aligned ones.
+    width = _blocks_of(sink) + (1 if padded and sink > 0 else 0) + _blocks_of(window + 1) + 2
+    column = arange(like, width)[None, None, :]
+    index = torch.where(column < far_count, far + column, near + column - far_count)
+    index = torch.minimum(index, own).to(torch.int32)
+    count = (far_count + own - near + 1).to(torch.int32)[:, None, :, 0]
+    batch = length(like, 0) if padded else 1
+    flat = torch.nn.functional.pad(index.reshape(batch, q_blocks * width), (0, k_blocks))
+    row_stride = q_blocks * width + k_blocks
+    shape, strides = (batch, 1, q_blocks, k_blocks), (row_stride, row_stride, width, 1)
+    return count, torch.as_strided(flat, shape, strides)
+
+
+def _blocks_of(keys: int) -> int:
+    return -(-keys // _BLOCK)
+
+
+def _tuple_length() -> int:
+    """Entries of a flattened ``BlockMask``: 13 in torch 2.11, 17 in 2.13; asked of torch, once per emission."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    ones = torch.ones(1, 1, 1, dtype=torch.int32)
+    mask = BlockMask.from_kv_blocks(ones, ones[..., None] - 1, BLOCK_SIZE=1, compute_q_blocks=False)
+    return len(mask.as_tuple())
+
+
+def _score_mod() -> GraphModule:
+    """The identity, as a graph: torch's own identity function cannot be pickled and bypasses the cache."""
+    graph = Graph()
+    score = [graph.placeholder(name) for name in ("score", "b", "h", "row", "key")][0]
+    graph.output(score)
+    return GraphModule({}, graph)
+
+
+def _mask_mod(padded: bool, offset: int | None, sink: int, window: int) -> GraphModule:
+    """The streaming part of the mask as a graph of (batch, head, row, key) and its buffers."""
+    graph = Graph()
+    tracer = torch.fx.proxy.GraphAppendingTracer(graph)
+    b, _, row, key = (Proxy(graph.placeholder(name), tracer) for name in ("b", "h", "row", "key"))
+    start: Any = 0
+    valid: Any = None
+    if padded:
+        key_mask, starts, ends = (Proxy(graph.placeholder(n), tracer) for n in ("key_mask", "start", "end"))
+        start = starts[b]
+        valid = key_mask[b, key] & (key < ends[b])
+    position = row + (Proxy(graph.placeholder("offset"), tracer) if offset is None else offset)
+    allowed = (key <= position) & ((key < start + sink) | (position - key <= window))
+    graph.output((allowed if valid is None else allowed & valid).node)
+    return GraphModule({}, graph)

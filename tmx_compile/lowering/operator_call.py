@@ -1,0 +1,38 @@
+"""Keep the operator: its eager kernel runs inside the compiled graph. Slower than a kernel, O(N) in memory, general."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+from torch.fx import Proxy
+
+from tmx_compile.lowering.base import AttentionCall, Operands, Writer
+from tmx_compile.ops import OPERATOR
+from tmx_compile.report import Accepted, Rejected
+
+
+class OperatorCall:
+    """The ``operator`` lowering: takes every call."""
+
+    name = "operator"
+    inductor_options: Mapping[str, Any] = {}
+
+    def supports(self, call: AttentionCall) -> Accepted | Rejected:
+        """Always."""
+        return Accepted("runs the operator's eager kernel")
+
+    def emit(self, write: Writer, call: AttentionCall, operands: Operands) -> Proxy:
+        """The operator again, as an opaque call."""
+        both = write.call(
+            OPERATOR,
+            operands.query,
+            operands.key,
+            operands.value,
+            operands.key_mask,
+            *call.geometry,
+            call.scale,
+        )
+        out: Proxy = write.call(operator.getitem, both, 0)
+        return out

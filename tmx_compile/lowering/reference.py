@@ -1,0 +1,68 @@
+"""The dense-mask form of the operator in float32: an oracle, for tests and tiny inputs only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.fx import Proxy
+
+from tmx_compile.lowering import rows
+from tmx_compile.lowering.base import AttentionCall, Operands, Writer, arange, example, length
+from tmx_compile.report import Accepted, Reason, Rejected
+
+_MAX_CELLS = 1 << 24
+
+
+class Reference:
+    """The ``reference`` lowering: never chosen by ``auto``."""
+
+    name = "reference"
+    inductor_options: Mapping[str, Any] = {}
+
+    def supports(self, call: AttentionCall) -> Accepted | Rejected:
+        """Problems whose (Sq, Skv) mask is small, judged by the lengths seen at compile time."""
+        q_len, kv_len = (_hint(n) for n in (call.query.shape[2], call.key.shape[2]))
+        if q_len * kv_len > _MAX_CELLS:
+            return Rejected(
+                Reason.NO_LOWERING, f"reference: a mask of {q_len} x {kv_len} is too large for it"
+            )
+        return Accepted("builds the dense mask")
+
+    def emit(self, write: Writer, call: AttentionCall, operands: Operands) -> Proxy:
+        """See :func:`reference_attention`."""
+        out: Proxy = reference_attention(
+            operands.query, operands.key, operands.value, operands.key_mask, *call.geometry, call.scale
+        )
+        return out
+
+
+def reference_attention(
+    q: Any, k: Any, v: Any, key_mask: Any, sink: int, window: int, last: int, scale: float
+) -> Any:
+    """Triangle attention, out (B, H, Sq, Dv), with the mask written out; float64 stays float64."""
+    q_len, kv_len = length(q, 2), length(k, 2)
+    batch, heads, kv_heads, dim = length(q, 0), length(q, 1), length(k, 1), length(q, 3)
+    where = rows.extent(key_mask, kv_len)
+    row = (arange(q, q_len) + (kv_len - q_len))[None, :, None]
+    key = arange(q, kv_len)[None, None, :]
+    if key_mask is not None:
+        where = rows.Extent(where.start[:, :, None], where.end[:, :, None])
+    allowed = rows.attended(row, key, where, sink, window, last)
+    if key_mask is not None:
+        allowed = allowed & key_mask[:, None, :]
+    safe, alive = rows.with_own_key(allowed, key == row)
+    grouped = q.reshape(batch, kv_heads, heads // kv_heads, q_len, dim)
+    scores = torch.einsum("bgrqd,bgkd->bgrqk", _wide(grouped), _wide(k)) * scale
+    weights = torch.softmax(scores.masked_fill(~safe[:, None, None], float("-inf")), -1)
+    out = torch.einsum("bgrqk,bgkd->bgrqd", weights, _wide(v)).reshape(batch, heads, q_len, length(v, 3))
+    return torch.where(alive[:, None, :, None], out, 0.0).to(example(q).dtype)
+
+
+def _wide(x: Any) -> Any:
+    return x if example(x).dtype == torch.float64 else x.to(torch.float32)
+
+
+def _hint(n: int | torch.SymInt) -> int:
+    return n if isinstance(n, int) else int(n.node.hint if n.node.has_hint() else _MAX_CELLS)

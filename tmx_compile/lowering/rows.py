@@ -1,0 +1,129 @@
+"""Building blocks that several lowerings share: extents of padded sequences, the last rows, and joining the parts.
+
+Every function takes tensors or proxies, and uses no data-dependent control flow and no guard on a length.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from tmx_compile.lowering.base import arange, length, symbol
+
+MAX_LAST_ROWS = 4096
+"""More last rows than this would make their (rows, Skv) mask the very thing that is to be avoided."""
+
+
+@dataclass(frozen=True)
+class Extent:
+    """Where the valid keys of each sequence are: (B, 1) int64, or plain numbers without a key mask."""
+
+    start: Any
+    end: Any
+
+
+def extent(key_mask: Any, kv_len: Any) -> Extent:
+    """First valid key and one past the last; [0, 0) for a sequence without valid keys."""
+    if key_mask is None:
+        return Extent(0, kv_len)
+    position = arange(key_mask, kv_len)[None, :]
+    end = torch.where(key_mask, position + 1, 0).amax(1, keepdim=True)
+    start = torch.where(key_mask, position, kv_len).amin(1, keepdim=True)
+    return Extent(torch.minimum(start, end), end)
+
+
+def attended(row: Any, key: Any, where: Extent, sink: int, window: int, last: int) -> Any:
+    """The triangle formula for absolute positions that broadcast against each other and against the extent."""
+    kept = (key < where.start + sink) | (row - key <= window) | (row >= where.end - last)
+    return (
+        kept
+        & (key <= row)
+        & (row >= where.start)
+        & (row < where.end)
+        & (key >= where.start)
+        & (key < where.end)
+    )
+
+
+def with_own_key(allowed: Any, own: Any) -> tuple[Any, Any]:
+    """Let a row without any key see its own position, so that no softmax is empty; and tell which rows have keys.
+
+    An empty softmax gives NaN in some kernels, and NaN gradients even where the result is thrown away.
+    """
+    alive = allowed.any(-1)
+    return allowed | (own & ~alive[..., None]), alive
+
+
+def last_rows(q: Any, k: Any, v: Any, key_mask: Any, where: Extent, last: int, scale: float) -> Any:
+    """Attention of the final ``last`` rows over all keys: (B, H, last, Dv).
+
+    Row t of the result is the row at absolute position ``end - last + t``; where that lies before row 0 it repeats
+    row 0, and the caller does not use it.
+    """
+    q_len, kv_len = length(q, 2), length(k, 2)
+    offset = kv_len - q_len
+    key = arange(k, kv_len)
+    if key_mask is None:
+        row = (arange(q, last) + (q_len - last)).clamp(min=0)
+        rows = q.index_select(2, row) if not _fits(q_len, last) else q[:, :, q_len - last :]
+        mask = key[None, :] <= (row + offset)[:, None]
+        return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
+    row = (where.end - last + arange(q, last)[None, :] - offset).clamp(min=0)
+    row = torch.minimum(row, arange(q, 1) + (q_len - 1))
+    index = row[:, None, :, None].expand(-1, length(q, 1), -1, length(q, 3))
+    position = (row + offset)[:, :, None]
+    ends = Extent(where.start[:, :, None], where.end[:, :, None])
+    allowed = attended(position, key, ends, 0, 0, last) & key_mask[:, None, :]
+    safe, _ = with_own_key(allowed, key == position)
+    return F.scaled_dot_product_attention(
+        q.gather(2, index), k, v, attn_mask=safe[:, None], scale=scale, enable_gqa=True
+    )
+
+
+def join(stream: Any, rows: Any, q: Any, k: Any, key_mask: Any, where: Extent, last: int) -> Any:
+    """Put the last rows over the streaming rows: (B, H, Sq, Dv); rows outside their sequence become 0."""
+    q_len = length(q, 2)
+    offset = length(k, 2) - q_len
+    if key_mask is None:
+        if _fits(q_len, last):
+            return torch.cat([stream[:, :, : q_len - last], rows], 2)
+        row = arange(q, q_len)
+        chosen = rows.index_select(2, (row - (q_len - last)).clamp(min=0))
+        return torch.where((row >= q_len - last)[:, None], chosen, stream)
+    position = arange(q, q_len)[None, :] + offset
+    first = where.end - last
+    is_last = (position >= first)[:, None, :, None]
+    # Gathering (not scattering) keeps gradients right where short sequences repeat a row in `rows`.
+    index = (position - first).clamp(min=0, max=last - 1)[:, None, :, None]
+    index = index.expand(-1, length(rows, 1), -1, length(rows, 3))
+    return torch.where(is_last, rows.gather(2, index), stream)
+
+
+def zero_empty(
+    out: Any, q: Any, k: Any, key_mask: Any, where: Extent, sink: int, window: int, last: int
+) -> Any:
+    """Zero the rows that attend to nothing: outside their sequence, or with no valid key in reach.
+
+    A row's reach is its sinks, its window and, for a last row, everything from the start: counted on the running
+    number of valid keys, so that no (rows, keys) tensor is needed.
+    """
+    q_len, kv_len = length(q, 2), length(k, 2)
+    position = arange(q, q_len)[None, :] + (kv_len - q_len)
+    # valid[:, t] is the number of valid keys before position t.
+    valid = F.pad(key_mask.to(torch.int64).cumsum(1), (1, 0))
+    seen = valid.gather(1, position.expand(length(q, 0), -1) + 1)
+    in_window = seen - valid.gather(1, (position - window).clamp(min=0).expand(length(q, 0), -1))
+    sinks_end = torch.minimum(where.start + sink, position + 1)
+    in_sinks = valid.gather(1, torch.minimum(sinks_end, where.end))
+    inside = (position >= where.start) & (position < where.end)
+    alive = inside & ((in_window > 0) | (in_sinks > 0) | ((position >= where.end - last) & (seen > 0)))
+    return torch.where(alive[:, None, :, None], out, 0.0)
+
+
+def _fits(q_len: Any, last: int) -> bool:
+    """Whether there are surely at least ``last`` rows; never guards."""
+    return bool(statically_known_true(symbol(q_len) >= last))

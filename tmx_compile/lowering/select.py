@@ -1,0 +1,43 @@
+"""Which lowering a call gets: by name, or by a measured rule."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from tmx_compile.errors import LoweringError
+from tmx_compile.lowering.base import AttentionCall, Lowering
+from tmx_compile.lowering.blocked import Blocked
+from tmx_compile.lowering.dense import Dense
+from tmx_compile.lowering.flex import Flex
+from tmx_compile.lowering.operator_call import OperatorCall
+from tmx_compile.lowering.reference import Reference
+from tmx_compile.report import Rejected
+
+FLEX, BLOCKED, REFERENCE, OPERATOR, DENSE = Flex(), Blocked(), Reference(), OperatorCall(), Dense()
+NAMED: dict[str, Lowering] = {low.name: low for low in (FLEX, BLOCKED, REFERENCE, OPERATOR)}
+CHOICES = ("auto", *NAMED)
+
+_FLEX_FROM_WINDOW = {torch.float32: 128, torch.bfloat16: 1 << 31, torch.float16: 1 << 31}
+
+
+def preference(call: AttentionCall) -> Sequence[Lowering]:
+    """The order in which ``auto`` asks, from the measurements in benchmarks/results/cpu_operator.json."""
+    if call.window >= _FLEX_FROM_WINDOW.get(call.query.dtype, 1 << 31):
+        return (FLEX, BLOCKED, OPERATOR)
+    return (BLOCKED, FLEX, OPERATOR)
+
+
+def select(name: str, call: AttentionCall) -> Lowering:
+    """The lowering for a call.
+
+    Raises:
+        LoweringError: the lowering that the user named does not support the call; it is never replaced silently.
+    """
+    if name != "auto":
+        answer = NAMED[name].supports(call)
+        if isinstance(answer, Rejected):
+            raise LoweringError(f"lowering {name!r} cannot take this attention: {answer.detail}")
+        return NAMED[name]
+    return next(low for low in preference(call) if not isinstance(low.supports(call), Rejected))

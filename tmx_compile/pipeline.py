@@ -1,0 +1,309 @@
+"""The pass, in order: find -> layer -> prove -> decide by length -> substitute -> lower -> record."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from tmx_compile.config import TriangleMixConfig
+from tmx_compile.errors import StrictModeError
+from tmx_compile.graph import nodes
+from tmx_compile.graph.find import find_attention
+from tmx_compile.graph.layer import LayerPath, layer_path
+from tmx_compile.graph.prove import Proof, Prover
+from tmx_compile.graph.site import AttentionSite
+from tmx_compile.graph.substitute import Substituter, Substitution
+from tmx_compile.lengths import LengthInput, Prompt, decide, find_length_input, known
+from tmx_compile.lowering import select
+from tmx_compile.lowering.base import AttentionCall, Lowering
+from tmx_compile.lowering.lower import lower_node, merged_options
+from tmx_compile.ops import ALL_ROWS
+from tmx_compile.plan import Grid, dense, pair_count, triangle
+from tmx_compile.report import Reason, Rejected, SiteRecord
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked of the pass."""
+
+    config: TriangleMixConfig
+    lowering: str = "auto"
+    strict: bool = False
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """One attention call with everything known about it. ``verdict`` is None where it may become triangle."""
+
+    node: Node
+    layer: LayerPath
+    site: AttentionSite | None
+    proof: Proof | None
+    verdict: Rejected | None
+    selected: bool
+    lowering: str = ""
+
+
+@dataclass
+class GraphPlan:
+    """The plan of one graph: what each site becomes, and for which lengths."""
+
+    gm: GraphModule
+    options: Options
+    sites: list[SitePlan]
+    prompt: Prompt
+    length: LengthInput | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def triangle(self) -> list[SitePlan]:
+        """The sites to go sparse."""
+        return [site for site in self.sites if site.verdict is None]
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """A rewritten graph, the plan with the lowering of each site filled in, and the Inductor settings it needs."""
+
+    gm: GraphModule
+    plan: GraphPlan
+    inductor_options: Mapping[str, Any]
+
+
+def plan_graph(gm: GraphModule, options: Options) -> GraphPlan:
+    """Decide every attention call of a graph. Changes nothing; may guard on the side of ``min_seq_len``."""
+    wanted = frozenset(options.config.layers())
+    written = nodes.written_nodes(gm.graph)
+    prover: Prover | None = None
+    sites: list[SitePlan] = []
+    for found in find_attention(gm):
+        node = found.node
+        assert node is not None
+        layer = layer_path(node)
+        selected = layer.index in wanted
+        if isinstance(found, Rejected):
+            sites.append(SitePlan(node, layer, None, None, found, selected))
+            continue
+        prover = prover or Prover.of(found.fake("query"), written)
+        proof = prover.prove(found)
+        verdict = _verdict(found, layer, proof, selected, options.config.min_seq_len)
+        proven = proof if isinstance(proof, Proof) else None
+        sites.append(SitePlan(node, layer, found, proven, verdict, selected))
+    sites = _one_stack(sites)
+    plan = GraphPlan(gm, options, sites, Prompt.SHORT)
+    if plan.triangle:
+        _decide_length(plan)
+    if options.strict:
+        _refuse_refusals(plan)
+    plan.notes.extend(_layer_notes(sites, options.config))
+    return plan
+
+
+def _verdict(
+    site: AttentionSite, layer: LayerPath, proof: Proof | Rejected, selected: bool, min_seq_len: int
+) -> Rejected | None:
+    if layer.index is None:
+        if layer.indices > 1:
+            return Rejected(Reason.LAYER_AMBIGUOUS, layer.path, site.node)
+        return Rejected(Reason.LAYER_UNKNOWN, layer.path or "no path", site.node)
+    if not selected:
+        return Rejected(Reason.NOT_SELECTED, "", site.node)
+    if known(site.q_len, min_seq_len) is Prompt.SHORT:
+        return _short(site, min_seq_len)
+    return proof if isinstance(proof, Rejected) else None
+
+
+def _short(site: AttentionSite, min_seq_len: int) -> Rejected:
+    return Rejected(Reason.SHORT_PROMPT, f"at most {min_seq_len} tokens", site.node)
+
+
+def _one_stack(sites: list[SitePlan]) -> list[SitePlan]:
+    """Two stacks of layers that both hold accepted sites share their numbers: neither can be meant."""
+    stacks = sorted({str(site.layer.stack) for site in sites if site.verdict is None})
+    if len(stacks) < 2:
+        return sites
+    why = f"layers of {' and '.join(stacks)}"
+    return [
+        replace(site, verdict=Rejected(Reason.LAYER_AMBIGUOUS, why, site.node))
+        if site.verdict is None
+        else site
+        for site in sites
+    ]
+
+
+def _decide_length(plan: GraphPlan) -> None:
+    """Settle the lengths: every site of a graph must be on the same side, or say why it stays dense."""
+    min_seq_len = plan.options.config.min_seq_len
+    sides: set[Prompt] = set()
+    for position, item in enumerate(plan.sites):
+        if item.verdict is not None:
+            continue
+        assert item.site is not None
+        side = decide(item.site.q_len, min_seq_len)
+        verdict: Rejected | None = None
+        if side is Prompt.SHORT:
+            verdict = _short(item.site, min_seq_len)
+        elif side is Prompt.BOTH:
+            assert isinstance(item.site.q_len, torch.SymInt)
+            where = find_length_input(plan.gm, item.site.q_len)
+            if where is None or plan.length not in (None, where):
+                verdict = Rejected(Reason.NO_DISPATCH, f"length {item.site.q_len}", item.node)
+            else:
+                plan.length = where
+        if verdict is None:
+            sides.add(side)
+        plan.sites[position] = replace(item, verdict=verdict)
+    plan.prompt = Prompt.BOTH if Prompt.BOTH in sides else Prompt.LONG if sides else Prompt.SHORT
+
+
+def _refuse_refusals(plan: GraphPlan) -> None:
+    """Strict mode: a site in a triangle layer, or in none that can be told, must not stay dense for a long prompt."""
+    unplaced = (Reason.LAYER_UNKNOWN, Reason.LAYER_AMBIGUOUS)
+    for item in plan.sites:
+        if item.verdict is None or item.verdict.reason in (Reason.SHORT_PROMPT, Reason.NOT_SELECTED):
+            continue
+        short = (
+            item.site is not None and known(item.site.q_len, plan.options.config.min_seq_len) is Prompt.SHORT
+        )
+        unknown = (
+            item.verdict.reason in unplaced and item.proof is not None and bool(plan.options.config.layers())
+        )
+        if not short and (item.selected or unknown):
+            raise StrictModeError(f"{item.layer.path or item.node.name}: {item.verdict}")
+
+
+def _layer_notes(sites: list[SitePlan], config: TriangleMixConfig) -> list[str]:
+    """Layers that the configuration names and a whole model does not have."""
+    seen = {site.layer.index for site in sites if site.layer.index is not None}
+    whole = len(seen) > 1 and seen == set(range(len(seen)))
+    missing = [layer for layer in config.layers() if layer >= len(seen)]
+    if not whole or not missing:
+        return []
+    return [f"the configuration names layers {_spans(missing)}, and the graph has layers 0-{len(seen) - 1}"]
+
+
+def _spans(numbers: list[int]) -> str:
+    return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]} ({len(numbers)} of them)"
+
+
+def rewrite_graph(plan: GraphPlan) -> Rewritten:
+    """Substitute and lower the planned sites, in the graph itself (:func:`copy_graph` keeps the original)."""
+    gm = plan.gm
+    fake_mode = nodes.fake_mode_of(gm)
+    needs_grad = torch.is_grad_enabled() and any(
+        isinstance(value := nodes.value_of(node), torch.Tensor) and value.requires_grad
+        for node in gm.graph.nodes
+        if node.op in ("placeholder", "get_attr")
+    )
+    substituter = Substituter(gm, fake_mode)
+    chosen: list[tuple[Node, AttentionCall, Lowering]] = []
+    sites: list[SitePlan] = []
+    replaced: list[AttentionSite] = []
+    for item in plan.sites:
+        target = _target(item, plan.options)
+        if target is None:
+            sites.append(item)
+            continue
+        site = item.site
+        assert site is not None
+        assert item.proof is not None
+        planned = _call(site, item.proof, target, needs_grad, fake_mode)
+        lowering = _lowering(planned, plan.options)
+        if lowering is None:
+            sites.append(item)
+            continue
+        both = substituter.substitute(Substitution(site, item.proof, *target))
+        chosen.append((both, replace(planned, key_mask=nodes.tensor_of(both.args[3])), lowering))
+        replaced.append(site)
+        sites.append(replace(item, lowering=lowering.name))
+    substituter.clean(replaced)
+    for node, call, lowering in chosen:
+        if lowering is not select.OPERATOR:
+            lower_node(gm, node, call, lowering, fake_mode)
+    gm.graph.lint()
+    gm.recompile()
+    return Rewritten(gm, replace(plan, sites=sites), merged_options([low for _, _, low in chosen]))
+
+
+def _target(item: SitePlan, options: Options) -> tuple[int, int, int] | None:
+    """The geometry of a site: triangle, dense without its mask, or None to leave it exactly as it is."""
+    if item.verdict is None:
+        return options.config.geometry
+    if item.proof is not None and item.site is not None and item.site.mask is not None:
+        return (0, 0, ALL_ROWS)
+    return None
+
+
+def _lowering(call: AttentionCall, options: Options) -> Lowering | None:
+    if call.last != ALL_ROWS:
+        return select.select(options.lowering, call)
+    return None if isinstance(select.DENSE.supports(call), Rejected) else select.DENSE
+
+
+def _call(
+    site: AttentionSite, proof: Proof, target: tuple[int, int, int], needs_grad: bool, fake_mode: Any
+) -> AttentionCall:
+    query, key, value = (site.fake(name) for name in ("query", "key", "value"))
+    out = nodes.tensor_of(site.node)
+    assert out is not None
+    key_mask = None
+    with fake_mode, torch.no_grad():
+        query, key, value = (x.to(out.dtype) for x in (query, key, value))
+        if proof.valid:
+            key_mask = key.new_empty(query.shape[0], key.shape[2], dtype=torch.bool)
+    return AttentionCall(query, key, value, key_mask, *target, site.scale, needs_grad)
+
+
+def copy_graph(gm: GraphModule) -> GraphModule:
+    """A copy of the graph that shares parameters and example values with the original."""
+    graph = Graph()
+    moved: dict[Node, Node] = {}
+    output = graph.graph_copy(gm.graph, moved)
+    graph.output(output).meta = dict(gm.graph.output_node().meta)
+    copy = GraphModule(gm, graph)
+    copy.meta = dict(gm.meta)
+    return copy
+
+
+def records(plan: GraphPlan, graph: int) -> list[SiteRecord]:
+    """The report's rows for one compiled graph."""
+    return [_record(item, plan.options.config, graph) for item in plan.sites]
+
+
+def _record(item: SitePlan, config: TriangleMixConfig, graph: int) -> SiteRecord:
+    site = item.site
+    tensors = [] if site is None else [site.fake(name) for name in ("query", "key", "value")]
+    shapes = [tuple(hint(size) for size in x.shape) for x in tensors] or [(), (), ()]
+    attended = causal = 0
+    is_triangle = item.verdict is None
+    if site is not None and 0 < shapes[0][2] <= shapes[1][2]:
+        grid = Grid(shapes[0][2], shapes[1][2])
+        causal = pair_count(dense(), grid)
+        attended = pair_count(triangle(*config.geometry), grid) if is_triangle else causal
+    return SiteRecord(
+        graph=graph,
+        path=item.layer.path,
+        layer=item.layer.index,
+        query=shapes[0],
+        key=shapes[1],
+        value=shapes[2],
+        dtype=str(tensors[0].dtype).removeprefix("torch.") if tensors else "",
+        dynamic=any(isinstance(size, torch.SymInt) for x in tensors for size in x.shape),
+        decision="triangle" if is_triangle else "dense",
+        reason="" if item.verdict is None else item.verdict.reason.name,
+        detail="" if item.verdict is None else item.verdict.detail,
+        lowering=item.lowering or "as written",
+        attended_pairs=attended,
+        causal_pairs=causal,
+    )
+
+
+def hint(size: int | torch.SymInt) -> int:
+    """A length as compilation saw it: itself, or the hint of its symbol (0 where it has none)."""
+    if isinstance(size, int):
+        return size
+    return int(size.node.hint) if size.node.has_hint() else 0

@@ -1,0 +1,188 @@
+"""What the pass decided and why: one record per attention site, as data, as a table, in the log and in the trace."""
+
+from __future__ import annotations
+
+import enum
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.fx import Node
+
+log = logging.getLogger("tmx_compile")
+
+
+class Reason(enum.Enum):
+    """Why a site stayed dense. The value is the explanation; docs/reasons.md tells what a user can do."""
+
+    NOT_SELECTED = "the configuration keeps this layer dense"
+    SHORT_PROMPT = "the prompt is not longer than min_seq_len"
+    LAYER_UNKNOWN = "the recorded module path names no layer"
+    LAYER_AMBIGUOUS = (
+        "the recorded module path, or the graph, has more than one candidate for the layer's number"
+    )
+    FORM = "the call is not written in a form that is understood"
+    LAYOUT = "the tensors are not (batch, heads, tokens, head_dim) with key heads dividing query heads"
+    DROPOUT = "attention dropout is active"
+    SCALE = "the score scale is not known at compile time"
+    MORE_QUERIES = "there are more query rows than keys, or their order cannot be known"
+    TOP_LEFT = "is_causal aligns to the top left, and the numbers of rows and keys are not known to be equal"
+    NOT_CAUSAL = "the mask is not causal"
+    MASK_UNKNOWN = "the mask depends on data or on an operation that is not understood"
+    FLOAT_BIAS = "the mask adds values other than 0 and minus infinity to the scores"
+    WRITTEN_IN_PLACE = "the mask is modified in place"
+    NO_LOWERING = "no lowering supports the call"
+    NO_DISPATCH = "the length is limited to a range that crosses min_seq_len, and no graph input tells it"
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """A yes, with an optional remark."""
+
+    remark: str = ""
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A no: the reason from the closed vocabulary, the particulars, and the node it is about."""
+
+    reason: Reason
+    detail: str = ""
+    node: Node | None = field(default=None, compare=False, repr=False)
+
+    def __str__(self) -> str:
+        return f"{self.reason.value} ({self.detail})" if self.detail else self.reason.value
+
+
+@dataclass(frozen=True)
+class SiteRecord:
+    """One attention call of one compiled graph.
+
+    Shapes hold the lengths that compilation saw (the hints, where a length is dynamic, which ``dynamic`` tells). Pairs
+    are (row, key) pairs of one sequence without padding and one head.
+    """
+
+    graph: int
+    path: str
+    layer: int | None
+    query: tuple[int, ...]
+    key: tuple[int, ...]
+    value: tuple[int, ...]
+    dtype: str
+    dynamic: bool
+    decision: str
+    reason: str
+    detail: str
+    lowering: str
+    attended_pairs: int
+    causal_pairs: int
+
+
+@dataclass
+class Report:
+    """Every site of every graph that a backend has compiled, in order; ``notes`` are remarks about a whole graph."""
+
+    sites: list[SiteRecord] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    graphs: int = 0
+
+    def __iter__(self) -> Iterator[SiteRecord]:
+        return iter(self.sites)
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+    def triangle(self) -> list[SiteRecord]:
+        """The sites that went sparse."""
+        return [site for site in self.sites if site.decision == "triangle"]
+
+    def of_graph(self, graph: int) -> list[SiteRecord]:
+        """The sites of one compiled graph, counted from 0."""
+        return [site for site in self.sites if site.graph == graph]
+
+    def add_graph(self, sites: list[SiteRecord], notes: list[str]) -> None:
+        """Record one compiled graph, and tell the log and the structured trace."""
+        self.graphs += 1
+        self.sites.extend(sites)
+        self.notes.extend(note for note in notes if note not in self.notes)
+        for note in notes:
+            log.warning("%s", note)
+        if not sites:
+            return
+        sparse = sum(site.decision == "triangle" for site in sites)
+        log.info("graph %d: %d attention sites, %d triangle", sites[0].graph, len(sites), sparse)
+        for site in sites:
+            log.debug(
+                "%s layer=%s %s %s lowering=%s pairs=%d/%d%s",
+                site.path,
+                site.layer,
+                site.query,
+                site.decision,
+                site.lowering,
+                site.attended_pairs,
+                site.causal_pairs,
+                f" because {site.reason}: {site.detail}" if site.reason else "",
+            )
+        torch._logging.trace_structured(
+            "artifact",
+            metadata_fn=lambda: {"name": "tmx_compile_report", "encoding": "json"},
+            payload_fn=lambda: json.dumps({"sites": [asdict(site) for site in sites], "notes": notes}),
+        )
+
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """The records as plain data, ready for JSON."""
+        return [asdict(site) for site in self.sites]
+
+    def table(self, *, graph: int | None = None) -> Table:
+        """A rich table of all graphs or of one."""
+        table = Table(title="tmx_compile: attention sites", title_justify="left")
+        for name in (
+            "graph",
+            "module",
+            "layer",
+            "query",
+            "key",
+            "decision",
+            "lowering",
+            "pairs / causal",
+            "why",
+        ):
+            right = name in ("graph", "layer", "pairs / causal")
+            table.add_column(name, justify="right" if right else "left", overflow="fold")
+        for site in self.sites if graph is None else self.of_graph(graph):
+            share = f" ({site.attended_pairs / site.causal_pairs:.1%})" if site.causal_pairs else ""
+            why = Reason[site.reason].value if site.reason else ""
+            table.add_row(
+                str(site.graph),
+                site.path or "?",
+                "?" if site.layer is None else str(site.layer),
+                "x".join(map(str, site.query)),
+                "x".join(map(str, site.key)),
+                site.decision,
+                site.lowering,
+                f"{site.attended_pairs:,}{share}",
+                f"{why}: {site.detail}" if site.detail else why,
+            )
+        return table
+
+    def __str__(self) -> str:
+        console = Console(width=160, record=True, file=_Nowhere(), color_system=None)
+        console.print(self.table())
+        for note in self.notes:
+            console.print(f"note: {note}")
+        return console.export_text()
+
+
+class _Nowhere:
+    """A file that forgets; rich records what it prints before it writes."""
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+    def flush(self) -> None:
+        return None
