@@ -272,9 +272,7 @@ def test_profile_round_trip(tmp_path: Path) -> None:
 def test_profile_spells_out_the_layers(tmp_path: Path) -> None:
     path = tmp_path / "profile.json"
     TriangleMixConfig(num_triangle_layers=2).to_profile(path, num_layers=4)
-    assert TriangleMixConfig.from_profile(path, num_layers=4) == TriangleMixConfig(
-        triangle_layer_indices=[0, 1]
-    )
+    assert TriangleMixConfig.from_profile(path, num_layers=4) == TriangleMixConfig(triangle_layer_indices=[0, 1])
     with pytest.raises(ValueError, match=r"num_triangle_layers must be at most num_layers=4, got 5"):
         TriangleMixConfig(num_triangle_layers=5).to_profile(path, num_layers=4)
 
@@ -292,9 +290,7 @@ PROFILE = {
 def test_profile_may_hold_more_than_it_must(tmp_path: Path) -> None:
     path = tmp_path / "profile.json"
     path.write_text(json.dumps(PROFILE), encoding="utf-8")
-    assert TriangleMixConfig.from_profile(path, num_layers=24) == TriangleMixConfig(
-        triangle_layer_indices=[20]
-    )
+    assert TriangleMixConfig.from_profile(path, num_layers=24) == TriangleMixConfig(triangle_layer_indices=[20])
 
 
 @pytest.mark.parametrize(
@@ -351,9 +347,7 @@ def test_to_trianglemix_config() -> None:
     on = TriangleMixInferenceConfig(True, 3, [], 1, 2, 5)
     assert on.to_trianglemix_config() == TriangleMixConfig(1, 2, 5, num_triangle_layers=3)
     listed = TriangleMixInferenceConfig(True, 3, [9, 8])
-    assert listed.to_trianglemix_config() == TriangleMixConfig(
-        num_triangle_layers=3, triangle_layer_indices=(8, 9)
-    )
+    assert listed.to_trianglemix_config() == TriangleMixConfig(num_triangle_layers=3, triangle_layer_indices=(8, 9))
 
 
 @pytest.mark.parametrize(

@@ -124,9 +124,7 @@ def test_sections_come_in_the_dtype_asked_for(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("use_triangle", [False, True])
-def test_attention_mask_is_zero_where_attended_and_minus_inf_elsewhere(
-    dtype: torch.dtype, use_triangle: bool
-) -> None:
+def test_attention_mask_is_zero_where_attended_and_minus_inf_elsewhere(dtype: torch.dtype, use_triangle: bool) -> None:
     mask = generator().get_attention_mask(17, 0, "cpu", dtype, use_triangle=use_triangle)
     attended = published("triangle" if use_triangle else "dense", 17, 2, 3, 4).bool()
     assert mask.dtype is dtype
@@ -138,9 +136,7 @@ def test_dense_is_the_default_and_the_flag_alone_decides() -> None:
     made_by = generator(triangle_layer_indices=[1])
     assert torch.equal(made_by.get_attention_mask(12, 1) == 0, torch.ones(12, 12).tril().bool())
     # Layer 0 is no triangle layer; the caller asked for the triangle mask all the same.
-    assert not torch.equal(
-        made_by.get_attention_mask(12, 0, use_triangle=True), made_by.get_attention_mask(12, 0)
-    )
+    assert not torch.equal(made_by.get_attention_mask(12, 0, use_triangle=True), made_by.get_attention_mask(12, 0))
 
 
 def test_softmax_under_the_mask_has_no_nan() -> None:
@@ -293,9 +289,7 @@ def test_layer_beyond_the_model_is_refused() -> None:
         TriangleMixAttention(TriangleMixConfig(), 0)
 
 
-@pytest.mark.parametrize(
-    "dtype", [torch.int64, torch.bool, torch.uint8, torch.complex64, torch.float8_e4m3fn]
-)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.uint8, torch.complex64, torch.float8_e4m3fn])
 def test_dtype_without_minus_inf_is_refused(dtype: torch.dtype) -> None:
     attention = TriangleMixAttention(TriangleMixConfig(num_triangle_layers=1), 2)
     message = re.escape(f"got {dtype}")

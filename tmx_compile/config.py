@@ -163,9 +163,7 @@ class TriangleMixConfig:
         return cls(triangle_layer_indices=range(start, num_layers), **geometry)
 
     @classmethod
-    def from_profile(
-        cls, path: str | os.PathLike[str], *, num_layers: int, **overrides: int
-    ) -> TriangleMixConfig:
+    def from_profile(cls, path: str | os.PathLike[str], *, num_layers: int, **overrides: int) -> TriangleMixConfig:
         """Read a saved calibration: the JSON file that :meth:`to_profile` writes.
 
         ``num_layers`` is the layer count of the model at hand: layer choices of another model are refused.
@@ -241,9 +239,7 @@ class TriangleMixConfig:
         outside = [index for index in self.triangle_layer_indices or () if index >= num_layers]
         if outside:
             listed = ", ".join(map(str, outside))
-            raise ValueError(
-                f"triangle_layer_indices must be less than num_layers={num_layers}, got {listed}"
-            )
+            raise ValueError(f"triangle_layer_indices must be less than num_layers={num_layers}, got {listed}")
 
     def fingerprint(self) -> str:
         """Return a hex digest of every field, the same in every process: a cache key."""
@@ -366,9 +362,7 @@ class TriangleMixInferenceConfig:
         )
 
     @classmethod
-    def for_qwen3(
-        cls, model_size: str = "14B", num_triangle_layers: int | None = None
-    ) -> TriangleMixInferenceConfig:
+    def for_qwen3(cls, model_size: str = "14B", num_triangle_layers: int | None = None) -> TriangleMixInferenceConfig:
         """Return an enabled configuration for a published Qwen3 model, with its *first* n layers sparse.
 
         n is 12 for 14B, 16 for 32B and about three layers in ten, within 4-20, for the other sizes;

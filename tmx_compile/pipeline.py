@@ -20,9 +20,9 @@ from tmx_compile.graph.substitute import Substituter, Substitution
 from tmx_compile.lengths import LengthInput, Prompt, decide, find_length_input, known
 from tmx_compile.lowering import select
 from tmx_compile.lowering.base import AttentionCall, Lowering
-from tmx_compile.lowering.lower import lower_node, merged_options
+from tmx_compile.lowering.lower import Lowerer, merged_options
 from tmx_compile.ops import ALL_ROWS
-from tmx_compile.plan import Grid, dense, pair_count, triangle
+from tmx_compile.plan import Grid, dense_section, pair_count, triangle
 from tmx_compile.report import Reason, Rejected, SiteRecord
 
 
@@ -128,9 +128,7 @@ def _one_stack(sites: list[SitePlan]) -> list[SitePlan]:
         return sites
     why = f"layers of {' and '.join(stacks)}"
     return [
-        replace(site, verdict=Rejected(Reason.LAYER_AMBIGUOUS, why, site.node))
-        if site.verdict is None
-        else site
+        replace(site, verdict=Rejected(Reason.LAYER_AMBIGUOUS, why, site.node)) if site.verdict is None else site
         for site in sites
     ]
 
@@ -166,12 +164,8 @@ def _refuse_refusals(plan: GraphPlan) -> None:
     for item in plan.sites:
         if item.verdict is None or item.verdict.reason in (Reason.SHORT_PROMPT, Reason.NOT_SELECTED):
             continue
-        short = (
-            item.site is not None and known(item.site.q_len, plan.options.config.min_seq_len) is Prompt.SHORT
-        )
-        unknown = (
-            item.verdict.reason in unplaced and item.proof is not None and bool(plan.options.config.layers())
-        )
+        short = item.site is not None and known(item.site.q_len, plan.options.config.min_seq_len) is Prompt.SHORT
+        unknown = item.verdict.reason in unplaced and item.proof is not None and bool(plan.options.config.layers())
         if not short and (item.selected or unknown):
             raise StrictModeError(f"{item.layer.path or item.node.name}: {item.verdict}")
 
@@ -221,9 +215,10 @@ def rewrite_graph(plan: GraphPlan) -> Rewritten:
         replaced.append(site)
         sites.append(replace(item, lowering=lowering.name))
     substituter.clean(replaced)
+    lowerer = Lowerer(gm, fake_mode)
     for node, call, lowering in chosen:
         if lowering is not select.OPERATOR:
-            lower_node(gm, node, call, lowering, fake_mode)
+            lowerer.lower(node, call, lowering)
     gm.graph.lint()
     gm.recompile()
     return Rewritten(gm, replace(plan, sites=sites), merged_options([low for _, _, low in chosen]))
@@ -251,7 +246,7 @@ def _call(
     out = nodes.tensor_of(site.node)
     assert out is not None
     key_mask = None
-    with fake_mode, torch.no_grad():
+    with nodes.on_fakes(fake_mode):
         query, key, value = (x.to(out.dtype) for x in (query, key, value))
         if proof.valid:
             key_mask = key.new_empty(query.shape[0], key.shape[2], dtype=torch.bool)
@@ -282,7 +277,7 @@ def _record(item: SitePlan, config: TriangleMixConfig, graph: int) -> SiteRecord
     is_triangle = item.verdict is None
     if site is not None and 0 < shapes[0][2] <= shapes[1][2]:
         grid = Grid(shapes[0][2], shapes[1][2])
-        causal = pair_count(dense(), grid)
+        causal = pair_count(dense_section(), grid)
         attended = pair_count(triangle(*config.geometry), grid) if is_triangle else causal
     return SiteRecord(
         graph=graph,

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import enum
+import io
 import json
 import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
+from torch._logging._internal import trace_structured
 from torch.fx import Node
 
 log = logging.getLogger("tmx_compile")
@@ -23,9 +24,7 @@ class Reason(enum.Enum):
     NOT_SELECTED = "the configuration keeps this layer dense"
     SHORT_PROMPT = "the prompt is not longer than min_seq_len"
     LAYER_UNKNOWN = "the recorded module path names no layer"
-    LAYER_AMBIGUOUS = (
-        "the recorded module path, or the graph, has more than one candidate for the layer's number"
-    )
+    LAYER_AMBIGUOUS = "the recorded module path, or the graph, has more than one candidate for the layer's number"
     FORM = "the call is not written in a form that is understood"
     LAYOUT = "the tensors are not (batch, heads, tokens, head_dim) with key heads dividing query heads"
     DROPOUT = "attention dropout is active"
@@ -128,7 +127,7 @@ class Report:
                 site.causal_pairs,
                 f" because {site.reason}: {site.detail}" if site.reason else "",
             )
-        torch._logging.trace_structured(
+        trace_structured(
             "artifact",
             metadata_fn=lambda: {"name": "tmx_compile_report", "encoding": "json"},
             payload_fn=lambda: json.dumps({"sites": [asdict(site) for site in sites], "notes": notes}),
@@ -171,18 +170,8 @@ class Report:
         return table
 
     def __str__(self) -> str:
-        console = Console(width=160, record=True, file=_Nowhere(), color_system=None)
+        console = Console(width=160, record=True, file=io.StringIO(), color_system=None)
         console.print(self.table())
         for note in self.notes:
             console.print(f"note: {note}")
         return console.export_text()
-
-
-class _Nowhere:
-    """A file that forgets; rich records what it prints before it writes."""
-
-    def write(self, text: str) -> int:
-        return len(text)
-
-    def flush(self) -> None:
-        return None

@@ -12,7 +12,7 @@ from test_mask import brute, grids, masks
 
 from tmx_compile.plan.blocks import BlockKind, BlockPlan, Runs, block_plan
 from tmx_compile.plan.intervals import pair_count
-from tmx_compile.plan.mask import Causal, Grid, LastRows, Mask, Sink, Window, dense, triangle
+from tmx_compile.plan.mask import Causal, Grid, LastRows, Mask, Sink, Window, dense_section, triangle
 
 MILLION = 1_048_576
 sizes = st.integers(1, 9)
@@ -72,9 +72,7 @@ def test_every_reading_of_the_plan_is_exact(mask: Mask, grid: Grid, q_block: int
         check_runs(runs, [runs_where(line, wanted) for line in kinds], plan.num_kv_blocks)
 
 
-@pytest.mark.parametrize(
-    "grid", [Grid(1, 1), Grid(2, 2), Grid(31, 31), Grid(1, 31), Grid(7, 31), Grid(9, 9, 5, 5)]
-)
+@pytest.mark.parametrize("grid", [Grid(1, 1), Grid(2, 2), Grid(31, 31), Grid(1, 31), Grid(7, 31), Grid(9, 9, 5, 5)])
 @pytest.mark.parametrize("geometry", [(0, 0, 0), (1, 0, 1), (99, 0, 0), (0, 99, 0), (0, 0, 99), (3, 4, 5)])
 @pytest.mark.parametrize(("q_block", "kv_block"), [(1, 1), (4, 8), (8, 4), (64, 64)])
 def test_edge_geometries(grid: Grid, geometry: tuple[int, int, int], q_block: int, kv_block: int) -> None:
@@ -124,7 +122,7 @@ def test_a_million_tokens_fit_in_a_few_megabytes() -> None:
 
 
 def test_a_plan_too_large_to_look_at_is_refused() -> None:
-    plan = block_plan(dense(), Grid(MILLION, MILLION), 128, 128)
+    plan = block_plan(dense_section(), Grid(MILLION, MILLION), 128, 128)
     with pytest.raises(ValueError, match="limited to 16777216 blocks, this one has 67108864"):
         plan.to_dense()
 
@@ -134,13 +132,11 @@ def test_a_plan_too_large_to_look_at_is_refused() -> None:
 def test_block_sizes_are_checked(name: str, size: object) -> None:
     arguments = {"q_block": 8, "kv_block": 8, name: size}
     with pytest.raises(ValueError, match=f"{name} must be an int of at least 1, got {size!r}"):
-        block_plan(dense(), Grid(4, 4), **arguments)  # type: ignore[arg-type]
+        block_plan(dense_section(), Grid(4, 4), **arguments)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("q_index", "kv_index"), [(-1, 0), (2, 0), (0, -1), (0, 3)])
 def test_blocks_outside_the_plan_are_refused(q_index: int, kv_index: int) -> None:
-    plan = block_plan(dense(), Grid(4, 6), 2, 2)
-    with pytest.raises(
-        ValueError, match=rf"block \({q_index}, {kv_index}\) is outside the plan of 2 by 3 blocks"
-    ):
+    plan = block_plan(dense_section(), Grid(4, 6), 2, 2)
+    with pytest.raises(ValueError, match=rf"block \({q_index}, {kv_index}\) is outside the plan of 2 by 3 blocks"):
         plan.kind(q_index, kv_index)

@@ -30,7 +30,7 @@ from tmx_compile.plan.mask import (
     Padding,
     Sink,
     Window,
-    dense,
+    dense_section,
     last_section,
     middle_section,
     streaming_section,
@@ -87,9 +87,7 @@ def test_segments_partition_the_rows_and_are_as_few_as_can_be(mask: Mask, grid: 
 # On tiny grids many masks coincide, so that both answers are common.
 @given(masks(), masks(), grids(max_len=4))
 def test_equal_and_subset_decide_sets_of_pairs(a: Mask, b: Mask, grid: Grid) -> None:
-    in_a, in_b = (
-        {(i, j) for i, line in enumerate(brute(x, grid)) for j, on in enumerate(line) if on} for x in (a, b)
-    )
+    in_a, in_b = ({(i, j) for i, line in enumerate(brute(x, grid)) for j, on in enumerate(line) if on} for x in (a, b))
     assert equal(a, b, grid) == (in_a == in_b)
     assert subset(a, b, grid) == (in_a <= in_b)
     if in_a == in_b:
@@ -112,9 +110,9 @@ def test_sections_partition_the_causal_triangle(geometry: dict[str, int], grid: 
     streaming = streaming_section(geometry["sink"], geometry["window"])
     last, middle = last_section(**geometry), middle_section(**geometry)
     assert equal(streaming | last, triangle(**geometry), grid)
-    assert equal(streaming | last | middle, dense(), grid)
+    assert equal(streaming | last | middle, dense_section(), grid)
     counts = [pair_count(section, grid) for section in (streaming, last, middle)]
-    assert sum(counts) == pair_count(dense(), grid)
+    assert sum(counts) == pair_count(dense_section(), grid)
 
 
 @pytest.mark.parametrize("n", [1, 2, 31, 64])
@@ -122,7 +120,7 @@ def test_sections_partition_the_causal_triangle(geometry: dict[str, int], grid: 
 def test_counts_beyond_the_length_or_zero(n: int, count: int) -> None:
     grid = Grid(n, n)
     for mask in (triangle(count, 0, 0), triangle(0, count, 0), triangle(0, 0, count)):
-        assert equal(mask, dense(), grid) == (count >= n - 1)
+        assert equal(mask, dense_section(), grid) == (count >= n - 1)
     assert pair_count(triangle(0, 0, 0), grid) == n
 
 
@@ -157,7 +155,7 @@ def test_a_reading_prints_itself() -> None:
 @pytest.mark.parametrize("row", [-1, 5])
 def test_rows_outside_the_grid_are_refused(row: int) -> None:
     with pytest.raises(ValueError, match=f"row {row} is outside the grid of 5 rows"):
-        row_intervals(dense(), Grid(5, 9)).row(row)
+        row_intervals(dense_section(), Grid(5, 9)).row(row)
 
 
 def test_strangers_are_refused() -> None:

@@ -25,7 +25,7 @@ from tmx_compile.plan.mask import (
     Sink,
     Window,
     attends,
-    dense,
+    dense_section,
     holds,
     last_section,
     middle_section,
@@ -70,9 +70,7 @@ def grids(draw: st.DrawFn, max_len: int = 20) -> Grid:
 
 
 def masks(max_leaves: int = 6) -> st.SearchStrategy[Mask]:
-    counted = st.builds(
-        lambda kind, n: kind(n), st.sampled_from([Sink, Window, LastRows]), st.integers(0, 22)
-    )
+    counted = st.builds(lambda kind, n: kind(n), st.sampled_from([Sink, Window, LastRows]), st.integers(0, 22))
     # Single rules are bounded on one side only: bands make masks with many gaps likely.
     bands = st.builds(
         lambda kind, n, size: kind(n + size) & ~kind(n),
@@ -82,9 +80,7 @@ def masks(max_leaves: int = 6) -> st.SearchStrategy[Mask]:
     )
     return st.recursive(
         st.one_of(counted, bands, st.just(Causal()), st.just(Padding())),
-        lambda inner: st.one_of(
-            st.builds(Or, inner, inner), st.builds(And, inner, inner), st.builds(Not, inner)
-        ),
+        lambda inner: st.one_of(st.builds(Or, inner, inner), st.builds(And, inner, inner), st.builds(Not, inner)),
         max_leaves=max_leaves,
     )
 
@@ -110,23 +106,17 @@ def test_the_triangle_is_what_the_sections_and_the_rule_say(geometry: dict[str, 
         to_dense(middle_section(**geometry), grid).int(),
     ]
     assert torch.equal(parts[0] + parts[1], to_dense(triangle(**geometry), grid).int())
-    assert torch.equal(parts[0] + parts[1] + parts[2], to_dense(dense(), grid).int())
+    assert torch.equal(parts[0] + parts[1] + parts[2], to_dense(dense_section(), grid).int())
     for row in range(grid.q_len):
         for key in range(grid.kv_len):
             p, valid = row + grid.offset, range(grid.start, grid.end)
             rule = key - grid.start < sink or p - key <= window or p >= grid.end - last
-            assert attends(triangle(**geometry), grid, row, key) == (
-                p in valid and key in valid and key <= p and rule
-            )
+            assert attends(triangle(**geometry), grid, row, key) == (p in valid and key in valid and key <= p and rule)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 8, 13])
-@pytest.mark.parametrize(
-    ("sink", "window", "last"), [(0, 0, 0), (1, 0, 2), (2, 3, 1), (4, 2, 0), (0, 13, 99)]
-)
-def test_sections_follow_the_published_formulas_that_count_from_1(
-    n: int, sink: int, window: int, last: int
-) -> None:
+@pytest.mark.parametrize(("sink", "window", "last"), [(0, 0, 0), (1, 0, 2), (2, 3, 1), (4, 2, 0), (0, 13, 99)])
+def test_sections_follow_the_published_formulas_that_count_from_1(n: int, sink: int, window: int, last: int) -> None:
     grid = Grid(n, n)
     streaming, bottom, middle = (
         to_dense(section, grid)
@@ -210,10 +200,10 @@ def test_grids_compare_by_extent() -> None:
 @pytest.mark.parametrize(("row", "key"), [(-1, 0), (3, 0), (0, -1), (0, 5)])
 def test_pairs_outside_the_grid_are_refused(row: int, key: int) -> None:
     with pytest.raises(ValueError, match=f"row {row}, key {key} is outside the grid of 3 rows by 5 keys"):
-        attends(dense(), Grid(3, 5), row, key)
+        attends(dense_section(), Grid(3, 5), row, key)
 
 
-@pytest.mark.parametrize("mask", [dense(), LastRows(2), Sink(1), Causal()])
+@pytest.mark.parametrize("mask", [dense_section(), LastRows(2), Sink(1), Causal()])
 def test_dense_reading_is_a_plain_bool_tensor_on_the_device_asked_for(mask: Mask) -> None:
     tensor = to_dense(mask, Grid(3, 5), device="meta")
     assert (tensor.shape, tensor.dtype, tensor.device.type) == ((3, 5), torch.bool, "meta")

@@ -52,9 +52,7 @@ class TriangleMixAnalyzer:
         """
         n = as_count("n", n)
         # The exact mean: neither the order of the records nor rounding may decide between equal layers.
-        means = {
-            layer: statistics.mean(values) for layer, values in self.middle_qk_gradients.items() if values
-        }
+        means = {layer: statistics.mean(values) for layer, values in self.middle_qk_gradients.items() if values}
         if n > len(means):
             raise ValueError(
                 f"n must be at most the number of recorded layers, {len(means)} of {self.num_layers}, got {n}"

@@ -33,7 +33,7 @@ def layer_path(node: Node) -> LayerPath:
     raw = str(next(reversed(stack.values()))[0])
     found = list(_INDEX.finditer(raw))
     path = _ROOT.sub(lambda m: f"{m['name']}." if m["name"] else "", raw).rstrip(".")
-    path = re.sub(r"\._modules\['(\w+)'\]", r".\1", path)
+    path = re.sub(r"\._modules\['(\w+)'\]|\[(\d+)\]", lambda m: f".{m[1] or m[2]}", path)
     if len(found) != 1:
         return LayerPath(path, indices=len(found))
     match = found[0]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import GraphModule, Node
 
 _OPERATOR_NAMES = {"and_": "and", "or_": "or", "xor": "xor", "invert": "not", "inv": "not", "not_": "not"}
@@ -30,11 +32,14 @@ _METHOD_NAMES = {
     "negative": "neg",
 }
 
+INSERTED = "tmx_inserted"
+"""Key in ``node.meta`` of every node that the pass or a lowering wrote."""
+
 # Calls whose result may share storage with their first argument.
 _VIEWS = frozenset(
-    "getitem view reshape expand expand_as broadcast_to transpose permute unsqueeze squeeze narrow select slice t "
-    "flatten unflatten unfold detach to contiguous alias swapaxes movedim view_as chunk split unbind as_strided "
-    "type bool float int long half bfloat16 diagonal".split()
+    """getitem view reshape expand expand_as broadcast_to transpose permute unsqueeze squeeze narrow select slice t
+    flatten unflatten unfold detach to contiguous alias swapaxes movedim view_as chunk split unbind as_strided
+    type bool float int long half bfloat16 diagonal""".split()  # noqa: SIM905
 )
 
 
@@ -86,7 +91,7 @@ def is_in_place(node: Node) -> bool:
 
 
 _IN_PLACE_OPERATORS = frozenset(
-    "iadd isub imul itruediv ifloordiv imod ipow iand ior ixor ilshift irshift iconcat imatmul".split()
+    "iadd isub imul itruediv ifloordiv imod ipow iand ior ixor ilshift irshift iconcat imatmul".split()  # noqa: SIM905
 )
 
 
@@ -135,6 +140,13 @@ def fake_mode_of(gm: GraphModule) -> Any:
         if isinstance(value, torch._subclasses.FakeTensor):
             return value.fake_mode
     return None
+
+
+@contextlib.contextmanager
+def on_fakes(fake_mode: Any) -> Iterator[None]:
+    """Run code on fake tensors: symbolic sizes need the Python dispatcher, and no gradient is wanted."""
+    with fake_mode, torch.no_grad(), enable_python_dispatcher():
+        yield
 
 
 def shape_env_of(value: torch.Tensor) -> Any:

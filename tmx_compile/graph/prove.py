@@ -20,6 +20,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from tmx_compile.graph import terms as t
 from tmx_compile.graph.nodes import op_name, shape_env_of, tensor_of
 from tmx_compile.graph.read import MaskReader, View, as_truth
+from tmx_compile.graph.rules import RULES
 from tmx_compile.graph.site import AttentionSite
 from tmx_compile.graph.terms import AllOf, AnyOf, Choice, Element, Lin, NonNegative, Size, Truth, Truthy
 from tmx_compile.report import Reason, Rejected
@@ -29,10 +30,18 @@ KEY, ROW, HEAD, BATCH = 0, 1, 2, 3
 
 
 @dataclass(frozen=True)
-class Proof:
-    """The mask is causal in absolute positions, and-ed with these per-key masks (elements that are not zero)."""
+class KeyMask:
+    """A per-key tensor of the mask: a key is valid where the element is not zero (``inverted``: where it is)."""
 
-    valid: tuple[Element, ...] = ()
+    element: Element
+    inverted: bool = False
+
+
+@dataclass(frozen=True)
+class Proof:
+    """The mask is causal in absolute positions, and-ed with these per-key masks."""
+
+    valid: tuple[KeyMask, ...] = ()
 
 
 @dataclass
@@ -49,7 +58,7 @@ class Prover:
     _proofs: dict[Any, Proof | Rejected] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._reader = MaskReader(lambda lin: self._at_least(lin, {}, 0))
+        self._reader = MaskReader(RULES, lambda lin: self._at_least(lin, {}, 0))
 
     @classmethod
     def of(cls, fake: torch.Tensor | None, written: frozenset[Node]) -> Prover:
@@ -94,14 +103,14 @@ class Prover:
         attended = self._decide(attended, sizes)
         facts = attended.terms if isinstance(attended, AllOf) else frozenset({attended})
         causal = NonNegative(Lin.of(sizes[KEY] - sizes[ROW], {ROW: 1, KEY: -1}))
-        valid: list[Element] = []
+        valid: list[KeyMask] = []
         for fact in sorted(facts - {causal}, key=str):
             match fact:
-                case Truthy(element) if t.coordinates(element) <= {KEY, BATCH}:
-                    refused = self._per_key(element, sizes, mask)
+                case Truthy(element) | t.Negation(Truthy(element)) if t.coordinates(element) <= {KEY, BATCH}:
+                    refused = self._per_key(element, mask)
                     if refused is not None:
                         return refused
-                    valid.append(element)
+                    valid.append(KeyMask(element, inverted=isinstance(fact, t.Negation)))
                 case t.Const():
                     if not fact.value:
                         return Rejected(Reason.NOT_CAUSAL, "the mask attends to nothing", mask)
@@ -113,7 +122,7 @@ class Prover:
             return Rejected(Reason.NOT_CAUSAL, "every row may see later keys", mask)
         return Proof(tuple(valid))
 
-    def _per_key(self, element: Element, sizes: dict[int, Size], mask: Node) -> Rejected | None:
+    def _per_key(self, element: Element, mask: Node) -> Rejected | None:
         """A per-key tensor must be (B or 1, ..., Skv) read at its own batch and from key 0 on, in order."""
         fake = tensor_of(element.node)
         assert fake is not None

@@ -11,10 +11,10 @@ from torch.fx import GraphModule, Node
 
 from tmx_compile.errors import VerificationError
 from tmx_compile.graph import terms as t
-from tmx_compile.graph.nodes import erase_dead, tensor_of, value_of
-from tmx_compile.graph.prove import BATCH, KEY, Proof
+from tmx_compile.graph.nodes import INSERTED, erase_dead, on_fakes, tensor_of, value_of
+from tmx_compile.graph.prove import BATCH, KEY, KeyMask, Proof
 from tmx_compile.graph.site import AttentionSite
-from tmx_compile.graph.terms import Element, Lin
+from tmx_compile.graph.terms import Lin
 from tmx_compile.ops import OPERATOR
 
 
@@ -45,7 +45,7 @@ class Substituter:
         assert out is not None
         with graph.inserting_before(site.node):
             key_mask = self._key_mask(item) if item.proof.valid else None
-            # Under autocast SDPA takes mixed dtypes and its result tells the one it computes in; the operator wants one.
+            # Under autocast SDPA takes mixed dtypes; its result tells which one it computes in.
             operands = [self._cast(node, out.dtype, site.node) for node in (site.query, site.key, site.value)]
             args = (*operands, key_mask, item.sink, item.window, item.last, site.scale)
             both = self._call(site.node, OPERATOR, args)
@@ -72,8 +72,8 @@ class Substituter:
         shared = (item.proof.valid, t.size_of(batch), t.size_of(kv_len))
         if shared not in self._key_masks:
             mask: Node | None = None
-            for element in item.proof.valid:
-                valid = self._valid(element, site)
+            for key_mask in item.proof.valid:
+                valid = self._valid(key_mask, site)
                 mask = valid if mask is None else self._call(site.node, operator.and_, (mask, valid))
             assert mask is not None
             sizes = tuple(self._size(site, axis, node) for axis, node in ((0, site.query), (2, site.key)))
@@ -81,8 +81,9 @@ class Substituter:
             self._key_masks[shared] = expanded
         return self._key_masks[shared]
 
-    def _valid(self, element: Element, site: AttentionSite) -> Node:
+    def _valid(self, key_mask: KeyMask, site: AttentionSite) -> Node:
         """One per-key tensor as (B or 1, Skv) bool. Reading by position keeps the original's out-of-range error."""
+        element = key_mask.element
         like, source = site.node, element.node
         fake = tensor_of(source)
         assert fake is not None
@@ -100,7 +101,9 @@ class Substituter:
         assert rank is not None
         if rank.dim() == 1:
             read = self._call(like, torch.unsqueeze, (read, 0))
-        return read if fake.dtype == torch.bool else self._call(like, torch.Tensor.to, (read, torch.bool))
+        if fake.dtype != torch.bool:
+            read = self._call(like, torch.Tensor.to, (read, torch.bool))
+        return self._call(like, torch.logical_not, (read,)) if key_mask.inverted else read
 
     def _arange(self, site: AttentionSite, axis: int, node: Node) -> Node:
         size = self._size(site, axis, node)
@@ -112,19 +115,19 @@ class Substituter:
         size = fake.shape[axis]
         return size if isinstance(size, int) else self._call(site.node, torch.Tensor.size, (node, axis))
 
-    def _call(
-        self, like: Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
-    ) -> Node:
+    def _call(self, like: Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Node:
         """Insert a call with the origin of the site and an example value."""
-        if getattr(torch.Tensor, getattr(target, "__name__", ""), None) is target:
-            node = self._gm.graph.call_method(target.__name__, args, kwargs)
+        name = getattr(target, "__name__", "")
+        if getattr(torch.Tensor, name, None) is target:
+            node = self._gm.graph.call_method(name, args, kwargs)
         else:
             node = self._gm.graph.call_function(target, args, kwargs)
         for key in ("nn_module_stack", "stack_trace"):
             if key in like.meta:
                 node.meta[key] = like.meta[key]
+        node.meta[INSERTED] = True
         values, keywords = torch.fx.node.map_arg((args, kwargs or {}), value_of)
-        with self._fake_mode, torch.no_grad():
+        with on_fakes(self._fake_mode):
             node.meta["example_value"] = target(*values, **keywords)
         return node
 

@@ -9,9 +9,10 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node, Proxy
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.proxy import GraphAppendingTracer
 
-from tmx_compile.graph.nodes import value_of
+from tmx_compile.graph.nodes import INSERTED, on_fakes, value_of
 from tmx_compile.report import Accepted, Rejected
 
 Length: TypeAlias = "int | torch.SymInt | Proxy"
@@ -61,12 +62,12 @@ class Lowering(Protocol):
 
 @dataclass(frozen=True)
 class Operands:
-    """The graph values of one call, in the operator's order."""
+    """The proxies of one call, in the operator's order, typed as what they act as; ``key_mask`` may be None."""
 
-    query: Proxy
-    key: Proxy
-    value: Proxy
-    key_mask: Proxy | None
+    query: Any
+    key: Any
+    value: Any
+    key_mask: Any
 
 
 class _RecordingTracer(GraphAppendingTracer):
@@ -78,19 +79,20 @@ class _RecordingTracer(GraphAppendingTracer):
     def __init__(self, graph: torch.fx.Graph, fake_mode: Any, origin: Node) -> None:
         super().__init__(graph)
         self._fake_mode = fake_mode
-        self._origin = {
+        self._origin: dict[str, Any] = {
             key: origin.meta[key] for key in ("nn_module_stack", "stack_trace") if key in origin.meta
         }
 
-    def create_proxy(  # type: ignore[override]
+    def create_proxy(
         self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *rest: Any, **named: Any
     ) -> Proxy:
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **named)
         node = proxy.node
         node.meta.update(self._origin)
+        node.meta[INSERTED] = True
         if kind in ("call_function", "call_method"):
             values, keywords = torch.fx.node.map_arg((node.args, node.kwargs), value_of)
-            with self._fake_mode, torch.no_grad():
+            with on_fakes(self._fake_mode):
                 if kind == "call_method":
                     node.meta["example_value"] = getattr(values[0], target)(*values[1:], **keywords)
                 else:
@@ -140,13 +142,17 @@ def length(x: Any, dim: int) -> Any:
     return x.shape[dim]
 
 
+def first_position(q: Any, k: Any) -> Any:
+    """Absolute position of query row 0, Skv - Sq: a plain 0 where the two are known to be equal."""
+    same = statically_known_true(example(q).shape[2] == example(k).shape[2])
+    return 0 if same else length(k, 2) - length(q, 2)
+
+
 def arange(like: Any, *bounds: Any) -> Any:
     """``torch.arange`` in int64 on the device of a tensor or proxy."""
     if isinstance(like, Proxy):
         device = value_of(like.node).device
-        return like.tracer.create_proxy(
-            "call_function", torch.arange, bounds, {"device": device, "dtype": torch.int64}
-        )
+        return like.tracer.create_proxy("call_function", torch.arange, bounds, {"device": device, "dtype": torch.int64})
     return torch.arange(*bounds, device=like.device, dtype=torch.int64)
 
 

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch.fx import Proxy
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from tmx_compile.lowering import rows
-from tmx_compile.lowering.base import AttentionCall, Operands, Writer, arange, example, length
+from tmx_compile.lowering.base import AttentionCall, Operands, Writer, arange, example, first_position, length, symbol
 from tmx_compile.report import Accepted, Reason, Rejected
 
 _MAX_REACH = 4096
@@ -53,9 +54,7 @@ def rows_per_block(window: int) -> int:
     return 64 if window <= 128 else 128
 
 
-def blocked_attention(
-    q: Any, k: Any, v: Any, key_mask: Any, sink: int, window: int, last: int, scale: float
-) -> Any:
+def blocked_attention(q: Any, k: Any, v: Any, key_mask: Any, sink: int, window: int, last: int, scale: float) -> Any:
     """Triangle attention, out (B, H, Sq, Dv), from tensors or proxies of the operator's shapes."""
     q_len, kv_len = length(q, 2), length(k, 2)
     if isinstance(kv_len, int):
@@ -72,15 +71,15 @@ def blocked_attention(
     return out
 
 
-def _streaming(
-    q: Any, k: Any, v: Any, key_mask: Any, where: rows.Extent, sink: int, window: int, scale: float
-) -> Any:
+def _streaming(q: Any, k: Any, v: Any, key_mask: Any, where: rows.Extent, sink: int, window: int, scale: float) -> Any:
     batch, heads, q_len, head_dim = (length(q, d) for d in range(4))
     kv_len = length(k, 2)
-    offset = kv_len - q_len
+    offset = first_position(q, k)
     size = rows_per_block(window)
     reach = -(-window // size)  # whole blocks of keys before a row block's own
-    blocks = (q_len + size - 1) // size
+    # Always at least one row of padding: "is the padded length the length" would be a guard on its remainder, and a
+    # recompile for every prompt that fills its blocks. Likewise one block alone would be a case of its own.
+    blocks = q_len // size + (1 if statically_known_true(symbol(q_len) >= size) else 2)
     tail = blocks * size - q_len
 
     def key_blocks(x: Any, fill: float = 0.0) -> Any:
@@ -112,12 +111,8 @@ def _streaming(
         # zero_empty clears the rows without keys afterwards.
         own_key = F.pad((near == row), (sink, 0))
         mask, _ = rows.with_own_key(mask, own_key)
-    keys, values = (
-        torch.cat([s, key_blocks(x)], 3).flatten(0, 1) for s, x in zip(sinks, (k, v), strict=True)
-    )
-    queries = (
-        F.pad(q, (0, 0, 0, tail)).reshape(batch, heads, blocks, size, head_dim).transpose(1, 2).flatten(0, 1)
-    )
+    keys, values = (torch.cat([s, key_blocks(x)], 3).flatten(0, 1) for s, x in zip(sinks, (k, v), strict=True))
+    queries = F.pad(q, (0, 0, 0, tail)).reshape(batch, heads, blocks, size, head_dim).transpose(1, 2).flatten(0, 1)
     mask = mask.expand(batch, -1, -1, -1).flatten(0, 1)[:, None]
     out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale, enable_gqa=True)
     out = out.reshape(batch, blocks, heads, size, length(v, 3)).transpose(1, 2)

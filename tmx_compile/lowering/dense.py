@@ -7,7 +7,7 @@ alive. The numbers are those of dense attention; only the mask is gone.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -31,15 +31,11 @@ class Dense:
         if call.key_mask is None:
             return Accepted()
         if call.query.device.type != "cpu":
-            return Rejected(
-                Reason.NO_LOWERING, f"sdpa: no causal kernel with padding on {call.query.device.type}"
-            )
+            return Rejected(Reason.NO_LOWERING, f"sdpa: no causal kernel with padding on {call.query.device.type}")
         if call.needs_grad:
             return Rejected(Reason.NO_LOWERING, "sdpa: causal with padding is forward only")
         if call.query.shape[3] != call.value.shape[3]:
-            return Rejected(
-                Reason.NO_LOWERING, "sdpa: causal with padding needs equal key and value head dims"
-            )
+            return Rejected(Reason.NO_LOWERING, "sdpa: causal with padding needs equal key and value head dims")
         if call.query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return Rejected(Reason.NO_LOWERING, f"sdpa: causal with padding does not take {call.query.dtype}")
         if 0 in call.query.shape:
@@ -50,11 +46,9 @@ class Dense:
         """``is_causal`` SDPA; with padding, the CPU flash kernel with a (B, 1, 1, Skv) bias."""
         q, k, v, key_mask = operands.query, operands.key, operands.value, operands.key_mask
         if key_mask is None:
-            out: Proxy = F.scaled_dot_product_attention(
-                q, k, v, is_causal=True, scale=call.scale, enable_gqa=True
-            )
-            return out
+            causal = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=call.scale, enable_gqa=True)
+            return cast("Proxy", causal)
         bias = torch.where(key_mask, 0.0, float("-inf")).to(call.query.dtype)[:, None, None, :]
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-        out = write.call(flash, q, k, v, 0.0, True, attn_mask=bias, scale=call.scale)
-        return out[0]
+        out: Any = write.call(flash, q, k, v, 0.0, True, attn_mask=bias, scale=call.scale)
+        return cast("Proxy", out[0])

@@ -17,7 +17,7 @@ from torch._higher_order_ops.flex_attention import flex_attention
 from torch.fx import Graph, GraphModule, Proxy
 
 from tmx_compile.lowering import rows
-from tmx_compile.lowering.base import AttentionCall, Operands, Writer, arange, example, length
+from tmx_compile.lowering.base import AttentionCall, Operands, Writer, arange, example, first_position, length
 from tmx_compile.report import Accepted, Reason, Rejected
 
 # 64-wide blocks were fastest or equal on CPU, 128 slowest (benchmarks/results). A power of two: the plan divides by a
@@ -50,13 +50,13 @@ class Flex:
         if call.needs_grad:
             return Rejected(Reason.NO_LOWERING, "flex: Inductor's CPU template has no backward")
         if call.query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            return Rejected(
-                Reason.NO_LOWERING, f"flex: {call.query.dtype} is not float32, bfloat16 or float16"
-            )
+            return Rejected(Reason.NO_LOWERING, f"flex: {call.query.dtype} is not float32, bfloat16 or float16")
         if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
             return Rejected(Reason.NO_LOWERING, "flex: this CPU has no AVX2")
         if 0 in call.query.shape or 0 in call.value.shape:
             return Rejected(Reason.NO_LOWERING, "flex: an empty tensor")
+        if call.key_mask is not None and not isinstance(call.query.shape[0], int):
+            return Rejected(Reason.NO_LOWERING, "flex: padding with a dynamic batch size")
         q_len = call.query.shape[2]
         if (min(call.last, q_len) if isinstance(q_len, int) else call.last) > rows.MAX_LAST_ROWS:
             return Rejected(Reason.NO_LOWERING, f"flex: last={call.last} is more than {rows.MAX_LAST_ROWS}")
@@ -89,13 +89,15 @@ def _streaming(
 ) -> Proxy:
     q, k, v = qkv
     q_len, kv_len = length(q, 2), length(k, 2)
-    offset = kv_len - q_len
+    offset = first_position(q, k)
     counts, indices = block_plan(q, q_len, kv_len, where, key_mask is not None, sink, window)
     buffers: tuple[Any, ...] = ()
     if key_mask is not None:
-        buffers += tuple(_stored(x) for x in (key_mask, where.start[:, 0], where.end[:, 0]))
+        # Keys first: the template's kernel knows no symbolic stride, and the batch is the static one of the two.
+        buffers += tuple(_stored(x) for x in (key_mask.transpose(0, 1), where.start[:, 0], where.end[:, 0]))
     if isinstance(offset, Proxy):
-        buffers += (offset,)
+        # As a tensor: the CPU template captures no expression of two lengths.
+        buffers += (_stored(arange(q, 1) + offset),)
     score = write.submodule("tmx_score_mod", _score_mod())
     constant = None if isinstance(offset, Proxy) else offset
     mask = write.submodule("tmx_mask_mod", _mask_mod(key_mask is not None, constant, sink, window))
@@ -134,7 +136,8 @@ def block_plan(
     read, but the CPU template asserts a full width of K = Skv / block: ``as_strided`` lets rows overlap, so that the
     storage stays O(Q).
     """
-    q_blocks, k_blocks = ((n + _BLOCK - 1) >> _SHIFT for n in (q_len, kv_len))
+    # Always a block to spare, and never one block alone: either would be a guard on the length.
+    q_blocks, k_blocks = ((n >> _SHIFT) + 2 for n in (q_len, kv_len))
     first_row = arange(like, q_blocks)[None, :, None] * _BLOCK + (kv_len - q_len)
     last_row = torch.clamp(first_row + (_BLOCK - 1), max=kv_len - 1)
     near = (first_row - window).clamp(min=0) >> _SHIFT
@@ -149,7 +152,7 @@ def block_plan(
     column = arange(like, width)[None, None, :]
     index = torch.where(column < far_count, far + column, near + column - far_count)
     index = torch.minimum(index, own).to(torch.int32)
-    count = (far_count + own - near + 1).to(torch.int32)[:, None, :, 0]
+    count = (far_count + own - near + 1).clamp(min=0).to(torch.int32)[:, None, :, 0]
     batch = length(like, 0) if padded else 1
     flat = torch.nn.functional.pad(index.reshape(batch, q_blocks * width), (0, k_blocks))
     row_stride = q_blocks * width + k_blocks
@@ -173,7 +176,7 @@ def _tuple_length() -> int:
 def _score_mod() -> GraphModule:
     """The identity, as a graph: torch's own identity function cannot be pickled and bypasses the cache."""
     graph = Graph()
-    score = [graph.placeholder(name) for name in ("score", "b", "h", "row", "key")][0]
+    score, *_ = [graph.placeholder(name) for name in ("score", "b", "h", "row", "key")]
     graph.output(score)
     return GraphModule({}, graph)
 
@@ -182,14 +185,21 @@ def _mask_mod(padded: bool, offset: int | None, sink: int, window: int) -> Graph
     """The streaming part of the mask as a graph of (batch, head, row, key) and its buffers."""
     graph = Graph()
     tracer = torch.fx.proxy.GraphAppendingTracer(graph)
-    b, _, row, key = (Proxy(graph.placeholder(name), tracer) for name in ("b", "h", "row", "key"))
+
+    def placeholder(name: str) -> Any:
+        return Proxy(graph.placeholder(name), tracer)
+
+    b, _, row, key = map(placeholder, ("b", "h", "row", "key"))
     start: Any = 0
     valid: Any = None
     if padded:
-        key_mask, starts, ends = (Proxy(graph.placeholder(n), tracer) for n in ("key_mask", "start", "end"))
+        key_mask, starts, ends = map(placeholder, ("key_mask", "start", "end"))
         start = starts[b]
-        valid = key_mask[b, key] & (key < ends[b])
-    position = row + (Proxy(graph.placeholder("offset"), tracer) if offset is None else offset)
+        # A plain index would test the key against the number of keys, a symbol that the template's kernel lacks.
+        inside = key < ends[b]
+        masked_index = torch.ops.aten._unsafe_masked_index.default
+        valid = tracer.create_proxy("call_function", masked_index, (key_mask, inside, [key, b], False), {})
+    position = row + (placeholder("offset")[0] if offset is None else offset)
     allowed = (key <= position) & ((key < start + sink) | (position - key <= window))
     graph.output((allowed if valid is None else allowed & valid).node)
     return GraphModule({}, graph)

@@ -1,50 +1,118 @@
-"""Lower the operator's nodes of one graph."""
+"""Lower the operator's nodes of one graph. What is the same for every layer is written once."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from tmx_compile.errors import VerificationError
 from tmx_compile.graph.nodes import erase_dead, tensor_of
+from tmx_compile.graph.terms import size_of
 from tmx_compile.lowering.base import AttentionCall, Lowering, Operands, Writer
 
 
-def lower_node(gm: GraphModule, node: Node, call: AttentionCall, lowering: Lowering, fake_mode: Any) -> None:
-    """Replace ``out`` of an operator node by what the lowering writes.
+@dataclass(frozen=True)
+class _Emission:
+    """The nodes that a lowering wrote for one call, in order, and the tensors they read."""
 
-    Raises:
-        VerificationError: the lowering's result has another shape or dtype than the operator's.
+    operands: tuple[Node, Node, Node]
+    nodes: tuple[Node, ...]
+    out: Node
+
+
+class Lowerer:
+    """Lowers operator nodes of one graph, in graph order.
+
+    A lowering runs once per kind of call. For the next call of the same kind (shapes, geometry, key mask) its nodes are
+    copied; those that depend on no tensor's values, masks and block plans, are shared. So the cost of a layer does not
+    depend on what the lowering computes, and neither Inductor nor a reader sees one mask per layer.
     """
-    write = Writer(gm, fake_mode, node)
-    query, key, value, key_mask = node.args[:4]
+
+    def __init__(self, gm: GraphModule, fake_mode: Any) -> None:
+        self._gm = gm
+        self._fake_mode = fake_mode
+        self._emissions: dict[Any, _Emission] = {}
+
+    def lower(self, node: Node, call: AttentionCall, lowering: Lowering) -> None:
+        """Replace ``out`` of an operator node by what the lowering writes.
+
+        Raises:
+            VerificationError: the lowering's result has another shape or dtype than the operator's.
+        """
+        graph = self._gm.graph
+        # Which operands are one tensor matters too: a copy could not tell them apart again.
+        same = tuple(node.args.index(argument) for argument in _tensors(node))
+        kind = (lowering.name, node.args[3], same, _describe(call))
+        with graph.inserting_before(node):
+            if kind in self._emissions:
+                out = self._repeat(self._emissions[kind], node)
+            else:
+                self._emissions[kind] = self._emit(node, call, lowering)
+                out = self._emissions[kind].out
+        for user in list(node.users):
+            expected, got = tensor_of(user), tensor_of(out)
+            assert expected is not None
+            if got is None or got.dtype != expected.dtype or not _same_shape(got, expected):
+                raise VerificationError(f"lowering {lowering.name!r} gave {got}, the operator gives {expected}")
+            user.replace_all_uses_with(out)
+            graph.erase_node(user)
+        erase_dead(graph, [node])
+
+    def _emit(self, node: Node, call: AttentionCall, lowering: Lowering) -> _Emission:
+        before = node.prev
+        write = Writer(self._gm, self._fake_mode, node)
+        query, key, value = _tensors(node)
+        mask = node.args[3]
+        key_mask = write.proxy(mask) if isinstance(mask, Node) else None
+        operands = Operands(write.proxy(query), write.proxy(key), write.proxy(value), key_mask)
+        out = lowering.emit(write, call, operands).node
+        written: list[Node] = []
+        current = before.next
+        while current is not node:
+            written.append(current)
+            current = current.next
+        return _Emission((query, key, value), tuple(written), out)
+
+    def _repeat(self, emission: _Emission, node: Node) -> Node:
+        """Copy what depends on the operands' values; keep the rest."""
+        moved: dict[Node, Node] = dict(zip(emission.operands, _tensors(node), strict=True))
+        for old in emission.nodes:
+            is_size = old.op == "call_method" and old.target == "size"
+            if is_size or not any(argument in moved for argument in old.all_input_nodes):
+                continue
+            copy = self._gm.graph.node_copy(old, lambda argument: moved.get(argument, argument))
+            for name in ("nn_module_stack", "stack_trace"):
+                if name in node.meta:
+                    copy.meta[name] = node.meta[name]
+            moved[old] = copy
+        return moved[emission.out]
+
+
+def _tensors(node: Node) -> tuple[Node, Node, Node]:
+    query, key, value = node.args[:3]
     assert isinstance(query, Node)
     assert isinstance(key, Node)
     assert isinstance(value, Node)
-    with gm.graph.inserting_before(node):
-        operands = Operands(
-            write.proxy(query),
-            write.proxy(key),
-            write.proxy(value),
-            write.proxy(key_mask) if isinstance(key_mask, Node) else None,
-        )
-        out = lowering.emit(write, call, operands).node
-    for user in list(node.users):
-        expected, got = tensor_of(user), tensor_of(out)
-        assert expected is not None
-        if got is None or got.dtype != expected.dtype or not _same_shape(got, expected):
-            raise VerificationError(f"lowering {lowering.name!r} gave {got}, the operator gives {expected}")
-        user.replace_all_uses_with(out)
-        gm.graph.erase_node(user)
-    erase_dead(gm.graph, [node])
+    return query, key, value
+
+
+def _describe(call: AttentionCall) -> Any:
+    """Everything about a call that a lowering may look at, as a key."""
+    tensors = tuple(
+        (tuple(map(size_of, x.shape)), tuple(map(size_of, x.stride())), x.dtype, x.device)
+        for x in (call.query, call.key, call.value)
+    )
+    constants = replace(call, query=None, key=None, value=None, key_mask=None)  # type: ignore[arg-type]
+    return tensors, constants
 
 
 def _same_shape(a: torch.Tensor, b: torch.Tensor) -> bool:
-    same = torch.fx.experimental.symbolic_shapes.statically_known_true
-    return a.dim() == b.dim() and all(same(x == y) for x, y in zip(a.shape, b.shape, strict=True))
+    return a.dim() == b.dim() and all(statically_known_true(x == y) for x, y in zip(a.shape, b.shape, strict=True))
 
 
 def merged_options(lowerings: list[Lowering]) -> Mapping[str, Any]:

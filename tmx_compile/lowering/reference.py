@@ -25,9 +25,7 @@ class Reference:
         """Problems whose (Sq, Skv) mask is small, judged by the lengths seen at compile time."""
         q_len, kv_len = (_hint(n) for n in (call.query.shape[2], call.key.shape[2]))
         if q_len * kv_len > _MAX_CELLS:
-            return Rejected(
-                Reason.NO_LOWERING, f"reference: a mask of {q_len} x {kv_len} is too large for it"
-            )
+            return Rejected(Reason.NO_LOWERING, f"reference: a mask of {q_len} x {kv_len} is too large for it")
         return Accepted("builds the dense mask")
 
     def emit(self, write: Writer, call: AttentionCall, operands: Operands) -> Proxy:
@@ -38,9 +36,7 @@ class Reference:
         return out
 
 
-def reference_attention(
-    q: Any, k: Any, v: Any, key_mask: Any, sink: int, window: int, last: int, scale: float
-) -> Any:
+def reference_attention(q: Any, k: Any, v: Any, key_mask: Any, sink: int, window: int, last: int, scale: float) -> Any:
     """Triangle attention, out (B, H, Sq, Dv), with the mask written out; float64 stays float64."""
     q_len, kv_len = length(q, 2), length(k, 2)
     batch, heads, kv_heads, dim = length(q, 0), length(q, 1), length(k, 1), length(q, 3)

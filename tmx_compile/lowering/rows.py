@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from tmx_compile.lowering.base import arange, length, symbol
+from tmx_compile.lowering.base import arange, first_position, length, symbol
 
 MAX_LAST_ROWS = 4096
 """More last rows than this would make their (rows, Skv) mask the very thing that is to be avoided."""
@@ -39,14 +39,7 @@ def extent(key_mask: Any, kv_len: Any) -> Extent:
 def attended(row: Any, key: Any, where: Extent, sink: int, window: int, last: int) -> Any:
     """The triangle formula for absolute positions that broadcast against each other and against the extent."""
     kept = (key < where.start + sink) | (row - key <= window) | (row >= where.end - last)
-    return (
-        kept
-        & (key <= row)
-        & (row >= where.start)
-        & (row < where.end)
-        & (key >= where.start)
-        & (key < where.end)
-    )
+    return kept & (key <= row) & (row >= where.start) & (row < where.end) & (key >= where.start) & (key < where.end)
 
 
 def with_own_key(allowed: Any, own: Any) -> tuple[Any, Any]:
@@ -65,7 +58,7 @@ def last_rows(q: Any, k: Any, v: Any, key_mask: Any, where: Extent, last: int, s
     row 0, and the caller does not use it.
     """
     q_len, kv_len = length(q, 2), length(k, 2)
-    offset = kv_len - q_len
+    offset = first_position(q, k)
     key = arange(k, kv_len)
     if key_mask is None:
         row = (arange(q, last) + (q_len - last)).clamp(min=0)
@@ -87,7 +80,7 @@ def last_rows(q: Any, k: Any, v: Any, key_mask: Any, where: Extent, last: int, s
 def join(stream: Any, rows: Any, q: Any, k: Any, key_mask: Any, where: Extent, last: int) -> Any:
     """Put the last rows over the streaming rows: (B, H, Sq, Dv); rows outside their sequence become 0."""
     q_len = length(q, 2)
-    offset = length(k, 2) - q_len
+    offset = first_position(q, k)
     if key_mask is None:
         if _fits(q_len, last):
             return torch.cat([stream[:, :, : q_len - last], rows], 2)
@@ -103,9 +96,7 @@ def join(stream: Any, rows: Any, q: Any, k: Any, key_mask: Any, where: Extent, l
     return torch.where(is_last, rows.gather(2, index), stream)
 
 
-def zero_empty(
-    out: Any, q: Any, k: Any, key_mask: Any, where: Extent, sink: int, window: int, last: int
-) -> Any:
+def zero_empty(out: Any, q: Any, k: Any, key_mask: Any, where: Extent, sink: int, window: int, last: int) -> Any:
     """Zero the rows that attend to nothing: outside their sequence, or with no valid key in reach.
 
     A row's reach is its sinks, its window and, for a last row, everything from the start: counted on the running

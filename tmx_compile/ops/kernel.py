@@ -51,9 +51,7 @@ class Block:
     allowed: Tensor  # (B, rows, s + span) bool
 
 
-def problem(
-    query: Tensor, key: Tensor, key_mask: Tensor | None, sink: int, window: int, last: int
-) -> Problem:
+def problem(query: Tensor, key: Tensor, key_mask: Tensor | None, sink: int, window: int, last: int) -> Problem:
     """Read lengths and valid ranges; a sequence with no valid key gets the empty range [0, 0)."""
     batch, q_len, kv_len = query.shape[0], query.shape[2], key.shape[2]
     if key_mask is None:
@@ -214,20 +212,14 @@ def backward(
         block_lse = torch.logsumexp(scores, -1, keepdim=True)
         weights = scores.sub_(block_lse.masked_fill(block_lse == float("-inf"), 0.0)).exp_()
         d_out = grad_out[:, :, rows].to(dtype)
-        delta = (d_out * out[:, :, rows].to(dtype)).sum(-1, keepdim=True) - grad_lse[:, :, rows, None].to(
-            dtype
-        )
+        delta = (d_out * out[:, :, rows].to(dtype)).sum(-1, keepdim=True) - grad_lse[:, :, rows, None].to(dtype)
         d_weights = _grouped(d_out, kv_heads) @ values.transpose(2, 3)
         d_scores = weights * (d_weights.view_as(weights) - delta) * scale
         stacked = _grouped(d_scores, kv_heads)
         n_rows = block.row_end - block.row
         grad_query[:, :, rows] = (stacked @ keys).view(b, h, n_rows, -1)
-        _accumulate(
-            grad_key, stacked.transpose(2, 3) @ _grouped(query[:, :, rows].to(dtype), kv_heads), block
-        )
-        _accumulate(
-            grad_value, _grouped(weights, kv_heads).transpose(2, 3) @ _grouped(d_out, kv_heads), block
-        )
+        _accumulate(grad_key, stacked.transpose(2, 3) @ _grouped(query[:, :, rows].to(dtype), kv_heads), block)
+        _accumulate(grad_value, _grouped(weights, kv_heads).transpose(2, 3) @ _grouped(d_out, kv_heads), block)
     return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)
 
 

