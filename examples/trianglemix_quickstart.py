@@ -230,9 +230,9 @@ def show_comparison(dense: dict[str, Any], triangle: dict[str, Any]) -> None:
     add("compilation (s)", dense["first"] - warm[0], triangle["first"] - warm[1], "{:.1f}")
     add("peak memory of the process (GiB)", dense["peak"] / 2**30, triangle["peak"] / 2**30, "{:.2f}")
     sparse = [site for site in triangle["sites"] if site["decision"] == "triangle"]
-    for label, sites in (("all layers", triangle["sites"]), ("one triangle layer", sparse[:1])):
+    for label, sites in (("all layers", triangle["sites"]), ("a triangle layer", sparse[:1])):
         pairs = [sum(site[name] for site in sites) for name in ("causal_pairs", "attended_pairs")]
-        add(f"(row, key) pairs per head, {label}", *pairs, "{:,}")
+        add(f"score pairs per head, {label}", *pairs, "{:,}")
     console.print(table)
 
     before, after = (torch.tensor(run["logits"], dtype=torch.float64).log_softmax(-1) for run in (dense, triangle))

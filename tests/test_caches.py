@@ -58,7 +58,12 @@ def run(cache, package=None, lowering="blocked", **config):
     env["PYTHONPATH"] = str(package or Path(tmx_compile.__file__).parent.parent)
     settings = json.dumps({"config": config, "lowering": lowering})
     done = subprocess.run(
-        [sys.executable, "-c", _PROGRAM, settings], env=env, capture_output=True, text=True, check=False
+        [sys.executable, "-c", _PROGRAM, settings],
+        env=env,
+        cwd=cache.parent,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])

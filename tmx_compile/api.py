@@ -5,16 +5,19 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.fx import GraphModule
 
 from tmx_compile.config import TriangleMixConfig, TriangleMixInferenceConfig
+from tmx_compile.errors import LoweringError
 from tmx_compile.graph.nodes import value_of
+from tmx_compile.guards import RangeGuards
 from tmx_compile.lengths import Prompt, dispatch
 from tmx_compile.lowering.select import CHOICES
-from tmx_compile.pipeline import Options, copy_graph, hint, plan_graph, records, rewrite_graph
+from tmx_compile.pipeline import GraphPlan, Options, copy_graph, hint, plan_graph, records, rewrite_graph
 from tmx_compile.report import Report
 from tmx_compile.version import __version__, package_fingerprint
 
@@ -70,18 +73,53 @@ class TmxBackend:
             return inductor.compile(gm, example_inputs)
         plan = plan_graph(gm, Options(self.config, self.lowering, self.strict))
         if plan.prompt is Prompt.SHORT:
-            self.report.add_graph(records(plan, self.report.graphs), plan.notes)
-            return inductor.compile(gm, example_inputs)
-        original = copy_graph(gm) if plan.prompt is Prompt.BOTH else None
+            compiled, done = inductor.compile(gm, example_inputs), plan
+        elif plan.fixed_length is None:
+            compiled, done = self._compile_long(plan, inductor, example_inputs)
+        else:
+            compiled, done = self._compile_range(plan, inductor, example_inputs)
+        # Only now: Dynamo may abandon a compilation half way and start again.
+        self.report.add_graph(records(done, self.report.graphs), plan.notes)
+        return compiled
+
+    def _compile_long(
+        self, plan: GraphPlan, inductor: _Inductor, example_inputs: Sequence[Any]
+    ) -> tuple[Callable[..., Any], GraphPlan]:
+        assert self.config is not None
         rewritten = rewrite_graph(plan)
-        self.report.add_graph(records(rewritten.plan, self.report.graphs), plan.notes)
         with _cache_tag(self.config):
-            long = inductor.compile(rewritten.gm, example_inputs, rewritten.inductor_options)
-        if original is None:
-            return long
+            compiled = inductor.compile(rewritten.gm, example_inputs, rewritten.inductor_options)
+        return compiled, rewritten.plan
+
+    def _compile_range(
+        self, plan: GraphPlan, inductor: _Inductor, example_inputs: Sequence[Any]
+    ) -> tuple[Callable[..., Any], GraphPlan]:
+        """Compile for a range of lengths that the user fixed: no guard may be left, and both sides may be needed."""
+        assert self.config is not None
+        assert plan.fixed_length is not None
+        short_gm = copy_graph(plan.gm) if plan.prompt is Prompt.BOTH else None
+        spare = copy_graph(plan.gm)
+        limit = self.config.min_seq_len
+        guards = RangeGuards(plan.fixed_length, above=limit)
+        long, done = self._compile_long(plan, inductor, example_inputs)
+        failed = guards.settle()
+        if failed:
+            if self.lowering not in ("auto", "operator"):
+                raise LoweringError(
+                    f"lowering {self.lowering!r} needs {failed}, which the fixed range of lengths forbids"
+                )
+            # The operator itself guards on nothing.
+            guards.forget()
+            again = plan_graph(spare, replace(plan.options, lowering="operator"))
+            long, done = self._compile_long(again, inductor, example_inputs)
+        if short_gm is None:
+            return long, done
         assert plan.length is not None
-        short = inductor.compile(original, example_inputs)
-        return dispatch(plan.length, self.config.min_seq_len, short, long)
+        # Even Inductor's own graph may bring guards: its cache may hold it with those of another context.
+        guards = RangeGuards(plan.fixed_length, up_to=limit)
+        short = inductor.compile(short_gm, example_inputs)
+        guards.settle()
+        return dispatch(plan.length, limit, short, long), done
 
     def __repr__(self) -> str:
         return f"tmx_backend({self.config!r}, lowering={self.lowering!r}, strict={self.strict})"

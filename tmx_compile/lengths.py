@@ -39,12 +39,13 @@ def decide(q_len: int | torch.SymInt, min_seq_len: int) -> Prompt:
     if side is not None:
         return side
     assert isinstance(q_len, torch.SymInt)
-    if _has_fixed_range(q_len):
+    if has_fixed_range(q_len):
         return Prompt.BOTH
     return Prompt.LONG if bool(q_len > min_seq_len) else Prompt.SHORT
 
 
-def _has_fixed_range(length: torch.SymInt) -> bool:
+def has_fixed_range(length: torch.SymInt) -> bool:
+    """Whether the user fixed the range of a length with ``mark_dynamic(min=, max=)``."""
     symbols = length.node.expr.free_symbols
     for tracked in length.node.shape_env.tracked_fakes or ():
         constraints = getattr(tracked.symbolic_context, "constraint_sizes", None) or ()

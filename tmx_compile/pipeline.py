@@ -17,7 +17,7 @@ from tmx_compile.graph.layer import LayerPath, layer_path
 from tmx_compile.graph.prove import Proof, Prover
 from tmx_compile.graph.site import AttentionSite
 from tmx_compile.graph.substitute import Substituter, Substitution
-from tmx_compile.lengths import LengthInput, Prompt, decide, find_length_input, known
+from tmx_compile.lengths import LengthInput, Prompt, decide, find_length_input, has_fixed_range, known
 from tmx_compile.lowering import select
 from tmx_compile.lowering.base import AttentionCall, Lowering
 from tmx_compile.lowering.lower import Lowerer, merged_options
@@ -50,13 +50,18 @@ class SitePlan:
 
 @dataclass
 class GraphPlan:
-    """The plan of one graph: what each site becomes, and for which lengths."""
+    """The plan of one graph: what each site becomes, and for which lengths.
+
+    ``fixed_length`` is the prompt's length where the user fixed its range, so that no guard may narrow it; ``length``
+    is where the graph's inputs tell it, for a graph that serves both sides.
+    """
 
     gm: GraphModule
     options: Options
     sites: list[SitePlan]
     prompt: Prompt
     length: LengthInput | None = None
+    fixed_length: torch.SymInt | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -154,6 +159,8 @@ def _decide_length(plan: GraphPlan) -> None:
                 plan.length = where
         if verdict is None:
             sides.add(side)
+            if isinstance(item.site.q_len, torch.SymInt) and has_fixed_range(item.site.q_len):
+                plan.fixed_length = item.site.q_len
         plan.sites[position] = replace(item, verdict=verdict)
     plan.prompt = Prompt.BOTH if Prompt.BOTH in sides else Prompt.LONG if sides else Prompt.SHORT
 

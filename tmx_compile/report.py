@@ -137,41 +137,32 @@ class Report:
         """The records as plain data, ready for JSON."""
         return [asdict(site) for site in self.sites]
 
-    def table(self, *, graph: int | None = None) -> Table:
-        """A rich table of all graphs or of one."""
+    def table(self, *, graph: int | None = None, shapes: bool = False) -> Table:
+        """A rich table of all graphs or of one, without the tensors' shapes (80 columns) or with them."""
         table = Table(title="tmx_compile: attention sites", title_justify="left")
-        for name in (
-            "graph",
-            "module",
-            "layer",
-            "query",
-            "key",
-            "decision",
-            "lowering",
-            "pairs / causal",
-            "why",
-        ):
-            right = name in ("graph", "layer", "pairs / causal")
-            table.add_column(name, justify="right" if right else "left", overflow="fold")
+        for name in ("graph", "module", "layer", "query", "key", "decision", "lowering", "pairs", "why"):
+            if shapes or name not in ("query", "key"):
+                right = name in ("graph", "layer", "pairs")
+                table.add_column(name, justify="right" if right else "left", overflow="fold")
         for site in self.sites if graph is None else self.of_graph(graph):
-            share = f" ({site.attended_pairs / site.causal_pairs:.1%})" if site.causal_pairs else ""
+            share = f"{site.attended_pairs / site.causal_pairs:.1%}" if site.causal_pairs else ""
             why = Reason[site.reason].value if site.reason else ""
+            sizes = ("x".join(map(str, site.query)), "x".join(map(str, site.key))) if shapes else ()
             table.add_row(
                 str(site.graph),
                 site.path or "?",
                 "?" if site.layer is None else str(site.layer),
-                "x".join(map(str, site.query)),
-                "x".join(map(str, site.key)),
+                *sizes,
                 site.decision,
                 site.lowering,
-                f"{site.attended_pairs:,}{share}",
+                share,
                 f"{why}: {site.detail}" if site.detail else why,
             )
         return table
 
     def __str__(self) -> str:
         console = Console(width=160, record=True, file=io.StringIO(), color_system=None)
-        console.print(self.table())
+        console.print(self.table(shapes=True))
         for note in self.notes:
             console.print(f"note: {note}")
         return console.export_text()

@@ -171,9 +171,6 @@ def install(python, extra):
     if stamp.exists():
         stamp.unlink()
     make_venv(python)
-    if sys.platform.startswith("linux"):
-        say("torch is the build that pip's settings lead to: a CPU build where they reach one, else the one for CUDA,")
-        say("which brings several GB of GPU libraries")
     say(f"installing the project with its extra '{extra}' (minutes, the first time)")
     constraints = ["-c", str(ROOT / "constraints.txt")]
     # An editable install takes a newer pip than early releases of Python 3.10 bring.
@@ -196,6 +193,9 @@ def make_venv(python):
     say(f"creating {VENV} with {python}")
     if subprocess.call([python, "-m", "venv", "--clear", str(VENV)], stdin=subprocess.DEVNULL):
         raise SetupError(f"{python} could not create {VENV}; its message is above")
+    if sys.platform.startswith("linux"):
+        say("torch is the build that pip's settings lead to: a CPU build where they reach one, else the one for CUDA,")
+        say("which brings several GB of GPU libraries")
 
 
 def pip_version():

@@ -158,6 +158,7 @@ def test_other_dtypes(dtype):
         out = torch.compile(model, backend=backend)(ids, attention_mask=padded()).logits
     want = masked_oracle(model, CONFIG, ids, padded())
     seen = padded().bool()
-    tolerance = 3e-2 if dtype == torch.bfloat16 else 1e-10
+    # The model itself computes its normalisation and rotary embedding in float32.
+    tolerance = 3e-2 if dtype == torch.bfloat16 else 1e-6
     torch.testing.assert_close(out[seen].double(), want[seen], atol=tolerance, rtol=0)
     assert len(backend.report.triangle()) == 2

@@ -58,7 +58,7 @@ def _site(node: Node) -> AttentionSite | Rejected:
     assert q is not None
     assert k is not None
     assert v is not None
-    if not _same(k.shape[1], v.shape[1]) or not isinstance(q.shape[1], int) or q.shape[1] % int(k.shape[1]):
+    if not (_same(k.shape[1], v.shape[1]) and _divides(k.shape[1], q.shape[1])):
         return Rejected(
             Reason.LAYOUT, f"{q.shape[1]} query heads, {k.shape[1]} key heads, {v.shape[1]} value heads", node
         )
@@ -138,6 +138,12 @@ def _inserts_axis_2(node: Any) -> bool:
 
 def _shapes(fake: torch.Tensor, shape: tuple[Any, ...]) -> bool:
     return fake.dim() == len(shape) and all(_same(a, b) for a, b in zip(fake.shape, shape, strict=True))
+
+
+def _divides(kv_heads: Any, heads: Any) -> bool:
+    if isinstance(heads, int) and isinstance(kv_heads, int):
+        return kv_heads > 0 and heads % kv_heads == 0
+    return _same(heads, kv_heads)
 
 
 def _same(a: Any, b: Any) -> bool:
