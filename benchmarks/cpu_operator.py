@@ -22,12 +22,12 @@ BLOCK = 64
 ORACLE_UP_TO = 4096
 
 FULL: dict[str, Any] = {
-    "lengths": [2304, 4096, 8192, 16384],
-    "geometries": [[4, 32, 64], [8, 64, 128], [8, 512, 128]],
+    "lengths": [4096, 8192, 16384],
+    "geometries": [[4, 32, 64], [8, 512, 128]],
     "dtypes": ["float32", "bfloat16"],
-    "budget_s": 20.0,
+    "budget_s": 8.0,
     "least_rounds": 5,
-    "most_rounds": 25,
+    "most_rounds": 11,
 }
 QUICK: dict[str, Any] = {
     **FULL,

@@ -20,6 +20,7 @@ from benchmarks.models import left_padded, small_qwen3
 from tmx_compile import TriangleMixConfig, pipeline
 from tmx_compile.graph.prove import Prover
 from tmx_compile.graph.substitute import Substituter
+from tmx_compile.lowering.lower import Lowerer
 from tmx_compile.pipeline import Options, copy_graph, plan_graph, rewrite_graph
 
 TOKENS, PADDING = 2304, 7
@@ -33,7 +34,7 @@ _STAGES: Sequence[tuple[str, Any, str]] = (
     ("prove", Prover, "prove"),
     ("substitute", Substituter, "substitute"),
     ("clean", Substituter, "clean"),
-    ("lower", pipeline, "lower_node"),
+    ("lower", Lowerer, "lower"),
 )
 
 

@@ -14,3 +14,18 @@ def _fresh_dynamo():
     torch.manual_seed(torch.seed())
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def eager(monkeypatch):
+    """The graphs that backends hand to Inductor, which run as they are: the pass is the test's matter, not Inductor."""
+    import torch._inductor.compile_fx as inductor
+
+    graphs = []
+
+    def compile_fx(gm, inputs, *args, **kwargs):
+        graphs.append(gm)
+        return gm.forward
+
+    monkeypatch.setattr(inductor, "compile_fx", compile_fx)
+    return graphs

@@ -213,7 +213,7 @@ def rewrite_graph(plan: GraphPlan) -> Rewritten:
         assert site is not None
         assert item.proof is not None
         planned = _call(site, item.proof, target, needs_grad, fake_mode)
-        lowering = _lowering(planned, plan.options)
+        lowering = _lowering(planned, plan.options, stays_dense=item.verdict is not None)
         if lowering is None:
             sites.append(item)
             continue
@@ -240,8 +240,8 @@ def _target(item: SitePlan, options: Options) -> tuple[int, int, int] | None:
     return None
 
 
-def _lowering(call: AttentionCall, options: Options) -> Lowering | None:
-    if call.last != ALL_ROWS:
+def _lowering(call: AttentionCall, options: Options, *, stays_dense: bool) -> Lowering | None:
+    if not stays_dense:
         return select.select(options.lowering, call)
     return None if isinstance(select.DENSE.supports(call), Rejected) else select.DENSE
 

@@ -79,7 +79,8 @@ def test_no_n_by_n_tensor_is_left(form, dynamic):
         (before,) = captured_graphs(model, ids, dynamic=None, **kwargs)
         torch._dynamo.reset()
         (after,) = rewritten_graphs(model, ids, config=CONFIG, lowering="blocked", dynamic=None, **kwargs)
-    assert bool(squares(before)) == (form != "C")
+    # torch 2.11 with Transformers builds the mask for every prompt.
+    assert bool(squares(before)) == (form != "C" or torch.__version__ < "2.12")
     assert squares(after) == []
     # And the keys are not repeated for the query heads any more.
     expanded = [n for n in after.graph.nodes if getattr(value_of(n), "shape", ())[1:3] == (2, 2)]

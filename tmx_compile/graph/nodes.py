@@ -13,9 +13,6 @@ from torch.fx import GraphModule, Node
 
 _OPERATOR_NAMES = {"and_": "and", "or_": "or", "xor": "xor", "invert": "not", "inv": "not", "not_": "not"}
 _METHOD_NAMES = {
-    "__and__": "and",
-    "__or__": "or",
-    "__invert__": "not",
     "bitwise_and": "and",
     "bitwise_or": "or",
     "bitwise_not": "not",
@@ -68,6 +65,9 @@ def op_name(node: Node) -> str:
         name = getattr(target, "__name__", str(target))
         if getattr(operator, name, None) is target:
             name = _OPERATOR_NAMES.get(name, name)
+    if name.startswith("__") and name.endswith("__"):
+        # torch 2.11 records a comparison of tensors as the method ``__eq__``.
+        name = _OPERATOR_NAMES.get(name[2:-2], name[2:-2])
     return _METHOD_NAMES.get(name, name)
 
 
@@ -80,9 +80,9 @@ def is_in_place(node: Node) -> bool:
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
         return target._schema.is_mutable
-    if target is operator.setitem:
-        return True
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    if target is operator.setitem or name == "__setitem__":
+        return True
     if name.startswith("__i") and name not in ("__invert__", "__index__"):
         return True
     if getattr(operator, name, None) is target and name in _IN_PLACE_OPERATORS:

@@ -95,8 +95,8 @@ def unrepeated(node: Node) -> tuple[Node, int]:
     if fake is None:
         return node, 1
     if op_name(node) == "repeat_interleave":
-        base, factor, *rest = [*node.args, node.kwargs.get("dim")]
-        dim = rest[0] if rest else None
+        given = dict(zip(("input", "repeats", "dim"), node.args, strict=False)) | dict(node.kwargs)
+        base, factor, dim = (given.get(name) for name in ("input", "repeats", "dim"))
         source = tensor_of(base)
         if isinstance(base, Node) and isinstance(factor, int) and dim in (1, -3) and source is not None:
             return base, factor
