@@ -25,7 +25,7 @@ from tmx_compile.pipeline import Options, copy_graph, plan_graph, rewrite_graph
 
 TOKENS, PADDING = 2304, 7
 LOWERING = "auto"
-FULL: dict[str, Any] = {"depths": [4, 36, 80], "repeats": 5}
+FULL: dict[str, Any] = {"depths": [4, 36], "repeats": 5}
 QUICK: dict[str, Any] = {"depths": [2, 3], "repeats": 2}
 
 # The functions whose time is told apart. None of them calls another of them.

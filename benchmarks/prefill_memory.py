@@ -24,7 +24,7 @@ from tmx_compile import TriangleMixConfig, tmx_backend
 
 ROOT = Path(__file__).parent.parent
 GEOMETRY = {"num_sink_tokens": 8, "sliding_window_size": 512, "num_last_tokens": 128}
-FULL: dict[str, Any] = {"tokens": 16384, "padding": 256, "layers": 8, "rounds": 2, "min_seq_len": 2048}
+FULL: dict[str, Any] = {"tokens": 16384, "padding": 256, "layers": 4, "rounds": 2, "min_seq_len": 2048}
 QUICK: dict[str, Any] = {"tokens": 640, "padding": 16, "layers": 2, "rounds": 1, "min_seq_len": 512}
 
 

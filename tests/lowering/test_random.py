@@ -1,0 +1,79 @@
+"""Lowerings on random problems. Their code is plain PyTorch, so it runs on tensors as it runs on graph proxies."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import Case, attended, oracle
+
+from tmx_compile.lowering import rows
+from tmx_compile.lowering.blocked import blocked_attention
+from tmx_compile.lowering.flex import block_plan
+from tmx_compile.lowering.reference import reference_attention
+
+counts = st.one_of(st.integers(0, 40), st.sampled_from([64, 100, 129, 1000]))
+
+
+@st.composite
+def cases(draw):
+    kv_len = draw(st.integers(1, 260))
+    q_len = draw(st.integers(1, kv_len)) if draw(st.booleans()) else kv_len
+    batch = draw(st.integers(1, 2))
+    valid = None
+    if draw(st.booleans()):
+        ends = [sorted((draw(st.integers(0, kv_len)), draw(st.integers(0, kv_len)))) for _ in range(batch)]
+        valid = tuple((a, b) for a, b in ends)
+    return Case(
+        q_len,
+        kv_len,
+        draw(counts),
+        draw(counts),
+        draw(counts),
+        batch=batch,
+        heads=2,
+        kv_heads=draw(st.integers(1, 2)),
+        dim=4,
+        v_dim=draw(st.sampled_from([None, 3])),
+        dtype=torch.float64,
+        valid=valid,
+        holes=draw(st.booleans()),
+    )
+
+
+@pytest.mark.parametrize("attention", [blocked_attention, reference_attention])
+@given(cases())
+@settings(max_examples=60, deadline=None)
+def test_numbers(attention, case):
+    tensors = case.tensors()
+    want, _ = oracle(*tensors, *case.geometry, case.scale)
+    got = attention(*tensors, *case.geometry, case.scale)
+    torch.testing.assert_close(got, want, atol=1e-11, rtol=0)
+
+
+@given(cases())
+@settings(max_examples=60, deadline=None)
+def test_the_flex_block_plan_covers_every_streaming_pair_once(case):
+    """Every pair that a streaming row attends to lies in exactly one listed block; FlexAttention masks the rest."""
+    query, _, _, key_mask = case.tensors()
+    sink, window = min(case.sink, case.kv_len), min(case.window, case.kv_len)
+    where = rows.extent(key_mask, case.kv_len)
+    count, index = block_plan(query, case.q_len, case.kv_len, where, key_mask is not None, sink, window)
+    assert count.dtype == index.dtype == torch.int32
+    mask = attended(case.q_len, case.kv_len, key_mask, sink, window, 0)
+    for b in range(mask.shape[0]):
+        plan = b if count.shape[0] > 1 else 0
+        for block in range(-(-case.q_len // 64)):
+            listed = index[plan, 0, block, : count[plan, 0, block]].tolist()
+            assert len(listed) == len(set(listed)), "a block listed twice would count its keys twice"
+            assert all(0 <= k * 64 < case.kv_len for k in listed)
+            touched = mask[b, block * 64 : block * 64 + 64].any(0).nonzero().flatten() // 64
+            assert set(touched.tolist()) <= set(listed)
+
+
+def test_the_flex_block_plan_is_linear_in_storage():
+    """Full width is only a view: 131,072 tokens have 2,050 blocks a side, 16.8 MB as an array of int32."""
+    like = torch.empty(1, 1, 1, 1)
+    n = 131072
+    count, index = block_plan(like, n, n, rows.Extent(0, n), False, 8, 512)
+    assert index.shape[-1] * 64 >= n
+    assert index.untyped_storage().nbytes() + count.untyped_storage().nbytes() < 200_000
