@@ -32,7 +32,7 @@ def measure(quick: bool) -> Measured:
     model.config.num_hidden_layers = plan["layers"]
     # One token more than is read: the last scored position has a next token too.
     texts = [
-        tokenizer(topics[name], return_tensors="pt").input_ids[:, : plan["tokens"] + 1]
+        tokenizer(topics[name], return_tensors="pt").input_ids[:, : plan["tokens"] + 1].clone()
         for name in TOPICS[: plan["texts"]]
     ]
     short = [name for name, ids in zip(TOPICS, texts, strict=False) if ids.shape[1] != plan["tokens"] + 1]
@@ -92,7 +92,8 @@ def _logits(model: nn.Module, texts: list[Tensor], layers: Sequence[int], plan: 
     compiled = torch.compile(model, backend=backend, dynamic=False)
     with torch.no_grad():
         found = [
-            compiled(input_ids=ids[:, :-1], use_cache=False, logits_to_keep=plan["scored"]).logits[0] for ids in texts
+            compiled(input_ids=ids[:, :-1].contiguous(), use_cache=False, logits_to_keep=plan["scored"]).logits[0]
+            for ids in texts
         ]
     if layers and tuple(site.layer for site in backend.report.triangle()) != tuple(layers):
         raise RuntimeError(f"wanted layers {layers} sparse, got\n{backend.report}")
