@@ -235,7 +235,7 @@ def _target(item: SitePlan, options: Options) -> tuple[int, int, int] | None:
     """The geometry of a site: triangle, dense without its mask, or None to leave it exactly as it is."""
     if item.verdict is None:
         return options.config.geometry
-    if item.proof is not None and item.site is not None and item.site.mask is not None:
+    if item.proof is not None and item.site is not None and item.site.masks:
         return (0, 0, ALL_ROWS)
     return None
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from tmx_compile import TriangleMixConfig, tmx_backend
 from tmx_compile.graph.find import find_attention
-from tmx_compile.graph.find.sdpa import unrepeated
+from tmx_compile.graph.find.repeat import unrepeated
 from tmx_compile.graph.nodes import tensor_of
 from tmx_compile.graph.site import AttentionSite
 from tmx_compile.ops import OPERATOR
@@ -202,8 +202,8 @@ def test_arguments_by_position_and_by_keyword(name, eager):
     site = found_in(WRITTEN[name], q, k, v)
     assert isinstance(site, AttentionSite), site
     assert [tuple(site.fake(x).shape) for x in ("query", "key", "value")] == [tuple(x.shape) for x in (q, k, v)]
-    assert [site.query.name, site.key.name, site.value.name] == ["l_q_", "l_k_", "l_v_"]
-    assert (site.mask is not None, site.is_causal) == (("mask" in name), ("mask" not in name))
+    assert [x.node.name for x in (site.query, site.key, site.value)] == ["l_q_", "l_k_", "l_v_"]
+    assert (bool(site.masks), site.is_causal) == (("mask" in name), ("mask" not in name))
     assert site.scale == pytest.approx(D**-0.5)
     torch._dynamo.reset()
     out, keys = rewritten(WRITTEN[name], (q, k, v), eager)

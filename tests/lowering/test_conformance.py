@@ -102,7 +102,7 @@ def test_one_compile_serves_every_length(lowering, geometry, valid):
     """Dynamic lengths: several, some shorter than the last rows and the window, through one compiled graph."""
     backend = LoweringBackend(lowering, inductor=True)
     compiled = torch.compile(OneCall(geometry, 0.25), backend=backend)
-    for n in (300, 61, 777, 64, 1030):
+    for n in (300, 61, 777, 150, 64, 1030):
         ranges = ((n // 3, n), (0, n - n // 4)) if valid else None
         check(Case(n, n, *geometry, batch=2, heads=4, kv_heads=2, valid=ranges), compiled, dynamic=True)
     assert backend.compiles == 1

@@ -21,7 +21,7 @@ from tmx_compile.graph import terms as t
 from tmx_compile.graph.nodes import op_name, shape_env_of, tensor_of
 from tmx_compile.graph.read import MaskReader, View, as_truth
 from tmx_compile.graph.rules import RULES
-from tmx_compile.graph.site import AttentionSite
+from tmx_compile.graph.site import AttentionSite, MaskMod, MaskPart
 from tmx_compile.graph.terms import AllOf, AnyOf, Choice, Element, Lin, NonNegative, Size, Truth, Truthy
 from tmx_compile.report import Reason, Rejected
 
@@ -70,7 +70,7 @@ class Prover:
         q_len, kv_len = site.q_len, site.kv_len
         if not statically_known_true(q_len <= kv_len):
             return Rejected(Reason.MORE_QUERIES, f"{q_len} rows, {kv_len} keys", site.node)
-        if site.mask is None:
+        if not site.masks:
             if not site.is_causal:
                 return Rejected(Reason.NOT_CAUSAL, "no mask and is_causal=False", site.node)
             if not statically_known_true(q_len == kv_len):
@@ -81,12 +81,25 @@ class Prover:
         heads = site.fake("query").shape[1]
         batch = t.size_of(site.fake("query").shape[0])
         sizes = {KEY: t.size_of(kv_len), ROW: t.size_of(q_len), HEAD: t.size_of(heads), BATCH: batch}
-        shared = (site.mask, *sizes.items())
+        shared = (site.masks, *sizes.items())
         if shared not in self._proofs:
-            self._proofs[shared] = self._prove_mask(site.mask, sizes)
+            self._proofs[shared] = self._prove_masks(site.masks, sizes)
         return self._proofs[shared]
 
-    def _prove_mask(self, mask: Node, sizes: dict[int, Size]) -> Proof | Rejected:
+    def _prove_masks(self, masks: tuple[MaskPart | MaskMod, ...], sizes: dict[int, Size]) -> Proof | Rejected:
+        facts: list[Truth] = []
+        for part in masks:
+            assert isinstance(part, MaskPart)
+            attended = self._part(part, sizes)
+            if isinstance(attended, Rejected):
+                return attended
+            facts.append(attended)
+        first = masks[0]
+        assert isinstance(first, MaskPart)
+        return self._conjunction(t.all_of(*facts), first.node, sizes)
+
+    def _part(self, part: MaskPart, sizes: dict[int, Size]) -> Truth | Rejected:
+        mask = part.node
         stale = _first_written(mask, self.written)
         if stale is not None:
             return Rejected(Reason.WRITTEN_IN_PLACE, f"{stale.name}", stale)
@@ -94,10 +107,7 @@ class Prover:
         for coordinate, size in enumerate(reversed(view.shape)):
             if coordinate > BATCH or (size != 1 and size != sizes[coordinate]):
                 return Rejected(Reason.LAYOUT, f"mask of shape {view.shape}", mask)
-        attended = _attended(view, mask)
-        if isinstance(attended, Rejected):
-            return attended
-        return self._conjunction(attended, mask, sizes)
+        return _attended(view, mask)
 
     def _conjunction(self, attended: Truth, mask: Node, sizes: dict[int, Size]) -> Proof | Rejected:
         attended = self._decide(attended, sizes)

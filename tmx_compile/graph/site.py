@@ -3,43 +3,92 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
-import torch
 from torch import Tensor
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 from tmx_compile.graph.nodes import value_of
 
 
 @dataclass(frozen=True)
-class AttentionSite:
-    """``softmax(query @ key^T * scale + mask) @ value`` as it stands in a graph.
+class Operand:
+    """A tensor of the graph, and the permutation that makes it (batch, heads, tokens, head_dim); None: it is so."""
 
-    ``key`` and ``value`` are the tensors before any repetition for grouped-query attention, (B, Hkv, Skv, D); query is
-    (B, H, Sq, D) and H a multiple of Hkv. ``mask`` is the node of the additive or boolean mask, or None.
+    node: Node
+    order: tuple[int, ...] | None = None
+
+    @property
+    def fake(self) -> Tensor:
+        """The permuted fake tensor."""
+        value = value_of(self.node)
+        assert isinstance(value, Tensor)
+        return value if self.order is None else value.permute(self.order)
+
+
+@dataclass(frozen=True)
+class MaskPart:
+    """One tensor that masks the scores; broadcasts to (batch, heads, rows, keys) from the right.
+
+    Attributes:
+        node: the mask.
+        how: "add" to the scores after multiplying it by ``number``; "keep" the scores where it is true and put
+            ``number`` elsewhere; "drop" them where it is true and put ``number`` there.
+        number: see ``how``. A number to put counts as minus infinity from -1e4 down.
     """
 
     node: Node
-    query: Node
-    key: Node
-    value: Node
-    mask: Node | None
+    how: Literal["add", "keep", "drop"]
+    number: float
+
+
+@dataclass(frozen=True)
+class MaskMod:
+    """FlexAttention's ``mask_mod``: a graph of (batch, head, row, key) and then of ``buffers``, true where attended."""
+
+    graph: GraphModule
+    buffers: tuple[Node, ...] = ()
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """``softmax(query @ key^T * scale, masked) @ value`` as it stands in a graph.
+
+    ``key`` and ``value`` are the tensors before any repetition for grouped-query attention, (B, Hkv, Skv, D); query is
+    (B, H, Sq, D) and H a multiple of Hkv.
+
+    Attributes:
+        node: the node whose users get the result instead: (B, H, Sq, Dv) permuted by ``result_order``, in its dtype.
+        masks: what masks the scores, in any order; a key is attended where all of them let it.
+        is_causal: masked to the top left triangle beside (or instead of) ``masks``.
+        scale: factor on the scores.
+        factor: a scalar of the graph (0-d tensor) that the scores are multiplied by as well, or None.
+        form: the finder's name.
+        result_order: how (B, H, Sq, Dv) is permuted to ``node``'s dimensions; None: not at all.
+    """
+
+    node: Node
+    query: Operand
+    key: Operand
+    value: Operand
+    masks: tuple[MaskPart | MaskMod, ...]
     is_causal: bool
     scale: float
     form: str
+    factor: Node | None = None
+    result_order: tuple[int, ...] | None = None
 
-    def fake(self, name: str) -> Tensor:
-        """The fake tensor of ``query``, ``key`` or ``value``."""
-        value = value_of(getattr(self, name))
-        assert isinstance(value, Tensor)
-        return value
+    def fake(self, name: Literal["query", "key", "value"]) -> Tensor:
+        """The fake tensor of an operand, as (batch, heads, tokens, head_dim)."""
+        operand: Operand = getattr(self, name)
+        return operand.fake
 
     @property
-    def q_len(self) -> int | torch.SymInt:
+    def q_len(self) -> int:
         """Number of query rows, possibly symbolic."""
-        return self.fake("query").shape[2]
+        return self.query.fake.shape[2]
 
     @property
-    def kv_len(self) -> int | torch.SymInt:
+    def kv_len(self) -> int:
         """Number of keys, possibly symbolic."""
-        return self.fake("key").shape[2]
+        return self.key.fake.shape[2]

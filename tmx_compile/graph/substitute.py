@@ -13,7 +13,7 @@ from tmx_compile.errors import VerificationError
 from tmx_compile.graph import terms as t
 from tmx_compile.graph.nodes import INSERTED, erase_dead, on_fakes, tensor_of, value_of
 from tmx_compile.graph.prove import BATCH, KEY, KeyMask, Proof
-from tmx_compile.graph.site import AttentionSite
+from tmx_compile.graph.site import AttentionSite, Operand
 from tmx_compile.graph.terms import Lin
 from tmx_compile.ops import OPERATOR
 
@@ -46,10 +46,15 @@ class Substituter:
         with graph.inserting_before(site.node):
             key_mask = self._key_mask(item) if item.proof.valid else None
             # Under autocast SDPA takes mixed dtypes; its result tells which one it computes in.
-            operands = [self._cast(node, out.dtype, site.node) for node in (site.query, site.key, site.value)]
+            operands = [self._operand(x, out.dtype, site.node) for x in (site.query, site.key, site.value)]
+            if site.factor is not None:
+                operands[0] = self._call(site.node, torch.mul, (operands[0], site.factor))
+                operands[0] = self._cast(operands[0], out.dtype, site.node)
             args = (*operands, key_mask, item.sink, item.window, item.last, site.scale)
             both = self._call(site.node, OPERATOR, args)
             result = self._call(site.node, operator.getitem, (both, 0))
+            if site.result_order is not None:
+                result = self._call(site.node, torch.Tensor.permute, (result, site.result_order))
         site.node.replace_all_uses_with(result)
         _check_same(result, out)
         return both
@@ -59,6 +64,12 @@ class Substituter:
         erase_dead(self._gm.graph, [site.node for site in sites])
         self._gm.graph.lint()
         self._gm.recompile()
+
+    def _operand(self, operand: Operand, dtype: torch.dtype, like: Node) -> Node:
+        node = operand.node
+        if operand.order is not None:
+            node = self._call(like, torch.Tensor.permute, (node, operand.order))
+        return self._cast(node, dtype, like)
 
     def _cast(self, node: Node, dtype: torch.dtype, like: Node) -> Node:
         fake = tensor_of(node)
@@ -76,7 +87,7 @@ class Substituter:
                 valid = self._valid(key_mask, site)
                 mask = valid if mask is None else self._call(site.node, operator.and_, (mask, valid))
             assert mask is not None
-            sizes = tuple(self._size(site, axis, node) for axis, node in ((0, site.query), (2, site.key)))
+            sizes = tuple(self._size(site, axis, operand) for axis, operand in ((0, site.query), (2, site.key)))
             expanded = self._call(site.node, torch.Tensor.expand, (mask, *sizes))
             self._key_masks[shared] = expanded
         return self._key_masks[shared]
@@ -105,15 +116,16 @@ class Substituter:
             read = self._call(like, torch.Tensor.to, (read, torch.bool))
         return self._call(like, torch.logical_not, (read,)) if key_mask.inverted else read
 
-    def _arange(self, site: AttentionSite, axis: int, node: Node) -> Node:
-        size = self._size(site, axis, node)
+    def _arange(self, site: AttentionSite, axis: int, operand: Operand) -> Node:
+        size = self._size(site, axis, operand)
         return self._call(site.node, torch.arange, (size,), {"device": site.fake("key").device})
 
-    def _size(self, site: AttentionSite, axis: int, node: Node) -> Any:
-        fake = tensor_of(node)
-        assert fake is not None
-        size = fake.shape[axis]
-        return size if isinstance(size, int) else self._call(site.node, torch.Tensor.size, (node, axis))
+    def _size(self, site: AttentionSite, axis: int, operand: Operand) -> Any:
+        size = operand.fake.shape[axis]
+        if isinstance(size, int):
+            return size
+        dim = axis if operand.order is None else operand.order[axis]
+        return self._call(site.node, torch.Tensor.size, (operand.node, dim))
 
     def _call(self, like: Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Node:
         """Insert a call with the origin of the site and an example value."""

@@ -136,8 +136,10 @@ def block_plan(
     read, but the CPU template asserts a full width of K = Skv / block: ``as_strided`` lets rows overlap, so that the
     storage stays O(Q).
     """
-    # Always a block to spare, and never one block alone: either would be a guard on the length.
-    q_blocks, k_blocks = ((n >> _SHIFT) + 2 for n in (q_len, kv_len))
+    # Always a block to spare, and never one block alone: either would be a guard on the length. Inductor also asks if a
+    # row's stride equals its width (a contiguous plan): one is odd, the other even, so that no length can answer yes.
+    q_blocks = (q_len >> _SHIFT) + 2
+    k_blocks = ((kv_len >> (_SHIFT + 1)) + 2) * 2
     first_row = arange(like, q_blocks)[None, :, None] * _BLOCK + (kv_len - q_len)
     last_row = torch.clamp(first_row + (_BLOCK - 1), max=kv_len - 1)
     near = (first_row - window).clamp(min=0) >> _SHIFT
@@ -148,7 +150,7 @@ def block_plan(
     sink_stop = ((start + (sink - 1)) >> _SHIFT) + 1 if sink > 0 else far
     far_count = (torch.minimum(near, near * 0 + sink_stop) - far).clamp(min=0)
     # Sinks that start at any position reach one block more than aligned ones.
-    width = _blocks_of(sink) + (1 if padded and sink > 0 else 0) + _blocks_of(window + 1) + 2
+    width = (_blocks_of(sink) + (1 if padded and sink > 0 else 0) + _blocks_of(window + 1) + 2) | 1
     column = arange(like, width)[None, None, :]
     index = torch.where(column < far_count, far + column, near + column - far_count)
     index = torch.minimum(index, own).to(torch.int32)
