@@ -9,7 +9,7 @@ SETUP := $(PYTHON) tools/setup_env.py --extra
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test check lint bench clean
+.PHONY: help demo test check lint bench matrix clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
@@ -18,9 +18,9 @@ demo: ## a real model reads a long prompt, dense and with TriangleMix (minutes o
 	@$(SETUP) demo
 	@$(RUN) examples/trianglemix_quickstart.py $(ARGS)
 
-test: ## the tests
+test: ## the tests, one process for every core
 	@$(SETUP) dev
-	@$(RUN) -m pytest $(ARGS)
+	@$(RUN) -m pytest -n logical $(ARGS)
 
 lint: ## style and types, without the tests
 	@$(SETUP) dev
@@ -33,6 +33,10 @@ check: lint test ## everything that has to pass: lint, then test
 bench: ## the benchmarks; results go to benchmarks/results
 	@$(SETUP) dev
 	@$(RUN) -m benchmarks.run $(ARGS)
+
+matrix: ## what the pass does with every model of tests/zoo, into docs/support-matrix.md (half an hour)
+	@$(SETUP) dev
+	@$(RUN) tools/support_matrix.py $(ARGS)
 
 clean: ## remove .venv, caches and build outputs
 	@rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

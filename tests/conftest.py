@@ -29,3 +29,10 @@ def eager(monkeypatch):
 
     monkeypatch.setattr(inductor, "compile_fx", compile_fx)
     return graphs
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What a test found out, beside that it passed: its recorded properties."""
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties:
+            terminalreporter.write_line(f"{name}: {value}")

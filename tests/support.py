@@ -16,29 +16,39 @@ from tmx_compile.ops import OPERATOR
 from tmx_compile.report import Rejected
 
 
-def attended(q_len, kv_len, key_mask, sink, window, last):
+def attended(q_len, kv_len, key_mask, sink, window, last, reach=None):
     """(B, Sq, Skv) bool, cell by cell from the definition."""
     batch = 1 if key_mask is None else key_mask.shape[0]
     mask = torch.zeros(batch, q_len, kv_len, dtype=torch.bool)
     for b in range(batch):
-        valid = list(range(kv_len)) if key_mask is None else key_mask[b].nonzero().flatten().tolist()
-        if not valid:
-            continue
-        start, end = valid[0], valid[-1] + 1
-        for i in range(q_len):
-            p = kv_len - q_len + i
-            if start <= p < end:
+        documents = [None]
+        if key_mask is not None and key_mask.dtype != torch.bool:
+            documents = [number for number in key_mask[b].unique().tolist() if number != 0]
+        for number in documents:
+            if key_mask is None:
+                valid = list(range(kv_len))
+            else:
+                mine = key_mask[b] if number is None else key_mask[b] == number
+                valid = mine.nonzero().flatten().tolist()
+            if not valid:
+                continue
+            start, end = valid[0], valid[-1] + 1
+            for i in range(q_len):
+                p = kv_len - q_len + i
+                if not start <= p < end or (number is not None and p not in valid):
+                    continue
                 for j in valid:
                     near = j < start + sink or p - j <= window
-                    mask[b, i, j] = j <= p and (near or p >= end - last)
+                    seen = reach is None or p - j <= reach
+                    mask[b, i, j] = j <= p and seen and (near or p >= end - last)
     return mask
 
 
-def oracle(q, k, v, key_mask, sink, window, last, scale):
+def oracle(q, k, v, key_mask, sink, window, last, scale, reach=None):
     """out and lse in float64 with the mask written out; differentiable."""
     group = q.shape[1] // k.shape[1]
     k, v = (x.double().repeat_interleave(group, 1) for x in (k, v))
-    mask = attended(q.shape[2], k.shape[2], key_mask, sink, window, last)[:, None]
+    mask = attended(q.shape[2], k.shape[2], key_mask, sink, window, last, reach)[:, None]
     scores = (q.double() @ k.transpose(2, 3) * scale).masked_fill(~mask, float("-inf"))
     alive = mask.any(-1, keepdim=True)
     weights = torch.softmax(scores.masked_fill(~alive, 0.0), -1) * alive
@@ -47,7 +57,11 @@ def oracle(q, k, v, key_mask, sink, window, last, scale):
 
 @dataclass(frozen=True)
 class Case:
-    """One operator problem; ``valid`` gives each sequence's valid keys as (start, end), ``holes`` drops some inside."""
+    """One operator problem.
+
+    ``valid`` gives each sequence's valid keys as (start, end), ``holes`` drops some inside; with ``documents`` the keys
+    are packed documents instead, of random lengths, some 0.
+    """
 
     q_len: int
     kv_len: int
@@ -63,6 +77,8 @@ class Case:
     valid: tuple[tuple[int, int], ...] | None = None
     holes: bool = False
     strided: bool = False
+    reach: int | None = None
+    documents: bool = False
 
     @property
     def scale(self):
@@ -71,6 +87,16 @@ class Case:
     @property
     def geometry(self):
         return self.sink, self.window, self.last
+
+    @property
+    def arguments(self):
+        """What follows the tensors in a call of the operator."""
+        return (*self.geometry, self.scale, *(() if self.reach is None else (self.reach,)))
+
+    @property
+    def one_call(self):
+        """The arguments of :class:`OneCall`."""
+        return self.geometry, *self.arguments[3:]
 
     def tensors(self, requires_grad=False):
         """Fresh random query, key, value and key mask."""
@@ -88,6 +114,9 @@ class Case:
         return (*made, self.key_mask())
 
     def key_mask(self):
+        if self.documents:
+            numbers = (torch.rand(self.batch, self.kv_len) < 0.1).long().cumsum(1) - 7
+            return numbers * (torch.rand(self.batch, self.kv_len) < 0.9) if self.holes else numbers
         if self.valid is None:
             return None
         mask = torch.zeros(self.batch, self.kv_len, dtype=torch.bool)
@@ -106,9 +135,9 @@ def tolerance(dtype):
 class OneCall(torch.nn.Module):
     """The operator alone."""
 
-    def __init__(self, geometry, scale):
+    def __init__(self, geometry, scale, *reach):
         super().__init__()
-        self.arguments = (*geometry, scale)
+        self.arguments = (*geometry, scale, *reach)
 
     def forward(self, q, k, v, key_mask):
         return torch.ops.tmx.triangle_attention(q, k, v, key_mask, *self.arguments)[0]
@@ -129,7 +158,7 @@ class LoweringBackend:
         for node in [n for n in gm.graph.nodes if n.target in (OPERATOR, torch.ops.tmx.triangle_attention)]:
             node.target = OPERATOR
             fakes = [None if a is None else tensor_of(a) for a in node.args[:4]]
-            call = AttentionCall(*fakes, *node.args[4:], needs_grad=grad)
+            call = AttentionCall(*fakes, *node.args[4:8], grad, *node.args[8:])
             answer = self.lowering.supports(call)
             if isinstance(answer, Rejected):
                 raise AssertionError(f"refused: {answer}")

@@ -9,7 +9,21 @@ import tmx_compile
 
 ROOT = Path(tmx_compile.__file__).parent
 # Reading order. A room may import itself and rooms above it; graph and lowering know each other only as listed.
-ORDER = ["version", "errors", "config", "plan", "report", "ops", "graph", "lengths", "guards", "lowering", "pipeline"]
+ORDER = [
+    "version",
+    "errors",
+    "config",
+    "plan",
+    "report",
+    "ops",
+    "graph",
+    "lengths",
+    "guards",
+    "always",
+    "lowering",
+    "pipeline",
+    "standalone",
+]
 FREE = {"api": set(ORDER), "testing": set(ORDER), "analysis": {"config", "errors", "plan"}, "__init__": None}
 
 

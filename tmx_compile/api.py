@@ -1,4 +1,4 @@
-"""What users call: the backend, and ``explain``."""
+"""What users call: the backend, ``explain`` and ``rewrite``."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ import torch
 from torch.fx import GraphModule
 
 from tmx_compile.config import TriangleMixConfig, TriangleMixInferenceConfig
-from tmx_compile.errors import LoweringError
+from tmx_compile.errors import LoweringError, TriangleMixError
+from tmx_compile.graph.constants import KnownTensor
 from tmx_compile.graph.nodes import value_of
 from tmx_compile.guards import RangeGuards
 from tmx_compile.lengths import Prompt, dispatch
 from tmx_compile.lowering.select import CHOICES
 from tmx_compile.pipeline import GraphPlan, Options, copy_graph, hint, plan_graph, records, rewrite_graph
 from tmx_compile.report import Report
+from tmx_compile.standalone import Program, rewrite_program
 from tmx_compile.version import __version__, package_fingerprint
 
 # Measured by benchmarks/first_n.py: benchmarks/results/first_n.json.
@@ -44,17 +46,20 @@ class TmxBackend:
         *,
         lowering: str = "auto",
         strict: bool = False,
+        assume_causal: bool = False,
         report: Report | None = None,
     ) -> None:
         self.config = _effective(config)
         if lowering not in CHOICES:
             raise ValueError(f"lowering must be one of {', '.join(CHOICES)}, got {lowering!r}")
-        if not isinstance(strict, bool):
-            raise ValueError(f"strict must be True or False, got {strict!r}")
+        for name, value in (("strict", strict), ("assume_causal", assume_causal)):
+            if not isinstance(value, bool):
+                raise ValueError(f"{name} must be True or False, got {value!r}")
         if report is not None and not isinstance(report, Report):
             raise ValueError(f"report must be a tmx_compile.Report, got {report!r}")
         self.lowering = lowering
         self.strict = strict
+        self.assume_causal = assume_causal
         self.report = Report() if report is None else report
         if self.config is not None:
             _warn(self.config)
@@ -71,7 +76,7 @@ class TmxBackend:
         inductor = _Inductor(mode, options or {})
         if self.config is None or not self.config.layers():
             return inductor.compile(gm, example_inputs)
-        plan = plan_graph(gm, Options(self.config, self.lowering, self.strict))
+        plan = plan_graph(gm, Options(self.config, self.lowering, self.strict, self.assume_causal), example_inputs)
         if plan.prompt is Prompt.SHORT:
             compiled, done = inductor.compile(gm, example_inputs), plan
         elif plan.fixed_length is None:
@@ -80,7 +85,7 @@ class TmxBackend:
             compiled, done = self._compile_range(plan, inductor, example_inputs)
         # Only now: Dynamo may abandon a compilation half way and start again.
         self.report.add_graph(records(done, self.report.graphs), plan.notes)
-        return compiled
+        return _watched(compiled, plan.known) if plan.known and done is not plan else compiled
 
     def _compile_long(
         self, plan: GraphPlan, inductor: _Inductor, example_inputs: Sequence[Any]
@@ -97,8 +102,9 @@ class TmxBackend:
         """Compile for a range of lengths that the user fixed: no guard may be left, and both sides may be needed."""
         assert self.config is not None
         assert plan.fixed_length is not None
-        short_gm = copy_graph(plan.gm) if plan.prompt is Prompt.BOTH else None
-        spare = copy_graph(plan.gm)
+        assert plan.source is not None
+        short_gm = copy_graph(plan.source) if plan.prompt is Prompt.BOTH else None
+        spare = copy_graph(plan.source)
         limit = self.config.min_seq_len
         guards = RangeGuards(plan.fixed_length, above=limit)
         long, done = self._compile_long(plan, inductor, example_inputs)
@@ -122,7 +128,8 @@ class TmxBackend:
         return dispatch(plan.length, limit, short, long), done
 
     def __repr__(self) -> str:
-        return f"tmx_backend({self.config!r}, lowering={self.lowering!r}, strict={self.strict})"
+        options = f"lowering={self.lowering!r}, strict={self.strict}, assume_causal={self.assume_causal}"
+        return f"tmx_backend({self.config!r}, {options})"
 
 
 def tmx_backend(
@@ -130,6 +137,7 @@ def tmx_backend(
     *,
     lowering: str = "auto",
     strict: bool = False,
+    assume_causal: bool = False,
     report: Report | None = None,
 ) -> TmxBackend:
     """A backend for ``torch.compile(model, backend=tmx_backend(config))``.
@@ -139,6 +147,9 @@ def tmx_backend(
         lowering: "auto" picks by a measured rule; a name ("flex", "blocked", "operator", "reference") takes that one
             or raises :class:`~tmx_compile.errors.LoweringError`.
         strict: raise :class:`~tmx_compile.errors.StrictModeError` where a site in a triangle layer cannot go sparse.
+        assume_causal: your word that a mask which only the run can tell (a 4-D mask handed to the model) is causal
+            and-ed with a padding mask, and that row positions handed to the model are consecutive. It is checked when
+            the compiled model runs: a broken promise raises ``ValueError`` (on an accelerator, a device assertion).
         report: a report to fill; a new one by default, found as ``backend.report``.
 
     Raises:
@@ -147,7 +158,7 @@ def tmx_backend(
     Warns:
         UserWarning: the configuration selects no layer, or the first n layers.
     """
-    return TmxBackend(config, lowering=lowering, strict=strict, report=report)
+    return TmxBackend(config, lowering=lowering, strict=strict, assume_causal=assume_causal, report=report)
 
 
 def tmx(
@@ -162,7 +173,7 @@ def tmx(
     Options that start with ``tmx_`` are arguments of :func:`tmx_backend` (``tmx_config`` may be a mapping of
     ``TriangleMixConfig``'s parameters); the others go to Inductor.
     """
-    known = ("tmx_config", "tmx_lowering", "tmx_strict", "tmx_report")
+    known = ("tmx_config", "tmx_lowering", "tmx_strict", "tmx_assume_causal", "tmx_report")
     ours = {name: value for name, value in (options or {}).items() if name.startswith("tmx_")}
     for name in ours:
         if name not in known:
@@ -186,6 +197,7 @@ def explain(
     config: TriangleMixConfig | TriangleMixInferenceConfig,
     lowering: str = "auto",
     strict: bool = False,
+    assume_causal: bool = False,
     **kwargs: Any,
 ) -> Report:
     """The report for one call of ``model(*args, **kwargs)``, without running it.
@@ -196,12 +208,11 @@ def explain(
     Raises:
         ValueError: bad arguments, or a result whose shape is known only by running.
     """
-    backend = TmxBackend(config, lowering=lowering, strict=strict)
+    backend = TmxBackend(config, lowering=lowering, strict=strict, assume_causal=assume_causal)
 
     def trace_only(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        del example_inputs
         if backend.config is not None:
-            plan = plan_graph(gm, Options(backend.config, lowering, strict))
+            plan = plan_graph(gm, Options(backend.config, lowering, strict, assume_causal), example_inputs)
             done = plan if plan.prompt is Prompt.SHORT else rewrite_graph(plan).plan
             backend.report.add_graph(records(done, backend.report.graphs), plan.notes)
         return _zeros_of(gm)
@@ -210,6 +221,51 @@ def explain(
     with torch._dynamo.config.patch(recompile_limit=2**31, accumulated_recompile_limit=2**31):
         torch.compile(model, backend=trace_only, dynamic=False)(*args, **kwargs)
     return backend.report
+
+
+def _watched(compiled: Callable[..., Any], known: Sequence[KnownTensor]) -> Callable[..., Any]:
+    """The compiled graph, run only while the buffers that its masks were read from hold what was read."""
+
+    def run(*args: Any) -> Any:
+        for constant in known:
+            if not constant.holds(args[constant.position]):
+                raise TriangleMixError(
+                    f"{constant.name} has changed since the model was compiled, and the attention masks were read from "
+                    "it: call torch.compiler.reset() and compile again"
+                )
+        return compiled(*args)
+
+    return run
+
+
+def rewrite(
+    program: Program,
+    config: TriangleMixConfig | TriangleMixInferenceConfig,
+    *,
+    lowering: str = "auto",
+    strict: bool = False,
+    assume_causal: bool = False,
+) -> tuple[Program, Report]:
+    """The pass by itself: a rewritten copy of a graph, and the report. The input stays as it is.
+
+    Takes what tracing makes: an ``ExportedProgram``, its ``module()``, a graph that a ``torch.compile`` backend or
+    ``make_fx`` sees. Weights are shared with the input; metadata, signature and names are kept. Call it under
+    ``torch.no_grad()`` for a program that is for inference only.
+
+    No guard is added, and nothing chooses a graph by length at run time: where the length is dynamic and its range
+    reaches down to ``min_seq_len``, the site stays dense (NO_DISPATCH). "auto" takes ``blocked`` or ``operator``.
+
+    Raises:
+        ValueError: bad arguments, or a graph without the shapes that tracing records.
+        LoweringError: the lowering that was named cannot take a call.
+        StrictModeError: with ``strict``, a site in a triangle layer that has to stay dense.
+    """
+    backend = TmxBackend(config, lowering=lowering, strict=strict, assume_causal=assume_causal)
+    options = Options(backend.config or TriangleMixConfig(), lowering, strict, assume_causal)
+    done, plan = rewrite_program(program, options)
+    if backend.config is not None:
+        backend.report.add_graph(records(plan, 0), plan.notes)
+    return done, backend.report
 
 
 class _Inductor:

@@ -29,17 +29,17 @@ def known(q_len: int | torch.SymInt, min_seq_len: int) -> Prompt | None:
     return Prompt.SHORT if statically_known_true(q_len <= min_seq_len) else None
 
 
-def decide(q_len: int | torch.SymInt, min_seq_len: int) -> Prompt:
+def decide(q_len: int | torch.SymInt, min_seq_len: int, *, may_guard: bool = True) -> Prompt:
     """The side a graph is for. Guards on it, so that Dynamo compiles once per side, unless the user fixed a range.
 
     ``mark_dynamic(min=, max=)`` promises one graph for the whole range; a guard inside it is a constraint violation.
-    Such a graph has to serve both sides.
+    Such a graph has to serve both sides; so has one whose guards nobody would check (``may_guard=False``).
     """
     side = known(q_len, min_seq_len)
     if side is not None:
         return side
     assert isinstance(q_len, torch.SymInt)
-    if has_fixed_range(q_len):
+    if not may_guard or has_fixed_range(q_len):
         return Prompt.BOTH
     return Prompt.LONG if bool(q_len > min_seq_len) else Prompt.SHORT
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from tmx_compile.config import TriangleMixConfig
 from tmx_compile.errors import StrictModeError
 from tmx_compile.graph import nodes
+from tmx_compile.graph.children import flatten, restore
+from tmx_compile.graph.conclude import Proof
+from tmx_compile.graph.constants import KnownTensor, known_tensors
 from tmx_compile.graph.find import find_attention
 from tmx_compile.graph.layer import LayerPath, layer_path
-from tmx_compile.graph.prove import Proof, Prover
+from tmx_compile.graph.prove import Prover
 from tmx_compile.graph.site import AttentionSite
 from tmx_compile.graph.substitute import Substituter, Substitution
 from tmx_compile.lengths import LengthInput, Prompt, decide, find_length_input, has_fixed_range, known
@@ -22,7 +26,7 @@ from tmx_compile.lowering import select
 from tmx_compile.lowering.base import AttentionCall, Lowering
 from tmx_compile.lowering.lower import Lowerer, merged_options
 from tmx_compile.ops import ALL_ROWS
-from tmx_compile.plan import Grid, dense_section, pair_count, triangle
+from tmx_compile.plan import Grid, Window, dense_section, pair_count, triangle
 from tmx_compile.report import Reason, Rejected, SiteRecord
 
 
@@ -33,6 +37,9 @@ class Options:
     config: TriangleMixConfig
     lowering: str = "auto"
     strict: bool = False
+    assume_causal: bool = False
+    standalone: bool = False
+    """The graph is handed back rather than compiled here: no guard, no choice by length, no Inductor settings."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,8 @@ class GraphPlan:
     """The plan of one graph: what each site becomes, and for which lengths.
 
     ``fixed_length`` is the prompt's length where the user fixed its range, so that no guard may narrow it; ``length``
-    is where the graph's inputs tell it, for a graph that serves both sides.
+    is where the graph's inputs tell it, for a graph that serves both sides. ``known`` are the inputs whose values the
+    proofs rest on. ``gm`` is the graph ``source`` with its child graphs laid open, or ``source`` itself.
     """
 
     gm: GraphModule
@@ -63,6 +71,8 @@ class GraphPlan:
     length: LengthInput | None = None
     fixed_length: torch.SymInt | None = None
     notes: list[str] = field(default_factory=list)
+    known: tuple[KnownTensor, ...] = ()
+    source: GraphModule | None = None
 
     @property
     def triangle(self) -> list[SitePlan]:
@@ -79,8 +89,12 @@ class Rewritten:
     inductor_options: Mapping[str, Any]
 
 
-def plan_graph(gm: GraphModule, options: Options) -> GraphPlan:
-    """Decide every attention call of a graph. Changes nothing; may guard on the side of ``min_seq_len``."""
+def plan_graph(gm: GraphModule, options: Options, example_inputs: Sequence[Any] = ()) -> GraphPlan:
+    """Decide every attention call of a graph. Changes nothing; may guard on the side of ``min_seq_len``.
+
+    ``example_inputs`` tell the values of the model's buffers, where they are real tensors.
+    """
+    source, gm = gm, flatten(gm)
     wanted = frozenset(options.config.layers())
     written = nodes.written_nodes(gm.graph)
     prover: Prover | None = None
@@ -93,23 +107,46 @@ def plan_graph(gm: GraphModule, options: Options) -> GraphPlan:
         if isinstance(found, Rejected):
             sites.append(SitePlan(node, layer, None, None, found, selected))
             continue
-        prover = prover or Prover.of(found.fake("query"), written)
-        proof = prover.prove(found)
-        verdict = _verdict(found, layer, proof, selected, options.config.min_seq_len)
+        prover = prover or Prover.of(
+            found.fake("query"),
+            written,
+            assume_causal=options.assume_causal,
+            constants=known_tensors(gm, example_inputs),
+        )
+        proof = prover.prove(found, ordered=selected and _settle_order(found, options))
+        verdict = _verdict(found, layer, proof, selected, options.config)
         proven = proof if isinstance(proof, Proof) else None
         sites.append(SitePlan(node, layer, found, proven, verdict, selected))
     sites = _one_stack(sites)
-    plan = GraphPlan(gm, options, sites, Prompt.SHORT)
+    plan = GraphPlan(gm, options, sites, Prompt.SHORT, source=source)
     if plan.triangle:
         _decide_length(plan)
     if options.strict:
         _refuse_refusals(plan)
     plan.notes.extend(_layer_notes(sites, options.config))
+    if prover is not None:
+        positions = {node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
+        plan.known = tuple(
+            KnownTensor(node.name, positions[node], term) for node, term in prover.known.items() if node in positions
+        )
     return plan
 
 
+def _settle_order(site: AttentionSite, options: Options) -> bool:
+    """Whether there are no more rows than keys; guards on it where only the hints tell (a static cache is longer)."""
+    q_len, kv_len = site.q_len, site.kv_len
+    if statically_known_true(q_len <= kv_len):
+        return True
+    if options.standalone:
+        return False
+    symbolic = [size for size in (q_len, kv_len) if isinstance(size, torch.SymInt)]
+    if any(not size.node.has_hint() or has_fixed_range(size) for size in symbolic):
+        return False
+    return hint(q_len) <= hint(kv_len) and bool(q_len <= kv_len)
+
+
 def _verdict(
-    site: AttentionSite, layer: LayerPath, proof: Proof | Rejected, selected: bool, min_seq_len: int
+    site: AttentionSite, layer: LayerPath, proof: Proof | Rejected, selected: bool, config: TriangleMixConfig
 ) -> Rejected | None:
     if layer.index is None:
         if layer.indices > 1:
@@ -117,9 +154,13 @@ def _verdict(
         return Rejected(Reason.LAYER_UNKNOWN, layer.path or "no path", site.node)
     if not selected:
         return Rejected(Reason.NOT_SELECTED, "", site.node)
-    if known(site.q_len, min_seq_len) is Prompt.SHORT:
-        return _short(site, min_seq_len)
-    return proof if isinstance(proof, Rejected) else None
+    if known(site.q_len, config.min_seq_len) is Prompt.SHORT:
+        return _short(site, config.min_seq_len)
+    if isinstance(proof, Rejected):
+        return proof
+    if proof.reach is not None and proof.reach <= config.sliding_window_size:
+        return Rejected(Reason.WINDOWED, f"{proof.reach + 1} keys", site.node)
+    return None
 
 
 def _short(site: AttentionSite, min_seq_len: int) -> Rejected:
@@ -146,14 +187,14 @@ def _decide_length(plan: GraphPlan) -> None:
         if item.verdict is not None:
             continue
         assert item.site is not None
-        side = decide(item.site.q_len, min_seq_len)
+        side = decide(item.site.q_len, min_seq_len, may_guard=not plan.options.standalone)
         verdict: Rejected | None = None
         if side is Prompt.SHORT:
             verdict = _short(item.site, min_seq_len)
         elif side is Prompt.BOTH:
             assert isinstance(item.site.q_len, torch.SymInt)
             where = find_length_input(plan.gm, item.site.q_len)
-            if where is None or plan.length not in (None, where):
+            if plan.options.standalone or where is None or plan.length not in (None, where):
                 verdict = Rejected(Reason.NO_DISPATCH, f"length {item.site.q_len}", item.node)
             else:
                 plan.length = where
@@ -218,7 +259,7 @@ def rewrite_graph(plan: GraphPlan) -> Rewritten:
             sites.append(item)
             continue
         both = substituter.substitute(Substitution(site, item.proof, *target))
-        chosen.append((both, replace(planned, key_mask=nodes.tensor_of(both.args[3])), lowering))
+        chosen.append((both, _as_substituted(planned, both), lowering))
         replaced.append(site)
         sites.append(replace(item, lowering=lowering.name))
     substituter.clean(replaced)
@@ -226,6 +267,7 @@ def rewrite_graph(plan: GraphPlan) -> Rewritten:
     for node, call, lowering in chosen:
         if lowering is not select.OPERATOR:
             lowerer.lower(node, call, lowering)
+    restore(gm)
     gm.graph.lint()
     gm.recompile()
     return Rewritten(gm, replace(plan, sites=sites), merged_options([low for _, _, low in chosen]))
@@ -235,14 +277,15 @@ def _target(item: SitePlan, options: Options) -> tuple[int, int, int] | None:
     """The geometry of a site: triangle, dense without its mask, or None to leave it exactly as it is."""
     if item.verdict is None:
         return options.config.geometry
-    if item.proof is not None and item.site is not None and item.site.masks:
-        return (0, 0, ALL_ROWS)
+    # A FlexAttention call with a block plan forms no mask: it stays the user's choice.
+    if item.proof is not None and item.proof.plain and item.site is not None and item.site.masks:
+        return (0, 0, ALL_ROWS) if item.site.block_plan is None else None
     return None
 
 
 def _lowering(call: AttentionCall, options: Options, *, stays_dense: bool) -> Lowering | None:
     if not stays_dense:
-        return select.select(options.lowering, call)
+        return select.select(options.lowering, call, portable=options.standalone)
     return None if isinstance(select.DENSE.supports(call), Rejected) else select.DENSE
 
 
@@ -255,9 +298,21 @@ def _call(
     key_mask = None
     with nodes.on_fakes(fake_mode):
         query, key, value = (x.to(out.dtype) for x in (query, key, value))
-        if proof.valid:
-            key_mask = key.new_empty(query.shape[0], key.shape[2], dtype=torch.bool)
-    return AttentionCall(query, key, value, key_mask, *target, site.scale, needs_grad)
+        # What is moved to the end leaves places without a key.
+        moved = proof.promised or proof.positions or (proof.offset and proof.offset.atoms)
+        if proof.valid or moved or proof.documents is not None:
+            dtype = torch.bool if proof.documents is None else torch.int64
+            key_mask = key.new_empty(query.shape[0], key.shape[2], dtype=dtype)
+    return AttentionCall(query, key, value, key_mask, *target, site.scale, needs_grad, proof.reach)
+
+
+def _as_substituted(planned: AttentionCall, both: Node) -> AttentionCall:
+    """The call with the operands that its node has."""
+    query, key, value, key_mask = (nodes.tensor_of(arg) for arg in both.args[:4])
+    assert query is not None
+    assert key is not None
+    assert value is not None
+    return replace(planned, query=query, key=key, value=value, key_mask=key_mask)
 
 
 def copy_graph(gm: GraphModule) -> GraphModule:
@@ -285,7 +340,11 @@ def _record(item: SitePlan, config: TriangleMixConfig, graph: int) -> SiteRecord
     if site is not None and 0 < shapes[0][2] <= shapes[1][2]:
         grid = Grid(shapes[0][2], shapes[1][2])
         causal = pair_count(dense_section(), grid)
-        attended = pair_count(triangle(*config.geometry), grid) if is_triangle else causal
+        section = triangle(*config.geometry)
+        if item.proof is not None and item.proof.reach is not None:
+            causal = pair_count(dense_section() & Window(item.proof.reach), grid)
+            section = section & Window(item.proof.reach)
+        attended = pair_count(section, grid) if is_triangle else causal
     return SiteRecord(
         graph=graph,
         path=item.layer.path,

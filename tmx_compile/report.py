@@ -29,14 +29,18 @@ class Reason(enum.Enum):
     LAYOUT = "the tensors are not (batch, heads, tokens, head_dim) with key heads dividing query heads"
     DROPOUT = "attention dropout is active"
     SCALE = "the score scale is not known at compile time"
+    SCORE_CHANGED = "the scores are changed by more than the scale and the mask"
+    WEIGHTS_USED = "the attention weights, or their log-sum-exp, are used beside the result"
     MORE_QUERIES = "there are more query rows than keys, or their order cannot be known"
     TOP_LEFT = "is_causal aligns to the top left, and the numbers of rows and keys are not known to be equal"
     NOT_CAUSAL = "the mask is not causal"
     MASK_UNKNOWN = "the mask depends on data or on an operation that is not understood"
+    POSITIONS_UNKNOWN = "the positions of the rows come from data"
+    WINDOWED = "the layer's own sliding window is not longer than the triangle's: nothing would be saved"
     FLOAT_BIAS = "the mask adds values other than 0 and minus infinity to the scores"
-    WRITTEN_IN_PLACE = "the mask is modified in place"
+    WRITTEN_IN_PLACE = "the mask, the scores or an operand is modified in place"
     NO_LOWERING = "no lowering supports the call"
-    NO_DISPATCH = "the length is limited to a range that crosses min_seq_len, and no graph input tells it"
+    NO_DISPATCH = "one graph has to serve lengths on both sides of min_seq_len, and nothing in it tells which"
 
 
 @dataclass(frozen=True)

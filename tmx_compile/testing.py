@@ -34,20 +34,21 @@ _DTYPES = {
 def captured_graphs(
     model: Callable[..., Any],
     *args: Any,
-    transform: Callable[[GraphModule], None] | None = None,
+    transform: Callable[[GraphModule], GraphModule | None] | None = None,
     dynamic: bool | None = False,
     **kwargs: Any,
 ) -> list[GraphModule]:
     """The Dynamo graphs of one call, in order; each is run as it is after ``transform``.
 
-    ``model`` is called with ``args`` and ``kwargs``; ``dynamic`` as for ``torch.compile``.
+    ``transform`` changes the graph, or returns another one. ``model`` is called with ``args`` and ``kwargs``, and
+    ``dynamic`` is as for ``torch.compile``.
     """
     graphs: list[GraphModule] = []
 
     def backend(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         del example_inputs
         if transform is not None:
-            transform(gm)
+            gm = transform(gm) or gm
         graphs.append(gm)
         return gm.forward
 
@@ -69,10 +70,9 @@ def rewritten_graphs(
     The call runs the rewritten graphs uncompiled: keep it small (``flex`` forms all scores when it is not compiled).
     """
 
-    def transform(gm: GraphModule) -> None:
+    def transform(gm: GraphModule) -> GraphModule:
         plan = plan_graph(gm, Options(config, lowering, strict))
-        if plan.prompt is not Prompt.SHORT:
-            rewrite_graph(plan)
+        return gm if plan.prompt is Prompt.SHORT else rewrite_graph(plan).gm
 
     return captured_graphs(model, *args, transform=transform, dynamic=dynamic, **kwargs)
 

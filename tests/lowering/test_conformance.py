@@ -48,6 +48,11 @@ CASES = {
     "holes, own key only": Case(100, 100, 0, 0, 0, batch=1, valid=((5, 100),), holes=True),
     "padding and more keys than rows": Case(90, 240, 4, 20, 8, batch=2, valid=((0, 240), (150, 240))),
     "padding, bfloat16": Case(200, 200, 4, 20, 8, batch=2, valid=((0, 200), (60, 200)), dtype=bf16),
+    "a window of the layer's own": Case(200, 200, 4, 20, 8, heads=4, kv_heads=2, reach=50),
+    "a reach of two blocks, no last rows": Case(300, 300, 70, 20, 0, reach=128),
+    "a reach inside the last rows": Case(200, 200, 4, 20, 100, reach=30),
+    "padding and a reach": Case(200, 200, 10, 20, 30, batch=2, valid=((0, 200), (60, 190)), holes=True, reach=70),
+    "more keys than rows and a reach": Case(90, 240, 40, 20, 8, reach=110),
     "padding, multi-query": Case(150, 150, 4, 20, 8, batch=2, heads=4, valid=((20, 150), (0, 90))),
 }
 EAGER = [BLOCKED, REFERENCE, OPERATOR]
@@ -63,7 +68,7 @@ def check(case, compiled, tol=None, dynamic=False):
                 torch._dynamo.mark_dynamic(x, dim)
     with torch.no_grad():
         out = compiled(*qkv, key_mask)
-    want, _ = oracle(*qkv, key_mask, *case.geometry, case.scale)
+    want, _ = oracle(*qkv, key_mask, *case.arguments)
     assert out.shape == want.shape
     assert out.dtype == case.dtype
     torch.testing.assert_close(out.double(), want, atol=tol or tolerance(case.dtype), rtol=0)
@@ -74,7 +79,7 @@ def check(case, compiled, tol=None, dynamic=False):
 def test_emitted_graph(lowering, name):
     case = CASES[name]
     backend = LoweringBackend(lowering, inductor=False)
-    check(case, torch.compile(OneCall(case.geometry, case.scale), backend=backend, dynamic=False))
+    check(case, torch.compile(OneCall(*case.one_call), backend=backend, dynamic=False))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -82,7 +87,7 @@ def test_emitted_graph(lowering, name):
 def test_compiled(lowering, name):
     case = CASES[name]
     backend = LoweringBackend(lowering, inductor=True)
-    check(case, torch.compile(OneCall(case.geometry, case.scale), backend=backend, dynamic=False))
+    check(case, torch.compile(OneCall(*case.one_call), backend=backend, dynamic=False))
 
 
 @pytest.mark.parametrize("name", ["no valid key", "left padding", "prime length", "more keys than rows"])
@@ -92,7 +97,7 @@ def test_float64_to_the_last_digits(lowering, name):
 
     case = replace(CASES[name], dtype=f64)
     backend = LoweringBackend(lowering, inductor=False)
-    check(case, torch.compile(OneCall(case.geometry, case.scale), backend=backend, dynamic=False))
+    check(case, torch.compile(OneCall(*case.one_call), backend=backend, dynamic=False))
 
 
 @pytest.mark.parametrize("valid", [False, True], ids=["plain", "padded"])
@@ -126,9 +131,9 @@ def test_gradients(lowering, inductor, case):
     case = CASES[case]
     backend = LoweringBackend(lowering, inductor)
     *qkv, key_mask = case.tensors(requires_grad=True)
-    out = torch.compile(OneCall(case.geometry, case.scale), backend=backend, dynamic=False)(*qkv, key_mask)
+    out = torch.compile(OneCall(*case.one_call), backend=backend, dynamic=False)(*qkv, key_mask)
     weight = torch.randn_like(out)
-    want, _ = oracle(*qkv, key_mask, *case.geometry, case.scale)
+    want, _ = oracle(*qkv, key_mask, *case.arguments)
     got = torch.autograd.grad(out, qkv, weight)
     for mine, theirs in zip(got, torch.autograd.grad(want, qkv, weight.double()), strict=True):
         torch.testing.assert_close(mine.double(), theirs.double(), atol=1e-4, rtol=1e-4)

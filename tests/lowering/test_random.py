@@ -37,6 +37,7 @@ def cases(draw):
         dtype=torch.float64,
         valid=valid,
         holes=draw(st.booleans()),
+        reach=draw(st.one_of(st.none(), st.integers(0, 60))),
     )
 
 
@@ -45,8 +46,8 @@ def cases(draw):
 @settings(max_examples=60, deadline=None)
 def test_numbers(attention, case):
     tensors = case.tensors()
-    want, _ = oracle(*tensors, *case.geometry, case.scale)
-    got = attention(*tensors, *case.geometry, case.scale)
+    want, _ = oracle(*tensors, *case.arguments)
+    got = attention(*tensors, *case.arguments)
     torch.testing.assert_close(got, want, atol=1e-11, rtol=0)
 
 

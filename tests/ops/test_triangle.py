@@ -40,12 +40,14 @@ def cases(draw, dtype=torch.float64):
         valid=valid,
         holes=draw(st.booleans()),
         strided=draw(st.booleans()),
+        reach=draw(st.sampled_from([None, None, 0, 3, 30, 1000])),
+        documents=draw(st.integers(0, 3)) == 0,
     )
 
 
 def run(case, *tensors):
     sink, window, last = case.geometry
-    return triangle_attention(*tensors, sink=sink, window=window, last=last, scale=case.scale)
+    return triangle_attention(*tensors, sink=sink, window=window, last=last, scale=case.scale, reach=case.reach)
 
 
 @given(cases(), st.sampled_from([200, 5000, 1 << 22]))
@@ -56,7 +58,7 @@ def test_forward_and_gradients_against_float64(case, budget):
     try:
         *qkv, key_mask = case.tensors(requires_grad=True)
         out, lse = run(case, *qkv, key_mask)
-        want, want_lse = oracle(*qkv, key_mask, *case.geometry, case.scale)
+        want, want_lse = oracle(*qkv, key_mask, *case.arguments)
         torch.testing.assert_close(out, want, atol=1e-11, rtol=0)
         torch.testing.assert_close(lse, want_lse.float(), atol=1e-5, rtol=1e-6)
         seen = torch.isfinite(want_lse)
@@ -77,7 +79,7 @@ def test_low_precision_accumulates_in_float32(dtype):
     *qkv, key_mask = case.tensors()
     out, _ = run(case, *qkv, key_mask)
     assert out.dtype == dtype
-    want, _ = oracle(*qkv, key_mask, *case.geometry, case.scale)
+    want, _ = oracle(*qkv, key_mask, *case.arguments)
     torch.testing.assert_close(out.double(), want, atol=tolerance(dtype), rtol=0)
 
 
@@ -96,11 +98,12 @@ def test_a_sequence_without_valid_keys_is_zero():
     assert (lse[1] == float("-inf")).all()
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_opcheck(masked):
-    case = Case(40, 48, 2, 5, 7, batch=2, heads=4, kv_heads=2, valid=((3, 48), (0, 40)) if masked else None)
+@pytest.mark.parametrize("kind", ["plain", "padded", "documents", "reach"])
+def test_opcheck(kind):
+    changes = {"padded": {"valid": ((3, 48), (0, 40))}, "documents": {"documents": True}, "reach": {"reach": 20}}
+    case = Case(40, 48, 2, 5, 7, batch=2, heads=4, kv_heads=2, **changes.get(kind, {}))
     *qkv, key_mask = case.tensors(requires_grad=True)
-    results = torch.library.opcheck(torch.ops.tmx.triangle_attention, (*qkv, key_mask, *case.geometry, case.scale))
+    results = torch.library.opcheck(torch.ops.tmx.triangle_attention, (*qkv, key_mask, *case.arguments))
     assert set(results.values()) == {"SUCCESS"}
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
-_INDEX = re.compile(r"\.(\d+)(?=[.\[]|$)|\._modules\['(\d+)'\]|\.(?:\w+)\[(\d+)\](?=[.\[]|$)")
+_INDEX = re.compile(r"(?:^|\.)(\d+)(?=[.\[]|$)|\._modules\['(\d+)'\]|\.(?:\w+)\[(\d+)\](?=[.\[]|$)")
 _ROOT = re.compile(r"^(?:L\['self'\]|L\['(?P<name>\w+)'\])\.?")
 
 

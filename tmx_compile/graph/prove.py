@@ -1,14 +1,20 @@
-"""Prove what a site's mask is: causal, with or without a mask over keys. Nothing is assumed.
+"""Prove what a site's mask is. Nothing is assumed.
 
-The mask is read as a truth value of (batch, head, row, key). It is accepted when it equals
+The masks are read as one truth value of (batch, head, row, key). It is accepted when it is the conjunction of
 
-    key <= row + (kv_len - q_len)   and   valid[batch, key] and ...
+- causality, ``key <= p`` with ``p = row + offset``, the offset the same for every row;
+- any truth of the batch and the key alone: which keys are valid;
+- at most one window, ``p - key <= reach``;
+- at most one document condition, ``document[p] == document[key]``;
+- the same validity asked of the row's own key.
 
-where each ``valid`` is a tensor that depends on the batch and the key alone. Everything else is refused with a reason.
+Everything else is refused with a reason. With the user's promise that the model is causal, a mask (or row positions)
+that only the run can tell is accepted too, and checked when the compiled model runs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,30 +24,17 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from tmx_compile.graph import terms as t
-from tmx_compile.graph.nodes import op_name, shape_env_of, tensor_of
-from tmx_compile.graph.read import MaskReader, View, as_truth
+from tmx_compile.graph.aten_rules import ATEN_RULES
+from tmx_compile.graph.block_check import checkable
+from tmx_compile.graph.conclude import BATCH, HEAD, KEY, ROW, Proof, Ranges, Sizes, conclude, origin
+from tmx_compile.graph.mask_mod import read_mask_mod
+from tmx_compile.graph.nodes import shape_env_of
+from tmx_compile.graph.read import MaskReader, NotUnderstood, View, as_truth, opaque
 from tmx_compile.graph.rules import RULES
 from tmx_compile.graph.site import AttentionSite, MaskMod, MaskPart
-from tmx_compile.graph.terms import AllOf, AnyOf, Choice, Element, Lin, NonNegative, Size, Truth, Truthy
+from tmx_compile.graph.terms import AllOf, AnyOf, Choice, Element, Lin, NonNegative, Size, Term, Truth, Truthy
+from tmx_compile.ops import MASKED
 from tmx_compile.report import Reason, Rejected
-
-KEY, ROW, HEAD, BATCH = 0, 1, 2, 3
-"""Coordinates of a (batch, heads, rows, keys) tensor, counted from the right."""
-
-
-@dataclass(frozen=True)
-class KeyMask:
-    """A per-key tensor of the mask: a key is valid where the element is not zero (``inverted``: where it is)."""
-
-    element: Element
-    inverted: bool = False
-
-
-@dataclass(frozen=True)
-class Proof:
-    """The mask is causal in absolute positions, and-ed with these per-key masks."""
-
-    valid: tuple[KeyMask, ...] = ()
 
 
 @dataclass
@@ -50,25 +43,38 @@ class Prover:
 
     Attributes:
         shape_env: the graph's shape environment, None where every length is static.
-        written: nodes whose storage an in-place call may change; masks built on them are refused.
+        written: nodes whose storage an in-place call may change, and the first such call; masks that read them after
+            it are refused.
+        assume_causal: the user's promise: masks and row positions that cannot be read are causal and consecutive.
+        constants: tensors of the graph whose values are known.
     """
 
     shape_env: Any
-    written: frozenset[Node]
+    written: Mapping[Node, Node]
+    assume_causal: bool = False
+    constants: Mapping[Node, torch.Tensor] = field(default_factory=dict)
     _proofs: dict[Any, Proof | Rejected] = field(default_factory=dict)
+    _at_least_0: set[Size] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self._reader = MaskReader(RULES, lambda lin: self._at_least(lin, {}, 0))
+        self._reader = MaskReader({**RULES, **ATEN_RULES}, self._is_index, self.constants)
 
     @classmethod
-    def of(cls, fake: torch.Tensor | None, written: frozenset[Node]) -> Prover:
+    def of(cls, fake: torch.Tensor | None, written: Mapping[Node, Node], **settings: Any) -> Prover:
         """A prover for the graph that a fake tensor comes from."""
-        return cls(shape_env_of(fake) if fake is not None else None, written)
+        return cls(shape_env_of(fake) if fake is not None else None, written, **settings)
 
-    def prove(self, site: AttentionSite) -> Proof | Rejected:
-        """The proof for one site, or why there is none."""
+    @property
+    def known(self) -> dict[Node, Term]:
+        """The constants that masks were read from, and what they were read as."""
+        return self._reader.known
+
+    def prove(self, site: AttentionSite, *, ordered: bool = False) -> Proof | Rejected:
+        """The proof for one site, or why there is none. ``ordered``: a guard holds that rows are not more than keys."""
         q_len, kv_len = site.q_len, site.kv_len
-        if not statically_known_true(q_len <= kv_len):
+        if ordered:
+            self._at_least_0.add(t.size_of(kv_len) - t.size_of(q_len))
+        elif not statically_known_true(q_len <= kv_len):
             return Rejected(Reason.MORE_QUERIES, f"{q_len} rows, {kv_len} keys", site.node)
         if not site.masks:
             if not site.is_causal:
@@ -83,69 +89,45 @@ class Prover:
         sizes = {KEY: t.size_of(kv_len), ROW: t.size_of(q_len), HEAD: t.size_of(heads), BATCH: batch}
         shared = (site.masks, *sizes.items())
         if shared not in self._proofs:
-            self._proofs[shared] = self._prove_masks(site.masks, sizes)
-        return self._proofs[shared]
+            self._proofs[shared] = self._prove_masks(site.masks, sizes, site.node)
+        proof = self._proofs[shared]
+        return proof if isinstance(proof, Rejected) else checkable(site, proof) or proof
 
-    def _prove_masks(self, masks: tuple[MaskPart | MaskMod, ...], sizes: dict[int, Size]) -> Proof | Rejected:
-        facts: list[Truth] = []
+    def _prove_masks(self, masks: tuple[MaskPart | MaskMod, ...], sizes: Sizes, node: Node) -> Proof | Rejected:
+        attended: list[Truth] = []
         for part in masks:
-            assert isinstance(part, MaskPart)
-            attended = self._part(part, sizes)
-            if isinstance(attended, Rejected):
-                return attended
-            facts.append(attended)
-        first = masks[0]
-        assert isinstance(first, MaskPart)
-        return self._conjunction(t.all_of(*facts), first.node, sizes)
+            read = self._part(part, sizes, node)
+            if isinstance(read, Rejected):
+                return read
+            attended.append(read)
+        truth = self._decide(t.all_of(*attended), sizes)
+        where = next((part.node for part in masks if isinstance(part, MaskPart)), node)
+        ranges = Ranges(sizes, lambda lin: self._at_least(lin, sizes, 0))
+        return conclude(truth, ranges, where, self._reader.runs, assume_causal=self.assume_causal)
 
-    def _part(self, part: MaskPart, sizes: dict[int, Size]) -> Truth | Rejected:
-        mask = part.node
-        stale = _first_written(mask, self.written)
-        if stale is not None:
-            return Rejected(Reason.WRITTEN_IN_PLACE, f"{stale.name}", stale)
-        view = self._reader.read(mask)
+    def _part(self, part: MaskPart | MaskMod, sizes: Sizes, node: Node) -> Truth | Rejected:
+        for source in (part.node,) if isinstance(part, MaskPart) else part.buffers:
+            stale = _read_after_write(source, node, self.written) if isinstance(source, Node) else None
+            if stale is not None:
+                return Rejected(Reason.WRITTEN_IN_PLACE, f"{stale.name}", stale)
+        if isinstance(part, MaskMod):
+            try:
+                return read_mask_mod(self._reader, part)
+            except NotUnderstood:
+                return Rejected(Reason.MASK_UNKNOWN, "an operation in mask_mod is not understood", node)
+        view = self._reader.read(part.node)
         for coordinate, size in enumerate(reversed(view.shape)):
             if coordinate > BATCH or (size != 1 and size != sizes[coordinate]):
-                return Rejected(Reason.LAYOUT, f"mask of shape {view.shape}", mask)
-        return _attended(view, mask)
+                return Rejected(Reason.LAYOUT, f"mask of shape {view.shape}", part.node)
+        return _attended(part, view)
 
-    def _conjunction(self, attended: Truth, mask: Node, sizes: dict[int, Size]) -> Proof | Rejected:
-        attended = self._decide(attended, sizes)
-        facts = attended.terms if isinstance(attended, AllOf) else frozenset({attended})
-        causal = NonNegative(Lin.of(sizes[KEY] - sizes[ROW], {ROW: 1, KEY: -1}))
-        valid: list[KeyMask] = []
-        for fact in sorted(facts - {causal}, key=str):
-            match fact:
-                case Truthy(element) | t.Negation(Truthy(element)) if t.coordinates(element) <= {KEY, BATCH}:
-                    refused = self._per_key(element, mask)
-                    if refused is not None:
-                        return refused
-                    valid.append(KeyMask(element, inverted=isinstance(fact, t.Negation)))
-                case t.Const():
-                    if not fact.value:
-                        return Rejected(Reason.NOT_CAUSAL, "the mask attends to nothing", mask)
-                case NonNegative() | t.Zero() | t.Negation(t.Zero()) | AnyOf():
-                    return Rejected(Reason.NOT_CAUSAL, _words(fact), mask)
-                case _:
-                    return Rejected(Reason.MASK_UNKNOWN, _words(fact), mask)
-        if causal not in facts:
-            return Rejected(Reason.NOT_CAUSAL, "every row may see later keys", mask)
-        return Proof(tuple(valid))
+    def _is_index(self, lin: Lin) -> bool:
+        """Whether an index can never be negative; row positions are taken to be so under the promise."""
+        if lin.atoms and self.assume_causal and all(factor > 0 for _, factor in lin.atoms):
+            lin = Lin(lin.const, lin.factors)
+        return self._at_least(lin, {}, 0)
 
-    def _per_key(self, element: Element, mask: Node) -> Rejected | None:
-        """A per-key tensor must be (B or 1, ..., Skv) read at its own batch and from key 0 on, in order."""
-        fake = tensor_of(element.node)
-        assert fake is not None
-        own_key = Lin.of(0, {KEY: 1})
-        own_batch = (Lin(0), Lin.of(0, {BATCH: 1}))
-        reads_key = [i for i in element.index if i.factor(KEY)]
-        others = [i for i in element.index if not i.factor(KEY)]
-        in_order = reads_key == [own_key] and all(i in own_batch for i in others)
-        if in_order and sum(i == own_batch[1] for i in others) <= 1:
-            return None
-        return Rejected(Reason.MASK_UNKNOWN, f"{element.node.name} is not read key by key", mask)
-
-    def _decide(self, term: Truth, sizes: dict[int, Size]) -> Truth:
+    def _decide(self, term: Truth, sizes: Sizes) -> Truth:
         """Replace comparisons that the ranges of the coordinates settle."""
         match term:
             case NonNegative(lin):
@@ -164,8 +146,10 @@ class Prover:
             case _:
                 return term
 
-    def _at_least(self, lin: Lin, sizes: dict[int, Size], bound: int) -> bool:
+    def _at_least(self, lin: Lin, sizes: Sizes, bound: int) -> bool:
         """Whether ``lin >= bound`` for every coordinate in its range; never guards."""
+        if lin.atoms:
+            return False
         low: Size = lin.const
         for coordinate, factor in lin.factors:
             if factor < 0:
@@ -176,71 +160,55 @@ class Prover:
             return low >= bound
         if self.shape_env is None:
             return False
-        lower = self.shape_env.bound_sympy(sympy.expand(low)).lower
-        return bool(lower >= bound)
+        low = sympy.expand(low)
+        if self.shape_env.bound_sympy(low).lower >= bound:
+            return True
+        return any(self.shape_env.bound_sympy(sympy.expand(low - known)).lower >= bound for known in self._at_least_0)
 
 
-def _attended(view: View, mask: Node) -> Truth | Rejected:
-    """Where the mask lets a row attend: a boolean mask is true there, an additive one 0 (else minus infinity)."""
-    fake = tensor_of(mask)
-    assert fake is not None
-    if fake.dtype == torch.bool:
-        return as_truth(view.term)
+def _attended(part: MaskPart, view: View) -> Truth | Rejected:
+    """Where a mask lets a row attend."""
+    if part.how != "add":
+        if not part.number <= MASKED:
+            return Rejected(Reason.FLOAT_BIAS, f"masked scores become {part.number:g}", part.node)
+        truth = as_truth(view.term)
+        return truth if part.how == "keep" else t.negate(truth)
+    if part.number <= 0:
+        return Rejected(Reason.FLOAT_BIAS, f"a mask multiplied by {part.number:g}", part.node)
     match view.term:
-        case Choice(condition, yes, no):
-            masked = torch.finfo(fake.dtype).min
-            if yes == 0 and no <= masked:
-                return condition
-            if no == 0 and yes <= masked:
-                return t.negate(condition)
-            return Rejected(Reason.FLOAT_BIAS, f"adds {yes:g} or {no:g}", mask)
-        case Element(node, _):
-            return Rejected(Reason.FLOAT_BIAS, f"a float tensor from {_origin(node)}", mask)
+        case Choice():
+            odd: list[float] = []
+
+            def judge(number: float) -> Truth:
+                if number != 0 and not number * part.number <= MASKED:
+                    odd.append(number)
+                return t.Const(number == 0)
+
+            truth = t.leaves(view.term, judge)
+            if odd:
+                return Rejected(Reason.FLOAT_BIAS, f"adds {odd[0]:g} to scores", part.node)
+            return truth
+        case Element(node, index):
+            coordinates = t.coordinates(view.term)
+            if {ROW, KEY} <= coordinates and HEAD not in coordinates and view == opaque(part.node):
+                # It may be a mask in floating point: the promise decides, see ``conclude``.
+                return t.Negation(Truthy(Element(node, index)))
+            return Rejected(Reason.FLOAT_BIAS, f"a float tensor from {origin(node)}", part.node)
         case _:
-            return Rejected(Reason.FLOAT_BIAS, "adds a function of the positions", mask)
+            return Rejected(Reason.FLOAT_BIAS, "adds a function of the positions", part.node)
 
 
-def _first_written(node: Node, written: frozenset[Node]) -> Node | None:
-    """The first node in the cone of ``node`` that an in-place call may write."""
+def _read_after_write(node: Node, reader: Node, written: Mapping[Node, Node]) -> Node | None:
+    """The first node in the cone of ``node`` that is read after an in-place call may have written it."""
     if not written:
         return None
-    seen: set[Node] = set()
-    stack = [node]
+    seen: set[tuple[Node, Node]] = set()
+    stack = [(node, reader)]
     while stack:
-        current = stack.pop()
-        if current in written:
+        current, user = stack.pop()
+        if current in written and not user < written[current]:
             return current
-        if current not in seen:
-            seen.add(current)
-            stack.extend(current.all_input_nodes)
+        if (current, user) not in seen:
+            seen.add((current, user))
+            stack.extend((source, current) for source in current.all_input_nodes)
     return None
-
-
-def _words(fact: Truth) -> str:
-    """A refused fact for people: the comparison in rows and keys, or the node that stopped the reading."""
-    match fact:
-        case NonNegative(lin):
-            return f"requires {_sum(lin)} >= 0"
-        case t.Zero(lin):
-            return f"requires {_sum(lin)} == 0"
-        case Truthy(element):
-            return f"reads {_origin(element.node)}"
-        case t.Negation(inner):
-            return f"not: {_words(inner)}"
-        case AllOf(terms):
-            return " and ".join(sorted(map(_words, terms)))
-        case AnyOf(terms):
-            return " or ".join(sorted(map(_words, terms)))
-        case _:
-            return str(fact)
-
-
-def _origin(node: Node) -> str:
-    kind = "the graph input" if node.op == "placeholder" else f"the result of {op_name(node)},"
-    return f"{kind} {node.name}"
-
-
-def _sum(lin: Lin) -> str:
-    names = {KEY: "key", ROW: "row", HEAD: "head", BATCH: "batch"}
-    parts = [f"{'-' if f == -1 else '' if f == 1 else f'{f}*'}{names.get(c, c)}" for c, f in lin.factors]
-    return " + ".join([*parts, str(lin.const)] if lin.const != 0 else parts)

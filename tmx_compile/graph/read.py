@@ -15,6 +15,7 @@ import torch
 from torch.fx import Node
 
 from tmx_compile.graph import terms as t
+from tmx_compile.graph.constants import recognise
 from tmx_compile.graph.nodes import op_name, tensor_of, value_of
 from tmx_compile.graph.terms import Choice, Const, Element, Lin, Size, Term, Truth
 
@@ -39,18 +40,37 @@ Rule: TypeAlias = "Callable[[MaskReader, Node], Term]"
 class MaskReader:
     """Reads nodes of one graph, each once.
 
+    Attributes:
+        known: the terms of the constants that were read.
+        runs: running counts of the places where a number does not rise by exactly 1, with that number: where two
+            counts are equal, the number has risen by 1 with every step between their places (along the last dimension).
+
     Args:
         rules: what each operation does, by its name (:data:`tmx_compile.graph.rules.RULES`).
         known_non_negative: decides ``lin >= 0`` over all coordinates (each at least 0) without adding a guard.
+        constants: tensors of the graph whose values are known.
     """
 
-    def __init__(self, rules: Mapping[str, Rule], known_non_negative: Callable[[Lin], bool]) -> None:
+    def __init__(
+        self,
+        rules: Mapping[str, Rule],
+        known_non_negative: Callable[[Lin], bool],
+        constants: Mapping[Node, torch.Tensor] | None = None,
+    ) -> None:
         self._rules = rules
+        self._constants = constants or {}
+        self.known: dict[Node, Term] = {}
+        self.runs: dict[Node, Lin] = {}
         self._views: dict[Node, View] = {}
         self._known_non_negative = known_non_negative
 
     def read(self, node: Node) -> View:
         """The view of a tensor node."""
+        if node not in self._views and node in self._constants:
+            term = recognise(self._constants[node])
+            if term is not None:
+                self.known[node] = term
+                self._views[node] = View(shape_of(node), self._normal(node, term))
         if node not in self._views:
             rule = self._rules.get(op_name(node)) if node.op in ("call_function", "call_method") else None
             try:
@@ -85,6 +105,12 @@ class MaskReader:
             raise NotUnderstood
         return term
 
+    def constants(self, arg: Any) -> float | Choice:
+        """An operand that must be one of a few numbers; a truth value counts as 0.0 or 1.0."""
+        if isinstance(arg, (int, float)):
+            return float(arg)
+        return as_constants(self.operand(arg))
+
     def truth(self, arg: Any) -> Truth:
         """An operand as a truth value (non-zero means true)."""
         return as_truth(self.operand(arg))
@@ -101,12 +127,25 @@ def as_truth(term: Term) -> Truth:
             return t.negate(t.compare_eq(term))
         case Element():
             return t.Truthy(term)
-        case Choice(condition, yes, no):
-            if bool(yes) == bool(no):
-                return Const(bool(yes))
-            return condition if yes else t.negate(condition)
+        case Choice():
+            return t.leaves(term, lambda number: Const(number != 0))
         case _:
             return term
+
+
+def as_constants(term: Term) -> float | Choice:
+    """A term as one of a few numbers, or :class:`NotUnderstood`."""
+    match term:
+        case Const(value):
+            return float(value)
+        case Choice():
+            return term
+        case Lin(const=int(const)) if term.is_number:
+            return float(const)
+        case Lin() | Element():
+            raise NotUnderstood
+        case _:
+            return Choice(term, 1.0, 0.0)
 
 
 def opaque(node: Node) -> View:
@@ -115,8 +154,13 @@ def opaque(node: Node) -> View:
     last = len(shape) - 1
     index = tuple(Lin(0) if size == 1 else Lin.of(0, {last - d: 1}) for d, size in enumerate(shape))
     element = Element(node, index)
-    fake = tensor_of(node)
-    return View(shape, t.Truthy(element) if fake is not None and fake.dtype == torch.bool else element)
+    match dtype_of(node):
+        case torch.bool:
+            return View(shape, t.Truthy(element))
+        case torch.int64 | torch.int32:
+            return View(shape, Lin.of(0, None, {element: 1}))
+        case _:
+            return View(shape, element)
 
 
 def shape_of(node: Node) -> tuple[Size, ...]:

@@ -5,6 +5,7 @@ A rule gives the term of its node, or raises :class:`~tmx_compile.graph.read.Not
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +21,7 @@ from tmx_compile.graph.read import (
     NotUnderstood,
     Rule,
     argument,
+    as_constants,
     as_truth,
     dtype_of,
     integer,
@@ -44,63 +46,138 @@ def _arange(_: MaskReader, node: Node) -> Term:
     return Lin.of(numbers[0], {0: step})
 
 
-def _filled(node: Node, value: Any) -> Term:
+def _filled(reader: MaskReader, node: Node, value: Any) -> Term:
     dtype = dtype_of(node)
     if isinstance(value, Node):
-        raise NotUnderstood
+        return _as(dtype, reader.operand(value))
     if dtype == torch.bool:
         return Const(bool(value))
     if dtype in INTEGERS:
         return Lin.of(int(value))
-    return Choice(t.TRUE, float(value), 0.0)
+    return _floats(dtype, float(value))
 
 
-def _full(_: MaskReader, node: Node) -> Term:
-    only(node, "fill_value")
-    return _filled(node, argument(node, 2 if op_name(node) == "new_full" else 1, "fill_value"))
+def _floats(dtype: torch.dtype, value: float | Choice) -> Term:
+    """Constants as a term, rounded to the dtype: what counts as "minus infinity" is judged on rounded numbers."""
+    if isinstance(value, Choice):
+        yes, no = (_floats(dtype, x) for x in (value.yes, value.no))
+        return Choice(value.condition, _leaf(yes), _leaf(no))
+    return Choice(t.TRUE, _rounded(dtype, value), 0.0)
+
+
+def _leaf(term: Term) -> float | Choice:
+    assert isinstance(term, Choice)
+    return term.yes if term.condition == t.TRUE else term
+
+
+@functools.lru_cache(maxsize=256)
+def _rounded(dtype: torch.dtype, value: float) -> float:
+    if not dtype.is_floating_point:
+        return value
+    with torch._subclasses.fake_tensor.unset_fake_temporarily():
+        return float(torch.tensor(value, dtype=torch.float64).to(dtype))
+
+
+def _as(dtype: torch.dtype, term: Term) -> Term:
+    """A term converted to a dtype."""
+    if dtype == torch.bool:
+        return as_truth(term)
+    if isinstance(term, Lin) and dtype in INTEGERS:
+        return term
+    constants = as_constants(term)
+    if dtype in INTEGERS and not isinstance(constants, Choice):
+        return Lin.of(int(constants))
+    return _floats(dtype, constants)
+
+
+def _full(reader: MaskReader, node: Node) -> Term:
+    only(node, "fill_value", "size")
+    return _filled(reader, node, argument(node, 2 if op_name(node) == "new_full" else 1, "fill_value"))
 
 
 def _constant(value: int) -> Rule:
-    def rule(_: MaskReader, node: Node) -> Term:
+    def rule(reader: MaskReader, node: Node) -> Term:
         only(node, "size", "memory_format")
-        return _filled(node, value)
+        return _filled(reader, node, value)
 
     return rule
+
+
+def _scalar(reader: MaskReader, node: Node) -> Term:
+    only(node)
+    if len(node.args) != 1 or not isinstance(node.args[0], (bool, int, float)):
+        raise NotUnderstood
+    return _filled(reader, node, node.args[0])
 
 
 # Arithmetic, comparison, logic -----------------------------------------------------------------------
 
 
-def _linear(combine: Callable[[Lin, Lin], Lin]) -> Rule:
+def _arithmetic(combine: Callable[[Lin, Lin], Lin], numbers: Callable[[float, float], float]) -> Rule:
+    """Affine over integers; over anything else, the same for each of the constants that an operand may be."""
+
     def rule(reader: MaskReader, node: Node) -> Term:
         only(node)
-        if dtype_of(node) not in INTEGERS or len(node.args) != 2:
+        if len(node.args) != 2:
             raise NotUnderstood
-        return combine(reader.number(node.args[0]), reader.number(node.args[1]))
+        dtype = dtype_of(node)
+        a, b = (reader.operand(arg) if not isinstance(arg, float) else Choice(t.TRUE, arg, 0.0) for arg in node.args)
+        if dtype in INTEGERS and isinstance(a, (Lin, Const)) and isinstance(b, (Lin, Const)):
+            return combine(reader.number(node.args[0]), reader.number(node.args[1]))
+        if dtype == torch.bool:
+            raise NotUnderstood
+        return _floats(dtype, _each(numbers, as_constants(a), as_constants(b)))
 
     return rule
 
 
+def _each(numbers: Callable[[float, float], float], a: float | Choice, b: float | Choice) -> float | Choice:
+    """Apply an operation to whichever constants are chosen; both sides of one condition are chosen together."""
+    if isinstance(a, Choice):
+        if isinstance(b, Choice) and a.condition == b.condition:
+            return t.choose(a.condition, _each(numbers, a.yes, b.yes), _each(numbers, a.no, b.no))
+        return t.choose(a.condition, _each(numbers, a.yes, b), _each(numbers, a.no, b))
+    if isinstance(b, Choice):
+        return t.choose(b.condition, _each(numbers, a, b.yes), _each(numbers, a, b.no))
+    return numbers(a, b)
+
+
 def _product(a: Lin, b: Lin) -> Lin:
     for factor, other in ((a, b), (b, a)):
-        if not factor.factors and isinstance(factor.const, int):
-            return other.scaled(factor.const)
+        if factor.is_number:
+            return other.scaled(operator.index(factor.const))
     raise NotUnderstood
 
 
-def _neg(reader: MaskReader, node: Node) -> Term:
-    if dtype_of(node) not in INTEGERS:
+def _rsub(reader: MaskReader, node: Node) -> Term:
+    only(node)
+    if len(node.args) != 2:
         raise NotUnderstood
-    return reader.number(node.args[0]).scaled(-1)
+    dtype = dtype_of(node)
+    if dtype in INTEGERS:
+        return reader.number(node.args[1]) - reader.number(node.args[0])
+    return _floats(dtype, _each(lambda a, b: b - a, *(reader.constants(arg) for arg in node.args[:2])))
 
 
-def _compare(make: Callable[[Lin], Truth]) -> Rule:
-    """A comparison as a truth value of the difference of its operands."""
+def _neg(reader: MaskReader, node: Node) -> Term:
+    term = reader.operand(node.args[0])
+    if dtype_of(node) in INTEGERS and isinstance(term, Lin):
+        return term.scaled(-1)
+    return _floats(dtype_of(node), _each(lambda a, b: a * b, as_constants(term), -1.0))
+
+
+def _compare(make: Callable[[Lin], Truth], numbers: Callable[[float, float], bool]) -> Rule:
+    """A comparison: a truth value of the difference of affine operands, or of each constant that one may be."""
 
     def rule(reader: MaskReader, node: Node) -> Term:
         if len(node.args) != 2 or node.kwargs:
             raise NotUnderstood
-        return make(reader.number(node.args[0]) - reader.number(node.args[1]))
+        operands = [arg if isinstance(arg, float) else reader.operand(arg) for arg in node.args]
+        if all(isinstance(x, (Lin, Const)) for x in operands):
+            return make(reader.number(node.args[0]) - reader.number(node.args[1]))
+        a, b = (x if isinstance(x, float) else as_constants(x) for x in operands)
+        outcome = _each(lambda x, y: float(numbers(x, y)), a, b)
+        return t.leaves(outcome, lambda number: Const(number != 0))
 
     return rule
 
@@ -114,44 +191,27 @@ def _logic(combine: Callable[..., Truth]) -> Rule:
     return rule
 
 
+def _xor(a: Truth, b: Truth) -> Truth:
+    return t.select(a, t.negate(b), b)
+
+
 def _where(reader: MaskReader, node: Node) -> Term:
     if len(node.args) != 3 or node.kwargs:
         raise NotUnderstood
-    condition = reader.truth(node.args[0])
-    if dtype_of(node) == torch.bool:
-        yes, no = reader.truth(node.args[1]), reader.truth(node.args[2])
-        return t.any_of(t.all_of(condition, yes), t.all_of(t.negate(condition), no))
-    return Choice(condition, _constant_number(reader, node.args[1]), _constant_number(reader, node.args[2]))
+    return _chosen(reader, node, reader.truth(node.args[0]), node.args[1], node.args[2])
 
 
 def _masked_fill(reader: MaskReader, node: Node) -> Term:
     if len(node.args) != 3 or node.kwargs:
         raise NotUnderstood
-    source, condition = reader.operand(node.args[0]), reader.truth(node.args[1])
-    value = _constant_number(reader, node.args[2])
-    if dtype_of(node) == torch.bool:
-        kept = t.all_of(t.negate(condition), as_truth(source))
-        return t.any_of(condition, kept) if value else kept
-    match source:
-        case Choice(inner, yes, no) if no == value:
-            return Choice(t.all_of(inner, t.negate(condition)), yes, no)
-        case Choice(inner, yes, no) if yes == value and inner != t.TRUE:
-            return Choice(t.any_of(inner, condition), yes, no)
-        case Choice(Const(True), yes, _):
-            return Choice(condition, value, yes)
-    raise NotUnderstood
+    return _chosen(reader, node, reader.truth(node.args[1]), node.args[2], node.args[0])
 
 
-def _constant_number(reader: MaskReader, arg: Any) -> float:
-    if isinstance(arg, (bool, int, float)):
-        return float(arg)
-    term = reader.operand(arg)
-    match term:
-        case Choice(Const(True), yes, _):
-            return yes
-        case Lin(int(const), ()):
-            return float(const)
-    raise NotUnderstood
+def _chosen(reader: MaskReader, node: Node, condition: Truth, yes: Any, no: Any) -> Term:
+    dtype = dtype_of(node)
+    if dtype == torch.bool:
+        return t.select(condition, *(Const(bool(x)) if isinstance(x, float) else reader.truth(x) for x in (yes, no)))
+    return _floats(dtype, t.choose(condition, reader.constants(yes), reader.constants(no)))
 
 
 def _triangular(sign: int) -> Rule:
@@ -161,15 +221,9 @@ def _triangular(sign: int) -> Rule:
         only(node, "diagonal")
         diagonal = integer(argument(node, 1, "diagonal", 0))
         kept = t.compare_ge(Lin.of(diagonal, {0: -1, 1: 1}).scaled(sign))
-        source = reader.operand(node.args[0])
         if dtype_of(node) == torch.bool:
-            return t.all_of(kept, as_truth(source))
-        match source:
-            case Choice(Const(True), yes, _):
-                return Choice(kept, yes, 0.0)
-            case Lin(int(const), ()):
-                return Choice(kept, float(const), 0.0)
-        raise NotUnderstood
+            return t.all_of(kept, reader.truth(node.args[0]))
+        return _floats(dtype_of(node), t.choose(kept, reader.constants(node.args[0]), 0.0))
 
     return rule
 
@@ -197,8 +251,8 @@ def _diff(reader: MaskReader, node: Node) -> Term:
     if shape_of(prepend)[-1 - along] != 1:
         raise NotUnderstood
     step = line.factor(along)
-    first = t.substitute(line, {along: Lin(0)})
-    if not isinstance(first, Lin) or first - before != Lin.of(step):
+    depends = any(along in t.coordinates(element) for element, _ in line.atoms)
+    if depends or t.substitute_lin(line, {along: Lin(0)}) - before != Lin.of(step):
         raise NotUnderstood
     return Lin.of(step)
 
@@ -206,10 +260,26 @@ def _diff(reader: MaskReader, node: Node) -> Term:
 def _cumsum(reader: MaskReader, node: Node) -> Term:
     only(node, "dim")
     along = _along(node, 1)
+    _note_run(reader, node, along)
     constant = reader.number(node.args[0])
-    if dtype_of(node) not in INTEGERS or constant.factors or not isinstance(constant.const, int):
+    if dtype_of(node) not in INTEGERS or not constant.is_number:
         raise NotUnderstood
-    return Lin.of(constant.const, {along: constant.const})
+    step = operator.index(constant.const)
+    return Lin.of(step, {along: step})
+
+
+def _note_run(reader: MaskReader, node: Node, along: int) -> None:
+    """A running count of ``diff(x) != 1`` numbers packed documents: see ``MaskReader.runs``."""
+    breaks = node.args[0]
+    if along != 0 or not isinstance(breaks, Node) or op_name(breaks) != "ne" or breaks.args[1:] != (1,):
+        return
+    steps = breaks.args[0]
+    if not isinstance(steps, Node) or op_name(steps) != "diff" or _along(steps, 2) != 0 or len(steps.args) > 1:
+        return
+    before = steps.kwargs.get("prepend")
+    if steps.kwargs.get("n", 1) != 1 or not isinstance(before, Node) or shape_of(before)[-1] != 1:
+        return
+    reader.runs[node] = reader.number(steps.args[0])
 
 
 # Shapes and indices ----------------------------------------------------------------------------------
@@ -223,34 +293,26 @@ def _same_term(reader: MaskReader, node: Node) -> Term:
 def _cast(reader: MaskReader, node: Node) -> Term:
     source = node.args[0]
     term = reader.operand(source)
-    dtype, before = dtype_of(node), dtype_of(source) if isinstance(source, Node) else None
-    if dtype == before:
+    if isinstance(source, Node) and dtype_of(node) == dtype_of(source):
         return term
-    if dtype == torch.bool:
-        return as_truth(term)
-    if dtype in INTEGERS and isinstance(term, Lin):
-        return term
-    if isinstance(term, t.TRUTHS):
-        return Choice(term, 1.0, 0.0)
-    if isinstance(term, Choice) and dtype.is_floating_point:
-        # The cast rounds; what counts as "minus infinity" is judged on the rounded numbers.
-        yes, no = (float(torch.tensor(x, dtype=before).to(dtype)) for x in (term.yes, term.no))
-        return Choice(term.condition, yes, no)
-    raise NotUnderstood
+    return _as(dtype_of(node), term)
 
 
 def _reshape(reader: MaskReader, node: Node) -> Term:
-    """A reshape that only adds or removes dimensions of size 1."""
+    """A reshape that adds or removes dimensions of size 1, or changes only leading ones that the term ignores."""
     source = node.args[0]
     if not isinstance(source, Node):
         raise NotUnderstood
     old, new = shape_of(source), shape_of(node)
     old_dims = [len(old) - 1 - d for d, size in enumerate(old) if size != 1]
     new_dims = [len(new) - 1 - d for d, size in enumerate(new) if size != 1]
-    if [old[-1 - c] for c in old_dims] != [new[-1 - c] for c in new_dims]:
+    pairs = list(zip(reversed(old_dims), reversed(new_dims), strict=False))
+    same = next((i for i, (a, b) in enumerate(pairs) if old[-1 - a] != new[-1 - b]), len(pairs))
+    moved = {a: Lin.of(0, {b: 1}) for a, b in pairs[:same]}
+    term = reader.operand(source)
+    if any(c in old_dims and c not in moved for c in t.coordinates(term)):
         raise NotUnderstood
-    moved = {a: Lin.of(0, {b: 1}) for a, b in zip(old_dims, new_dims, strict=True)}
-    return t.substitute(reader.operand(source), moved)
+    return t.substitute(term, moved)
 
 
 def _permute(reader: MaskReader, node: Node) -> Term:
@@ -326,30 +388,31 @@ def _index_term(reader: MaskReader, item: Any, shift: int) -> Lin:
     term = reader.operand(item)
     if not isinstance(term, Lin) or not reader.is_index(term):
         raise NotUnderstood
-    moved = t.substitute(term, {c: Lin.of(0, {c + shift: 1}) for c in t.coordinates(term)})
-    assert isinstance(moved, Lin)
-    return moved
+    return t.substitute_lin(term, {c: Lin.of(0, {c + shift: 1}) for c in t.coordinates(term)})
 
 
 RULES: dict[str, Rule] = {
     "arange": _arange,
+    **dict.fromkeys(("tensor", "scalar_tensor"), _scalar),
     "full": _full,
     "new_full": _full,
     "full_like": _full,
     **dict.fromkeys(("ones", "new_ones", "ones_like"), _constant(1)),
     **dict.fromkeys(("zeros", "new_zeros", "zeros_like"), _constant(0)),
-    "add": _linear(operator.add),
-    "sub": _linear(operator.sub),
-    "mul": _linear(_product),
+    "add": _arithmetic(operator.add, operator.add),
+    "sub": _arithmetic(operator.sub, operator.sub),
+    "rsub": _rsub,
+    "mul": _arithmetic(_product, operator.mul),
     "neg": _neg,
-    "ge": _compare(t.compare_ge),
-    "le": _compare(lambda d: t.compare_ge(d.scaled(-1))),
-    "gt": _compare(lambda d: t.compare_ge(d - Lin(1))),
-    "lt": _compare(lambda d: t.compare_ge(d.scaled(-1) - Lin(1))),
-    "eq": _compare(t.compare_eq),
-    "ne": _compare(lambda d: t.negate(t.compare_eq(d))),
+    "ge": _compare(t.compare_ge, operator.ge),
+    "le": _compare(lambda d: t.compare_ge(d.scaled(-1)), operator.le),
+    "gt": _compare(lambda d: t.compare_ge(d - Lin(1)), operator.gt),
+    "lt": _compare(lambda d: t.compare_ge(d.scaled(-1) - Lin(1)), operator.lt),
+    "eq": _compare(t.compare_eq, operator.eq),
+    "ne": _compare(lambda d: t.negate(t.compare_eq(d)), operator.ne),
     "and": _logic(t.all_of),
     "or": _logic(t.any_of),
+    "xor": _logic(_xor),
     "not": _logic(t.negate),
     "where": _where,
     "masked_fill": _masked_fill,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
@@ -51,6 +52,24 @@ class MaskMod:
 
 
 @dataclass(frozen=True)
+class BlockPlan:
+    """The blocks of a FlexAttention call: its kernel reads a pair of blocks only where the plan lists it.
+
+    Attributes:
+        rows: rows in a block, a number of the graph where it is a node.
+        keys: keys in a block, likewise.
+        partial: the listed blocks in which the mask applies: their number for every block of rows, (B or 1, H or 1,
+            row blocks), and which ones, (B or 1, H or 1, row blocks, at most key blocks). int32.
+        full: the listed blocks that are attended as a whole, likewise; None: none.
+    """
+
+    rows: int | Node
+    keys: int | Node
+    partial: tuple[Node, Node]
+    full: tuple[Node, Node] | None = None
+
+
+@dataclass(frozen=True)
 class AttentionSite:
     """``softmax(query @ key^T * scale, masked) @ value`` as it stands in a graph.
 
@@ -65,6 +84,8 @@ class AttentionSite:
         factor: a scalar of the graph (0-d tensor) that the scores are multiplied by as well, or None.
         form: the finder's name.
         result_order: how (B, H, Sq, Dv) is permuted to ``node``'s dimensions; None: not at all.
+        effects: calls with an effect that have no meaning without the site, such as writing a mask into its scores.
+        block_plan: blocks that must be shown to agree with ``masks`` before the site may be replaced, or None.
     """
 
     node: Node
@@ -77,6 +98,8 @@ class AttentionSite:
     form: str
     factor: Node | None = None
     result_order: tuple[int, ...] | None = None
+    block_plan: BlockPlan | None = None
+    effects: tuple[Node, ...] = ()
 
     def fake(self, name: Literal["query", "key", "value"]) -> Tensor:
         """The fake tensor of an operand, as (batch, heads, tokens, head_dim)."""
@@ -84,11 +107,11 @@ class AttentionSite:
         return operand.fake
 
     @property
-    def q_len(self) -> int:
+    def q_len(self) -> int | torch.SymInt:
         """Number of query rows, possibly symbolic."""
         return self.query.fake.shape[2]
 
     @property
-    def kv_len(self) -> int:
+    def kv_len(self) -> int | torch.SymInt:
         """Number of keys, possibly symbolic."""
         return self.key.fake.shape[2]

@@ -8,14 +8,17 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from tmx_compile.errors import VerificationError
 from tmx_compile.graph import terms as t
-from tmx_compile.graph.nodes import INSERTED, erase_dead, on_fakes, tensor_of, value_of
-from tmx_compile.graph.prove import BATCH, KEY, KeyMask, Proof
+from tmx_compile.graph.block_check import check_blocks
+from tmx_compile.graph.conclude import Proof
+from tmx_compile.graph.emit import Emitter
+from tmx_compile.graph.nodes import dead_ends, erase_dead, tensor_of
 from tmx_compile.graph.site import AttentionSite, Operand
-from tmx_compile.graph.terms import Lin
-from tmx_compile.ops import OPERATOR
+from tmx_compile.graph.terms import Truthy
+from tmx_compile.ops import CHECK_MASK, OPERATOR
 
 
 @dataclass(frozen=True)
@@ -34,114 +37,139 @@ class Substituter:
 
     def __init__(self, gm: GraphModule, fake_mode: Any) -> None:
         self._gm = gm
-        self._fake_mode = fake_mode
-        self._key_masks: dict[Any, Node] = {}
+        self._emit = Emitter(gm, fake_mode)
+        self._keys: dict[Any, _Keys] = {}
+        self._checked: set[Any] = set()
 
     def substitute(self, item: Substitution) -> Node:
         """Replace one site; returns the operator's node. Call :meth:`clean` after the last one."""
         site = item.site
-        graph = self._gm.graph
         out = tensor_of(site.node)
         assert out is not None
-        with graph.inserting_before(site.node):
-            key_mask = self._key_mask(item) if item.proof.valid else None
+        with self._emit.before(site) as emit:
+            keys = self._shared(item)
+            if (site.block_plan, item.proof) not in self._checked:
+                check_blocks(emit, site, item.proof, keys.mask)
+                self._checked.add((site.block_plan, item.proof))
             # Under autocast SDPA takes mixed dtypes; its result tells which one it computes in.
-            operands = [self._operand(x, out.dtype, site.node) for x in (site.query, site.key, site.value)]
+            operands = [self._operand(x, out.dtype) for x in (site.query, site.key, site.value)]
             if site.factor is not None:
-                operands[0] = self._call(site.node, torch.mul, (operands[0], site.factor))
-                operands[0] = self._cast(operands[0], out.dtype, site.node)
-            args = (*operands, key_mask, item.sink, item.window, item.last, site.scale)
-            both = self._call(site.node, OPERATOR, args)
-            result = self._call(site.node, operator.getitem, (both, 0))
+                operands[0] = self._cast(emit.call(torch.mul, operands[0], site.factor), out.dtype)
+            operands[1:] = [keys.of(emit, operand) for operand in operands[1:]]
+            reach = () if item.proof.reach is None else (item.proof.reach,)
+            both = emit.call(OPERATOR, *operands, keys.mask, item.sink, item.window, item.last, site.scale, *reach)
+            result = emit.call(operator.getitem, both, 0)
             if site.result_order is not None:
-                result = self._call(site.node, torch.Tensor.permute, (result, site.result_order))
+                result = emit.call(torch.Tensor.permute, result, site.result_order)
         site.node.replace_all_uses_with(result)
         _check_same(result, out)
         return both
 
     def clean(self, sites: list[AttentionSite]) -> None:
         """Erase the replaced calls and what only they used, then verify the graph."""
-        erase_dead(self._gm.graph, [site.node for site in sites])
+        # Other results of the same call: a site may have only such as nothing needs.
+        others = [user for site in sites for user in site.node.all_input_nodes[0].users if site.form == "flex"]
+        ends = [end for other in others for end in dead_ends(other) or ()]
+        effects = [node for site in sites for node in site.effects]
+        erase_dead(self._gm.graph, [*ends, *effects, *(site.node for site in sites)], effects)
         self._gm.graph.lint()
         self._gm.recompile()
 
-    def _operand(self, operand: Operand, dtype: torch.dtype, like: Node) -> Node:
+    def _operand(self, operand: Operand, dtype: torch.dtype) -> Node:
         node = operand.node
         if operand.order is not None:
-            node = self._call(like, torch.Tensor.permute, (node, operand.order))
-        return self._cast(node, dtype, like)
+            node = self._emit.call(torch.Tensor.permute, node, operand.order)
+        return self._cast(node, dtype)
 
-    def _cast(self, node: Node, dtype: torch.dtype, like: Node) -> Node:
+    def _cast(self, node: Node, dtype: torch.dtype) -> Node:
         fake = tensor_of(node)
         assert fake is not None
-        return node if fake.dtype == dtype else self._call(like, torch.Tensor.to, (node, dtype))
+        return node if fake.dtype == dtype else self._emit.call(torch.Tensor.to, node, dtype)
 
-    def _key_mask(self, item: Substitution) -> Node:
-        """(B, Skv) bool: every proven per-key tensor, read at (batch, key) as the mask code read it."""
+    def _shared(self, item: Substitution) -> _Keys:
         site = item.site
-        batch, kv_len = site.fake("query").shape[0], site.kv_len
-        shared = (item.proof.valid, t.size_of(batch), t.size_of(kv_len))
-        if shared not in self._key_masks:
-            mask: Node | None = None
-            for key_mask in item.proof.valid:
-                valid = self._valid(key_mask, site)
-                mask = valid if mask is None else self._call(site.node, operator.and_, (mask, valid))
-            assert mask is not None
-            sizes = tuple(self._size(site, axis, operand) for axis, operand in ((0, site.query), (2, site.key)))
-            expanded = self._call(site.node, torch.Tensor.expand, (mask, *sizes))
-            self._key_masks[shared] = expanded
-        return self._key_masks[shared]
+        sizes = [t.size_of(n) for n in (site.fake("query").shape[0], site.q_len, site.kv_len)]
+        shared = (item.proof, *sizes)
+        if shared not in self._keys:
+            self._keys[shared] = _keys(self._emit, item)
+        return self._keys[shared]
 
-    def _valid(self, key_mask: KeyMask, site: AttentionSite) -> Node:
-        """One per-key tensor as (B or 1, Skv) bool. Reading by position keeps the original's out-of-range error."""
-        element = key_mask.element
-        like, source = site.node, element.node
-        fake = tensor_of(source)
-        assert fake is not None
-        index: list[Any] = []
-        for term in element.index:
-            if term.factor(KEY):
-                index.append(self._arange(site, 2, site.key))
-            elif term == Lin.of(0, {BATCH: 1}):
-                positions = self._arange(site, 0, site.query)
-                index.append(self._call(like, torch.unsqueeze, (positions, 1)))
-            else:
-                index.append(0)
-        read = self._call(like, operator.getitem, (source, tuple(index)))
-        rank = tensor_of(read)
-        assert rank is not None
-        if rank.dim() == 1:
-            read = self._call(like, torch.unsqueeze, (read, 0))
-        if fake.dtype != torch.bool:
-            read = self._call(like, torch.Tensor.to, (read, torch.bool))
-        return self._call(like, torch.logical_not, (read,)) if key_mask.inverted else read
 
-    def _arange(self, site: AttentionSite, axis: int, operand: Operand) -> Node:
-        size = self._size(site, axis, operand)
-        return self._call(site.node, torch.arange, (size,), {"device": site.fake("key").device})
+@dataclass(frozen=True)
+class _Keys:
+    """Which keys a call reads, and in which order.
 
-    def _size(self, site: AttentionSite, axis: int, operand: Operand) -> Any:
-        size = operand.fake.shape[axis]
-        if isinstance(size, int):
-            return size
-        dim = axis if operand.order is None else operand.order[axis]
-        return self._call(site.node, torch.Tensor.size, (operand.node, dim))
+    Attributes:
+        mask: (B, Skv) bool or document numbers, over the keys as the operator gets them.
+        end: one past the last key that any row may attend; None: all keys.
+        index: (Skv,) the key to put at each place, so that the last row's own key is the last; None: as they are.
+    """
 
-    def _call(self, like: Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Node:
-        """Insert a call with the origin of the site and an example value."""
-        name = getattr(target, "__name__", "")
-        if getattr(torch.Tensor, name, None) is target:
-            node = self._gm.graph.call_method(name, args, kwargs)
-        else:
-            node = self._gm.graph.call_function(target, args, kwargs)
-        for key in ("nn_module_stack", "stack_trace"):
-            if key in like.meta:
-                node.meta[key] = like.meta[key]
-        node.meta[INSERTED] = True
-        values, keywords = torch.fx.node.map_arg((args, kwargs or {}), value_of)
-        with on_fakes(self._fake_mode):
-            node.meta["example_value"] = target(*values, **keywords)
+    mask: Node | None
+    end: Any = None
+    index: Node | None = None
+
+    def of(self, emit: Emitter, node: Node) -> Node:
+        """Keys or values (B, Hkv, Skv, D) as the operator is to get them."""
+        if self.index is not None:
+            return emit.call(torch.index_select, node, 2, self.index)
+        if self.end is not None:
+            return emit.call(operator.getitem, node, (slice(None), slice(None), slice(None, self.end)))
         return node
+
+
+def _keys(emit: Emitter, item: Substitution) -> _Keys:
+    """The key mask of a site, and its keys rearranged to what the operator expects: row i at Skv - Sq + i."""
+    site, proof = item.site, item.proof
+    mask = None if not proof.valid else emit.truths(proof.valid)
+    first_row: Any = None
+    if proof.promised is not None:
+        mask, first_row = _promised(emit, proof.promised, mask)
+        if statically_known_true(site.q_len == site.kv_len):
+            first_row = None
+    elif proof.positions is not None:
+        first_row = emit.first_position(proof.positions)
+    elif proof.offset is not None and proof.offset.atoms:
+        first_row = emit.number(proof.offset)
+    if proof.documents is not None:
+        numbers = emit.number(proof.documents)
+        # From 1 on: 0 is the number of a key that nobody attends.
+        numbers = emit.call(torch.add, emit.call(torch.sub, numbers, emit.call(torch.amin, numbers)), 1)
+        mask = numbers if mask is None else emit.call(torch.mul, numbers, mask)
+    if mask is not None:
+        mask = emit.call(torch.Tensor.expand, mask, emit.batch(), emit.kv_len())
+    if first_row is not None:
+        return _shifted(emit, mask, first_row)
+    if proof.offset is None:
+        return _Keys(mask)
+    end = emit.arithmetic(operator.add, emit.expression(proof.offset.const), emit.q_len())
+    if mask is not None:
+        mask = emit.call(operator.getitem, mask, (slice(None), slice(None, end)))
+    return _Keys(mask, end)
+
+
+def _shifted(emit: Emitter, mask: Node | None, first_row: Node) -> _Keys:
+    """Keys moved to the end: place j gets key j - shift, with shift = (Skv - Sq) - first_row known at run time only."""
+    shift = emit.call(operator.sub, emit.arithmetic(operator.sub, emit.kv_len(), emit.q_len()), first_row)
+    index = emit.call(operator.sub, emit.keys(), emit.call(torch.reshape, shift, (1,)))
+    inside = emit.call(torch.unsqueeze, emit.call(torch.ge, index, 0), 0)
+    index = emit.call(torch.clamp, index, min=0)
+    if mask is None:
+        mask = emit.call(torch.Tensor.expand, inside, emit.batch(), emit.kv_len())
+    else:
+        mask = emit.call(torch.mul, emit.call(torch.index_select, mask, 1, index), inside)
+    return _Keys(mask, index=index)
+
+
+def _promised(emit: Emitter, promised: Truthy | t.Negation, mask: Node | None) -> tuple[Node, Node]:
+    """The valid keys and the first row's position of a mask that is promised to be causal, checked when it runs."""
+    truth = promised if isinstance(promised, Truthy) else promised.term
+    assert isinstance(truth, Truthy)
+    both = emit.call(CHECK_MASK, emit.source(truth.element.node), emit.q_len(), emit.kv_len())
+    valid = emit.call(operator.getitem, both, 0)
+    if mask is not None:
+        valid = emit.call(torch.logical_and, valid, mask)
+    return valid, emit.call(operator.getitem, both, 1)
 
 
 def _check_same(result: Node, out: torch.Tensor) -> None:

@@ -3,14 +3,15 @@
 A coordinate is a dimension counted from the right: 0 is the last dimension (the key, in a mask), 1 the one before it
 (the row). Counting from the right makes broadcasting free: a tensor keeps its term when leading dimensions are added.
 
-Numbers are :class:`Lin` (affine in the coordinates), :class:`Element` (one element of a tensor that is only known by
-its node) or :class:`Choice` (one of two constants). Truth values are :class:`Const`, :class:`NonNegative`,
-:class:`Zero`, :class:`Truthy`, :class:`Negation`, :class:`AllOf` and :class:`AnyOf`.
+Numbers are :class:`Lin` (affine in the coordinates and in elements of integer tensors), :class:`Element` (one element
+of a tensor that is only known by its node) or :class:`Choice` (one of a few constants). Truth values are
+:class:`Const`, :class:`NonNegative`, :class:`Zero`, :class:`Truthy`, :class:`Negation`, :class:`AllOf`, :class:`AnyOf`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -23,26 +24,35 @@ Size: TypeAlias = "int | sympy.Expr"
 
 @dataclass(frozen=True)
 class Lin:
-    """``const + sum(factor * coordinate)``; ``factors`` is sorted by coordinate and holds no zero factor."""
+    """``const + sum(factor * coordinate) + sum(factor * element)``.
+
+    Canonical: ``factors`` is sorted by coordinate, no factor is zero. ``atoms`` are elements of integer tensors whose
+    values are not known.
+    """
 
     const: Size
     factors: tuple[tuple[int, int], ...] = ()
+    atoms: frozenset[tuple[Element, int]] = frozenset()
 
     @staticmethod
-    def of(const: Size, factors: Mapping[int, int] | None = None) -> Lin:
+    def of(const: Size, factors: Mapping[int, int] | None = None, atoms: Mapping[Element, int] | None = None) -> Lin:
         """Build the canonical form: constants expanded, zero factors dropped."""
         kept = tuple(sorted((c, f) for c, f in (factors or {}).items() if f != 0))
-        return Lin(const if isinstance(const, int) else _canonical(const), kept)
+        elements = frozenset((e, f) for e, f in (atoms or {}).items() if f != 0)
+        return Lin(const if isinstance(const, int) else _canonical(const), kept, elements)
 
     def __add__(self, other: Lin) -> Lin:
-        factors = dict(self.factors)
+        factors, atoms = dict(self.factors), dict(self.atoms)
         for coordinate, factor in other.factors:
             factors[coordinate] = factors.get(coordinate, 0) + factor
-        return Lin.of(self.const + other.const, factors)
+        for element, factor in other.atoms:
+            atoms[element] = atoms.get(element, 0) + factor
+        return Lin.of(self.const + other.const, factors, atoms)
 
     def scaled(self, by: int) -> Lin:
         """This term times an integer."""
-        return Lin.of(self.const * by, {c: f * by for c, f in self.factors})
+        factors = {coordinate: factor * by for coordinate, factor in self.factors}
+        return Lin.of(self.const * by, factors, {element: factor * by for element, factor in self.atoms})
 
     def __sub__(self, other: Lin) -> Lin:
         return self + other.scaled(-1)
@@ -50,6 +60,11 @@ class Lin:
     def factor(self, coordinate: int) -> int:
         """The factor of one coordinate, 0 where it does not occur."""
         return dict(self.factors).get(coordinate, 0)
+
+    @property
+    def is_number(self) -> bool:
+        """Whether it is one plain integer."""
+        return isinstance(self.const, int) and not self.factors and not self.atoms
 
 
 def _canonical(expr: sympy.Expr) -> Size:
@@ -67,11 +82,11 @@ class Element:
 
 @dataclass(frozen=True)
 class Choice:
-    """``yes`` where the condition holds, else ``no``."""
+    """``yes`` where the condition holds, else ``no``; either may be another choice."""
 
     condition: Truth
-    yes: float
-    no: float
+    yes: float | Choice
+    no: float | Choice
 
 
 @dataclass(frozen=True)
@@ -170,30 +185,108 @@ def negate(term: Truth) -> Truth:
             return Negation(term)
 
 
+def select(condition: Truth, yes: Truth, no: Truth) -> Truth:
+    """``yes`` where the condition holds, else ``no``."""
+    if yes == no:
+        return yes
+    if yes == TRUE:
+        return any_of(condition, no)
+    if no == FALSE:
+        return all_of(condition, yes)
+    if yes == FALSE:
+        return all_of(negate(condition), no)
+    return any_of(all_of(condition, yes), all_of(negate(condition), no))
+
+
+def choose(condition: Truth, yes: float | Choice, no: float | Choice) -> float | Choice:
+    """A choice, or the number where there is nothing to choose."""
+    if isinstance(condition, Const) or yes == no:
+        return yes if not isinstance(condition, Const) or condition.value else no
+    return Choice(condition, yes, no)
+
+
+def leaves(value: float | Choice, judge: Callable[[float], Truth]) -> Truth:
+    """The truth of a judgement on whichever constant is chosen."""
+    if isinstance(value, Choice):
+        return select(value.condition, leaves(value.yes, judge), leaves(value.no, judge))
+    return judge(value)
+
+
 def compare_ge(lin: Lin) -> Truth:
-    """``lin >= 0``, decided where it is a number."""
-    return Const(lin.const >= 0) if not lin.factors and isinstance(lin.const, int) else NonNegative(lin)
+    """``lin >= 0``, decided where it is a number; without a common factor: over integers, 2x - 3 >= 0 is x - 2 >= 0."""
+    if lin.is_number:
+        return Const(lin.const >= 0)
+    divisor = _common_factor(lin)
+    return NonNegative(lin if divisor == 1 else _divided(lin, divisor))
 
 
 def compare_eq(lin: Lin) -> Truth:
-    """``lin == 0``, decided where it is a number."""
-    return Const(lin.const == 0) if not lin.factors and isinstance(lin.const, int) else Zero(lin)
+    """``lin == 0``, decided where it is a number; with the first sign fixed, so that ``a == b`` is ``b == a``."""
+    if lin.is_number:
+        return Const(lin.const == 0)
+    divisor = _common_factor(lin)
+    if divisor != 1:
+        if isinstance(lin.const, int) and lin.const % divisor:
+            return FALSE
+        lin = _divided(lin, divisor)
+    if lin.const == 0 and not lin.factors and len(lin.atoms) == 1:
+        ((element, _),) = lin.atoms
+        return Negation(Truthy(element))
+    opposite = lin.scaled(-1)
+    return Zero(min(lin, opposite, key=_sign_order))
+
+
+def _common_factor(lin: Lin) -> int:
+    """What divides every factor of coordinates and elements, and a symbolic constant; at least 1."""
+    factors = [factor for _, factor in (*lin.factors, *lin.atoms)]
+    if not isinstance(lin.const, int):
+        coefficients = sympy.expand(lin.const).as_coefficients_dict().values()
+        if not all(c.is_Integer for c in coefficients):
+            return 1
+        factors += map(int, coefficients)
+    return math.gcd(*factors)
+
+
+def _divided(lin: Lin, by: int) -> Lin:
+    """Divided by a common factor; a plain constant is rounded down."""
+    const = lin.const // by if isinstance(lin.const, int) else lin.const / by
+    return Lin.of(const, {c: f // by for c, f in lin.factors}, {e: f // by for e, f in lin.atoms})
+
+
+def _sign_order(lin: Lin) -> tuple[str, ...]:
+    return str(lin.factors), str(lin.const), *sorted(map(str, lin.atoms))
 
 
 def substitute(term: Term, new: Mapping[int, Lin]) -> Term:
     """Replace every coordinate by an affine term of other coordinates; all at once."""
     match term:
-        case Lin(const, factors):
-            total = Lin.of(const)
-            for coordinate, factor in factors:
-                total = total + new.get(coordinate, Lin.of(0, {coordinate: 1})).scaled(factor)
-            return total
+        case Lin():
+            return substitute_lin(term, new)
         case Element(node, index):
-            return Element(node, tuple(_lin(substitute(i, new)) for i in index))
+            return Element(node, tuple(substitute_lin(i, new) for i in index))
         case Choice(condition, yes, no):
+            yes, no = (_substitute_choice(x, new) for x in (yes, no))
             return Choice(substitute_truth(condition, new), yes, no)
         case _:
             return substitute_truth(term, new)
+
+
+def _substitute_choice(value: float | Choice, new: Mapping[int, Lin]) -> float | Choice:
+    replaced = substitute(value, new) if isinstance(value, Choice) else value
+    assert isinstance(replaced, (float, Choice))
+    return replaced
+
+
+def substitute_lin(term: Lin, new: Mapping[int, Lin]) -> Lin:
+    """:func:`substitute` for affine terms."""
+    total = Lin.of(term.const)
+    for coordinate, factor in term.factors:
+        total = total + new.get(coordinate, Lin.of(0, {coordinate: 1})).scaled(factor)
+    for element, factor in term.atoms:
+        replaced = substitute(element, new)
+        assert isinstance(replaced, Element)
+        total = total + Lin.of(0, None, {replaced: factor})
+    return total
 
 
 def substitute_truth(term: Truth, new: Mapping[int, Lin]) -> Truth:
@@ -202,9 +295,9 @@ def substitute_truth(term: Truth, new: Mapping[int, Lin]) -> Truth:
         case Const():
             return term
         case NonNegative(lin):
-            return compare_ge(_lin(substitute(lin, new)))
+            return compare_ge(substitute_lin(lin, new))
         case Zero(lin):
-            return compare_eq(_lin(substitute(lin, new)))
+            return compare_eq(substitute_lin(lin, new))
         case Truthy(element):
             replaced = substitute(element, new)
             assert isinstance(replaced, Element)
@@ -217,20 +310,15 @@ def substitute_truth(term: Truth, new: Mapping[int, Lin]) -> Truth:
             return any_of(*(substitute_truth(t, new) for t in terms))
 
 
-def _lin(term: Term) -> Lin:
-    assert isinstance(term, Lin)
-    return term
-
-
-def coordinates(term: Term) -> frozenset[int]:
+def coordinates(term: Term | float) -> frozenset[int]:
     """The coordinates that a term depends on."""
     match term:
-        case Lin(_, factors):
-            return frozenset(c for c, _ in factors)
+        case Lin(_, factors, atoms):
+            return frozenset(c for c, _ in factors).union(*(coordinates(e) for e, _ in atoms))
         case Element(_, index):
             return frozenset().union(*(coordinates(i) for i in index))
-        case Choice(condition, _, _):
-            return coordinates(condition)
+        case Choice(condition, yes, no):
+            return coordinates(condition) | coordinates(yes) | coordinates(no)
         case NonNegative(lin) | Zero(lin):
             return coordinates(lin)
         case Truthy(element):

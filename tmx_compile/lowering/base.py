@@ -35,6 +35,12 @@ class AttentionCall:
     last: int
     scale: float
     needs_grad: bool
+    reach: int | None = None
+
+    @property
+    def documents(self) -> bool:
+        """Whether the key mask numbers packed documents."""
+        return self.key_mask is not None and self.key_mask.dtype != torch.bool
 
     @property
     def geometry(self) -> tuple[int, int, int]:

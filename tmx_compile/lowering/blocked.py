@@ -29,6 +29,8 @@ class Blocked:
 
     def supports(self, call: AttentionCall) -> Accepted | Rejected:
         """Any device and dtype; windows, sinks and last rows that are small against the prompt."""
+        if call.documents:
+            return Rejected(Reason.NO_LOWERING, "blocked: packed documents")
         kv_len = call.key.shape[2]
         for name, count, limit in (
             ("window", call.window, _MAX_REACH),
@@ -42,7 +44,7 @@ class Blocked:
     def emit(self, write: Writer, call: AttentionCall, operands: Operands) -> Proxy:
         """See :func:`blocked_attention`."""
         out: Proxy = blocked_attention(
-            operands.query, operands.key, operands.value, operands.key_mask, *call.geometry, call.scale
+            operands.query, operands.key, operands.value, operands.key_mask, *call.geometry, call.scale, call.reach
         )
         return out
 
@@ -54,48 +56,69 @@ def rows_per_block(window: int) -> int:
     return 64 if window <= 128 else 128
 
 
-def blocked_attention(q: Any, k: Any, v: Any, key_mask: Any, sink: int, window: int, last: int, scale: float) -> Any:
+def blocked_attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    key_mask: Any,
+    sink: int,
+    window: int,
+    last: int,
+    scale: float,
+    reach: int | None = None,
+) -> Any:
     """Triangle attention, out (B, H, Sq, Dv), from tensors or proxies of the operator's shapes."""
     q_len, kv_len = length(q, 2), length(k, 2)
+    window = window if reach is None else min(window, reach)
     if isinstance(kv_len, int):
         sink, window = min(sink, kv_len), min(window, kv_len)
     if isinstance(q_len, int):
         last = min(last, q_len)
     where = rows.extent(key_mask, kv_len)
-    out = _streaming(q, k, v, key_mask, where, sink, window, scale)
+    out = _streaming(q, k, v, key_mask, where, sink, window, scale, reach)
     if last > 0:
-        final = rows.last_rows(q, k, v, key_mask, where, last, scale)
+        final = rows.last_rows(q, k, v, key_mask, where, last, scale, reach)
         out = rows.join(out, final, q, k, key_mask, where, last)
     if key_mask is not None:
-        out = rows.zero_empty(out, q, k, key_mask, where, sink, window, last)
+        out = rows.zero_empty(out, q, k, key_mask, where, sink, window, last, reach)
     return out
 
 
-def _streaming(q: Any, k: Any, v: Any, key_mask: Any, where: rows.Extent, sink: int, window: int, scale: float) -> Any:
+def _streaming(
+    q: Any,
+    k: Any,
+    v: Any,
+    key_mask: Any,
+    where: rows.Extent,
+    sink: int,
+    window: int,
+    scale: float,
+    reach: int | None,
+) -> Any:
     batch, heads, q_len, head_dim = (length(q, d) for d in range(4))
     kv_len = length(k, 2)
     offset = first_position(q, k)
     size = rows_per_block(window)
-    reach = -(-window // size)  # whole blocks of keys before a row block's own
+    back = -(-window // size)  # whole blocks of keys before a row block's own
     # Always at least one row of padding: "is the padded length the length" would be a guard on its remainder, and a
     # recompile for every prompt that fills its blocks. Likewise one block alone would be a case of its own.
     blocks = q_len // size + (1 if statically_known_true(symbol(q_len) >= size) else 2)
     tail = blocks * size - q_len
 
     def key_blocks(x: Any, fill: float = 0.0) -> Any:
-        """(B, h, Skv, d) -> (B, blocks, h, (reach + 1) * size, d): the keys from `reach` blocks back to the own one."""
-        padded = F.pad(x, (0, 0, reach * size, tail), value=fill)[:, :, offset:]
-        cut = padded.reshape(length(x, 0), length(x, 1), blocks + reach, size, length(x, 3)).transpose(1, 2)
-        return torch.cat([cut[:, r : blocks + r] for r in range(reach + 1)], 3)
+        """(B, h, Skv, d) -> (B, blocks, h, (back + 1) * size, d): the keys from `back` blocks back to the own one."""
+        padded = F.pad(x, (0, 0, back * size, tail), value=fill)[:, :, offset:]
+        cut = padded.reshape(length(x, 0), length(x, 1), blocks + back, size, length(x, 3)).transpose(1, 2)
+        return torch.cat([cut[:, r : blocks + r] for r in range(back + 1)], 3)
 
     # Absolute positions: of a block's rows, of its keys, of the sinks.
     own = arange(q, blocks)[:, None, None] * size + offset
     row = own + arange(q, size)[None, :, None]
-    near = own + (arange(q, (reach + 1) * size) - reach * size)[None, None, :]
+    near = own + (arange(q, (back + 1) * size) - back * size)[None, None, :]
     near_allowed = (near <= row) & (row - near <= window) & (near >= 0)
     if key_mask is None:
         far = arange(q, sink)[None, None, :]
-        far_allowed = (far <= row) & (row - far > window)
+        far_allowed = rows.within((far <= row) & (row - far > window), row, far, reach)
         sinks = [_sink_rows(x, arange(q, sink).clamp(max=kv_len - 1), blocks) for x in (k, v)]
         mask = torch.cat([far_allowed, near_allowed], 2)[None]
     else:
@@ -105,6 +128,7 @@ def _streaming(q: Any, k: Any, v: Any, key_mask: Any, where: rows.Extent, sink: 
         far = position[:, None, None, :]
         valid = key_mask.gather(1, index)[:, None, None, :]
         far_allowed = valid & (far <= row) & (row - far > window) & (far < where.end[:, :, None, None])
+        far_allowed = rows.within(far_allowed, row, far, reach)
         near_valid = key_blocks(key_mask[:, None, :, None].to(example(q).dtype))[:, :, 0, :, 0] > 0.5
         near_allowed = near_allowed & near_valid[:, :, None, :]
         mask = torch.cat([far_allowed, near_allowed], 3)

@@ -45,6 +45,8 @@ class Flex:
     def supports(self, call: AttentionCall) -> Accepted | Rejected:
         """What Inductor's CPU FlexAttention template takes: forward only, float32, bfloat16, float16, AVX2."""
         device = call.query.device.type
+        if call.documents:
+            return Rejected(Reason.NO_LOWERING, "flex: packed documents")
         if device != "cpu":
             return Rejected(Reason.NO_LOWERING, f"flex: written for cpu so far, got {device}")
         if call.needs_grad:
@@ -67,6 +69,7 @@ class Flex:
         q, k, v, key_mask = operands.query, operands.key, operands.value, operands.key_mask
         q_len, kv_len = length(q, 2), length(k, 2)
         sink, window, last = call.geometry
+        window = window if call.reach is None else min(window, call.reach)
         if isinstance(kv_len, int):
             sink, window = min(sink, kv_len), min(window, kv_len)
         if isinstance(q_len, int):
@@ -75,17 +78,17 @@ class Flex:
         # The template reads wrong elements of a query that is a slice of a larger tensor, and 2.11 rejects inputs that
         # share a buffer.
         contiguous = [x.contiguous() for x in (q, k, v)]
-        out = _streaming(write, contiguous, key_mask, where, sink, window, call.scale)
+        out = _streaming(write, contiguous, key_mask, where, sink, window, call)
         if last > 0:
-            final = rows.last_rows(q, k, v, key_mask, where, last, call.scale)
+            final = rows.last_rows(q, k, v, key_mask, where, last, call.scale, call.reach)
             out = rows.join(out, final, q, k, key_mask, where, last)
         if key_mask is not None:
-            out = rows.zero_empty(out, q, k, key_mask, where, sink, window, last)
+            out = rows.zero_empty(out, q, k, key_mask, where, sink, window, last, call.reach)
         return out
 
 
 def _streaming(
-    write: Writer, qkv: list[Any], key_mask: Any, where: rows.Extent, sink: int, window: int, scale: float
+    write: Writer, qkv: list[Any], key_mask: Any, where: rows.Extent, sink: int, window: int, call: AttentionCall
 ) -> Proxy:
     q, k, v = qkv
     q_len, kv_len = length(q, 2), length(k, 2)
@@ -100,11 +103,11 @@ def _streaming(
         buffers += (_stored(arange(q, 1) + offset),)
     score = write.submodule("tmx_score_mod", _score_mod())
     constant = None if isinstance(offset, Proxy) else offset
-    mask = write.submodule("tmx_mask_mod", _mask_mod(key_mask is not None, constant, sink, window))
+    mask = write.submodule("tmx_mask_mod", _mask_mod(key_mask is not None, constant, sink, window, call.reach))
     unused = (None,) * (_tuple_length() - 7)
     plan = (q_len, kv_len, counts, indices, *unused, _BLOCK, _BLOCK, mask)
     # The call itself is not run on fakes: on CPU that would form the N x N scores.
-    flex = write.call(_call_flex, q, k, v, score, plan, scale, dict(_KERNEL_OPTIONS), (), buffers)
+    flex = write.call(_call_flex, q, k, v, score, plan, call.scale, dict(_KERNEL_OPTIONS), (), buffers)
     flex.node.target = flex_attention
     out: Proxy = write.call(operator.getitem, flex, 0)
     return out
@@ -183,7 +186,7 @@ def _score_mod() -> GraphModule:
     return GraphModule({}, graph)
 
 
-def _mask_mod(padded: bool, offset: int | None, sink: int, window: int) -> GraphModule:
+def _mask_mod(padded: bool, offset: int | None, sink: int, window: int, reach: int | None) -> GraphModule:
     """The streaming part of the mask as a graph of (batch, head, row, key) and its buffers."""
     graph = Graph()
     tracer = torch.fx.proxy.GraphAppendingTracer(graph)
@@ -203,5 +206,6 @@ def _mask_mod(padded: bool, offset: int | None, sink: int, window: int) -> Graph
         valid = tracer.create_proxy("call_function", masked_index, (key_mask, inside, [key, b], False), {})
     position = row + (placeholder("offset")[0] if offset is None else offset)
     allowed = (key <= position) & ((key < start + sink) | (position - key <= window))
+    allowed = rows.within(allowed, position, key, reach)
     graph.output((allowed if valid is None else allowed & valid).node)
     return GraphModule({}, graph)

@@ -33,6 +33,7 @@ class OperatorCall:
             operands.key_mask,
             *call.geometry,
             call.scale,
+            *(() if call.reach is None else (call.reach,)),
         )
         out: Proxy = write.call(operator.getitem, both, 0)
         return out

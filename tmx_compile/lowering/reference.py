@@ -23,6 +23,8 @@ class Reference:
 
     def supports(self, call: AttentionCall) -> Accepted | Rejected:
         """Problems whose (Sq, Skv) mask is small, judged by the lengths seen at compile time."""
+        if call.documents:
+            return Rejected(Reason.NO_LOWERING, "reference: packed documents")
         q_len, kv_len = (_hint(n) for n in (call.query.shape[2], call.key.shape[2]))
         if q_len * kv_len > _MAX_CELLS:
             return Rejected(Reason.NO_LOWERING, f"reference: a mask of {q_len} x {kv_len} is too large for it")
@@ -31,12 +33,22 @@ class Reference:
     def emit(self, write: Writer, call: AttentionCall, operands: Operands) -> Proxy:
         """See :func:`reference_attention`."""
         out: Proxy = reference_attention(
-            operands.query, operands.key, operands.value, operands.key_mask, *call.geometry, call.scale
+            operands.query, operands.key, operands.value, operands.key_mask, *call.geometry, call.scale, call.reach
         )
         return out
 
 
-def reference_attention(q: Any, k: Any, v: Any, key_mask: Any, sink: int, window: int, last: int, scale: float) -> Any:
+def reference_attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    key_mask: Any,
+    sink: int,
+    window: int,
+    last: int,
+    scale: float,
+    reach: int | None = None,
+) -> Any:
     """Triangle attention, out (B, H, Sq, Dv), with the mask written out; float64 stays float64."""
     q_len, kv_len = length(q, 2), length(k, 2)
     batch, heads, kv_heads, dim = length(q, 0), length(q, 1), length(k, 1), length(q, 3)
@@ -45,7 +57,7 @@ def reference_attention(q: Any, k: Any, v: Any, key_mask: Any, sink: int, window
     key = arange(q, kv_len)[None, None, :]
     if key_mask is not None:
         where = rows.Extent(where.start[:, :, None], where.end[:, :, None])
-    allowed = rows.attended(row, key, where, sink, window, last)
+    allowed = rows.attended(row, key, where, sink, window, last, reach)
     if key_mask is not None:
         allowed = allowed & key_mask[:, None, :]
     safe, alive = rows.with_own_key(allowed, key == row)

@@ -36,10 +36,16 @@ def extent(key_mask: Any, kv_len: Any) -> Extent:
     return Extent(torch.minimum(start, end), end)
 
 
-def attended(row: Any, key: Any, where: Extent, sink: int, window: int, last: int) -> Any:
+def attended(row: Any, key: Any, where: Extent, sink: int, window: int, last: int, reach: int | None = None) -> Any:
     """The triangle formula for absolute positions that broadcast against each other and against the extent."""
     kept = (key < where.start + sink) | (row - key <= window) | (row >= where.end - last)
+    kept = within(kept, row, key, reach)
     return kept & (key <= row) & (row >= where.start) & (row < where.end) & (key >= where.start) & (key < where.end)
+
+
+def within(allowed: Any, row: Any, key: Any, reach: int | None) -> Any:
+    """``allowed`` limited to the keys that a layer's own window lets a row see."""
+    return allowed if reach is None else allowed & (row - key <= reach)
 
 
 def with_own_key(allowed: Any, own: Any) -> tuple[Any, Any]:
@@ -51,8 +57,10 @@ def with_own_key(allowed: Any, own: Any) -> tuple[Any, Any]:
     return allowed | (own & ~alive[..., None]), alive
 
 
-def last_rows(q: Any, k: Any, v: Any, key_mask: Any, where: Extent, last: int, scale: float) -> Any:
-    """Attention of the final ``last`` rows over all keys: (B, H, last, Dv).
+def last_rows(
+    q: Any, k: Any, v: Any, key_mask: Any, where: Extent, last: int, scale: float, reach: int | None = None
+) -> Any:
+    """Attention of the final ``last`` rows over all keys in reach: (B, H, last, Dv).
 
     Row t of the result is the row at absolute position ``end - last + t``; where that lies before row 0 it repeats
     row 0, and the caller does not use it.
@@ -63,14 +71,15 @@ def last_rows(q: Any, k: Any, v: Any, key_mask: Any, where: Extent, last: int, s
     if key_mask is None:
         row = (arange(q, last) + (q_len - last)).clamp(min=0)
         rows = q.index_select(2, row) if not _fits(q_len, last) else q[:, :, q_len - last :]
-        mask = key[None, :] <= (row + offset)[:, None]
+        position = (row + offset)[:, None]
+        mask = within(key[None, :] <= position, position, key[None, :], reach)
         return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
     row = (where.end - last + arange(q, last)[None, :] - offset).clamp(min=0)
     row = torch.minimum(row, arange(q, 1) + (q_len - 1))
     index = row[:, None, :, None].expand(-1, length(q, 1), -1, length(q, 3))
     position = (row + offset)[:, :, None]
     ends = Extent(where.start[:, :, None], where.end[:, :, None])
-    allowed = attended(position, key, ends, 0, 0, last) & key_mask[:, None, :]
+    allowed = attended(position, key, ends, 0, 0, last, reach) & key_mask[:, None, :]
     safe, _ = with_own_key(allowed, key == position)
     return F.scaled_dot_product_attention(
         q.gather(2, index), k, v, attn_mask=safe[:, None], scale=scale, enable_gqa=True
@@ -96,7 +105,17 @@ def join(stream: Any, rows: Any, q: Any, k: Any, key_mask: Any, where: Extent, l
     return torch.where(is_last, rows.gather(2, index), stream)
 
 
-def zero_empty(out: Any, q: Any, k: Any, key_mask: Any, where: Extent, sink: int, window: int, last: int) -> Any:
+def zero_empty(
+    out: Any,
+    q: Any,
+    k: Any,
+    key_mask: Any,
+    where: Extent,
+    sink: int,
+    window: int,
+    last: int,
+    reach: int | None = None,
+) -> Any:
     """Zero the rows that attend to nothing: outside their sequence, or with no valid key in reach.
 
     A row's reach is its sinks, its window and, for a last row, everything from the start: counted on the running
@@ -110,6 +129,9 @@ def zero_empty(out: Any, q: Any, k: Any, key_mask: Any, where: Extent, sink: int
     in_window = seen - valid.gather(1, (position - window).clamp(min=0).expand(length(q, 0), -1))
     sinks_end = torch.minimum(where.start + sink, position + 1)
     in_sinks = valid.gather(1, torch.minimum(sinks_end, where.end))
+    if reach is not None:
+        beyond = valid.gather(1, (position - reach).clamp(min=0).expand(length(q, 0), -1))
+        in_sinks, seen = in_sinks - beyond, seen - beyond
     inside = (position >= where.start) & (position < where.end)
     alive = inside & ((in_window > 0) | (in_sinks > 0) | ((position >= where.end - last) & (seen > 0)))
     return torch.where(alive[:, None, :, None], out, 0.0)

@@ -29,8 +29,8 @@ def preference(call: AttentionCall) -> Sequence[Lowering]:
     return (BLOCKED, FLEX, OPERATOR)
 
 
-def select(name: str, call: AttentionCall) -> Lowering:
-    """The lowering for a call.
+def select(name: str, call: AttentionCall, *, portable: bool = False) -> Lowering:
+    """The lowering for a call; ``portable``: "auto" takes none that needs Inductor settings of its own.
 
     Raises:
         LoweringError: the lowering that the user named does not support the call; it is never replaced silently.
@@ -40,4 +40,5 @@ def select(name: str, call: AttentionCall) -> Lowering:
         if isinstance(answer, Rejected):
             raise LoweringError(f"lowering {name!r} cannot take this attention: {answer.detail}")
         return NAMED[name]
-    return next(low for low in preference(call) if not isinstance(low.supports(call), Rejected))
+    asked = [low for low in preference(call) if not (portable and low.inductor_options)]
+    return next(low for low in asked if not isinstance(low.supports(call), Rejected))

@@ -1,7 +1,8 @@
-"""The one operator that the pass substitutes: ``tmx::triangle_attention``."""
+"""The one operator that the pass substitutes, ``tmx::triangle_attention``, and the checks of what a user promised."""
 
 from __future__ import annotations
 
+from tmx_compile.ops.checks import CHECK_MASK, FIRST_POSITION, MASKED
 from tmx_compile.ops.triangle import ALL_ROWS, OPERATOR, triangle_attention
 
-__all__ = ["ALL_ROWS", "OPERATOR", "triangle_attention"]
+__all__ = ["ALL_ROWS", "CHECK_MASK", "FIRST_POSITION", "MASKED", "OPERATOR", "triangle_attention"]

@@ -21,6 +21,16 @@ _MAX_ROWS = 512
 
 
 @dataclass(frozen=True)
+class Geometry:
+    """The counts of the mask: see :func:`tmx_compile.ops.triangle_attention`."""
+
+    sink: int
+    window: int
+    last: int
+    reach: int | None
+
+
+@dataclass(frozen=True)
 class Problem:
     """Lengths and per-sequence extents of one call; all positions are absolute key positions."""
 
@@ -29,6 +39,7 @@ class Problem:
     sink: int
     window: int
     last: int
+    reach: int  # Skv where no row is limited
     start: Tensor  # (B,) int64, first valid key
     end: Tensor  # (B,) int64, one past the last valid key
     key_mask: Tensor | None  # (B, Skv) bool
@@ -51,7 +62,7 @@ class Block:
     allowed: Tensor  # (B, rows, s + span) bool
 
 
-def problem(query: Tensor, key: Tensor, key_mask: Tensor | None, sink: int, window: int, last: int) -> Problem:
+def problem(query: Tensor, key: Tensor, key_mask: Tensor | None, geometry: Geometry) -> Problem:
     """Read lengths and valid ranges; a sequence with no valid key gets the empty range [0, 0)."""
     batch, q_len, kv_len = query.shape[0], query.shape[2], key.shape[2]
     if key_mask is None:
@@ -59,7 +70,9 @@ def problem(query: Tensor, key: Tensor, key_mask: Tensor | None, sink: int, wind
         end = torch.full_like(start, kv_len)
     else:
         start, end = valid_range(key_mask)
-    return Problem(q_len, kv_len, sink, window, last, start, end, key_mask)
+    reach = kv_len if geometry.reach is None else min(geometry.reach, kv_len)
+    window = min(geometry.window, reach)
+    return Problem(q_len, kv_len, geometry.sink, window, geometry.last, reach, start, end, key_mask)
 
 
 def valid_range(key_mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,18 +105,19 @@ def blocks(p: Problem, heads: int) -> Iterator[Block]:
         first = p.offset + row
         # A block with a last row reads all earlier keys, so it gets fewer rows for the same score budget.
         whole = first + _MAX_ROWS > first_last_row
-        keys = first + _MAX_ROWS if whole else min(first, reach) + _MAX_ROWS // 2 + min(p.sink, p.kv_len)
+        keys = min(first, p.reach) + _MAX_ROWS if whole else min(first, reach) + _MAX_ROWS // 2 + min(p.sink, p.kv_len)
         rows = max(16, min(_MAX_ROWS, max(64, reach), _SCORE_BUDGET // max(1, batch * heads * keys)))
         row_end = min(p.q_len, row + rows)
         stop = p.offset + row_end
-        begin = 0 if stop > first_last_row else max(0, first - reach)
+        begin = max(0, first - (p.reach if stop > first_last_row else reach))
         position = torch.arange(first, stop, device=device)[None, :, None]
         span = torch.arange(begin, stop, device=device)[None, None, :]
         allowed = _attended(p, position, span)
         if p.key_mask is not None:
             allowed &= p.key_mask[:, None, begin:stop]
         sinks = None
-        if begin > 0 and p.sink > 0:
+        # Beyond the reach of the block's first row there is no sink to see.
+        if begin > 0 and p.sink > 0 and begin > first - p.reach:
             sinks = p.start[:, None] + torch.arange(min(p.sink, p.kv_len), device=device)[None, :]
             before = sinks < begin
             sinks = sinks.clamp(max=p.kv_len - 1)
@@ -119,6 +133,7 @@ def _attended(p: Problem, row: Tensor, key: Tensor) -> Tensor:
     """The triangle formula of the mask algebra, for absolute positions that broadcast to (B, rows, keys)."""
     start, end = p.start[:, None, None], p.end[:, None, None]
     kept = (key < start + p.sink) | (row - key <= p.window) | (row >= end - p.last)
+    kept &= row - key <= p.reach
     return kept & (key <= row) & (row >= start) & (row < end) & (key >= start) & (key < end)
 
 
@@ -152,21 +167,14 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    sink: int,
-    window: int,
-    last: int,
-    scale: float,
+    query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, geometry: Geometry, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Attention output (B, H, Sq, Dv) in the inputs' dtype and log-sum-exp (B, H, Sq) in float32."""
     b, h, q_len, _ = query.shape
     dtype = accumulation_dtype(query.dtype)
     out = query.new_zeros(b, h, q_len, value.shape[3])
     lse = query.new_full((b, h, q_len), float("-inf"), dtype=torch.float32)
-    p = problem(query, key, key_mask, sink, window, last)
+    p = problem(query, key, key_mask, geometry)
     for block in blocks(p, h):
         scores = _scores(query, _keys(key, block, dtype), block, scale)
         block_lse = torch.logsumexp(scores, -1)
@@ -187,9 +195,7 @@ def backward(
     value: Tensor,
     key_mask: Tensor | None,
     out: Tensor,
-    sink: int,
-    window: int,
-    last: int,
+    geometry: Geometry,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value by recomputing the weights of each block.
@@ -203,7 +209,7 @@ def backward(
     grad_query = torch.zeros_like(query)
     grad_key = torch.zeros(key.shape, dtype=dtype, device=key.device)
     grad_value = torch.zeros(value.shape, dtype=dtype, device=key.device)
-    p = problem(query, key, key_mask, sink, window, last)
+    p = problem(query, key, key_mask, geometry)
     for block in blocks(p, h):
         rows = slice(block.row, block.row_end)
         keys, values = _keys(key, block, dtype), _keys(value, block, dtype)

@@ -11,19 +11,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tmx_compile.ops import kernel
+from tmx_compile.ops import documents, kernel
 
 ALL_ROWS = 2**31 - 1
 """``last`` for which every row counts as a last row, so that the mask is causal and padding alone (dense)."""
 
 _SCHEMA = (
-    "(Tensor query, Tensor key, Tensor value, Tensor? key_mask, int sink, int window, int last, float scale)"
-    " -> (Tensor out, Tensor lse)"
+    "(Tensor query, Tensor key, Tensor value, Tensor? key_mask, int sink, int window, int last, float scale,"
+    " int? reach=None) -> (Tensor out, Tensor lse)"
 )
 
 
 def check(
-    query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, sink: int, window: int, last: int
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    sink: int,
+    window: int,
+    last: int,
+    reach: int | None,
 ) -> None:
     """Raise ``ValueError`` naming the argument and its value, before any work; see :func:`triangle_attention`."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
@@ -47,15 +54,18 @@ def check(
     if query.shape[2] > key.shape[2]:
         raise ValueError(f"query must not have more tokens than key, got {query.shape[2]} and {key.shape[2]}")
     if key_mask is not None:
-        if key_mask.dtype != torch.bool:
-            raise ValueError(f"key_mask must be bool (True = may be attended), got {key_mask.dtype}")
+        if key_mask.dtype not in (torch.bool, torch.int32, torch.int64):
+            raise ValueError(
+                "key_mask must be bool (True = may be attended), or int32 or int64 numbers of documents, got "
+                f"{key_mask.dtype}"
+            )
         if key_mask.device != query.device:
             raise ValueError(f"key_mask must be on query's device {query.device}, got {key_mask.device}")
         if key_mask.dim() != 2 or key_mask.shape[0] != key.shape[0] or key_mask.shape[1] != key.shape[2]:
             raise ValueError(
                 f"key_mask must be (batch, kv tokens) = ({key.shape[0]}, {key.shape[2]}), got {_shape(key_mask)}"
             )
-    for name, count in (("sink", sink), ("window", window), ("last", last)):
+    for name, count in (("sink", sink), ("window", window), ("last", last), ("reach", reach or 0)):
         if count < 0:
             raise ValueError(f"{name} must not be negative, got {count}")
 
@@ -74,9 +84,13 @@ def _forward(
     window: int,
     last: int,
     scale: float,
+    reach: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    check(query, key, value, key_mask, sink, window, last)
-    return kernel.forward(query, key, value, key_mask, sink, window, last, scale)
+    check(query, key, value, key_mask, sink, window, last, reach)
+    geometry = kernel.Geometry(sink, window, last, reach)
+    if key_mask is not None and key_mask.dtype != torch.bool:
+        return documents.forward(query, key, value, key_mask, geometry, scale)
+    return kernel.forward(query, key, value, key_mask, geometry, scale)
 
 
 @_forward.register_fake
@@ -89,8 +103,9 @@ def _(
     window: int,
     last: int,
     scale: float,
+    reach: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    check(query, key, value, key_mask, sink, window, last)
+    check(query, key, value, key_mask, sink, window, last, reach)
     b, h, q_len, _ = query.shape
     return query.new_empty(b, h, q_len, value.shape[3]), query.new_empty(b, h, q_len, dtype=torch.float32)
 
@@ -108,8 +123,12 @@ def _backward(
     window: int,
     last: int,
     scale: float,
+    reach: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return kernel.backward(grad_out, grad_lse, query, key, value, key_mask, out, sink, window, last, scale)
+    geometry = kernel.Geometry(sink, window, last, reach)
+    if key_mask is not None and key_mask.dtype != torch.bool:
+        return documents.backward(grad_out, grad_lse, query, key, value, key_mask, out, geometry, scale)
+    return kernel.backward(grad_out, grad_lse, query, key, value, key_mask, out, geometry, scale)
 
 
 @_backward.register_fake
@@ -125,6 +144,7 @@ def _(
     window: int,
     last: int,
     scale: float,
+    reach: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(query), key.new_empty(key.shape), value.new_empty(value.shape)
 
@@ -139,7 +159,7 @@ def _autograd(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | No
     grads = torch.ops.tmx.triangle_attention_backward(
         grad_out, grad_lse, query, key, value, key_mask, out, *ctx.geometry
     )
-    return (*grads, None, None, None, None, None)
+    return (*grads, None, None, None, None, None, None)
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
@@ -158,23 +178,26 @@ def triangle_attention(
     window: int,
     last: int,
     scale: float | None = None,
+    reach: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention under the TriangleMix mask (arXiv 2507.21526), differentiable, O(N) in memory.
 
     Row i stands at absolute position p = Skv - Sq + i. With valid keys in [start, end) (all keys where there is no
     ``key_mask``) it attends to a valid key j exactly when ``j <= p``, ``start <= p < end`` and one of
-    ``j < start + sink``, ``p - j <= window``, ``p >= end - last`` holds.
+    ``j < start + sink``, ``p - j <= window``, ``p >= end - last`` holds; and ``p - j <= reach`` where there is a reach.
 
     Args:
         query: (B, H, Sq, D), any floating dtype; Sq <= Skv.
         key: (B, Hkv, Skv, D) with Hkv dividing H; never expanded in memory.
         value: (B, Hkv, Skv, Dv).
         key_mask: (B, Skv) bool, True where a key may be attended, or None. ``start`` is its first True, ``end`` one
-            past its last; a False between them is never attended.
+            past its last; a False between them is never attended. Or int32 or int64 numbers of packed documents, 0
+            where a key may not be attended: a row attends keys of its own document, which has its own start and end.
         sink: number of leading keys every row attends to.
         window: how far back a row sees: ``window + 1`` keys, its own included.
         last: number of final rows that attend to all keys.
         scale: factor on the scores; ``1 / sqrt(D)`` when None.
+        reach: how far back any row sees, sinks and last rows included: a layer's own sliding window. None: all keys.
 
     Returns:
         out (B, H, Sq, Dv) in query's dtype, 0 on a row that attends to nothing; lse (B, H, Sq) float32, the natural
@@ -186,6 +209,6 @@ def triangle_attention(
     if scale is None:
         scale = query.shape[-1] ** -0.5
     out: tuple[Tensor, Tensor] = torch.ops.tmx.triangle_attention(
-        query, key, value, key_mask, sink, window, last, scale
+        query, key, value, key_mask, sink, window, last, scale, *(() if reach is None else (reach,))
     )
     return out

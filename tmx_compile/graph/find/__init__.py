@@ -8,15 +8,43 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from torch._higher_order_ops.flex_attention import flex_attention
+from torch._ops import HigherOrderOperator
 from torch.fx import GraphModule, Node
 
+from tmx_compile.graph.composite import COMPOSITES
+from tmx_compile.graph.find.aten import find_aten
+from tmx_compile.graph.find.eager import find_eager
+from tmx_compile.graph.find.flex import find_flex
 from tmx_compile.graph.find.sdpa import find_sdpa
+from tmx_compile.graph.nodes import op_name
 from tmx_compile.graph.site import AttentionSite
-from tmx_compile.report import Rejected
+from tmx_compile.report import Reason, Rejected
 
 __all__ = ["FINDERS", "find_attention"]
 
-FINDERS: tuple[Callable[[Node], AttentionSite | Rejected | None], ...] = (find_sdpa,)
+
+def find_hidden(node: Node) -> Rejected | None:
+    """A call of child graphs that hold attention, and that are not laid open (``graph/children.py``)."""
+    if node.target in COMPOSITES:
+        return Rejected(Reason.FORM, f"inside {op_name(node)}", node)
+    owner = node.graph.owning_module
+    if not isinstance(node.target, HigherOrderOperator) or node.target is flex_attention or owner is None:
+        return None
+    for source in node.all_input_nodes:
+        child = getattr(owner, str(source.target), None) if source.op == "get_attr" else None
+        if isinstance(child, GraphModule) and next(find_attention(child), None) is not None:
+            return Rejected(Reason.FORM, f"inside {node.target}", node)
+    return None
+
+
+FINDERS: tuple[Callable[[Node], AttentionSite | Rejected | None], ...] = (
+    find_sdpa,
+    find_aten,
+    find_flex,
+    find_hidden,
+    find_eager,
+)
 
 
 def find_attention(gm: GraphModule) -> Iterator[AttentionSite | Rejected]:

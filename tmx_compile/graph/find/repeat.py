@@ -10,6 +10,8 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from tmx_compile.graph.nodes import op_name, tensor_of
 
+_FOLDS = ("reshape", "view", "_unsafe_view", "flatten", "contiguous", "clone")
+
 
 def unrepeated(node: Node) -> tuple[Node, int]:
     """See through the repetition of key heads: the (B, Hkv, S, D) tensor below ``node`` and the factor, 1 if none.
@@ -27,7 +29,7 @@ def unrepeated(node: Node) -> tuple[Node, int]:
         if isinstance(base, Node) and isinstance(factor, int) and dim in (1, -3) and source is not None:
             return base, factor
         return node, 1
-    folded = _through(node, ("reshape", "view", "flatten", "contiguous", "clone"), fake.dim() + 1)
+    folded = _through(node, _FOLDS, fake.dim() + 1)
     if folded is None:
         return node, 1
     expanded = _through(folded, ("contiguous", "clone"), 5) if op_name(folded) in ("contiguous", "clone") else folded

@@ -1,4 +1,7 @@
-"""``F.scaled_dot_product_attention`` in a Dynamo graph, with keys and values seen through their repetition."""
+"""``scaled_dot_product_attention`` in Dynamo graphs and, as ``aten`` operator, in exported programs.
+
+Keys and values are seen through their repetition.
+"""
 
 from __future__ import annotations
 
@@ -9,22 +12,30 @@ import torch
 from torch.fx import Node
 
 from tmx_compile.graph.find.repeat import divides, same, unrepeated
-from tmx_compile.graph.nodes import tensor_of, value_of
+from tmx_compile.graph.nodes import op_name, tensor_of, value_of
 from tmx_compile.graph.site import AttentionSite, MaskPart, Operand
 from tmx_compile.report import Reason, Rejected
 
-SDPA_TARGETS = frozenset({torch.nn.functional.scaled_dot_product_attention, torch._C._nn.scaled_dot_product_attention})
+SDPA_TARGETS = frozenset(
+    {
+        torch.nn.functional.scaled_dot_product_attention,
+        torch._C._nn.scaled_dot_product_attention,
+        torch.ops.aten.scaled_dot_product_attention.default,
+    }
+)
 _NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 _KEYWORDS = frozenset({*_NAMES, "scale", "enable_gqa"})
 
 
 def find_sdpa(node: Node) -> AttentionSite | Rejected | None:
     """A scaled-dot-product attention node."""
-    return _site(node) if node.op == "call_function" and node.target in SDPA_TARGETS else None
+    if node.op != "call_function" or node.target not in SDPA_TARGETS:
+        return None
+    return site_of(node, dict(zip(_NAMES, node.args, strict=False)) | dict(node.kwargs), "sdpa")
 
 
-def _site(node: Node) -> AttentionSite | Rejected:
-    arguments = dict(zip(_NAMES, node.args, strict=False)) | dict(node.kwargs)
+def site_of(node: Node, arguments: dict[str, Any], form: str) -> AttentionSite | Rejected:
+    """The site whose result is ``node``, from SDPA's arguments by name."""
     unknown = set(arguments) - _KEYWORDS
     if unknown:
         return Rejected(Reason.FORM, f"unknown argument {sorted(unknown)[0]}", node)
@@ -41,7 +52,7 @@ def _site(node: Node) -> AttentionSite | Rejected:
     is_causal = arguments.get("is_causal", False)
     if not isinstance(is_causal, bool):
         return Rejected(Reason.FORM, "is_causal is not a constant", node)
-    scale = _scale(arguments.get("scale"), fakes[0])
+    scale = scale_of(arguments.get("scale"), fakes[0])
     if scale is None:
         return Rejected(Reason.SCALE, f"scale={arguments.get('scale')} is not known at compile time", node)
     assert isinstance(query, Node)
@@ -69,11 +80,22 @@ def _site(node: Node) -> AttentionSite | Rejected:
             return Rejected(Reason.FORM, "attn_mask is not a tensor of the graph", node)
         boolean = fake.dtype == torch.bool
         masks = (MaskPart(mask, "keep", -math.inf) if boolean else MaskPart(mask, "add", 1.0),)
-    return AttentionSite(node, Operand(query), Operand(key), Operand(value), masks, is_causal, scale, "sdpa")
+    return AttentionSite(
+        node, Operand(query), Operand(key), Operand(value), masks, is_causal, scale, form, effects=_effects(node)
+    )
 
 
-def _scale(arg: Any, query: torch.Tensor | None) -> float | None:
-    """The scale as a number. A symbolic one is a model constant that tracing lifted: reading it guards on it."""
+def _effects(node: Node) -> tuple[Node, ...]:
+    """The operator itself: for its dropout it counts as random, and dead code of it would stay."""
+    call = node.args[0] if op_name(node) == "getitem" else node
+    return (call,) if isinstance(call, Node) and isinstance(call.target, torch._ops.OpOverload) else ()
+
+
+def scale_of(arg: Any, query: torch.Tensor | None) -> float | None:
+    """The scale as a number, None where it is not known.
+
+    A symbolic one is a model constant that tracing lifted: reading it guards on it.
+    """
     if arg is None:
         assert query is not None
         head_dim = query.shape[-1]

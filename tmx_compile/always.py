@@ -1,0 +1,190 @@
+"""Guards that hold for every length: what tracing asks, shown from the ranges of the lengths alone.
+
+Code for all lengths makes the tracer ask questions whose answer never changes, ``32 * (n // 32 + 1) != n`` say. Where a
+graph has no guards (an exported program), each such question has to be shown to have one answer, or the graph would be
+right for the traced length only.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+from torch.utils._sympy.functions import FloorDiv, Max, Min, Mod, PythonMod
+from torch.utils._sympy.numbers import int_oo
+
+
+@dataclass
+class Unshown:
+    """The first guard that was added and is not shown to hold for every length; "" if there is none."""
+
+    guard: str = ""
+
+
+@contextmanager
+def no_guard_added(fake_mode: Any) -> Iterator[Unshown]:
+    """Run code that traces; afterwards the environment is what it was, and the result tells what could not be shown.
+
+    Only what is asked is judged, so nothing may answer from memory: the caches of answers are emptied, that of the
+    fake mode is set aside, and the example values that the code starts from have to be fresh. An exported program's
+    environment is frozen: it would answer without keeping the guard, so it is thawed for the time being.
+    """
+    result = Unshown()
+    env = getattr(fake_mode, "shape_env", None)
+    if env is None:
+        yield result
+        return
+    frozen, count, caching = env.frozen, len(env.guards), fake_mode.cache_enabled
+    state = {name: copy.copy(getattr(env, name)) for name in _STATE}
+    env.frozen, fake_mode.cache_enabled = False, False
+    _forget_answers(env)
+    try:
+        yield result
+    finally:
+        env.frozen, fake_mode.cache_enabled = frozen, caching
+        added = [guard.expr for guard in env.guards[count:]]
+        changed = [name for name in _LENGTHS if getattr(env, name) != state[name]]
+        del env.guards[count:]
+        for name, before in state.items():
+            setattr(env, name, before)
+        env._update_version_counter()
+        _forget_answers(env)
+        failed = [str(expr) for expr in added if not holds_always(expr, state["var_to_range"])]
+        result.guard = next(iter(failed or (f"a change of the lengths' {name}" for name in changed)), "")
+
+
+# What a guard changes: facts about the lengths, and what follows from the guards.
+_LENGTHS = ("replacements", "var_to_range")
+_STATE = (*_LENGTHS, "axioms", "divisible")
+
+
+def _forget_answers(env: Any) -> None:
+    for name in ("evaluate_expr", "_inner_evaluate_expr"):
+        clear = getattr(getattr(type(env), name, None), "cache_clear", None)
+        if clear is not None:
+            clear()
+
+
+@dataclass(frozen=True)
+class _Bounds:
+    """Inclusive bounds of an integer symbol; ``high`` is None where there is none."""
+
+    low: int
+    high: int | None
+
+
+def holds_always(expr: Any, ranges: Any) -> bool:
+    """Whether a relation of integer lengths is true at every point of their ranges; False where that is not shown.
+
+    Args:
+        expr: the relation; floor divisions of a length by a number, products and remainders may occur.
+        ranges: the value range of every length.
+    """
+    bounds: dict[Any, _Bounds] = {}
+    for symbol in expr.free_symbols:
+        found = ranges.get(symbol)
+        if found is None or found.lower == -int_oo:
+            return False
+        bounds[symbol] = _Bounds(int(found.lower), None if found.upper == int_oo else int(found.upper))
+    return _holds(_without_extremes(_without_floors(expr, bounds), bounds), bounds)
+
+
+def _without_floors(expr: Any, bounds: dict[Any, _Bounds]) -> Any:
+    """Write a length n that is divided by c as c * m + r, so that ``n // c`` is m."""
+    new: dict[Any, Any] = {}
+    floors: dict[Any, Any] = {}
+    for floor in sorted(expr.atoms(FloorDiv), key=str):
+        length, divisor = floor.args
+        if not isinstance(length, sympy.Symbol) or not divisor.is_Integer or divisor <= 0 or length in new:
+            continue
+        c, was = int(divisor), bounds[length]
+        if was.low < 0:
+            continue
+        m, r = sympy.Dummy("m", integer=True), sympy.Dummy("r", integer=True)
+        bounds[m] = _Bounds(was.low // c, None if was.high is None else was.high // c)
+        bounds[r] = _Bounds(0, c - 1)
+        new[length], floors[floor] = c * m + r, m
+    return expr.xreplace(floors).xreplace(new)
+
+
+def _without_extremes(expr: Any, bounds: dict[Any, _Bounds]) -> Any:
+    """Replace a maximum or minimum of two by the one that it always is, where that is known."""
+    new: dict[Any, Any] = {}
+    for extreme in expr.atoms(Max, Min, sympy.Max, sympy.Min):
+        if len(extreme.args) != 2:
+            continue
+        sign = 1 if isinstance(extreme, (Max, sympy.Max)) else -1
+        for a, b in (extreme.args, extreme.args[::-1]):
+            if _at_least(sign * (a - b), 0, bounds):
+                new[extreme] = a
+    return expr.xreplace(new)
+
+
+def _holds(expr: Any, bounds: dict[Any, _Bounds]) -> bool:
+    match expr:
+        case sympy.true:
+            return True
+        case sympy.And():
+            return all(_holds(x, bounds) for x in expr.args)
+        case sympy.Or():
+            return any(_holds(x, bounds) for x in expr.args)
+        case sympy.Eq():
+            return _equal(expr.lhs, expr.rhs, bounds)
+        case sympy.Ne():
+            return _apart(expr.lhs, expr.rhs, bounds)
+        case sympy.Ge() | sympy.Gt() | sympy.Le() | sympy.Lt():
+            least = 1 if isinstance(expr, (sympy.Gt, sympy.Lt)) else 0
+            return _at_least(expr.gts - expr.lts, least, bounds)
+        case _:
+            return False
+
+
+def _equal(a: Any, b: Any, bounds: dict[Any, _Bounds]) -> bool:
+    if sympy.expand(a - b) == 0:
+        return True
+    if not isinstance(a, (Mod, PythonMod)) or b != 0:
+        return False
+    number, divisor = a.args
+    if not _at_least(divisor, 1, bounds):
+        return False
+    quotient = sympy.cancel(number / divisor)
+    if quotient.is_Integer:
+        return True
+    polynomial = quotient.as_poly(*quotient.free_symbols) if quotient.is_polynomial() else None
+    return polynomial is not None and all(factor.is_Integer for factor in polynomial.coeffs())
+
+
+def _apart(a: Any, b: Any, bounds: dict[Any, _Bounds]) -> bool:
+    if isinstance(a, (Mod, PythonMod)) and b == 0:
+        # The remainder of a smaller number is the number.
+        number, divisor = a.args
+        return _at_least(number, 1, bounds) and _at_least(divisor - number, 1, bounds)
+    return _at_least(a - b, 1, bounds) or _at_least(b - a, 1, bounds)
+
+
+def _at_least(expr: Any, least: int, bounds: dict[Any, _Bounds]) -> bool:
+    """Whether a polynomial is at least a number: every term at its lowest, lengths counted from their lower bound."""
+    if any(symbol not in bounds for symbol in expr.free_symbols) or not expr.is_polynomial():
+        return False
+    steps = {symbol: sympy.Dummy(symbol.name, integer=True) for symbol in expr.free_symbols}
+    moved = sympy.expand(expr.xreplace({symbol: bounds[symbol].low + step for symbol, step in steps.items()}))
+    highest = {
+        step: None if (high := bounds[symbol].high) is None else high - bounds[symbol].low
+        for symbol, step in steps.items()
+    }
+    lowest: Any = sympy.Integer(0)
+    for term, factor in moved.as_coefficients_dict().items():
+        if factor >= 0:
+            lowest += factor if term == 1 else 0
+            continue
+        for symbol, power in term.as_powers_dict().items():
+            high = highest.get(symbol) if symbol != 1 else 1
+            if high is None:
+                return False
+            factor = factor * sympy.Integer(high) ** power
+        lowest += factor
+    return bool(lowest >= least)

@@ -1,0 +1,62 @@
+"""The run-time check that the blocks of a FlexAttention call agree with its mask.
+
+The kernel reads only the blocks that the plan lists, whatever ``mask_mod`` says; a block mask that is an input of the
+graph is not known when it is compiled. The check costs O(tokens + blocks^2), once for all layers that share the mask.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from tmx_compile.graph.conclude import Proof
+from tmx_compile.graph.emit import Emitter
+from tmx_compile.graph.site import AttentionSite
+from tmx_compile.ops.block_plan import MESSAGE, PLAN_HOLDS
+from tmx_compile.report import Reason, Rejected
+
+
+def checkable(site: AttentionSite, proof: Proof) -> Rejected | None:
+    """Whether :func:`check_blocks` can check the site's block plan; a refusal where not."""
+    if site.block_plan is None:
+        return None
+    offset = proof.offset
+    if proof.promised is not None or proof.positions is not None or (offset is not None and offset.atoms):
+        return Rejected(Reason.MASK_UNKNOWN, "a block mask over positions from data cannot be checked", site.node)
+    return None
+
+
+def check_blocks(emit: Emitter, site: AttentionSite, proof: Proof, key_mask: Node | None) -> None:
+    """Insert the check of a site's block plan at the emitter's place; a no-op for a site without one.
+
+    Args:
+        emit: inserts before the site.
+        site: a site of which :func:`checkable` says that it is.
+        proof: what was proven about its mask.
+        key_mask: the operator's key mask for that proof, (B, at most Skv) bool or numbers of documents.
+    """
+    plan = site.block_plan
+    if plan is None:
+        return
+    full: tuple[Any, Any] = (None, None) if plan.full is None else plan.full
+    q_len, kv_len = emit.q_len(), emit.kv_len()
+    if proof.offset is None:
+        first_row = emit.arithmetic(operator.sub, kv_len, q_len)
+    else:
+        first_row = emit.expression(proof.offset.const)
+    holds = emit.call(
+        PLAN_HOLDS,
+        *plan.partial,
+        *full,
+        key_mask,
+        q_len,
+        kv_len,
+        first_row,
+        plan.rows,
+        plan.keys,
+        proof.reach,
+    )
+    emit.call(torch._assert_async, holds, MESSAGE)

@@ -1,0 +1,197 @@
+"""Write index terms back into a graph: the valid keys of a proof as nodes over (batch, key)."""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from collections.abc import Iterator
+from functools import reduce
+from typing import Any, Literal
+
+import sympy
+import torch
+from torch.fx import GraphModule, Node
+
+from tmx_compile.errors import VerificationError
+from tmx_compile.graph import terms as t
+from tmx_compile.graph.conclude import BATCH, KEY
+from tmx_compile.graph.nodes import INSERTED, on_fakes, tensor_of, value_of, written_nodes
+from tmx_compile.graph.site import AttentionSite, Operand
+from tmx_compile.graph.terms import AllOf, AnyOf, Element, Lin, Negation, NonNegative, Size, Truth, Truthy, Zero
+from tmx_compile.ops import FIRST_POSITION
+
+
+class Emitter:
+    """Inserts nodes before a site: plain calls, and index terms over the batch (dim 0) and the keys (dim 1)."""
+
+    def __init__(self, gm: GraphModule, fake_mode: Any) -> None:
+        self._gm = gm
+        self._fake_mode = fake_mode
+        self._like: Node | None = None
+        self._written = written_nodes(gm.graph)
+        self._saved: dict[Node, Node] = {}
+        self._symbols: dict[Any, tuple[Node, int | None]] | None = None
+        self._site: AttentionSite | None = None
+
+    @contextlib.contextmanager
+    def before(self, site: AttentionSite) -> Iterator[Emitter]:
+        """Insert before a site, with its origin; its batch and keys are what terms range over."""
+        self._site, self._like = site, site.node
+        with self._gm.graph.inserting_before(site.node):
+            yield self
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
+        """A call with the origin of the site and an example value."""
+        name = getattr(target, "__name__", "")
+        if getattr(torch.Tensor, name, None) is target:
+            node = self._gm.graph.call_method(name, args, kwargs)
+        else:
+            node = self._gm.graph.call_function(target, args, kwargs)
+        assert self._like is not None
+        for key in ("nn_module_stack", "stack_trace"):
+            if key in self._like.meta:
+                node.meta[key] = self._like.meta[key]
+        node.meta[INSERTED] = True
+        values, keywords = torch.fx.node.map_arg((args, kwargs), value_of)
+        with on_fakes(self._fake_mode):
+            node.meta["example_value"] = target(*values, **keywords)
+        return node
+
+    def arithmetic(self, combine: Any, a: Any, b: Any) -> Any:
+        """Lengths combined: a number where both are, else a node."""
+        return self.call(combine, a, b) if isinstance(a, Node) or isinstance(b, Node) else combine(a, b)
+
+    def batch(self) -> Any:
+        """Number of sequences: a number, or the node of a symbolic one."""
+        return self._size("query", 0)
+
+    def q_len(self) -> Any:
+        """Number of rows."""
+        return self._size("query", 2)
+
+    def kv_len(self) -> Any:
+        """Number of keys."""
+        return self._size("key", 2)
+
+    def _size(self, name: Literal["query", "key"], axis: int) -> Any:
+        assert self._site is not None
+        operand: Operand = getattr(self._site, name)
+        size = operand.fake.shape[axis]
+        if isinstance(size, int):
+            return size
+        dim = axis if operand.order is None else operand.order[axis]
+        return self.call(torch.Tensor.size, operand.node, dim)
+
+    @property
+    def _device(self) -> torch.device:
+        assert self._site is not None
+        return self._site.key.fake.device
+
+    def keys(self) -> Node:
+        """(Skv,) positions of the keys."""
+        return self.call(torch.arange, self.kv_len(), device=self._device)
+
+    def _sequences(self) -> Node:
+        """(B, 1) numbers of the sequences."""
+        return self.call(torch.unsqueeze, self.call(torch.arange, self.batch(), device=self._device), 1)
+
+    def truths(self, valid: tuple[Truth, ...]) -> Node:
+        """The conjunction of truths of the batch and the key."""
+        return reduce(lambda a, b: self.call(operator.and_, a, b), map(self.truth, valid))
+
+    def truth(self, term: Truth) -> Node:
+        """A truth of the batch and the key as a bool tensor that broadcasts to (B, Skv)."""
+        match term:
+            case Truthy(element):
+                read = self._element(element)
+                fake = tensor_of(read)
+                assert fake is not None
+                return read if fake.dtype == torch.bool else self.call(torch.Tensor.to, read, torch.bool)
+            case Negation(inner):
+                return self.call(torch.logical_not, self.truth(inner))
+            case NonNegative(lin):
+                return self.call(torch.ge, self.number(lin), 0)
+            case Zero(lin):
+                return self.call(torch.eq, self.number(lin), 0)
+            case AllOf(terms) | AnyOf(terms):
+                combine = torch.logical_and if isinstance(term, AllOf) else torch.logical_or
+                return reduce(lambda a, b: self.call(combine, a, b), map(self.truth, sorted(terms, key=str)))
+            case t.Const(value):
+                return self.call(torch.full, (1, 1), value, device=self._device)
+
+    def number(self, lin: Lin) -> Node:
+        """An affine term of the batch and the key as an integer tensor that broadcasts to (B, Skv)."""
+        parts: list[tuple[Node, int]] = []
+        for coordinate, factor in lin.factors:
+            assert coordinate in (KEY, BATCH), f"no row or head may be left: {lin}"
+            parts.append((self.keys() if coordinate == KEY else self._sequences(), factor))
+        parts += [(self._element(element), factor) for element, factor in sorted(lin.atoms, key=str)]
+        total: Any = None
+        for node, factor in parts:
+            scaled = node if factor == 1 else self.call(torch.mul, node, factor)
+            total = scaled if total is None else self.call(torch.add, total, scaled)
+        const = self.expression(lin.const)
+        if total is None:
+            return self.call(torch.full, (1, 1), const, dtype=torch.int64, device=self._device)
+        return total if const == 0 else self.call(torch.add, total, const)
+
+    def source(self, node: Node) -> Node:
+        """A tensor that a mask was built from, as it was then: a copy where the graph writes to it later."""
+        if node not in self._written:
+            return node
+        if node not in self._saved:
+            with self._gm.graph.inserting_before(self._written[node]):
+                self._saved[node] = self.call(torch.clone, node)
+        return self._saved[node]
+
+    def _element(self, element: Element) -> Node:
+        """Read by position, which keeps the original's out-of-range error."""
+        index: list[Any] = []
+        for term in element.index:
+            if term == Lin.of(0, {KEY: 1}):
+                index.append(self.keys())
+            elif term == Lin.of(0, {BATCH: 1}):
+                index.append(self._sequences())
+            else:
+                index.append(int(term.const) if term.is_number else self.number(term))
+        source = self.source(element.node)
+        read = self.call(operator.getitem, source, tuple(index)) if index else source
+        fake = tensor_of(read)
+        assert fake is not None
+        return self.call(torch.unsqueeze, read, 0) if fake.dim() == 1 else read
+
+    def first_position(self, first: Element) -> Node:
+        """The position of row 0 of a tensor of row positions, whose others are checked to follow it when it runs."""
+        fake = tensor_of(first.node)
+        assert fake is not None
+        node = self.source(first.node)
+        if fake.dim() > 1:
+            node = self.call(operator.getitem, node, (*(int(i.const) for i in first.index[:-1]), slice(None)))
+        return self.call(FIRST_POSITION, node)
+
+    def expression(self, size: Size) -> Any:
+        """A length: a number, or a node for an expression of the graph's symbols."""
+        if isinstance(size, int) or size.is_Integer:
+            return int(size)
+        if isinstance(size, (sympy.Add, sympy.Mul)):
+            combine = operator.add if isinstance(size, sympy.Add) else operator.mul
+            return reduce(lambda a, b: self.arithmetic(combine, a, b), map(self.expression, size.args))
+        where = self._inputs().get(size)
+        if where is None:
+            raise VerificationError(f"no input of the graph tells the length {size}")
+        node, dim = where
+        return node if dim is None else self.call(torch.Tensor.size, node, dim)
+
+    def _inputs(self) -> dict[Any, tuple[Node, int | None]]:
+        """Where the graph's inputs carry each symbol."""
+        if self._symbols is None:
+            self._symbols = {}
+            for node in self._gm.graph.find_nodes(op="placeholder"):
+                value = value_of(node)
+                if isinstance(value, torch.SymInt):
+                    self._symbols.setdefault(value.node.expr, (node, None))
+                elif isinstance(value, torch.Tensor):
+                    for dim, size in enumerate(value.shape):
+                        if isinstance(size, torch.SymInt):
+                            self._symbols.setdefault(size.node.expr, (node, dim))
+        return self._symbols
