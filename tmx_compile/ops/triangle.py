@@ -123,7 +123,7 @@ def _backward(
     window: int,
     last: int,
     scale: float,
-    reach: int | None,
+    reach: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     geometry = kernel.Geometry(sink, window, last, reach)
     if key_mask is not None and key_mask.dtype != torch.bool:
@@ -144,7 +144,7 @@ def _(
     window: int,
     last: int,
     scale: float,
-    reach: int | None,
+    reach: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(query), key.new_empty(key.shape), value.new_empty(value.shape)
 
