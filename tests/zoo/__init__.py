@@ -1,0 +1,1 @@
+"""Tiny random models through their real Transformers classes, and an independent oracle for each."""
