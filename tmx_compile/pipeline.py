@@ -21,6 +21,7 @@ from tmx_compile.graph.layer import LayerPath, layer_path
 from tmx_compile.graph.prove import Prover
 from tmx_compile.graph.site import AttentionSite
 from tmx_compile.graph.substitute import Substituter, Substitution
+from tmx_compile.graph.terms import size_of
 from tmx_compile.lengths import LengthInput, Prompt, decide, find_length_input, has_fixed_range, known
 from tmx_compile.lowering import select
 from tmx_compile.lowering.base import AttentionCall, Lowering
@@ -181,29 +182,37 @@ def _one_stack(sites: list[SitePlan]) -> list[SitePlan]:
 
 def _decide_length(plan: GraphPlan) -> None:
     """Settle the lengths: every site of a graph must be on the same side, or say why it stays dense."""
-    min_seq_len = plan.options.config.min_seq_len
-    sides: set[Prompt] = set()
+    # Once per length, not per site: each look goes over all inputs of the graph.
+    settled: dict[Any, Prompt | Rejected] = {}
     for position, item in enumerate(plan.sites):
         if item.verdict is not None:
             continue
         assert item.site is not None
-        side = decide(item.site.q_len, min_seq_len, may_guard=not plan.options.standalone)
-        verdict: Rejected | None = None
-        if side is Prompt.SHORT:
-            verdict = _short(item.site, min_seq_len)
-        elif side is Prompt.BOTH:
-            assert isinstance(item.site.q_len, torch.SymInt)
-            where = find_length_input(plan.gm, item.site.q_len)
-            if plan.options.standalone or where is None or plan.length not in (None, where):
-                verdict = Rejected(Reason.NO_DISPATCH, f"length {item.site.q_len}", item.node)
-            else:
-                plan.length = where
-        if verdict is None:
-            sides.add(side)
-            if isinstance(item.site.q_len, torch.SymInt) and has_fixed_range(item.site.q_len):
-                plan.fixed_length = item.site.q_len
+        length = size_of(item.site.q_len)
+        if length not in settled:
+            settled[length] = _side(plan, item.site)
+        side = settled[length]
+        verdict = replace(side, node=item.node) if isinstance(side, Rejected) else None
         plan.sites[position] = replace(item, verdict=verdict)
+    sides = {side for side in settled.values() if isinstance(side, Prompt)}
     plan.prompt = Prompt.BOTH if Prompt.BOTH in sides else Prompt.LONG if sides else Prompt.SHORT
+
+
+def _side(plan: GraphPlan, site: AttentionSite) -> Prompt | Rejected:
+    """The side of ``min_seq_len`` that sites of one length are on, or why they stay dense."""
+    min_seq_len, q_len = plan.options.config.min_seq_len, site.q_len
+    side = decide(q_len, min_seq_len, may_guard=not plan.options.standalone)
+    if side is Prompt.SHORT:
+        return _short(site, min_seq_len)
+    if side is Prompt.BOTH:
+        assert isinstance(q_len, torch.SymInt)
+        where = find_length_input(plan.gm, q_len)
+        if plan.options.standalone or where is None or plan.length not in (None, where):
+            return Rejected(Reason.NO_DISPATCH, f"length {q_len}", site.node)
+        plan.length = where
+    if isinstance(q_len, torch.SymInt) and has_fixed_range(q_len):
+        plan.fixed_length = q_len
+    return side
 
 
 def _refuse_refusals(plan: GraphPlan) -> None:
