@@ -153,23 +153,30 @@ def _operator_limits(settings: _Fields, found: dict[Any, _Fields], groups: list[
 def _pass_cost(result: _Fields) -> str:
     settings, records = result["settings"], result["records"]
     stages = ("find", "prove", "decide", "substitute", "clean", "lower", "verify")
+
+    def searched(record: _Fields) -> float:
+        return (record["find_ms"] + record["prove_ms"]) / record["sites"]
+
     rows = [
         f"{r['layers']} | {r['nodes']:,} | {r['sites']} ({r['triangle_sites']}) | "
         + " | ".join(f"{r[f'{stage}_ms']:.1f}" for stage in stages)
-        + f" | {r['pass_ms']:.0f} | {r['ms_per_site']:.1f}"
+        + f" | {r['pass_ms']:.0f} | {r['ms_per_site']:.1f} | {searched(r):.2f}"
         for r in records
     ]
     cost = [
         f"{r['layers']} | {r['first_ms'] / 1e3:.2f} | {r['inductor_dense_s']:.1f} | {r['pass_share']:.1%} | "
         f"{r['nodes_after']:,} | {r['inductor_triangle_s']:.1f}"
         for r in records
+        if r["inductor_dense_s"] is not None
     ]
     largest = records[-1]
     slowest = max(stages, key=lambda stage: largest[f"{stage}_ms"])
     return (
         f"{settings['model']}; {settings['shapes']}. Configuration: {settings['config']}. Milliseconds of each stage, "
         f"median of {settings['repeats']} passes over copies of one graph.\n\n"
-        + _table(["layers", "nodes", "sites (triangle)", *stages, "whole pass", "per site"], rows)
+        + _table(
+            ["layers", "nodes", "sites (triangle)", *stages, "whole pass", "per site", "find and prove per site"], rows
+        )
         + "\n\nAgainst Inductor, in seconds. *First pass* is what a user waits for; the share is that of the median "
         "pass in Inductor's cold compile of the dense graph.\n\n"
         + _table(
@@ -179,7 +186,7 @@ def _pass_cost(result: _Fields) -> str:
         + f"\n\n**What limits it.** At {largest['layers']} layers `{slowest}` takes "
         f"{largest[f'{slowest}_ms'] / largest['pass_ms']:.0%} of the pass. A site costs "
         f"{records[0]['ms_per_site']:.1f} ms at {records[0]['layers']} layers and {largest['ms_per_site']:.1f} ms at "
-        f"{largest['layers']}."
+        f"{largest['layers']}, finding and proving it {searched(records[0]):.2f} and {searched(largest):.2f} ms."
     )
 
 
