@@ -386,6 +386,17 @@ def from_buffer(q, k, positions):
     return torch.ones(k.shape[2], k.shape[2], dtype=torch.bool).tril()[positions]
 
 
+@pytest.mark.parametrize("behind", [-3, 2])
+def test_a_constant_beside_the_promised_positions_counts(behind, eager):
+    """Rows at their position plus a number: as where a prefix stands before the tokens that are counted."""
+
+    def shifted(q, k, positions):
+        return keys(k) <= positions[:, None] + behind
+
+    args, positions = tensors(300), torch.arange(20, 20 + N)
+    check(shifted, args, positions, eager=eager, first=20 + behind, assume_causal=True)
+
+
 @pytest.mark.parametrize("mask_of", [by_positions, from_buffer])
 def test_row_positions_that_are_handed_in_need_the_promise(mask_of, eager):
     args, positions = tensors(300), torch.arange(20, 20 + N)

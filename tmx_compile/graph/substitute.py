@@ -17,7 +17,7 @@ from tmx_compile.graph.conclude import Proof
 from tmx_compile.graph.emit import Emitter
 from tmx_compile.graph.nodes import dead_ends, erase_dead, tensor_of
 from tmx_compile.graph.site import AttentionSite, Operand
-from tmx_compile.graph.terms import Truthy
+from tmx_compile.graph.terms import Lin, Truthy
 from tmx_compile.ops import CHECK_MASK, OPERATOR
 
 
@@ -128,7 +128,9 @@ def _keys(emit: Emitter, item: Substitution) -> _Keys:
         if statically_known_true(site.q_len == site.kv_len):
             first_row = None
     elif proof.positions is not None:
-        first_row = emit.first_position(proof.positions)
+        assert proof.offset is not None
+        rest = proof.offset - Lin.of(0, None, {proof.positions: 1})
+        first_row = emit.call(torch.add, emit.first_position(proof.positions), emit.number(rest))
     elif proof.offset is not None and proof.offset.atoms:
         first_row = emit.number(proof.offset)
     if proof.documents is not None:
