@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 
 from tmx_compile import config as config_module
@@ -87,7 +88,6 @@ def test_counts_fit_a_kernel_integer_and_are_normalised(name: str) -> None:
 
 
 def test_numpy_integers_are_counts() -> None:
-    numpy = pytest.importorskip("numpy")
     config = TriangleMixConfig(numpy.int32(7), triangle_layer_indices=numpy.array([5, 2]))
     assert config == TriangleMixConfig(7, triangle_layer_indices=[2, 5])
     assert {type(each) for each in (config.num_sink_tokens, *config.layers())} == {int}
