@@ -88,9 +88,11 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     check(query, key, value, key_mask, sink, window, last, reach)
     geometry = kernel.Geometry(sink, window, last, reach)
-    if key_mask is not None and key_mask.dtype != torch.bool:
-        return documents.forward(query, key, value, key_mask, geometry, scale)
-    return kernel.forward(query, key, value, key_mask, geometry, scale)
+    # The caller's autocast reaches in here, and would round the float32 products to bfloat16.
+    with torch.autocast(query.device.type, enabled=False):
+        if key_mask is not None and key_mask.dtype != torch.bool:
+            return documents.forward(query, key, value, key_mask, geometry, scale)
+        return kernel.forward(query, key, value, key_mask, geometry, scale)
 
 
 @_forward.register_fake
@@ -126,9 +128,11 @@ def _backward(
     reach: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     geometry = kernel.Geometry(sink, window, last, reach)
-    if key_mask is not None and key_mask.dtype != torch.bool:
-        return documents.backward(grad_out, grad_lse, query, key, value, key_mask, out, geometry, scale)
-    return kernel.backward(grad_out, grad_lse, query, key, value, key_mask, out, geometry, scale)
+    # The caller's autocast reaches in here, and would round the float32 products to bfloat16.
+    with torch.autocast(query.device.type, enabled=False):
+        if key_mask is not None and key_mask.dtype != torch.bool:
+            return documents.backward(grad_out, grad_lse, query, key, value, key_mask, out, geometry, scale)
+        return kernel.backward(grad_out, grad_lse, query, key, value, key_mask, out, geometry, scale)
 
 
 @_backward.register_fake
