@@ -1,4 +1,4 @@
-"""Write docs/benchmarks.md from the stored results, and from nothing else.
+"""Write docs/benchmarks.md and its pictures from the stored results, and from nothing else.
 
 python -m benchmarks.docs            writes it
 python -m benchmarks.docs --check    fails where the file differs from what the results say
@@ -9,14 +9,16 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
-import statistics
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks import docs_operator, docs_ttft, plots
 from benchmarks.common import RESULTS
-from benchmarks.run import CASES
+from benchmarks.plots import Picture
+from benchmarks.tables import Fields, slashed, spans, table, times
 
 PAGE = RESULTS.parent.parent / "docs" / "benchmarks.md"
 
@@ -28,133 +30,67 @@ Every number on this page is read from a file under `benchmarks/results/`, which
 spreads, compile times, every setting. To measure on your own machine:
 
     python -m benchmarks.run            # all cases; name one to run it alone, --quick to see that it works
+    tmx bench                           # one attention layer of your own shape; needs no checkout
     python -m benchmarks.docs           # rewrite this page
 
 Times are medians. Variants that are compared run in turn (A B C A B C), so that a disturbance meets all of them.
 """
 
 
-class _Fields(dict[str, Any]):
-    """Plain data whose missing fields are an error that names the file and the place."""
-
-    def __init__(self, items: dict[str, Any], where: str) -> None:
-        super().__init__(items)
-        self.where = where
-
-    def __missing__(self, name: str) -> Any:
-        raise ValueError(f"{self.where} lacks the field {name!r}")
-
-
-def generate(folder: Path) -> str:
-    """The page.
+def generate(folder: Path) -> tuple[str, list[Picture]]:
+    """The page and its pictures.
 
     Raises:
         ValueError: a result file is missing, lacks a field, or holds a ``--quick`` run.
     """
-    parts = [_INTRO]
-    for name, (title, section) in _SECTIONS.items():
-        result = _load(folder / CASES[name].file)
-        parts.append(f"## {title}\n\n{_origin(result, CASES[name].file)}\n\n{section(result)}\n")
-    return "\n".join(parts)
+    parts, pictures = [_INTRO], []
+    for section in SECTIONS:
+        if section.optional and not (folder / section.file).is_file():
+            continue
+        result = _load(folder / section.file)
+        text = section.text(result, section.picture_file)
+        parts.append(f"## {section.title}\n\n{_origin(result, section.file)}\n\n{text}\n")
+        if section.picture is not None:
+            pictures.append(section.picture(result, section.picture_file))
+    return "\n".join(parts), pictures
 
 
-def _load(path: Path) -> _Fields:
+def _load(path: Path) -> Fields:
     if not path.is_file():
         raise ValueError(f"{path.name} is missing; measure it with python -m benchmarks.run")
     content = json.loads(path.read_text(encoding="utf-8"))
-    result = _Fields(content, path.name)
+    result = Fields(content, path.name)
     if result["quick"]:
         raise ValueError(f"{path.name} holds a --quick run, which measures nothing")
     for name in ("hardware", "versions", "settings"):
-        result[name] = _Fields(result[name], f"{path.name}: {name}")
-    result["records"] = [_Fields(item, f"{path.name}: record {i}") for i, item in enumerate(result["records"])]
+        result[name] = Fields(result[name], f"{path.name}: {name}")
+    result["records"] = [Fields(item, f"{path.name}: record {i}") for i, item in enumerate(result["records"])]
     return result
 
 
-def _origin(result: _Fields, file: str) -> str:
+def _origin(result: Fields, file: str) -> str:
     machine, version = result["hardware"], result["versions"]
     telling = [flag for flag in machine["flags"] if flag in ("avx2", "avx512f", "avx512_bf16", "avx512_fp16")]
     amx = [flag for flag in machine["flags"] if flag.startswith("amx")] or ["no AMX"]
+    gpu = f"{machine['gpu']}, {machine['gpu_memory_gib']} GiB, CUDA {version['cuda']}; " if "gpu" in machine else ""
+    commands = [result["command"], *(run["command"] for run in result.get("runs", {}).values())]
+    sources = [version["tmx_compile_sources"]]
+    sources += [run["tmx_compile_sources"] for run in result.get("runs", {}).values()]
+    # A file in parts: the last command is only one of those that made it.
+    said = ", ".join(f"`{command}`" for command in dict.fromkeys(commands[1:] or commands))
     return (
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, {machine['memory_gib']} GiB, "
+        f"{gpu}{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, {machine['memory_gib']} GiB, "
         f"{', '.join([*telling, *amx])}. Python {version['python']}, torch {version['torch']}, "
         f"transformers {version['transformers']}, tmx_compile {version['tmx_compile']} "
-        f"(sources {version['tmx_compile_sources']}). {result['date']}, `{result['command']}`, "
-        f"`benchmarks/results/{file}`."
+        f"(sources {', '.join(dict.fromkeys(sources))}). {result['date']}, {said}, `benchmarks/results/{file}`."
     )
 
 
-def _operator(result: _Fields) -> str:
-    settings, records = result["settings"], result["records"]
-    lowerings = settings["lowerings"]
-    found = {(r["dtype"], tuple(r["geometry"]), r["n"], r["lowering"]): r for r in records}
-    out = [
-        f"Causal attention with batch {settings['batch']}, {settings['heads']} heads, {settings['kv_heads']} key heads "
-        f"and head dim {settings['head_dim']} (SmolLM2-135M's). Dense is `F.scaled_dot_product_attention(is_causal="
-        "True)` under Inductor. Milliseconds, and how many times faster than dense. *Ideal* is the ratio of (row, key) "
-        f"pairs, causal to attended; *ideal in blocks* counts the {settings['block']} x {settings['block']} blocks "
-        "that the mask touches."
-    ]
-    groups = list(dict.fromkeys((r["dtype"], tuple(r["geometry"])) for r in records))
-    for dtype, geometry in groups:
-        rows = []
-        for n in settings["lengths"]:
-            of = {name: found[dtype, geometry, n, name] for name in lowerings}
-            any_record = of[lowerings[0]]
-            cells = [f"{_ms(r['ms'])} ({_times(r['speedup'])})" for r in of.values()]
-            ideal = [
-                _times(any_record["ideal_speedup"]),
-                _times(any_record["causal_pairs"] / any_record["block_pairs"]),
-            ]
-            rows.append([f"{n:,}", _ms(any_record["dense_ms"]), *cells, *ideal])
-        head = ["tokens", "dense", *(f"`{name}`" for name in lowerings), "ideal", "ideal in blocks"]
-        out.append(f"### {dtype}, sinks / window / last rows {_slashed(geometry)}\n\n{_table(head, rows)}")
-    out.append(_operator_limits(settings, found, groups))
-    return "\n\n".join(out)
-
-
-def _operator_limits(settings: _Fields, found: dict[Any, _Fields], groups: list[Any]) -> str:
-    n = max(settings["lengths"])
-    per_pair = 4 * settings["head_dim"] * settings["heads"] * settings["batch"]
-    rows = []
-    for dtype, geometry in groups:
-        best = min((found[dtype, geometry, n, name] for name in settings["lowerings"]), key=lambda r: r["ms"])
-        dense_rate = best["causal_pairs"] * per_pair / best["dense_ms"] / 1e6
-        rate = best["attended_pairs"] * per_pair / best["ms"] / 1e6
-        reached = best["speedup"] / best["ideal_speedup"]
-        blocks = best["speedup"] * best["block_pairs"] / best["causal_pairs"]
-        rows.append(
-            f"{dtype} | {_slashed(geometry)} | `{best['lowering']}` | {_times(best['speedup'])} | {reached:.0%} | "
-            f"{blocks:.0%} | {dense_rate:.0f} | {rate:.0f}"
-        )
-    head = ["dtype", "geometry", "fastest", "reached", "of ideal", "of ideal in blocks", "dense GFLOP/s"]
-    table = _table([*head, "its GFLOP/s"], rows)
-    spread = statistics.median(r["ms_max"] / r["ms_min"] for r in found.values())
-    compile_rows = []
-    for name in settings["lowerings"]:
-        of = [r for r in found.values() if r["lowering"] == name]
-        errors = [max(r["error"] for r in of if r["dtype"] == dtype) for dtype in settings["dtypes"]]
-        compile_rows.append(
-            [f"`{name}`", f"{statistics.median(r['compile_s'] for r in of):.1f}", *(f"{e:.1e}" for e in errors)]
-        )
-    dense_compile = statistics.median(r["dense_compile_s"] for r in found.values())
-    errors_head = [f"largest error, {dtype}" for dtype in settings["dtypes"]]
-    return (
-        f"### What limits it\n\nAt {n:,} tokens, the fastest lowering of each row against the ideal. A GFLOP/s figure "
-        "counts the multiplications and additions of causal pairs (dense) or attended pairs (triangle) alone, so "
-        "whatever a lowering computes beyond them lowers its figure: pairs of a block that the mask leaves out, copies "
-        "of keys, masks. Work that does not shrink with the pairs, such as reading the inputs and writing the output, "
-        f"weighs the more the fewer pairs are left.\n\n{table}\n\nThe slowest round took {spread:.2f} times the "
-        f"fastest (median over all records). A cold compile of the one layer took {dense_compile:.1f} s dense "
-        "(median):\n\n" + _table(["lowering", "compile, s (median)", *errors_head], compile_rows)
-    )
-
-
-def _pass_cost(result: _Fields) -> str:
+def _pass_cost(result: Fields) -> str:
     settings, records = result["settings"], result["records"]
     stages = ("find", "prove", "decide", "substitute", "clean", "lower", "verify")
 
-    def searched(record: _Fields) -> float:
+    def searched(record: Fields) -> float:
         return (record["find_ms"] + record["prove_ms"]) / record["sites"]
 
     rows = [
@@ -174,12 +110,12 @@ def _pass_cost(result: _Fields) -> str:
     return (
         f"{settings['model']}; {settings['shapes']}. Configuration: {settings['config']}. Milliseconds of each stage, "
         f"median of {settings['repeats']} passes over copies of one graph.\n\n"
-        + _table(
+        + table(
             ["layers", "nodes", "sites (triangle)", *stages, "whole pass", "per site", "find and prove per site"], rows
         )
         + "\n\nAgainst Inductor, in seconds. *First pass* is what a user waits for; the share is that of the median "
         "pass in Inductor's cold compile of the dense graph.\n\n"
-        + _table(
+        + table(
             ["layers", "first pass", "Inductor, dense graph", "pass / Inductor", "nodes after", "Inductor, rewritten"],
             cost,
         )
@@ -190,15 +126,15 @@ def _pass_cost(result: _Fields) -> str:
     )
 
 
-def _prefill_memory(result: _Fields) -> str:
+def _prefill_memory(result: Fields) -> str:
     settings, records = result["settings"], result["records"]
     rows = [
         f"{r['variant']} | {r['triangle_layers']} of {settings['layers']} | {r['lowerings']} | "
         f"{r['before_mib']:,.0f} | {r['peak_mib']:,.0f} | {r['added_mib']:,.0f} | {r['added_share']:.0%} | "
-        f"{r['s']:.1f} | {_times(r['speedup'])} | {r['cold_s']:.1f}"
+        f"{r['s']:.1f} | {times(r['speedup'])} | {r['cold_s']:.1f}"
         for r in records
     ]
-    geometry = _slashed([settings[n] for n in ("num_sink_tokens", "sliding_window_size", "num_last_tokens")])
+    geometry = slashed([settings[n] for n in ("num_sink_tokens", "sliding_window_size", "num_last_tokens")])
     tokens, layers = settings["tokens"], settings["layers"]
     pairs = tokens * tokens
     head = ["variant", "triangle layers", "lowerings", "before, MiB", "peak, MiB", "added, MiB", "of dense"]
@@ -206,7 +142,7 @@ def _prefill_memory(result: _Fields) -> str:
         f"One prefill of {tokens:,} tokens, {settings['padding']} of them left padding: {settings['model']}, "
         f"{layers} layers, {settings['dtype']}, geometry {geometry}. Called with {settings['call']}. "
         f"Memory: {settings['memory']}. Time: {settings['time']}.\n\n"
-        + _table([*head, "seconds", "speed-up", "first call, s"], rows)
+        + table([*head, "seconds", "speed-up", "first call, s"], rows)
         + f"\n\n**What limits it.** A ({tokens:,}, {tokens:,}) mask takes {pairs / 2**20:,.0f} MiB as booleans and "
         f"{4 * pairs / 2**20:,.0f} MiB in float32; the rewritten graph has none, in its dense layers neither. What "
         "remains is the activations, the key-value cache and the compiled code. The time beyond attention (linear "
@@ -214,7 +150,7 @@ def _prefill_memory(result: _Fields) -> str:
     )
 
 
-def _first_n(result: _Fields) -> str:
+def _first_n(result: Fields) -> str:
     settings, records = result["settings"], result["records"]
     by_name = {r["layers"]: r for r in records}
     dense = by_name["dense"]
@@ -222,17 +158,17 @@ def _first_n(result: _Fields) -> str:
     for r in records:
         costs = [a - b for a, b in zip(r["nll_per_text"], dense["nll_per_text"], strict=True)]
         rows.append(
-            f"{r['layers']} | {_spans(r['indices'])} | {r['nll']:.3f} | {r['kl']:.4f} | "
+            f"{r['layers']} | {spans(r['indices'])} | {r['nll']:.3f} | {r['kl']:.4f} | "
             f"{r['perplexity_increase']:+.1%} | {min(costs):+.3f} to {max(costs):+.3f}"
         )
     first, deepest = by_name["first"], by_name["deepest"]
-    geometry = _slashed([settings[n] for n in ("num_sink_tokens", "sliding_window_size", "num_last_tokens")])
+    geometry = slashed([settings[n] for n in ("num_sink_tokens", "sliding_window_size", "num_last_tokens")])
     head = ["layers", "indices", "NLL, nats", "KL to dense", "perplexity", "NLL change of single texts"]
     return (
         f"{settings['model']}, {settings['sparse']} of {settings['layers']} layers sparse, geometry {geometry}, "
         f"{settings['texts']} English texts of {settings['tokens']:,} tokens ({settings['text']}). Scored: "
         f"{settings['score']}. Compiled by {settings['compiled']}.\n\n"
-        + _table(head, rows)
+        + table(head, rows)
         + f"\n\nThe same number of layers costs {first['perplexity_increase']:.0%} perplexity at the front and "
         f"{deepest['perplexity_increase']:.1%} at the back. This is why `num_triangle_layers`, which takes the first "
         "n, draws a warning, and why the guides use `TriangleMixConfig.deepest`.\n\n**What limits it.** One small "
@@ -241,34 +177,34 @@ def _first_n(result: _Fields) -> str:
     )
 
 
-def _table(head: Sequence[str], rows: Sequence[str | Sequence[str]]) -> str:
-    """A Markdown table; a row is its cells, or the cells already joined by bars."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join(f"| {line if isinstance(line, str) else ' | '.join(line)} |" for line in lines)
+@dataclass(frozen=True)
+class Section:
+    """A part of the page: its result file, its text, and its picture. It is absent while an optional file is."""
+
+    file: str
+    title: str
+    text: Callable[[Fields, str], str]
+    picture: Callable[[Any, str], Picture] | None = None
+    optional: bool = False
+
+    @property
+    def picture_file(self) -> str:
+        return Path(self.file).stem.replace("_", "-") + ".svg"
 
 
-def _ms(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+def _plain(text: Callable[[Fields], str]) -> Callable[[Fields, str], str]:
+    return lambda result, picture: text(result)
 
 
-def _times(value: float) -> str:
-    return f"{value:.0f}x" if value >= 99.5 else f"{value:.1f}x" if value >= 9.95 else f"{value:.2f}x"
-
-
-def _slashed(numbers: Sequence[int]) -> str:
-    return "/".join(map(str, numbers))
-
-
-def _spans(numbers: Sequence[int]) -> str:
-    return f"{numbers[0]}-{numbers[-1]}" if numbers else "none"
-
-
-_SECTIONS: dict[str, tuple[str, Callable[[_Fields], str]]] = {
-    "operator": ("One attention layer on CPU", _operator),
-    "prefill_memory": ("Memory and time of a long prefill", _prefill_memory),
-    "first_n": ("Which layers: what the choice costs", _first_n),
-    "pass_cost": ("What the pass adds to a compile", _pass_cost),
-}
+SECTIONS = (
+    Section("operator_cuda.json", "One attention layer on a GPU", docs_operator.section, plots.operator, optional=True),
+    Section("ttft.json", "Time to first token of whole models", docs_ttft.section, plots.ttft, optional=True),
+    Section("million.json", "A million tokens", _plain(docs_operator.million), optional=True),
+    Section("operator_cpu.json", "One attention layer on a CPU", docs_operator.section, plots.operator),
+    Section("prefill_memory.json", "Memory and time of a long prefill", _plain(_prefill_memory)),
+    Section("first_n.json", "Which layers: what the choice costs", _plain(_first_n)),
+    Section("pass_cost.json", "What the pass adds to a compile", _plain(_pass_cost)),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -277,16 +213,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=PAGE, help="the page to write, or to compare with")
     parser.add_argument("--check", action="store_true", help="write nothing; fail where the page is out of date")
     options = parser.parse_args(arguments)
-    page = generate(options.results)
+    page, pictures = generate(options.results)
+    folder = options.out.parent
     if not options.check:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         options.out.write_text(page, encoding="utf-8")
+        for picture in pictures:
+            if not picture.is_current(folder):
+                picture.write(folder)
         return
     stored = options.out.read_text(encoding="utf-8") if options.out.is_file() else ""
     changes = list(difflib.unified_diff(stored.splitlines(), page.splitlines(), "stored", "generated", lineterm=""))
     if stored != page:
         print("\n".join(changes))
         sys.exit(f"{options.out.name} is out of date: run python -m benchmarks.docs")
+    stale = [picture.file for picture in pictures if not picture.is_current(folder)]
+    if stale:
+        sys.exit(f"{', '.join(stale)} is out of date: run python -m benchmarks.docs")
 
 
 if __name__ == "__main__":

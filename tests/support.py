@@ -98,7 +98,7 @@ class Case:
         """The arguments of :class:`OneCall`."""
         return self.geometry, *self.arguments[3:]
 
-    def tensors(self, requires_grad=False):
+    def tensors(self, requires_grad=False, device="cpu"):
         """Fresh random query, key, value and key mask."""
         v_dim = self.v_dim or self.dim
         shapes = [(self.heads, self.q_len, self.dim), (self.kv_heads, self.kv_len, self.dim)]
@@ -107,11 +107,12 @@ class Case:
         for h, n, d in shapes:
             if self.strided:
                 # (B, N, H, D) memory with a gap after every row, as a slice of a fused projection has.
-                x = torch.randn(self.batch, n, h, d + 8, dtype=self.dtype)[..., :d].transpose(1, 2)
+                x = torch.randn(self.batch, n, h, d + 8, dtype=self.dtype, device=device)[..., :d].transpose(1, 2)
             else:
-                x = torch.randn(self.batch, h, n, d, dtype=self.dtype)
+                x = torch.randn(self.batch, h, n, d, dtype=self.dtype, device=device)
             made.append(x.detach().requires_grad_(requires_grad))
-        return (*made, self.key_mask())
+        key_mask = self.key_mask()
+        return (*made, None if key_mask is None else key_mask.to(device))
 
     def key_mask(self):
         if self.documents:
@@ -155,6 +156,7 @@ class LoweringBackend:
         self.compiles += 1
         grad = torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in example_inputs)
         lowerer = Lowerer(gm, fake_mode_of(gm))
+        options = {}
         for node in [n for n in gm.graph.nodes if n.target in (OPERATOR, torch.ops.tmx.triangle_attention)]:
             node.target = OPERATOR
             fakes = [None if a is None else tensor_of(a) for a in node.args[:4]]
@@ -162,13 +164,14 @@ class LoweringBackend:
             answer = self.lowering.supports(call)
             if isinstance(answer, Rejected):
                 raise AssertionError(f"refused: {answer}")
+            options.update(self.lowering.inductor_options(call))
             if self.lowering.name != "operator":
                 lowerer.lower(node, call, self.lowering)
         gm.graph.lint()
         gm.recompile()
         if not self.inductor:
             return gm.forward
-        return compile_fx(gm, example_inputs, config_patches=dict(self.lowering.inductor_options) or None)
+        return compile_fx(gm, example_inputs, config_patches=options or None)
 
 
 def tiny_qwen3(layers=2, impl="sdpa", seed=0, **changes):

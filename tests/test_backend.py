@@ -156,7 +156,7 @@ def test_unknown_inductor_option_is_named():
     ("arguments", "message"),
     [
         (dict(config="deep"), "config must be a TriangleMixConfig or TriangleMixInferenceConfig, got 'deep'"),
-        (dict(config=CONFIG, lowering="cuda"), "lowering must be one of auto, flex, blocked.* got 'cuda'"),
+        (dict(config=CONFIG, lowering="cuda"), "lowering must be one of auto, triton, flex, blocked.* got 'cuda'"),
         (dict(config=CONFIG, strict="yes"), "strict must be True or False, got 'yes'"),
         (dict(config=CONFIG, report=[]), r"report must be a tmx_compile.Report, got \[\]"),
     ],

@@ -24,7 +24,14 @@ ORDER = [
     "pipeline",
     "standalone",
 ]
-FREE = {"api": set(ORDER), "testing": set(ORDER), "analysis": {"config", "errors", "plan"}, "__init__": None}
+FREE = {
+    "api": set(ORDER),
+    "testing": set(ORDER),
+    "analysis": {"config", "errors", "plan"},
+    "bench": {"version", "config", "plan", "lowering", "api"},
+    "cli": {"bench"},
+    "__init__": None,
+}
 
 
 def imports(path):

@@ -279,7 +279,7 @@ def rewrite_graph(plan: GraphPlan) -> Rewritten:
     restore(gm)
     gm.graph.lint()
     gm.recompile()
-    return Rewritten(gm, replace(plan, sites=sites), merged_options([low for _, _, low in chosen]))
+    return Rewritten(gm, replace(plan, sites=sites), merged_options((call, low) for _, call, low in chosen))
 
 
 def _target(item: SitePlan, options: Options) -> tuple[int, int, int] | None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from support import Case, LoweringBackend, OneCall, oracle, tolerance
 
-from tmx_compile.lowering.select import BLOCKED, FLEX, NAMED, OPERATOR, REFERENCE
+from tmx_compile.lowering.select import BLOCKED, FLEX, NAMED, OPERATOR, REFERENCE, TRITON
 from tmx_compile.report import Rejected
 
 f32, f64, bf16, f16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -55,7 +55,8 @@ CASES = {
     "more keys than rows and a reach": Case(90, 240, 40, 20, 8, reach=110),
     "padding, multi-query": Case(150, 150, 4, 20, 8, batch=2, heads=4, valid=((20, 150), (0, 90))),
 }
-EAGER = [BLOCKED, REFERENCE, OPERATOR]
+# triton runs in Triton's interpreter here (conftest.py), compiled on a GPU in test_cuda.py.
+EAGER = [BLOCKED, REFERENCE, OPERATOR, TRITON]
 # float64 has no CPU FlexAttention; everything else must pass compiled.
 COMPILED = [FLEX, BLOCKED]
 

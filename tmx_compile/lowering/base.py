@@ -55,9 +55,8 @@ class Lowering(Protocol):
     def name(self) -> str:
         """The name users choose it by."""
 
-    @property
-    def inductor_options(self) -> Mapping[str, Any]:
-        """Inductor settings that a graph with this lowering needs."""
+    def inductor_options(self, call: AttentionCall) -> Mapping[str, Any]:
+        """Inductor settings that a graph with this lowering of the call needs."""
 
     def supports(self, call: AttentionCall) -> Accepted | Rejected:
         """Whether the call can be lowered, or why not."""

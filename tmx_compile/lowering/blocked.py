@@ -25,7 +25,10 @@ class Blocked:
     """The ``blocked`` lowering."""
 
     name = "blocked"
-    inductor_options: Mapping[str, Any] = {}
+
+    def inductor_options(self, call: AttentionCall) -> Mapping[str, Any]:
+        """None."""
+        return {}
 
     def supports(self, call: AttentionCall) -> Accepted | Rejected:
         """Any device and dtype; windows, sinks and last rows that are small against the prompt."""

@@ -22,7 +22,10 @@ class Dense:
     """The ``sdpa`` lowering: takes only calls whose every row is a last row."""
 
     name = "sdpa"
-    inductor_options: Mapping[str, Any] = {}
+
+    def inductor_options(self, call: AttentionCall) -> Mapping[str, Any]:
+        """None."""
+        return {}
 
     def supports(self, call: AttentionCall) -> Accepted | Rejected:
         """Equal numbers of rows and keys; with padding, CPU inference (its flash kernel takes a key bias)."""

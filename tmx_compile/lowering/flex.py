@@ -2,7 +2,7 @@
 
 The streaming rows are one ``flex_attention`` higher-order call. Its block plan is ordinary arange / where / clamp
 nodes, O(N) in memory; the graph is its own cache key. The last rows are a second, small call (``rows.last_rows``):
-inside the first, few blocks would walk all keys.
+inside the first, few blocks would walk all keys. This file has the CPU's form; CUDA's is in ``flex_cuda``.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch._higher_order_ops.flex_attention import flex_attention
 from torch.fx import Graph, GraphModule, Proxy
 
-from tmx_compile.lowering import rows
-from tmx_compile.lowering.base import AttentionCall, Operands, Writer, arange, example, first_position, length
+from tmx_compile.lowering import flex_cuda, rows
+from tmx_compile.lowering.base import AttentionCall, Operands, Writer, arange, first_position, length
+from tmx_compile.lowering.flex_call import BlockPlan, flex_call, stored
 from tmx_compile.report import Accepted, Reason, Rejected
 
 # 64-wide blocks were fastest or equal on CPU, 128 slowest (benchmarks/results). A power of two: the plan divides by a
@@ -25,30 +24,25 @@ from tmx_compile.report import Accepted, Reason, Rejected
 _SHIFT = 6
 _BLOCK = 1 << _SHIFT
 
-_KERNEL_OPTIONS = {
-    "PRESCALE_QK": False,
-    "ROWS_GUARANTEED_SAFE": False,
-    "BLOCKS_ARE_CONTIGUOUS": False,
-    "WRITE_DQ": True,
-    "OUTPUT_LOGSUMEXP": False,
-    "OUTPUT_MAX": False,
-}
-
 
 class Flex:
     """The ``flex`` lowering."""
 
     name = "flex"
-    # The CPU template cannot be fused with what follows it ("Unsupported for epilogue_nodes" stops the compile).
-    inductor_options: Mapping[str, Any] = {"epilogue_fusion": False}
+
+    def inductor_options(self, call: AttentionCall) -> Mapping[str, Any]:
+        """The CPU template cannot be fused with what follows it: "Unsupported for epilogue_nodes" stops the compile."""
+        return {"epilogue_fusion": False} if call.query.device.type == "cpu" else {}
 
     def supports(self, call: AttentionCall) -> Accepted | Rejected:
-        """What Inductor's CPU FlexAttention template takes: forward only, float32, bfloat16, float16, AVX2."""
+        """What Inductor's FlexAttention templates take: forward only, float32, bfloat16, float16, a CPU with AVX2."""
         device = call.query.device.type
         if call.documents:
             return Rejected(Reason.NO_LOWERING, "flex: packed documents")
+        if device == "cuda":
+            return flex_cuda.supports(call)
         if device != "cpu":
-            return Rejected(Reason.NO_LOWERING, f"flex: written for cpu so far, got {device}")
+            return Rejected(Reason.NO_LOWERING, f"flex: written for cpu and cuda, got {device}")
         if call.needs_grad:
             return Rejected(Reason.NO_LOWERING, "flex: Inductor's CPU template has no backward")
         if call.query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -65,7 +59,9 @@ class Flex:
         return Accepted()
 
     def emit(self, write: Writer, call: AttentionCall, operands: Operands) -> Proxy:
-        """Streaming rows through FlexAttention, last rows through SDPA, joined."""
+        """Streaming rows through FlexAttention, last rows through SDPA, joined; on CUDA, both through FlexAttention."""
+        if call.query.device.type == "cuda":
+            return flex_cuda.emit(write, call, operands)
         q, k, v, key_mask = operands.query, operands.key, operands.value, operands.key_mask
         q_len, kv_len = length(q, 2), length(k, 2)
         sink, window, last = call.geometry
@@ -90,44 +86,22 @@ class Flex:
 def _streaming(
     write: Writer, qkv: list[Any], key_mask: Any, where: rows.Extent, sink: int, window: int, call: AttentionCall
 ) -> Proxy:
-    q, k, v = qkv
+    q, k, _ = qkv
     q_len, kv_len = length(q, 2), length(k, 2)
     offset = first_position(q, k)
-    counts, indices = block_plan(q, q_len, kv_len, where, key_mask is not None, sink, window)
+    plan = BlockPlan(_BLOCK, _BLOCK, *block_plan(q, q_len, kv_len, where, key_mask is not None, sink, window))
     buffers: tuple[Any, ...] = ()
     if key_mask is not None:
         # Keys first: the template's kernel knows no symbolic stride, and the batch is the static one of the two.
-        buffers += tuple(_stored(x) for x in (key_mask.transpose(0, 1), where.start[:, 0], where.end[:, 0]))
+        buffers += tuple(stored(x) for x in (key_mask.transpose(0, 1), where.start[:, 0], where.end[:, 0]))
     if isinstance(offset, Proxy):
         # As a tensor: the CPU template captures no expression of two lengths.
-        buffers += (_stored(arange(q, 1) + offset),)
-    score = write.submodule("tmx_score_mod", _score_mod())
+        buffers += (stored(arange(q, 1) + offset),)
     constant = None if isinstance(offset, Proxy) else offset
-    mask = write.submodule("tmx_mask_mod", _mask_mod(key_mask is not None, constant, sink, window, call.reach))
-    unused = (None,) * (_tuple_length() - 7)
-    plan = (q_len, kv_len, counts, indices, *unused, _BLOCK, _BLOCK, mask)
-    # The call itself is not run on fakes: on CPU that would form the N x N scores.
-    flex = write.call(_call_flex, q, k, v, score, plan, call.scale, dict(_KERNEL_OPTIONS), (), buffers)
-    flex.node.target = flex_attention
+    mask = _mask_mod(key_mask is not None, constant, sink, window, call.reach)
+    flex = flex_call(write, qkv, (q_len, kv_len), plan, mask, buffers, call.scale, {})
     out: Proxy = write.call(operator.getitem, flex, 0)
     return out
-
-
-def _stored(x: Any) -> Any:
-    """``x`` as a tensor with storage of its own: the CPU template cannot read a buffer that is still an expression.
-
-    ``as_strided`` is the one view that makes Inductor compute its base first.
-    """
-    sizes = [length(x, dim) for dim in range(example(x).dim())]
-    strides = (sizes[1], 1) if len(sizes) == 2 else (1,)
-    return torch.as_strided(x.contiguous(), sizes, strides)
-
-
-def _call_flex(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """What ``flex_attention`` returns on fake tensors: out, log-sum-exp, maximum scores."""
-    batch, heads, q_len = q.shape[:3]
-    rows_only = q.new_empty(batch, heads, q_len, dtype=torch.float32)
-    return q.new_empty(batch, heads, q_len, v.shape[3]), rows_only, torch.empty_like(rows_only)
 
 
 def block_plan(
@@ -167,23 +141,6 @@ def block_plan(
 
 def _blocks_of(keys: int) -> int:
     return -(-keys // _BLOCK)
-
-
-def _tuple_length() -> int:
-    """Entries of a flattened ``BlockMask``: 13 in torch 2.11, 17 in 2.13; asked of torch, once per emission."""
-    from torch.nn.attention.flex_attention import BlockMask
-
-    ones = torch.ones(1, 1, 1, dtype=torch.int32)
-    mask = BlockMask.from_kv_blocks(ones, ones[..., None] - 1, BLOCK_SIZE=1, compute_q_blocks=False)
-    return len(mask.as_tuple())
-
-
-def _score_mod() -> GraphModule:
-    """The identity, as a graph: torch's own identity function cannot be pickled and bypasses the cache."""
-    graph = Graph()
-    score, *_ = [graph.placeholder(name) for name in ("score", "b", "h", "row", "key")]
-    graph.output(score)
-    return GraphModule({}, graph)
 
 
 def _mask_mod(padded: bool, offset: int | None, sink: int, window: int, reach: int | None) -> GraphModule:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -115,9 +115,9 @@ def _same_shape(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.dim() == b.dim() and all(statically_known_true(x == y) for x, y in zip(a.shape, b.shape, strict=True))
 
 
-def merged_options(lowerings: list[Lowering]) -> Mapping[str, Any]:
-    """The Inductor settings that the lowerings of one graph need together."""
+def merged_options(calls: Iterable[tuple[AttentionCall, Lowering]]) -> Mapping[str, Any]:
+    """The Inductor settings that the lowered calls of one graph need together."""
     options: dict[str, Any] = {}
-    for lowering in lowerings:
-        options.update(lowering.inductor_options)
+    for call, lowering in calls:
+        options.update(lowering.inductor_options(call))
     return options

@@ -17,7 +17,10 @@ class OperatorCall:
     """The ``operator`` lowering: takes every call."""
 
     name = "operator"
-    inductor_options: Mapping[str, Any] = {}
+
+    def inductor_options(self, call: AttentionCall) -> Mapping[str, Any]:
+        """None."""
+        return {}
 
     def supports(self, call: AttentionCall) -> Accepted | Rejected:
         """Always."""

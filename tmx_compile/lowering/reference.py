@@ -19,7 +19,10 @@ class Reference:
     """The ``reference`` lowering: never chosen by ``auto``."""
 
     name = "reference"
-    inductor_options: Mapping[str, Any] = {}
+
+    def inductor_options(self, call: AttentionCall) -> Mapping[str, Any]:
+        """None."""
+        return {}
 
     def supports(self, call: AttentionCall) -> Accepted | Rejected:
         """Problems whose (Sq, Skv) mask is small, judged by the lengths seen at compile time."""

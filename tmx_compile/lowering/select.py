@@ -13,24 +13,28 @@ from tmx_compile.lowering.dense import Dense
 from tmx_compile.lowering.flex import Flex
 from tmx_compile.lowering.operator_call import OperatorCall
 from tmx_compile.lowering.reference import Reference
+from tmx_compile.lowering.triton import Triton
 from tmx_compile.report import Rejected
 
-FLEX, BLOCKED, REFERENCE, OPERATOR, DENSE = Flex(), Blocked(), Reference(), OperatorCall(), Dense()
-NAMED: dict[str, Lowering] = {low.name: low for low in (FLEX, BLOCKED, REFERENCE, OPERATOR)}
+TRITON, FLEX, BLOCKED, REFERENCE = Triton(), Flex(), Blocked(), Reference()
+OPERATOR, DENSE = OperatorCall(), Dense()
+NAMED: dict[str, Lowering] = {low.name: low for low in (TRITON, FLEX, BLOCKED, REFERENCE, OPERATOR)}
 CHOICES = ("auto", *NAMED)
 
 _FLEX_FROM_WINDOW = {torch.float32: 128, torch.bfloat16: 1 << 31, torch.float16: 1 << 31}
 
 
 def preference(call: AttentionCall) -> Sequence[Lowering]:
-    """The order in which ``auto`` asks, from the measurements in benchmarks/results/cpu_operator.json."""
+    """The order in which ``auto`` asks, from the measurements in benchmarks/results/operator_{cpu,cuda}.json."""
+    if call.query.device.type == "cuda":
+        return (TRITON, FLEX, BLOCKED, OPERATOR)
     if call.window >= _FLEX_FROM_WINDOW.get(call.query.dtype, 1 << 31):
         return (FLEX, BLOCKED, OPERATOR)
     return (BLOCKED, FLEX, OPERATOR)
 
 
 def select(name: str, call: AttentionCall, *, portable: bool = False) -> Lowering:
-    """The lowering for a call; ``portable``: "auto" takes none that needs Inductor settings of its own.
+    """The lowering for a call; ``portable``: "auto" takes none that needs Inductor.
 
     Raises:
         LoweringError: the lowering that the user named does not support the call; it is never replaced silently.
@@ -40,5 +44,6 @@ def select(name: str, call: AttentionCall, *, portable: bool = False) -> Lowerin
         if isinstance(answer, Rejected):
             raise LoweringError(f"lowering {name!r} cannot take this attention: {answer.detail}")
         return NAMED[name]
-    asked = [low for low in preference(call) if not (portable and low.inductor_options)]
+    # Run without Inductor, a flex call would form all scores; a package cannot hold a call of Python code.
+    asked = [low for low in preference(call) if not (portable and low in (FLEX, TRITON))]
     return next(low for low in asked if not isinstance(low.supports(call), Rejected))

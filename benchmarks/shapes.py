@@ -1,0 +1,150 @@
+"""Models of published shapes with random weights, and how a prefill calls them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Hugging Face's name for attention that builds no mask; registered by build().
+CAUSAL = "tmx_bench_causal"
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A model written out as its configuration.
+
+    ``sparse`` of its ``layers`` become triangle layers, the deepest ones. ``config`` makes the transformers
+    configuration, ``tiny`` one of the same kind for a quick run.
+    """
+
+    name: str
+    layers: int
+    sparse: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    config: Callable[[], Any]
+    tiny: Callable[[], Any]
+
+
+TINY: dict[str, Any] = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 4096,
+}
+
+
+def _llama(**changes: Any) -> Any:
+    from transformers import LlamaConfig
+
+    settings: dict[str, Any] = {
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    }
+    return LlamaConfig(**(settings | changes))
+
+
+def _qwen3(**changes: Any) -> Any:
+    from transformers import Qwen3Config
+
+    settings: dict[str, Any] = {
+        "vocab_size": 151936,
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    }
+    return Qwen3Config(**(settings | changes))
+
+
+MODELS = {
+    "llama": ModelShape("Llama-3.1-8B", 32, 16, 32, 8, 128, _llama, lambda: _llama(**TINY)),
+    "qwen3": ModelShape("Qwen3-8B", 36, 24, 32, 8, 128, _qwen3, lambda: _qwen3(**TINY)),
+}
+
+
+def build(shape: ModelShape, device: torch.device, dtype: torch.dtype, *, quick: bool) -> nn.Module:
+    """The model with random weights (standard deviation 0.02), made on the device."""
+    from transformers import AttentionInterface, AutoModelForCausalLM
+
+    AttentionInterface.register(CAUSAL, _causal_attention)
+    torch.manual_seed(0)
+    config = shape.tiny() if quick else shape.config()
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    return model.eval()
+
+
+def _causal_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Dense attention at its best: no mask is built or read. Right for prompts without padding and an empty cache."""
+    out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+    return out.transpose(1, 2).contiguous(), None
+
+
+class Prefill:
+    """Prefills of one compiled model as ``generate`` does them: a new cache each time, the last logits only."""
+
+    def __init__(
+        self, model: nn.Module, compiled: Callable[..., Any], tokens: int, *, mask: bool, dynamic: bool, graphs: bool
+    ) -> None:
+        self._model, self._compiled, self._graphs = model, compiled, graphs
+        device = next(model.parameters()).device
+        generator = torch.Generator().manual_seed(tokens)
+        ids = torch.randint(0, model.config.vocab_size, (1, tokens), generator=generator)
+        self._inputs = {"input_ids": ids.to(device)}
+        if mask:
+            self._inputs["attention_mask"] = torch.ones_like(self._inputs["input_ids"])
+        if dynamic:
+            for x in self._inputs.values():
+                torch._dynamo.mark_dynamic(x, 1)
+
+    def __call__(self) -> Tensor:
+        """One prefill; returns the logits (1, 1, vocabulary) of the last token. The cache is let go."""
+        from transformers import DynamicCache
+
+        if self._graphs:
+            torch.compiler.cudagraph_mark_step_begin()
+        with torch.no_grad():
+            cache = DynamicCache(config=self._model.config)
+            out = self._compiled(**self._inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        logits: Tensor = out.logits
+        return logits

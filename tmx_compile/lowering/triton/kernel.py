@@ -1,0 +1,306 @@
+"""The GPU kernel of triangle attention: one launch, O(N) work, no (rows, keys) tensor.
+
+A program computes one *tile*: ``BLOCK_M // GROUP`` consecutive rows of the ``GROUP`` query heads that share a key head,
+stacked, so that keys are read once for the whole group. It walks its keys as *slots*: first the sinks that lie before
+the tile's window, then the window's own range, in blocks of ``BLOCK_N`` that end exactly at the tile's last row. Only
+the blocks at either end need a mask; those between are computed without one.
+
+The last rows read all keys. Their programs come first in the grid, so that they run beside the streaming tiles, and
+each walks one range of the keys (a *split*). The split that finishes last merges all of them, always in the same order,
+so that the result does not depend on which one that was.
+
+Importing this module needs Triton.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Finite, so that a row that has met no key yet subtracts no infinity from another.
+_NO_MAXIMUM = tl.constexpr(-3.0e38)
+
+
+@triton.jit
+def _add_keys(acc, total, maximum, query, key, value, allowed, scale, FLOAT32: tl.constexpr):
+    """One step of the running softmax (Milakov and Gimelshein 2018): acc (M, Dv), total and maximum (M,), base 2.
+
+    ``allowed`` is (M, N), or None where every pair is attended.
+    """
+    precision: tl.constexpr = "tf32x3" if FLOAT32 else "tf32"
+    scores = tl.dot(query, tl.trans(key), input_precision=precision)
+    if allowed is not None:
+        scores = tl.where(allowed, scores, float("-inf"))
+    new_maximum = tl.maximum(maximum, tl.max(scores, 1) * scale)
+    weights = tl.exp2(scores * scale - new_maximum[:, None])
+    shrink = tl.exp2(maximum - new_maximum)
+    total = total * shrink + tl.sum(weights, 1)
+    acc = acc * shrink[:, None]
+    acc = tl.dot(weights.to(value.dtype), value, acc, input_precision=precision)
+    return acc, total, new_maximum
+
+
+@triton.jit
+def _load_rows(base, rows, stride, DIM: tl.constexpr, BLOCK: tl.constexpr, keep):
+    """(len(rows), BLOCK) elements; zeros beyond DIM and, where ``keep`` is given, in the rows that it drops."""
+    column = tl.arange(0, BLOCK)
+    pointers = base + rows[:, None] * stride + column[None, :]
+    if keep is not None:
+        kept = keep[:, None]
+        if DIM != BLOCK:
+            kept = kept & (column < DIM)[None, :]
+        loaded = tl.load(pointers, mask=kept, other=0.0)
+    elif DIM != BLOCK:
+        loaded = tl.load(pointers, mask=(column < DIM)[None, :], other=0.0)
+    else:
+        loaded = tl.load(pointers)
+    return loaded
+
+
+@triton.jit(
+    do_not_specialize=[
+        "q_len", "kv_len", "sink", "window", "last", "reach", "last_programs", "last_tiles", "splits", "split_keys",
+    ]
+)  # fmt: skip
+def triangle_kernel(
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    out_ptr,
+    lse_ptr,  # (B, H, Sq) float32, with WRITE_LSE
+    mask_ptr,  # (B, Skv) bool, with PADDED
+    extent_ptr,  # (B, 3) int32: start, end, whether a key between them is masked; with PADDED
+    part_ptr,  # (last tiles of all heads, splits, BLOCK_M, DIM_V) float32
+    part_lse_ptr,  # (last tiles of all heads, splits, BLOCK_M) float32, base 2
+    arrived_ptr,  # (last tiles of all heads) int32, zeros
+    q_batch,
+    q_head,
+    q_row,
+    k_batch,
+    k_head,
+    k_row,
+    v_batch,
+    v_head,
+    v_row,
+    o_batch,
+    o_head,
+    o_row,
+    mask_batch,
+    q_len,
+    kv_len,
+    sink,
+    window,
+    last,
+    reach,
+    scale,  # times log2(e)
+    last_programs,
+    last_tiles,
+    splits,
+    split_keys,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    FULL_N: tl.constexpr,  # keys a step of the blocks without a mask, a divisor of BLOCK_N
+    PADDED: tl.constexpr,
+    REACH: tl.constexpr,
+    WRITE_LSE: tl.constexpr,
+    FLOAT32: tl.constexpr,
+    STAGES: tl.constexpr,
+    FULL_STAGES: tl.constexpr,
+):
+    """See the module. Strides are in elements; the last dimension of every tensor is contiguous."""
+    ROWS: tl.constexpr = BLOCK_M // GROUP
+    HEAD_BLOCKS: tl.constexpr = HEADS // GROUP
+    offset = kv_len - q_len
+    program = tl.program_id(0)
+    is_last = program < last_programs
+    split = 0
+    if is_last:
+        # Neighbours share a range of keys.
+        tile = program % last_tiles
+        head_block = program // last_tiles % HEAD_BLOCKS
+        rest = program // (last_tiles * HEAD_BLOCKS)
+        split = rest % splits
+        batch = rest // splits
+    else:
+        tiles = tl.cdiv(q_len, ROWS)
+        tile = (program - last_programs) % tiles
+        rest = (program - last_programs) // tiles
+        head_block = rest % HEAD_BLOCKS
+        batch = rest // HEAD_BLOCKS
+
+    start = 0
+    end = kv_len
+    holes = 0
+    if PADDED:
+        start = tl.load(extent_ptr + batch * 3)
+        end = tl.load(extent_ptr + batch * 3 + 1)
+        holes = tl.load(extent_ptr + batch * 3 + 2)
+
+    # Rows at absolute positions [first, stop), keys [low, high) after `sinks` sinks from `sink_low` on.
+    last_low = tl.maximum(tl.maximum(end - last, offset), start)
+    span = kv_len
+    if REACH:
+        span = reach
+    sinks = 0
+    sink_low = start
+    if is_last:
+        first = last_low + tile * ROWS
+        stop = tl.minimum(first + ROWS, end)
+        low = tl.maximum(start, split * split_keys)
+        if REACH:
+            low = tl.maximum(low, first - reach)
+        high = tl.minimum(stop, (split + 1) * split_keys)
+    else:
+        first = offset + tile * ROWS
+        stop = tl.minimum(first + ROWS, kv_len)
+        span = tl.minimum(span, window)
+        low = tl.maximum(start, first - span)
+        high = tl.minimum(stop, end)
+        if REACH:
+            sink_low = tl.maximum(start, first - reach)
+        sinks = tl.maximum(tl.minimum(tl.minimum(start + sink, low), high) - sink_low, 0)
+        # Nothing to do for a tile of last rows alone, or of rows outside their sequence.
+        if (first >= last_low) | (stop <= start):
+            high = low
+            sinks = 0
+    keys = tl.maximum(high - low, 0)
+    slots = sinks + keys
+    blocks = tl.cdiv(slots, BLOCK_N)
+    empty = blocks * BLOCK_N - slots
+    # Slots at the front that a mask has to look at: unused ones, sinks, keys that the last row no longer sees.
+    front = empty + sinks + tl.minimum(tl.maximum(stop - 1 - span - low, 0), keys)
+    masked_front = tl.minimum(tl.cdiv(front, BLOCK_N), blocks)
+    # And at the end: keys that the first row does not see yet.
+    masked_end = tl.cdiv(tl.minimum(tl.maximum(high - first - 1, 0), keys), BLOCK_N)
+    full_end = tl.maximum(blocks - masked_end, masked_front)
+    if PADDED:
+        if holes != 0:
+            masked_front = blocks
+            full_end = blocks
+    masked = masked_front + blocks - full_end
+
+    row = tl.arange(0, BLOCK_M)
+    position = first + row // GROUP
+    head = head_block * GROUP + row % GROUP
+    exists = (row < ROWS * GROUP) & (position < stop)
+    safe_row = (tl.minimum(position, kv_len - 1) - offset).to(tl.int64)
+    head64 = head.to(tl.int64)
+    batch64 = batch.to(tl.int64)
+    kv_head = head_block * GROUP // (HEADS // KV_HEADS)
+    query = _load_rows(query_ptr + batch64 * q_batch, safe_row * q_row + head64 * q_head, 1, DIM, BLOCK_D, exists)
+    key_base = key_ptr + batch64 * k_batch + kv_head.to(tl.int64) * k_head
+    value_base = value_ptr + batch64 * v_batch + kv_head.to(tl.int64) * v_head
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    maximum = tl.full([BLOCK_M], _NO_MAXIMUM, tl.float32)
+
+    column = tl.arange(0, BLOCK_N)
+    for step in tl.range(0, masked, num_stages=STAGES):
+        block = tl.where(step < masked_front, step, step - masked_front + full_end)
+        slot = block * BLOCK_N + column - empty
+        is_sink = slot < sinks
+        place = tl.where(is_sink, sink_low + slot, low + slot - sinks)
+        used = slot >= 0
+        if PADDED:
+            used = used & (tl.load(mask_ptr + batch64 * mask_batch + place, mask=used, other=0) != 0)
+        near = (position[:, None] - place[None, :] <= span) | is_sink[None, :]
+        if sink > 0:
+            near = near | (place < start + sink)[None, :]
+        allowed = near & (place[None, :] <= position[:, None]) & used[None, :]
+        if REACH:
+            allowed = allowed & (position[:, None] - place[None, :] <= reach)
+        wide = place.to(tl.int64)
+        key = _load_rows(key_base, wide * k_row, 1, DIM, BLOCK_D, used)
+        value = _load_rows(value_base, wide * v_row, 1, DIM_V, BLOCK_DV, used)
+        acc, total, maximum = _add_keys(acc, total, maximum, query, key, value, allowed, scale, FLOAT32)
+
+    front_place = low - sinks - empty + masked_front * BLOCK_N
+    far_column = tl.arange(0, FULL_N)
+    for step in tl.range(0, (full_end - masked_front) * (BLOCK_N // FULL_N), num_stages=FULL_STAGES):
+        wide = (front_place + step * FULL_N).to(tl.int64)
+        key = _load_rows(key_base + wide * k_row, far_column, k_row, DIM, BLOCK_D, None)
+        value = _load_rows(value_base + wide * v_row, far_column, v_row, DIM_V, BLOCK_DV, None)
+        acc, total, maximum = _add_keys(acc, total, maximum, query, key, value, None, scale, FLOAT32)
+
+    # A row without any key: total is 0, and so is its result.
+    some = total > 0
+    acc = acc / tl.where(some, total, 1.0)[:, None]
+    lse = tl.where(some, maximum + tl.log2(tl.where(some, total, 1.0)), float("-inf"))
+    mine = exists
+    if is_last:
+        if splits > 1:
+            slot_of_tile = (batch * HEAD_BLOCKS + head_block) * last_tiles + tile
+            acc, lse, mine = _merge(
+                acc, lse, mine, part_ptr, part_lse_ptr, arrived_ptr, slot_of_tile, split, splits,
+                DIM_V, BLOCK_DV, BLOCK_M,
+            )  # fmt: skip
+    else:
+        mine = exists & ((position < last_low) | (position >= end))
+    value_column = tl.arange(0, BLOCK_DV)
+    out = out_ptr + batch64 * o_batch + (safe_row * o_row + head64 * o_head)[:, None] + value_column[None, :]
+    inside = (position >= start) & (position < end)
+    acc = tl.where(inside[:, None], acc, 0.0)
+    keep = mine[:, None]
+    if DIM_V != BLOCK_DV:
+        keep = keep & (value_column < DIM_V)[None, :]
+    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=keep)
+    if WRITE_LSE:
+        place_of_row = (batch64 * HEADS + head64) * q_len + safe_row
+        # To the natural logarithm.
+        lse = tl.where(inside, lse * 0.6931471805599453, float("-inf"))
+        tl.store(lse_ptr + place_of_row, lse, mask=mine)
+
+
+@triton.jit
+def _merge(
+    acc,
+    lse,
+    mine,
+    part_ptr,
+    part_lse_ptr,
+    arrived_ptr,
+    tile,
+    split,
+    splits,
+    DIM_V: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """Leave this split's result for the one that arrives last; that one returns the whole, every other no rows."""
+    row = tl.arange(0, BLOCK_M)
+    column = tl.arange(0, BLOCK_DV)
+    lse_at = part_lse_ptr + tile.to(tl.int64) * splits * BLOCK_M + row
+    part_at = part_ptr + (tile.to(tl.int64) * splits * BLOCK_M + row[:, None]) * DIM_V + column[None, :]
+    keep = mine[:, None] & (column < DIM_V)[None, :]
+    tl.store(part_at + split * BLOCK_M * DIM_V, acc, mask=keep)
+    tl.store(lse_at + split * BLOCK_M, lse, mask=mine)
+    # Every thread's stores before the one thread's release.
+    tl.debug_barrier()
+    before = tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel")
+    if before != splits - 1:
+        mine = mine & False
+    else:
+        acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        maximum = tl.full([BLOCK_M], _NO_MAXIMUM, tl.float32)
+        for other in range(splits):
+            # Past the first-level cache: other multiprocessors wrote these.
+            its_lse = tl.load(lse_at + other * BLOCK_M, mask=mine, other=float("-inf"), cache_modifier=".cg")
+            its = tl.load(part_at + other * BLOCK_M * DIM_V, mask=keep, other=0.0, cache_modifier=".cg")
+            new_maximum = tl.maximum(maximum, its_lse)
+            shrink = tl.exp2(maximum - new_maximum)
+            weight = tl.exp2(its_lse - new_maximum)
+            acc = acc * shrink[:, None] + its * weight[:, None]
+            total = total * shrink + weight
+            maximum = new_maximum
+        some = total > 0
+        acc = acc / tl.where(some, total, 1.0)[:, None]
+        lse = tl.where(some, maximum + tl.log2(tl.where(some, total, 1.0)), float("-inf"))
+    return acc, lse, mine

@@ -1,0 +1,106 @@
+"""From tensors to one launch of the kernel. Importing this module needs Triton."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from tmx_compile.lowering.triton import tuning
+from tmx_compile.lowering.triton.devices import multiprocessors
+from tmx_compile.lowering.triton.kernel import triangle_kernel
+from tmx_compile.lowering.triton.tuning import Tuning
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+"""Whether Triton runs the kernels itself, on tensors of any device: TRITON_INTERPRET=1 was set at import."""
+
+
+def _hopper_launch() -> Any:
+    """The Hopper kernel's launch, or None: Gluon changes between versions of Triton, and these two are tried."""
+    tried = triton.__version__.startswith(("3.6.", "3.7."))
+    return importlib.import_module("tmx_compile.lowering.triton.hopper_launch") if tried and not INTERPRETED else None
+
+
+_HOPPER = _hopper_launch()
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    extent: Tensor | None,
+    sink: int,
+    window: int,
+    last: int,
+    scale: float,
+    reach: int | None,
+    *,
+    with_lse: bool = False,
+    shapes: Tuning | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Run the kernel.
+
+    Args:
+        query, key, value, key_mask, sink, window, last, scale, reach: as for
+            :func:`tmx_compile.ops.triangle_attention`; key_mask bool.
+        extent: (B, 3) int32 beside a key mask: first valid key, one past the last, whether a key between is masked.
+        with_lse: also return the log-sum-exp.
+        shapes: runs the general kernel with these; by default the table decides.
+
+    Returns:
+        out (B, H, Sq, Dv), in (B, Sq, H, Dv) memory as SDPA's own kernels leave it; lse (B, H, Sq) float32 or None.
+    """
+    query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
+    batch, heads, q_len, dim = query.shape
+    kv_heads, kv_len, v_dim = key.shape[1], key.shape[2], value.shape[3]
+    sink, window, last = min(sink, kv_len), min(window, kv_len), min(last, q_len)
+    slots = sink + window
+    general = shapes is not None or with_lse or tuning.one_block(slots) or batch * q_len < tuning.HOPPER_FROM_TOKENS
+    if not general and _HOPPER is not None and _HOPPER.takes(query, key, value):
+        return _HOPPER.attend(query, key, value, key_mask, extent, sink, window, last, scale, reach), None
+    dtype = query.dtype
+    if INTERPRETED and dtype == torch.bfloat16:
+        # The interpreter multiplies bfloat16 as if it were integers.
+        query, key, value = query.float(), key.float(), value.float()
+    out = query.new_empty(batch, q_len, heads, v_dim).transpose(1, 2)
+    lse = query.new_empty(batch, heads, q_len, dtype=torch.float32) if with_lse else None
+    block_d, block_dv = (max(16, triton.next_power_of_2(x)) for x in (dim, v_dim))
+    shapes = shapes or tuning.choose(query.element_size(), max(block_d, block_dv), slots)
+    group = _heads_per_tile(heads // kv_heads, shapes.rows)
+    rows = shapes.rows // group
+    head_blocks = batch * heads // group
+    last_tiles = max(1, triton.cdiv(last, rows))
+    count = multiprocessors(query.device)
+    splits = tuning.splits(head_blocks * last_tiles, kv_len, shapes.rows, count) if last else 1
+    split_keys = triton.cdiv(triton.cdiv(kv_len, splits), shapes.keys) * shapes.keys
+    last_programs = head_blocks * last_tiles * splits if last else 0
+    part = part_lse = arrived = out
+    if last and splits > 1:
+        part = query.new_empty(last_programs * shapes.rows * (v_dim + 1), dtype=torch.float32)
+        part_lse = part[last_programs * shapes.rows * v_dim :]
+        arrived = query.new_zeros(head_blocks * last_tiles, dtype=torch.int32)
+    padded = key_mask is not None
+    triangle_kernel[(last_programs + head_blocks * triton.cdiv(q_len, rows),)](
+        query, key, value, out, out if lse is None else lse,
+        key_mask if padded else out, extent if padded else out, part, part_lse, arrived,
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
+        0 if key_mask is None else key_mask.stride(0),
+        q_len, kv_len, sink, window, last, kv_len if reach is None else min(reach, kv_len),
+        scale * math.log2(math.e), last_programs, last_tiles, splits, split_keys,
+        HEADS=heads, KV_HEADS=kv_heads, GROUP=group, DIM=dim, DIM_V=v_dim, BLOCK_D=block_d, BLOCK_DV=block_dv,
+        BLOCK_M=shapes.rows, BLOCK_N=shapes.keys, PADDED=padded, REACH=reach is not None, WRITE_LSE=with_lse,
+        FLOAT32=query.dtype == torch.float32, STAGES=shapes.stages,
+        FULL_N=shapes.full_keys or shapes.keys, FULL_STAGES=shapes.full_stages or shapes.stages,
+        num_warps=shapes.warps, num_stages=shapes.stages, maxnreg=shapes.registers,
+    )  # fmt: skip
+    return out.to(dtype), lse
+
+
+def _heads_per_tile(group: int, rows: int) -> int:
+    """How many of the query heads that share a key head one tile stacks: the largest divisor that leaves rows."""
+    return max(size for size in range(1, group + 1) if group % size == 0 and size <= rows // 2)

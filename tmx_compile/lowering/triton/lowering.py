@@ -1,0 +1,94 @@
+"""The ``triton`` lowering: one call of a purpose-built GPU kernel. Imports without Triton."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.fx import Proxy
+
+from tmx_compile.lowering import rows
+from tmx_compile.lowering.base import AttentionCall, Operands, Writer, length
+from tmx_compile.lowering.triton.op import TRITON_OPERATOR
+from tmx_compile.report import Accepted, Reason, Rejected
+
+MAX_HEAD_DIM = 256
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class Triton:
+    """The ``triton`` lowering: NVIDIA GPUs from Ampere on."""
+
+    name = "triton"
+
+    def inductor_options(self, call: AttentionCall) -> Mapping[str, Any]:
+        """None: to Inductor the call is opaque."""
+        return {}
+
+    def supports(self, call: AttentionCall) -> Accepted | Rejected:
+        """What the kernels take, and whether Triton and a GPU for it are there."""
+        why = self._why_not(call)
+        return Accepted() if why is None else Rejected(Reason.NO_LOWERING, f"triton: {why}")
+
+    def _why_not(self, call: AttentionCall) -> str | None:
+        query, value = call.query, call.value
+        dims = query.shape[3], value.shape[3]
+        if call.documents:
+            return "packed documents"
+        if query.dtype not in _DTYPES:
+            return f"{query.dtype} is not bfloat16, float16 or float32"
+        if not all(isinstance(x, int) and 0 < x <= MAX_HEAD_DIM for x in dims):
+            return f"head dims {dims[0]} and {dims[1]} are not from 1 to {MAX_HEAD_DIM}"
+        if 0 in query.shape:
+            return "an empty tensor"
+        if not 0 < call.scale < math.inf:
+            return f"scale={call.scale} is not positive and finite"
+        return _missing(query.device)
+
+    def emit(self, write: Writer, call: AttentionCall, operands: Operands) -> Proxy:
+        """The extents of padded sequences as ordinary nodes, shared by all layers, and one call."""
+        extent = None
+        if operands.key_mask is not None:
+            mask = operands.key_mask
+            where = rows.extent(mask, length(operands.key, 2))
+            holes = (where.end - where.start) != mask.sum(1, keepdim=True)
+            extent = torch.cat([where.start, where.end, holes.to(torch.int64)], 1).to(torch.int32)
+        out: Proxy = write.call(
+            TRITON_OPERATOR,
+            operands.query,
+            operands.key,
+            operands.value,
+            operands.key_mask,
+            extent,
+            *call.geometry,
+            call.scale,
+            *(() if call.reach is None else (call.reach,)),
+        )
+        return out
+
+
+def _missing(device: torch.device) -> str | None:
+    """What the kernels lack to run on a device, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if device.type != "cuda":
+        if device.type == "cpu" and _interpreted():
+            return None
+        return f"written for NVIDIA GPUs, got {device.type}"
+    if torch.version.hip is not None:
+        return "written for NVIDIA GPUs, this is an AMD build of PyTorch"
+    if torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0):
+        return "needs a GPU of compute capability 8.0 (Ampere)"
+    return None
+
+
+@functools.cache
+def _interpreted() -> bool:
+    """Whether TRITON_INTERPRET=1 makes Triton run kernels on the CPU: for tests."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)

@@ -1,0 +1,76 @@
+"""Which kernel a call gets and its block shapes: a small measured table, never a search at a user's first prompt.
+
+The general kernel's shapes depend on what is fixed per model and layer (dtype, head dims, geometry), so that no length
+compiles anything anew. Measured on an H100: benchmarks/results/operator_cuda.json.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """A launch of the general kernel.
+
+    Attributes:
+        rows: stacked rows per tile.
+        keys: keys per block.
+        warps: warps per program.
+        stages: depth of the software pipeline.
+        registers: most registers a thread may take; None for what the compiler likes.
+        full_keys, full_stages: the same for the blocks that need no mask; None for ``keys`` and ``stages``.
+    """
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+    registers: int | None = None
+    full_keys: int | None = None
+    full_stages: int | None = None
+
+
+SMALL = Tuning(64, 64, 4, 1, 168, 32, 2)
+"""One block holds all keys of a tile: many small programs a multiprocessor hide each other's waiting.
+
+Only the last rows walk further; half the keys twice as deep takes the same shared memory.
+"""
+
+LARGE = Tuning(128, 32, 8, 3, 128)
+"""Two programs a multiprocessor: one's softmax runs beside the other's products."""
+
+LARGE_HEADS = Tuning(64, 32, 4, 2)
+"""Head dims above 128 fill the shared memory of any GPU since Ampere."""
+
+FLOAT32 = Tuning(64, 32, 4, 2)
+FLOAT32_LARGE_HEADS = Tuning(32, 16, 4, 1)
+
+LEAST_SPLIT = 256
+"""Keys that one part of the last rows walks at least: less would cost more in the merge than it saves."""
+
+HOPPER_FROM_TOKENS = 8192
+"""Batch x rows from which the Hopper kernel pays: preparing its five descriptors takes the host 0.3 ms a call."""
+
+
+def choose(element_size: int, dim: int, slots: int) -> Tuning:
+    """The general kernel's shapes for a dtype's size in bytes, the larger padded head dim, and sinks + window."""
+    if element_size == 4:
+        return FLOAT32 if dim <= 128 else FLOAT32_LARGE_HEADS
+    if dim > 128:
+        return LARGE_HEADS
+    return SMALL if one_block(slots) else LARGE
+
+
+def one_block(slots: int) -> bool:
+    """Whether one block holds all keys of a small tile: ``slots`` sinks and window keys, and its own 16 positions."""
+    return slots + 16 <= SMALL.keys
+
+
+def splits(tiles: int, kv_len: int, rows: int, multiprocessors: int) -> int:
+    """Parts of the keys for the last rows: work for every multiprocessor, bounded partial results, no part too small.
+
+    Partial results take ``multiprocessors x 128`` rows at most: on an H100 8.7 MB at head dim 128, under 1% of the
+    result at 131,072 tokens and 32 heads.
+    """
+    return max(1, min(multiprocessors * 128 // rows // tiles, kv_len // LEAST_SPLIT))
