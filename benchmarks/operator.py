@@ -34,7 +34,7 @@ CUDA: dict[str, Any] = {
     "head_dim": 128,
     "dynamic": True,
     "all_rows_up_to": 32768,
-    "rounds": Rounds(12.0, 7, 50),
+    "rounds": Rounds(4.0, 7, 30),
 }
 QUICK: dict[str, Any] = {
     "lengths": (320,),
