@@ -18,7 +18,7 @@ from tmx_compile.bench.floor import Ceilings, Shape, causal_pairs
 # of the matrix library that they are built with.
 CLASSES = (
     ("other", re.compile(r"^triton_(poi|per|red|for)_")),
-    ("attention", re.compile(r"flash|fmha|sdpa|attention|flex|triangle|tmx|triton_tem_(?!.*mm)", re.IGNORECASE)),
+    ("attention", re.compile(r"flash|fmha|sdpa|attention|flex|triangle|hopper|tmx|triton_tem_(?!.*mm)", re.IGNORECASE)),
     ("matmul", re.compile(r"gemm|nvjet|cutlass|xmma|cublas|splitk|(^|:)(add)?b?mm$|triton_(tem_.*)?mm", re.IGNORECASE)),
 )
 _SHOWN = 12

@@ -105,7 +105,7 @@ class TmxBackend:
         assert plan.source is not None
         short_gm = copy_graph(plan.source) if plan.prompt is Prompt.BOTH else None
         spare = copy_graph(plan.source)
-        limit = self.config.min_seq_len
+        limit = plan.limit
         guards = RangeGuards(plan.fixed_length, above=limit)
         long, done = self._compile_long(plan, inductor, example_inputs)
         failed = guards.settle()

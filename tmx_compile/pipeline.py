@@ -26,6 +26,7 @@ from tmx_compile.lengths import LengthInput, Prompt, decide, find_length_input, 
 from tmx_compile.lowering import select
 from tmx_compile.lowering.base import AttentionCall, Lowering
 from tmx_compile.lowering.lower import Lowerer, merged_options
+from tmx_compile.lowering.worth import least_length
 from tmx_compile.ops import ALL_ROWS
 from tmx_compile.plan import Grid, Window, dense_section, pair_count, triangle
 from tmx_compile.report import Reason, Rejected, SiteRecord
@@ -60,15 +61,17 @@ class SitePlan:
 class GraphPlan:
     """The plan of one graph: what each site becomes, and for which lengths.
 
-    ``fixed_length`` is the prompt's length where the user fixed its range, so that no guard may narrow it; ``length``
-    is where the graph's inputs tell it, for a graph that serves both sides. ``known`` are the inputs whose values the
-    proofs rest on. ``gm`` is the graph ``source`` with its child graphs laid open, or ``source`` itself.
+    ``limit`` is the length up to which prompts stay dense. ``fixed_length`` is the prompt's length where the user fixed
+    its range, so that no guard may narrow it; ``length`` is where the graph's inputs tell it, for a graph that serves
+    both sides. ``known`` are the inputs whose values the proofs rest on. ``gm`` is the graph ``source`` with its child
+    graphs laid open, or ``source`` itself.
     """
 
     gm: GraphModule
     options: Options
     sites: list[SitePlan]
     prompt: Prompt
+    limit: int
     length: LengthInput | None = None
     fixed_length: torch.SymInt | None = None
     notes: list[str] = field(default_factory=list)
@@ -91,7 +94,7 @@ class Rewritten:
 
 
 def plan_graph(gm: GraphModule, options: Options, example_inputs: Sequence[Any] = ()) -> GraphPlan:
-    """Decide every attention call of a graph. Changes nothing; may guard on the side of ``min_seq_len``.
+    """Decide every attention call of a graph. Changes nothing; may guard on which side of the limit the length is.
 
     ``example_inputs`` tell the values of the model's buffers, where they are real tensors.
     """
@@ -100,6 +103,7 @@ def plan_graph(gm: GraphModule, options: Options, example_inputs: Sequence[Any] 
     written = nodes.written_nodes(gm.graph)
     prover: Prover | None = None
     sites: list[SitePlan] = []
+    limit = options.config.min_seq_len
     for found in find_attention(gm):
         node = found.node
         assert node is not None
@@ -114,12 +118,14 @@ def plan_graph(gm: GraphModule, options: Options, example_inputs: Sequence[Any] 
             assume_causal=options.assume_causal,
             constants=known_tensors(gm, example_inputs),
         )
+        device = found.fake("query").device
+        limit = least_length(options.lowering, device, options.config.min_seq_len, options.config.geometry)
         proof = prover.prove(found, ordered=selected and _settle_order(found, options))
-        verdict = _verdict(found, layer, proof, selected, options.config)
+        verdict = _verdict(found, layer, proof, selected, options.config, limit)
         proven = proof if isinstance(proof, Proof) else None
         sites.append(SitePlan(node, layer, found, proven, verdict, selected))
     sites = _one_stack(sites)
-    plan = GraphPlan(gm, options, sites, Prompt.SHORT, source=source)
+    plan = GraphPlan(gm, options, sites, Prompt.SHORT, limit, source=source)
     if plan.triangle:
         _decide_length(plan)
     if options.strict:
@@ -147,7 +153,12 @@ def _settle_order(site: AttentionSite, options: Options) -> bool:
 
 
 def _verdict(
-    site: AttentionSite, layer: LayerPath, proof: Proof | Rejected, selected: bool, config: TriangleMixConfig
+    site: AttentionSite,
+    layer: LayerPath,
+    proof: Proof | Rejected,
+    selected: bool,
+    config: TriangleMixConfig,
+    limit: int,
 ) -> Rejected | None:
     if layer.index is None:
         if layer.indices > 1:
@@ -155,8 +166,8 @@ def _verdict(
         return Rejected(Reason.LAYER_UNKNOWN, layer.path or "no path", site.node)
     if not selected:
         return Rejected(Reason.NOT_SELECTED, "", site.node)
-    if known(site.q_len, config.min_seq_len) is Prompt.SHORT:
-        return _short(site, config.min_seq_len)
+    if known(site.q_len, limit) is Prompt.SHORT:
+        return _short(site, config.min_seq_len, limit)
     if isinstance(proof, Rejected):
         return proof
     if proof.reach is not None and proof.reach <= config.sliding_window_size:
@@ -164,8 +175,10 @@ def _verdict(
     return None
 
 
-def _short(site: AttentionSite, min_seq_len: int) -> Rejected:
-    return Rejected(Reason.SHORT_PROMPT, f"at most {min_seq_len} tokens", site.node)
+def _short(site: AttentionSite, min_seq_len: int, limit: int) -> Rejected:
+    if hint(site.q_len) <= min_seq_len:
+        return Rejected(Reason.SHORT_PROMPT, f"at most {min_seq_len} tokens", site.node)
+    return Rejected(Reason.NOT_FASTER, f"up to {limit} tokens", site.node)
 
 
 def _one_stack(sites: list[SitePlan]) -> list[SitePlan]:
@@ -199,11 +212,11 @@ def _decide_length(plan: GraphPlan) -> None:
 
 
 def _side(plan: GraphPlan, site: AttentionSite) -> Prompt | Rejected:
-    """The side of ``min_seq_len`` that sites of one length are on, or why they stay dense."""
-    min_seq_len, q_len = plan.options.config.min_seq_len, site.q_len
-    side = decide(q_len, min_seq_len, may_guard=not plan.options.standalone)
+    """The side of the plan's limit that sites of one length are on, or why they stay dense."""
+    q_len = site.q_len
+    side = decide(q_len, plan.limit, may_guard=not plan.options.standalone)
     if side is Prompt.SHORT:
-        return _short(site, min_seq_len)
+        return _short(site, plan.options.config.min_seq_len, plan.limit)
     if side is Prompt.BOTH:
         assert isinstance(q_len, torch.SymInt)
         where = find_length_input(plan.gm, q_len)
@@ -218,10 +231,11 @@ def _side(plan: GraphPlan, site: AttentionSite) -> Prompt | Rejected:
 def _refuse_refusals(plan: GraphPlan) -> None:
     """Strict mode: a site in a triangle layer, or in none that can be told, must not stay dense for a long prompt."""
     unplaced = (Reason.LAYER_UNKNOWN, Reason.LAYER_AMBIGUOUS)
+    fine = (Reason.SHORT_PROMPT, Reason.NOT_FASTER, Reason.NOT_SELECTED)
     for item in plan.sites:
-        if item.verdict is None or item.verdict.reason in (Reason.SHORT_PROMPT, Reason.NOT_SELECTED):
+        if item.verdict is None or item.verdict.reason in fine:
             continue
-        short = item.site is not None and known(item.site.q_len, plan.options.config.min_seq_len) is Prompt.SHORT
+        short = item.site is not None and known(item.site.q_len, plan.limit) is Prompt.SHORT
         unknown = item.verdict.reason in unplaced and item.proof is not None and bool(plan.options.config.layers())
         if not short and (item.selected or unknown):
             raise StrictModeError(f"{item.layer.path or item.node.name}: {item.verdict}")
@@ -295,7 +309,7 @@ def _target(item: SitePlan, options: Options) -> tuple[int, int, int] | None:
 def _lowering(call: AttentionCall, options: Options, *, stays_dense: bool) -> Lowering | None:
     if not stays_dense:
         return select.select(options.lowering, call, portable=options.standalone)
-    return None if isinstance(select.DENSE.supports(call), Rejected) else select.DENSE
+    return select.dense(options.lowering, call, portable=options.standalone)
 
 
 def _call(

@@ -23,6 +23,7 @@ class Reason(enum.Enum):
 
     NOT_SELECTED = "the configuration keeps this layer dense"
     SHORT_PROMPT = "the prompt is not longer than min_seq_len"
+    NOT_FASTER = "dense attention is at least as fast at this length"
     LAYER_UNKNOWN = "the recorded module path names no layer"
     LAYER_AMBIGUOUS = "the recorded module path, or the graph, has more than one candidate for the layer's number"
     FORM = "the call is not written in a form that is understood"

@@ -47,3 +47,14 @@ def select(name: str, call: AttentionCall, *, portable: bool = False) -> Lowerin
     # Run without Inductor, a flex call would form all scores; a package cannot hold a call of Python code.
     asked = [low for low in preference(call) if not (portable and low in (FLEX, TRITON))]
     return next(low for low in asked if not isinstance(low.supports(call), Rejected))
+
+
+def dense(name: str, call: AttentionCall, *, portable: bool = False) -> Lowering | None:
+    """What forms no mask in a layer that stays dense, or None to leave it as it is written.
+
+    On CUDA no SDPA kernel takes causal with padding, and the one that takes any mask is slower than ours without.
+    """
+    if not isinstance(DENSE.supports(call), Rejected):
+        return DENSE
+    ours = name in ("auto", TRITON.name) and call.query.device.type == "cuda" and not portable
+    return TRITON if ours and not isinstance(TRITON.supports(call), Rejected) else None

@@ -56,10 +56,12 @@ def attend(
         out (B, H, Sq, Dv), in (B, Sq, H, Dv) memory as SDPA's own kernels leave it; lse (B, H, Sq) float32 or None.
     """
     query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
+    key_mask = key_mask if key_mask is None or key_mask.stride(1) == 1 else key_mask.contiguous()
     batch, heads, q_len, dim = query.shape
     kv_heads, kv_len, v_dim = key.shape[1], key.shape[2], value.shape[3]
     sink, window, last = min(sink, kv_len), min(window, kv_len), min(last, q_len)
-    slots = sink + window
+    # Where many rows read all keys, those decide the block shapes.
+    slots = sink + window if 4 * last < q_len else kv_len
     general = shapes is not None or with_lse or tuning.one_block(slots) or batch * q_len < tuning.HOPPER_FROM_TOKENS
     if not general and _HOPPER is not None and _HOPPER.takes(query, key, value):
         return _HOPPER.attend(query, key, value, key_mask, extent, sink, window, last, scale, reach), None

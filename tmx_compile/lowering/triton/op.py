@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -30,7 +31,9 @@ def _forward(
 ) -> Tensor:
     from tmx_compile.lowering.triton.launch import attend
 
-    return attend(query, key, value, key_mask, extent, sink, window, last, scale, reach)[0]
+    # Triton launches on the current device, which need not be the tensors'.
+    with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
+        return attend(query, key, value, key_mask, extent, sink, window, last, scale, reach)[0]
 
 
 @_forward.register_fake

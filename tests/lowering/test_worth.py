@@ -1,0 +1,77 @@
+"""From which length on a prompt goes sparse, where dense kernels are fast."""
+
+import pytest
+import torch
+from layered import N, Stack, expected
+from support import attended
+
+from tmx_compile import TriangleMixConfig, tmx_backend
+from tmx_compile.lowering.worth import break_even, least_length
+
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+
+
+@pytest.mark.parametrize("geometry", [(4, 8, 6), (20, 30, 10), (0, 0, 0), (3, 50, 0)], ids=str)
+def test_break_even_is_where_half_of_the_pairs_are_left(geometry):
+    def share(n):
+        return float(attended(n, n, None, *geometry).sum()) / (n * (n + 1) / 2)
+
+    n = break_even(*geometry)
+    assert share(n) <= 0.5
+    assert n == 1 or share(n - 1) > 0.5
+    assert share(2 * n) <= 0.5
+
+
+def test_only_auto_on_cuda_waits_for_it():
+    assert least_length("auto", CUDA, 2048, (64, 1024, 128)) == break_even(64, 1024, 128) - 1 > 4096
+    assert least_length("auto", CUDA, 2048, (4, 32, 64)) == 2048
+    assert least_length("triton", CUDA, 2048, (64, 1024, 128)) == 2048
+    assert least_length("auto", CPU, 2048, (64, 1024, 128)) == 2048
+
+
+CONFIG = TriangleMixConfig(4, 16, 8, triangle_layer_indices=[1], min_seq_len=100)
+DENSE = TriangleMixConfig(4, 16, 8, triangle_layer_indices=[])
+LIMIT = 300
+
+
+@pytest.fixture
+def limited(monkeypatch):
+    """A machine whose dense kernels are the faster ones up to 300 tokens."""
+    monkeypatch.setattr("tmx_compile.pipeline.least_length", lambda *_: LIMIT)
+
+
+def check(compiled, x):
+    want = expected(x, CONFIG if x.shape[2] > LIMIT else DENSE)
+    torch.testing.assert_close(compiled(x).double(), want, atol=1e-5, rtol=0)
+
+
+def test_prompts_up_to_it_stay_dense_and_say_why(limited, eager):
+    """One graph for each side of the limit, whatever the length."""
+    backend = tmx_backend(CONFIG)
+    compiled = torch.compile(Stack(), backend=backend)
+    for n in (250, 120, LIMIT, LIMIT + 1, 500, 350):
+        x = torch.randn(1, 2, n, 16)
+        torch._dynamo.mark_dynamic(x, 2)
+        check(compiled, x)
+    assert [site.reason for site in backend.report] == ["NOT_SELECTED", "NOT_FASTER", "NOT_SELECTED", ""]
+    assert list(backend.report)[1].detail == f"up to {LIMIT} tokens"
+
+
+def test_strict_mode_accepts_it(limited, eager):
+    backend = tmx_backend(CONFIG, strict=True)
+    check(torch.compile(Stack(), backend=backend, dynamic=False), torch.randn(1, 2, N, 16))
+    assert [site.decision for site in backend.report] == ["dense", "dense"]
+
+
+def test_a_short_prompt_is_still_called_short(limited, eager):
+    backend = tmx_backend(CONFIG)
+    check(torch.compile(Stack(), backend=backend, dynamic=False), torch.randn(1, 2, 100, 16))
+    assert list(backend.report)[1].reason == "SHORT_PROMPT"
+
+
+def test_a_range_across_it_picks_by_length(limited, eager):
+    compiled = torch.compile(Stack(), backend=tmx_backend(CONFIG))
+    for n in (400, 200, LIMIT + 1, LIMIT):
+        x = torch.randn(1, 2, n, 16)
+        torch._dynamo.mark_dynamic(x, 2, min=150, max=1000)
+        check(compiled, x)
