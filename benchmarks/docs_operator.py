@@ -32,7 +32,7 @@ def section(result: Fields, picture: str) -> str:
             rows.append([f"{n:,}", _dense(known), _floor(known), *(_cell(r) for r in of.values())])
         head = ["tokens", "dense", "floor", *(f"`{name}`" for name in names)]
         out.append(f"### {dtype}, sinks / window / last rows {slashed(geometry)}\n\n{table(head, rows)}")
-    out.append(_limits(settings, found, groups, names))
+    out.append(_limits(settings, found, groups, names) + _small_windows(settings, found, groups))
     out.append(_rest(settings, found, names))
     return "\n\n".join(out)
 
@@ -105,6 +105,25 @@ def _limits(settings: Fields, found: dict[Any, Fields], groups: list[Any], names
         "of its two terms the floor is. A GFLOP/s figure counts the multiplications and additions of causal pairs "
         "(dense) or attended pairs (triangle) alone, so whatever is computed beyond them lowers it.\n\n"
         + table([*head, "dense GFLOP/s", "its GFLOP/s"], rows)
+    )
+
+
+def _small_windows(settings: Fields, found: dict[Any, Fields], groups: list[Any]) -> str:
+    """Why the GPU kernel is further from the floor where that is the bytes; nothing without such a measurement."""
+    n = max(settings["dense_lengths"])
+    ours = [r for dtype, geometry in groups if (r := found.get((dtype, geometry, n, "triton"))) is not None]
+
+    def said(kind: str) -> str:
+        of = [r for r in ours if r["floor_by"] == kind]
+        return " and ".join(f"{times(r['over_floor'])} the floor for {slashed(r['geometry'])}" for r in of)
+
+    if not said("bytes") or not said("pairs"):
+        return ""
+    return (
+        f"\n\n**Small windows are bound by latency.** `triton` takes {said('pairs')}, but {said('bytes')}, where the "
+        "floor is the bytes. A tile of a small window walks so few blocks of keys that there is little to compute "
+        "while it waits for the first; and the programs of the last rows, which walk all keys, hold slots of the "
+        "multiprocessors that streaming tiles would use."
     )
 
 

@@ -182,6 +182,7 @@ def test_dense_layers_with_padding_take_it_on_cuda(monkeypatch):
     assert select.dense("triton", padded) is TRITON
     assert select.dense("flex", padded) is None
     assert select.dense("auto", padded, portable=True) is None
+    assert select.dense("auto", replace(padded, needs_grad=True)) is None
     assert select.dense("auto", replace(padded, key_mask=None)) is select.DENSE
 
 

@@ -53,8 +53,9 @@ def dense(name: str, call: AttentionCall, *, portable: bool = False) -> Lowering
     """What forms no mask in a layer that stays dense, or None to leave it as it is written.
 
     On CUDA no SDPA kernel takes causal with padding, and the one that takes any mask is slower than ours without.
+    Not in training: our backward is plain PyTorch, made for sparse layers.
     """
     if not isinstance(DENSE.supports(call), Rejected):
         return DENSE
-    ours = name in ("auto", TRITON.name) and call.query.device.type == "cuda" and not portable
+    ours = name in ("auto", TRITON.name) and call.query.device.type == "cuda" and not (portable or call.needs_grad)
     return TRITON if ours and not isinstance(TRITON.supports(call), Rejected) else None

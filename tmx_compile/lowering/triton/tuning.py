@@ -1,7 +1,8 @@
 """Which kernel a call gets and its block shapes: a small measured table, never a search at a user's first prompt.
 
-The general kernel's shapes depend on what is fixed per model and layer (dtype, head dims, geometry), so that no length
-compiles anything anew. Measured on an H100: benchmarks/results/operator_cuda.json.
+The choice depends on what is fixed per model and layer (dtype, head dims, geometry), and on the length in two steps
+only: from a few thousand rows on another kernel runs, and where a quarter of all rows are last rows those decide.
+Measured on an H100: benchmarks/results/operator_cuda.json.
 """
 
 from __future__ import annotations
