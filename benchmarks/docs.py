@@ -198,6 +198,7 @@ def _plain(text: Callable[[Fields], str]) -> Callable[[Fields, str], str]:
 
 SECTIONS = (
     Section("operator_cuda.json", "One attention layer on a GPU", docs_operator.section, plots.operator, optional=True),
+    Section("stages.json", "Where the GPU kernel's time goes", _plain(docs_operator.stages), optional=True),
     Section("ttft.json", "Time to first token of whole models", docs_ttft.section, plots.ttft, optional=True),
     Section("million.json", "A million tokens", _plain(docs_operator.million), optional=True),
     Section("operator_cpu.json", "One attention layer on a CPU", docs_operator.section, plots.operator),

@@ -63,6 +63,38 @@ def million(result: Fields) -> str:
     )
 
 
+def stages(result: Fields) -> str:
+    """One call taken apart, at the largest length."""
+    settings, records = result["settings"], result["records"]
+    n = max(settings["lengths"])
+    geometries = list(dict.fromkeys(tuple(r["geometry"]) for r in records))
+    found = {(tuple(r["geometry"]), r["variant"]): r for r in records if r["n"] == n}
+    rows = [
+        [name, what, *(f"{ms(r['ms'])} ({times(r['over_floor'])})" for g in geometries for r in [found[g, name]])]
+        for name, what in settings["variants"].items()
+        if all((g, name) in found for g in geometries)
+    ]
+    head = ["variant", "what", *(f"{slashed(g)}, ms (x floor)" for g in geometries)]
+    small = min(geometries, key=lambda g: found[g, "whole"]["floor_ms"])
+    of = {name: found[small, name] for name in settings["variants"] if (small, name) in found}
+    text = (
+        f"{n:,} tokens, {settings['dtype']}, {settings['heads']} heads, {settings['kv_heads']} key heads, head dim "
+        f"{settings['head_dim']}. Times and floor as above.\n\n{table(head, rows)}\n\n**What limits it.** At "
+        f"{slashed(small)} the walk over the window costs nothing: with one key a row the streaming tiles take "
+        f"{ms(of['one key a row']['ms'])} ms, with all of theirs {ms(of['without last rows']['ms'])} ms. Copying the "
+        f"query to the result, which every kernel must at least do, takes {times(of['copy']['over_floor'])} the floor "
+        f"by itself. The last rows add {ms(of['whole']['ms'] - of['without last rows']['ms'])} ms; they are products, "
+        "and could run beside the tiles, which are copies, but their programs hold slots that the tiles need."
+    )
+    if "apart" not in of:
+        return text
+    return (
+        f"{text} In a launch of their own by the Hopper kernel they take {ms(of['last rows alone, hopper']['ms'])} ms, "
+        f"the whole then {ms(of['apart']['ms'])} ms ({times(of['apart']['over_floor'])} the floor): this is what would "
+        "bring that geometry closer. It is not done yet; for the larger window it gains nothing."
+    )
+
+
 def _cell(record: Fields | None) -> str:
     if record is None:
         return "-"

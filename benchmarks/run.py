@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from benchmarks import common, first_n, million, operator, pass_cost, prefill_memory, ttft
+from benchmarks import common, first_n, million, operator, pass_cost, prefill_memory, stages, ttft
 from tmx_compile.bench import record
 
 CASES = {
     case.name: case
-    for case in (operator.CASE, pass_cost.CASE, prefill_memory.CASE, first_n.CASE, ttft.CASE, million.CASE)
+    for case in (operator.CASE, pass_cost.CASE, prefill_memory.CASE, first_n.CASE, ttft.CASE, million.CASE, stages.CASE)
 }
 
 
@@ -35,10 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     unknown = [name for name in options.case if name not in CASES]
     if unknown:
         parser.error(f"unknown case {', '.join(unknown)}; known: {', '.join(CASES)}")
-    usable = [name for name, case in CASES.items() if options.quick or torch.cuda.is_available() or not case.needs_cuda]
+    usable = [name for name, case in CASES.items() if _can_run(case, options.quick)]
     refused = [name for name in options.case if name not in usable]
     if refused:
-        parser.error(f"case {', '.join(refused)} needs a CUDA device, and torch finds none (--quick runs without)")
+        parser.error(f"case {', '.join(refused)} needs a CUDA device, and torch finds none")
     chosen = [CASES[name] for name in options.case or usable]
     if not any(case.parts for case in chosen) and (options.only or options.missing):
         parser.error("--only and --missing are for a case that comes in parts")
@@ -64,6 +64,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         console.print(record.table(result, case.columns))
         if path is not None:
             console.print(f"wrote {path}")
+
+
+def _can_run(case: common.Case, quick: bool) -> bool:
+    return torch.cuda.is_available() or not case.needs_cuda or (quick and case.quick_anywhere)
 
 
 def _chosen_parts(

@@ -20,7 +20,9 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 FILES = ("operator_cpu.json", "pass_cost.json", "prefill_memory.json", "first_n.json")
 # Measured on a GPU; the page has their sections where they are there.
-GPU_FILES = tuple(name for name in ("operator_cuda.json", "ttft.json", "million.json") if (RESULTS / name).is_file())
+GPU_FILES = tuple(
+    name for name in ("operator_cuda.json", "ttft.json", "million.json", "stages.json") if (RESULTS / name).is_file()
+)
 
 
 def python(*arguments):
@@ -119,7 +121,8 @@ def test_an_unknown_case_is_refused_with_the_known_ones():
     done = python("benchmarks.run", "no_such_case")
     assert done.returncode == 2
     assert (
-        "unknown case no_such_case; known: operator, pass_cost, prefill_memory, first_n, ttft, million" in done.stderr
+        "unknown case no_such_case; known: operator, pass_cost, prefill_memory, first_n, ttft, million, stages"
+        in done.stderr
     )
 
 
