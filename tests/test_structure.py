@@ -28,6 +28,7 @@ FREE = {
     "api": set(ORDER),
     "testing": set(ORDER),
     "analysis": {"config", "errors", "plan"},
+    "modules": {"config", "plan", "ops"},
     "bench": {"version", "config", "plan", "lowering", "api"},
     "cli": {"bench"},
     "__init__": None,
