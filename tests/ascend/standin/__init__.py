@@ -28,8 +28,8 @@ What is real: torch_npu's schemas and meta kernels, torchair's whole conversion 
 them, or as files beside it). What is not: everything behind CANN's C interface (``cann.cpp``). ``build.py`` makes a
 function that ends the process, with its name, for each of its symbols that nothing here needs.
 
-Setting up: ``tools/setup_env.py`` (``make test``) puts torch_npu and protobuf into ``.npu``, apart from the environment:
-where torch_npu is installed but cannot load CANN, ``import torch`` fails. By hand::
+Setting up: ``tools/setup_env.py`` (``make test``) puts torch_npu and protobuf into ``.npu``, apart from the
+environment: where torch_npu is installed but cannot load CANN, ``import torch`` fails. By hand::
 
     pip install --no-deps --upgrade --target .npu torch_npu==2.13.0 protobuf==7.36.2
 """

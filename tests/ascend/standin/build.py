@@ -121,7 +121,7 @@ def _symbols(which: str, files: Iterable[Path], dynamic: bool = True) -> set[str
     found = set()
     for line in out.splitlines():
         words = line.split()
-        if len(words) < 2 or line.endswith(":") or words[1] in ("w", "v") and which == "--undefined-only":
+        if len(words) < 2 or line.endswith(":") or (words[1] in ("w", "v") and which == "--undefined-only"):
             continue
         if which == "--undefined-only" and "@" in words[0]:
             continue
