@@ -94,7 +94,7 @@ def cast(call: Call) -> tuple[Tensor]:
     dtype = ATTRIBUTE[number]
     if x.dtype in FLOATING and dtype in INTEGER:
         limits = torch.iinfo(dtype)
-        held = (x.double() > limits.min - 1) & (x.double() < limits.max + 1)
+        held = (x.double() > float(limits.min) - 1) & (x.double() < float(limits.max) + 1)
         call.require(bool(held.all()), f"a value does not fit into {dtype}")
     return (x.to(dtype),)
 

@@ -161,5 +161,7 @@ def _net_output(call: Call) -> list[Tensor]:
 
 
 def _agrees(described: Sequence[int], value: Tensor) -> bool:
-    """Whether the shape is as described, -1 standing for any size."""
+    """Whether the shape is as described: -1 stands for any size, [-2] for any rank (GE's convention)."""
+    if list(described) == [-2]:
+        return True
     return len(described) == value.dim() and all(a in (-1, b) for a, b in zip(described, value.shape, strict=True))

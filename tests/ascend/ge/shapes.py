@@ -128,8 +128,10 @@ def strided_slice(call: Call) -> tuple[Tensor]:
 def broadcast_to(call: Call) -> tuple[Tensor]:
     """BroadcastTo: x repeated to ``shape`` by NumPy's rules."""
     x, sizes = call.tensor("x"), call.numbers("shape")
-    fits = len(sizes) >= x.dim() and all(
-        have in (1, want) for have, want in zip(reversed(x.shape), reversed(sizes), strict=False)
+    fits = (
+        len(sizes) >= x.dim()
+        and min(sizes, default=1) >= 0
+        and all(have in (1, want) for have, want in zip(reversed(x.shape), reversed(sizes), strict=False))
     )
     call.require(fits, f"{tuple(x.shape)} does not broadcast to {sizes}")
     return (x.expand(sizes).contiguous(),)
