@@ -106,6 +106,14 @@ def select(call: Call) -> tuple[Tensor]:
     return (torch.where(condition, then, other),)
 
 
+def clip(call: Call) -> tuple[Tensor]:
+    """ClipByValueV2: x limited to [min, max]; the three have one dtype and broadcast. min above max is undefined."""
+    x = call.tensor("x", NUMBER)
+    low, high = (call.tensor(f"clip_value_{end}", (x.dtype,)) for end in ("min", "max"))
+    call.require(bool((low <= high).all()), "clip_value_min is above clip_value_max")
+    return (torch.minimum(torch.maximum(x, low), high),)
+
+
 OPERATORS = {
     "Add": _arithmetic(torch.add, NUMBER),
     "Sub": _arithmetic(torch.sub, NUMBER),
@@ -137,5 +145,6 @@ OPERATORS = {
     "Swish": swish,
     "Cast": cast,
     "SelectV2": select,
+    "ClipByValueV2": clip,
 }
 """GE type -> function of a :class:`~tests.ascend.ge.node.Call` that returns the outputs."""

@@ -42,6 +42,35 @@ def gather(call: Call) -> tuple[Tensor]:
     return (taken.reshape([*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :]]),)
 
 
+def gather_elements(call: Call) -> tuple[Tensor]:
+    """GatherElements: y[..., i, ...] = x[..., index[..., i, ...], ...] along ``dim``, of the index's shape."""
+    x, index = call.tensor("x"), call.tensor("index", INDEX)
+    dim = _axis(call, call.integer("dim", 0), x.dim(), "dim")
+    fits = x.dim() == index.dim() and all(
+        a <= b or i == dim for i, (a, b) in enumerate(zip(index.shape, x.shape, strict=True))
+    )
+    call.require(fits, f"index {tuple(index.shape)} does not fit {tuple(x.shape)}")
+    inside = (index >= 0) & (index < x.shape[dim])
+    call.require(bool(inside.all()), f"an index is outside [0, {x.shape[dim]})")
+    return (x.gather(dim, index.long()),)
+
+
+def pad(call: Call) -> tuple[Tensor]:
+    """PadV3: ``paddings`` elements (before, after) for each axis, of ``constant_values``, which has the dtype of x."""
+    call.only(mode=b"constant", paddings_contiguous=True)
+    x = call.tensor("x")
+    paddings = call.tensor("paddings", INDEX).reshape(-1).tolist()
+    value = call.optional("constant_values", (x.dtype,))
+    fits = len(paddings) == 2 * x.dim() and min(paddings, default=0) >= 0
+    call.require(fits, f"paddings {paddings} for rank {x.dim()}")
+    call.require(value is None or value.numel() == 1, "constant_values must have one element")
+    sizes = [size + paddings[2 * i] + paddings[2 * i + 1] for i, size in enumerate(x.shape)]
+    out = torch.zeros(sizes, dtype=x.dtype) if value is None else value.reshape(()).expand(sizes).clone()
+    inner = tuple(slice(paddings[2 * i], paddings[2 * i] + size) for i, size in enumerate(x.shape))
+    out[inner] = x
+    return (out,)
+
+
 def pack(call: Call) -> tuple[Tensor]:
     """Pack: N tensors of one shape and dtype along a new axis."""
     parts = call.dynamic("x")
@@ -195,6 +224,8 @@ OPERATORS = {
     "Shape": shape,
     "Gather": gather,
     "GatherV2": gather,
+    "GatherElements": gather_elements,
+    "PadV3": pad,
     "Pack": pack,
     "ConcatV2": concat,
     "Reshape": reshape,
