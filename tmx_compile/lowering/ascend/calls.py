@@ -1,0 +1,119 @@
+"""The two fused operators of torch_npu, with the few of their arguments that are used.
+
+What is relied on is from their manual (torch_npu's docstrings of ``npu_fused_infer_attention_score``, FIA below, and
+``npu_attention_update``). FIA takes float16 and bfloat16, contiguous, key and value of one shape, head dims that are
+multiples of 16 up to 512, at most 64 query heads for a key head. Sparse modes 2 (left-up causal) and 4 (band) want the
+compressed mask, 2048 x 2048, True above the diagonal, whatever the lengths. A single query row goes to another kernel,
+which ignores the sparse mode.
+
+Nothing here imports torch_npu: the operators are looked up where they are called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tmx_compile.lowering.base import length
+
+_COMPRESSED = 2048
+_LEFT_UP_CAUSAL, _RIGHT_DOWN_CAUSAL, _BAND = 2, 3, 4
+# Rows that the mask leaves without a key come out right ("row-invalid correction"), in high precision.
+_CORRECT_EMPTY_ROWS = 2
+
+
+def missing() -> str:
+    """Why the operators cannot be called here, or an empty string."""
+    names = ("npu_fused_infer_attention_score", "npu_attention_update")
+    lacks = [name for name in names if not hasattr(torch.ops.npu, name)]
+    if len(lacks) == len(names):
+        return "torch_npu is not imported (install it with pip install 'tmx-compile[npu]')"
+    return f"this torch_npu has no {lacks[0]}; a newer one has" if lacks else ""
+
+
+def compressed_mask(like: Any, arange: Callable[..., Any]) -> Any:
+    """(2048, 2048) bool, True above the diagonal. By comparison: ``triu`` becomes an iota, which torchair cannot convert."""
+    index = arange(like, _COMPRESSED)
+    return index[None, :] > index[:, None]
+
+
+@dataclass(frozen=True)
+class Calls:
+    """FIA on (B, H, N, D) tensors or proxies, with what is the same in every call of a layer.
+
+    Attributes:
+        call: how to call an operator: on tensors directly, or as one node.
+        mask: gives the compressed mask.
+        heads: query heads.
+        kv_heads: key heads.
+        scale: factor on the scores.
+    """
+
+    call: Callable[..., Any]
+    mask: Callable[[], Any]
+    heads: int
+    kv_heads: int
+    scale: float
+
+    def all_keys(self, q: Any, k: Any, v: Any) -> tuple[Any, Any]:
+        """Every row attends to every key: out, lse (B, H, Sq, 1)."""
+        return self._fia(q, k, v, sparse_mode=0, softmax_lse_flag=True)
+
+    def causal(self, q: Any, k: Any, v: Any) -> Any:
+        """As many rows as keys: row i attends to keys 0 to i."""
+        if length(q, 2) == 1:
+            return self._fia(q, k, v, sparse_mode=0)[0]
+        return self._fia(q, k, v, atten_mask=self.mask(), sparse_mode=_LEFT_UP_CAUSAL)[0]
+
+    def final_rows(self, q: Any, k: Any, v: Any) -> Any:
+        """Rows that stand at the end of the keys: row i attends to keys 0 to Skv - Sq + i."""
+        if length(q, 2) == 1:
+            return self._fia(q, k, v, sparse_mode=0)[0]
+        return self._fia(q, k, v, atten_mask=self.mask(), sparse_mode=_RIGHT_DOWN_CAUSAL)[0]
+
+    def band(self, q: Any, k: Any, v: Any, window: int) -> tuple[Any, Any]:
+        """As many rows as keys: row i attends to keys i - window to i: out, lse (B, H, N, 1)."""
+        return self._fia(
+            q,
+            k,
+            v,
+            atten_mask=self.mask(),
+            sparse_mode=_BAND,
+            pre_tokens=window,
+            next_tokens=0,
+            softmax_lse_flag=True,
+        )
+
+    def masked(self, q: Any, k: Any, v: Any, hidden: Any) -> Any:
+        """Row i attends to the keys where ``hidden`` (B, 1, Sq, Skv) is False."""
+        settings = {} if length(q, 2) == 1 else {"inner_precise": _CORRECT_EMPTY_ROWS}
+        return self._fia(q, k, v, atten_mask=hidden, sparse_mode=1, **settings)[0]
+
+    def merge(self, outs: list[Any], lses: list[Any]) -> Any:
+        """The attention over disjoint sets of keys from that over each: (B, H, N, D), (B, H, N, 1) each.
+
+        One pass over memory. Written out, the merge is a dozen of them in float32, as much as the attention itself.
+        ``npu_attention_update`` exists for the chips that FIA exists for (Atlas A2 and A3).
+        """
+        like = outs[0]
+        sizes = [length(like, d) for d in range(4)]
+        flat = [out.reshape(-1, sizes[3]) for out in outs]
+        operator = torch.ops.npu.npu_attention_update.default
+        return self.call(operator, [lse.reshape(-1) for lse in lses], flat, 0)[0].reshape(*sizes)
+
+    def _fia(self, q: Any, k: Any, v: Any, **settings: Any) -> tuple[Any, Any]:
+        both = self.call(
+            torch.ops.npu.npu_fused_infer_attention_score.default,
+            q,
+            k,
+            v,
+            num_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            input_layout="BNSD",
+            scale=self.scale,
+            **settings,
+        )
+        return both[0], both[1]
