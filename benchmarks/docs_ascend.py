@@ -149,10 +149,10 @@ def _port(records: list[Fields], settings: Fields, tilings: list[str]) -> str:
     return (
         f"**Against the published single-kernel port** ({port['source']}; {port['chip']}, {port['n']:,} tokens): "
         f"attention {port['attention']:+.1%}, time to first token {port['ttft']:+.0%}, as its authors measured. "
-        f"Together the two say that attention was {share:.0%} of their time to first token. The same quantity on paper, "
-        "over the three geometries, for a layer that is sparse:\n\n"
+        f"Together the two say that attention was {share:.0%} of their time to first token. The same quantity on "
+        "paper, over the three geometries, for a layer that is sparse:\n\n"
         + table(["blocks", *ascend_cost.FORMS], rows)
         + "\n\nThe port's geometry and what its figure averages over are not stated beside it; "
-        f"{port['layers']}, and a saving over all layers would be {sparse:+.0%} in a sparse one. A floor is not a time: "
-        "launches, waiting and idle cores weigh most at this length, and on six small parts more than on one."
+        f"{port['layers']}, and a saving over all layers would be {sparse:+.0%} in a sparse one. A floor is not a "
+        "time: launches, waiting and idle cores weigh most at this length, and on six small parts more than on one."
     )
