@@ -205,38 +205,46 @@ def dense(problem: Problem, tiling: Tiling) -> tuple[dict[str, Work], int]:
     return {"causal": work}, scores
 
 
-def three_calls(problem: Problem, tiling: Tiling, geometry: Sequence[int]) -> tuple[dict[str, Work], int]:
-    """The form of ``lowering/ascend``: band, sinks and last rows in a call each, a merge, and what joins them.
+def lowering(problem: Problem, tiling: Tiling, geometry: Sequence[int]) -> tuple[dict[str, Work], int]:
+    """What ``tmx_compile/lowering/ascend/attention.py`` makes of a fixed length; dense where it is dense there.
 
-    Slices are counted as copies, as a graph compiler may leave them. Where the geometry covers the prompt, dense.
+    A band over all rows and all rows against the sinks, merged; the first rows, which are dense, and the last rows in a
+    call each; and the result put together from a slice of the merged rows and those two.
     """
     sink, window, last = geometry
-    n, rows = problem.n, problem.n - last
-    if rows <= window + 1:
+    n = problem.n
+    if min(window, n) + 1 + sink + last >= n:
         return dense(problem, tiling)
-    late = rows - window - 1
-    band, band_scores = fused(problem, tiling, rows, rows, window, 0, lse=True)
-    sinks, sink_scores = fused(problem, tiling, late, min(sink, rows), late, 0, lse=True)
-    tail, tail_scores = fused(problem, tiling, last, n, n, n - last)
-    merged = late * problem.heads
-    merge = Work(vector=float(MERGE_OPS * merged * problem.dim), hbm=3.0 * problem.bytes(late) + 12.0 * merged)
-    copied = problem.bytes(rows) + problem.bytes(late) + problem.bytes(last) + 2 * problem.bytes(rows, kv=True)
-    parts = {"band": band, "sinks": sinks, "last rows": tail, "merge": merge, "slices": Work(hbm=2.0 * copied)}
-    parts["concatenation"] = Work(hbm=2.0 * problem.bytes(n))
-    return parts, band_scores + sink_scores + tail_scores
+    head = sink + window + 1 if sink else 0
+    parts: dict[str, tuple[Work, int]] = {"band": fused(problem, tiling, n, n, window, 0, lse=True)}
+    if sink:
+        parts["sinks"] = fused(problem, tiling, n, sink, n, sink, lse=True)
+        parts["first rows"] = fused(problem, tiling, head, head, head, 0)
+    if last:
+        parts["last rows"] = fused(problem, tiling, last, n, n, n - last)
+    scores = sum(computed for _, computed in parts.values())
+    works = {name: work for name, (work, _) in parts.items()}
+    if sink:
+        numbers = float(n * problem.heads)
+        works["merge"] = Work(vector=MERGE_OPS * numbers * problem.dim, hbm=3 * problem.bytes(n) + 8 * numbers)
+    if head or last:
+        works["slice"] = Work(hbm=2.0 * problem.bytes(n - head - last))
+        works["concatenation"] = Work(hbm=2.0 * problem.bytes(n))
+    return works, scores
 
 
 def one_kernel(problem: Problem, tiling: Tiling, geometry: Sequence[int]) -> tuple[dict[str, Work], int]:
-    """The same tiles in a single kernel: nothing is merged, sliced or joined in memory, every operand moves once."""
-    parts, scores = three_calls(problem, tiling, geometry)
-    if len(parts) == 1:
-        return parts, scores
-    total = parts["band"] + parts["sinks"] + parts["last rows"]
+    """The same blocks in a single kernel: nothing is merged, sliced or joined in memory, every operand moves once."""
+    parts, _ = lowering(problem, tiling, geometry)
+    if "band" not in parts:
+        return dense(problem, tiling)
+    total = sum((parts[name] for name in ("band", "sinks", "last rows") if name in parts), Work())
     once = 2 * problem.bytes(problem.n) + 2 * problem.bytes(problem.n, kv=True)
-    return {"kernel": Work(total.cube, total.vector, total.l2, float(once))}, scores
+    kernel = Work(total.cube, total.vector, total.l2, float(once))
+    return {"kernel": kernel}, round(total.cube / (4 * problem.dim))
 
 
-FORMS = {"three calls": three_calls, "one kernel": one_kernel}
+FORMS = {"lowering": lowering, "one kernel": one_kernel}
 GEOMETRIES = ((4, 32, 64), (8, 512, 128), (64, 1024, 128))
 LENGTHS = (8192, 32768, 131072)
 

@@ -45,10 +45,11 @@ def section(result: Fields) -> str:
             "numbers. The formulae are in `benchmarks/ascend_cost.py`.",
             _chips(settings),
             f"Floors on a {chips[-1]}, the operator cut as `{tilings[0]}` says (below). Change is against the floor of "
-            "the dense call. *One kernel* computes the same blocks without a merge, slices or a concatenation: what a "
-            "purpose-built operator could save.",
+            "the dense call. *Lowering* is what this package emits for a fixed length, without padding: its calls, the "
+            "merge, and how the result is put together. *One kernel* computes the same blocks and moves every operand "
+            "once: what a purpose-built operator could save.",
             _main(main),
-            "Where the time of the three calls goes, and which rate bounds each part, in milliseconds:",
+            "Where the time of the lowering goes, and which rate bounds each part, in milliseconds:",
             _parts(main),
             "**What the blocks of the operator change.** The same, for other ways to cut a call:",
             _sensitivity(records, tilings, chips[-1]),
@@ -87,7 +88,7 @@ def _main(records: list[Fields]) -> str:
 def _parts(records: list[Fields]) -> str:
     rows = []
     names: list[str] = []
-    for r in (r for r in records if r["form"] == "three calls"):
+    for r in (r for r in records if r["form"] == "lowering"):
         names = list(r["parts"])
         cells = [_part(part) for part in r["parts"].values()]
         rows.append([f"{r['n']:,}", slashed(r["geometry"]), *cells])
@@ -106,7 +107,7 @@ def _sensitivity(records: list[Fields], tilings: list[str], chip: str) -> str:
 
     rows = []
     for r in records:
-        if (r["tiling"], r["chip"], r["form"]) != (tilings[0], chip, "three calls"):
+        if (r["tiling"], r["chip"], r["form"]) != (tilings[0], chip, "lowering"):
             continue
         cells = [f"{ms(x['floor_ms'])} ({x['reduction']:+.1%})" for x in (of(tiling, r) for tiling in tilings)]
         rows.append([f"{r['n']:,}", slashed(r["geometry"]), *cells])
@@ -154,5 +155,5 @@ def _port(records: list[Fields], settings: Fields, tilings: list[str]) -> str:
         + table(["blocks", *ascend_cost.FORMS], rows)
         + "\n\nThe port's geometry and what its figure averages over are not stated beside it; "
         f"{port['layers']}, and a saving over all layers would be {sparse:+.0%} in a sparse one. A floor is not a "
-        "time: launches, waiting and idle cores weigh most at this length, and on six small parts more than on one."
+        "time: launches, waiting and idle cores weigh most at this length, and on seven small parts more than on one."
     )

@@ -70,7 +70,7 @@ def test_operands_and_results_move_once():
 def test_whole_blocks_cover_every_attended_pair(tiling, geometry):
     problem = Problem(8192)
     _, dense = ascend_cost.dense(problem, tiling)
-    _, scores = ascend_cost.three_calls(problem, tiling, geometry)
+    _, scores = ascend_cost.lowering(problem, tiling, geometry)
     assert dense >= 32 * causal_pairs(8192)
     assert 32 * attended_pairs(8192, geometry) <= scores <= dense
 
@@ -92,12 +92,12 @@ def test_a_floor_lies_under_what_was_measured():
     assert all(0.1 < share < 1 for share in shares)
 
 
-def test_three_calls_cost_more_than_one_kernel_and_less_than_dense():
+def test_the_lowering_costs_more_than_one_kernel_and_less_than_dense():
     for r in ascend_cost.records():
-        if r["form"] == "three calls":
+        if r["form"] == "lowering":
             kernel = _same(r, "one kernel")
             assert kernel["floor_ms"] < r["floor_ms"] < r["dense_floor_ms"], r
-            assert kernel["computed_scores"] == r["computed_scores"]
+            assert 0.7 * r["computed_scores"] < kernel["computed_scores"] < r["computed_scores"]
             assert sum(part["floor_ms"] for part in r["parts"].values()) == pytest.approx(r["floor_ms"])
 
 
@@ -129,10 +129,8 @@ def test_the_page_has_the_tables_of_the_stored_file(tmp_path):
     assert text.startswith("before\n")
     assert text.endswith(f"{docs_ascend.END}\nafter\n")
     assert "old" not in text
-    some = next(
-        r for r in stored()["records"] if r["chip"] == "910B3" and r["form"] == "three calls" and r["n"] == 131072
-    )
-    row = next(line for line in text.splitlines() if line.startswith("| 131,072 | 4/32/64 | three calls |"))
+    some = next(r for r in stored()["records"] if r["chip"] == "910B3" and r["form"] == "lowering" and r["n"] == 131072)
+    row = next(line for line in text.splitlines() if line.startswith("| 131,072 | 4/32/64 | lowering |"))
     assert f"| {some['floor_ms']:.3g} | {some['reduction']:+.1%} |" in row
     damaged = stored()
     del damaged["records"][0]["chip"]
