@@ -8,6 +8,9 @@ So the result is put together from
   call needs a slice of the queries, which FIA would want copied;
 - *final*: the last rows against all keys, right-down causal.
 
+With more keys than rows the rows are the last ones: band and final rows count from the bottom right by themselves, and
+what is said of rows holds for their positions.
+
 With a fixed length each part is a slice. With a dynamic one every slice has a fixed number of rows, taken by an index
 that is clamped to the length, and an index picks each row of the result from the parts. So no call gets an empty tensor
 at any length, and no result depends on what the operators do for rows that do not exist. A graph that nothing guards
@@ -30,7 +33,7 @@ import torch.nn.functional as F
 
 from tmx_compile.lowering import rows
 from tmx_compile.lowering.ascend.calls import Calls
-from tmx_compile.lowering.base import arange, example, length
+from tmx_compile.lowering.base import arange, example, first_position, length
 from tmx_compile.ops import ALL_ROWS
 
 ALIGNMENT = 16
@@ -66,9 +69,10 @@ class Geometry:
         """The first row with a key that it does not attend to. Without sinks, the band alone has all rows."""
         return self.sink + self.window + 1 if self.sink else 0
 
-    def within(self, n: int) -> Geometry:
-        """The same mask for a known length, with no count beyond it; all dense where it is, or short."""
-        if self.is_dense or n <= (self.dense_up_to or 0) or min(self.window, n) + 1 + self.sink + self.last >= n:
+    def within(self, q_len: int, kv_len: int) -> Geometry:
+        """The same mask for known lengths, with no count beyond them; all dense where it is, or short."""
+        dense = self.is_dense or self.last >= q_len or q_len <= (self.dense_up_to or 0)
+        if dense or min(self.window, kv_len) + 1 + self.sink + self.last >= kv_len:
             return Geometry(0, 0, ALL_ROWS)
         return Geometry(self.sink, self.window, self.last)
 
@@ -84,16 +88,16 @@ def query_bias(columns: int, scale: float) -> float:
 
 
 def attention(q: Any, k: Any, v: Any, key_mask: Any, geometry: Geometry, calls: Calls) -> Any:
-    """out (B, H, N, Dv) from (B, H, N, D), (B, Hkv, N, D), (B, Hkv, N, Dv) and (B, N) bool or None."""
-    n, value_dim = length(q, 2), length(v, 3)
-    fixed = isinstance(n, int)
-    geometry = geometry.within(n) if fixed else geometry
+    """out (B, H, Sq, Dv) from (B, H, Sq, D), (B, Hkv, Skv, D), (B, Hkv, Skv, Dv) and (B, Skv) bool or None."""
+    n, kv_len, value_dim = length(q, 2), length(k, 2), length(v, 3)
+    fixed = isinstance(n, int) and isinstance(kv_len, int)
+    geometry = geometry.within(n, kv_len) if fixed else geometry
     spare = 0 if fixed or geometry.dense_up_to is None else 1
     dim = padded_dim(length(q, 3), value_dim, key_mask is not None)
     if key_mask is None:
         q, k, v = (_wider(x, dim, spare).contiguous() for x in (q, k, v))
         if geometry.is_dense:
-            out = calls.causal(q, k, v)[:, :, :n] if spare else calls.causal(q, k, v)
+            out = calls.final_rows(q, k, v)[:, :, :n] if spare else calls.final_rows(q, k, v)
         else:
             out = _fixed(q, k, v, geometry, calls) if fixed else _dynamic(q, k, v, n, spare, geometry, calls)
     else:
@@ -127,35 +131,38 @@ def _stream(q: Any, k: Any, v: Any, sinks: tuple[Any, Any] | None, window: int, 
 
 
 def _fixed(q: Any, k: Any, v: Any, geometry: Geometry, calls: Calls) -> Any:
-    n, head, last = length(q, 2), geometry.head, geometry.last
+    n, before, last = length(q, 2), length(k, 2) - length(q, 2), geometry.last
+    head = max(geometry.head - before, 0)
     sinks = (k[:, :, : geometry.sink].contiguous(), v[:, :, : geometry.sink].contiguous())
     parts = [_stream(q, k, v, sinks if geometry.sink else None, geometry.window, calls)[:, :, head : n - last]]
     if head:
-        parts.insert(0, calls.causal(*(x[:, :, :head].contiguous() for x in (q, k, v))))
+        own = (x[:, :, : before + head].contiguous() for x in (k, v))
+        parts.insert(0, calls.final_rows(q[:, :, :head].contiguous(), *own))
     if last:
         parts.append(calls.final_rows(q[:, :, n - last :].contiguous(), k, v))
     return torch.cat(parts, 2) if len(parts) > 1 else parts[0]
 
 
 def _dynamic(q: Any, k: Any, v: Any, n: Any, spare: int, geometry: Geometry, calls: Calls) -> Any:
+    """``q``, ``k`` and ``v`` may have a spare row more than the n rows of the result."""
     sink, last, head = geometry.sink, geometry.last, geometry.head
-    end = length(q, 2) - 1
+    before = first_position(q, k)
 
     def at(x: Any, count: int, first: Any) -> Any:
-        """``count`` rows from ``first`` on; those outside repeat the row at the end, and are not used."""
-        return x.index_select(2, (arange(q, count) + first).clamp(min=0).minimum(arange(q, 1) + end))
+        """``count`` rows from ``first`` on; for those outside, another row, which is not used."""
+        return x.index_select(2, (arange(x, count) + first).clamp(min=0).minimum(arange(x, 1) + (length(x, 2) - 1)))
 
     sinks = (at(k, sink, 0), at(v, sink, 0)) if sink else None
     parts = [_stream(q, k, v, sinks, geometry.window, calls)]
     if head:
-        parts.insert(0, calls.causal(*(at(x, head, 0) for x in (q, k, v))))
+        parts.insert(0, calls.causal(at(q, head, -before), at(k, head, 0), at(v, head, 0)))
     if last:
         # A spare row is the last of them, and none of the result.
         parts.append(calls.final_rows(at(q, last + spare, n - last), k, v))
     if len(parts) == 1 and not spare:
         return parts[0]
     row, whole = arange(q, n), arange(q, 1) + n
-    found = _place(row, row, row + last >= whole, last + spare, whole, geometry)
+    found = _place(row, row + before, row + last >= whole, last + spare, whole, geometry)
     return torch.cat(parts, 2).index_select(2, found)
 
 
@@ -164,7 +171,7 @@ def _place(row: Any, place: Any, is_last: Any, skipped: Any, n: Any, geometry: G
 
     Args:
         row: index in the stream.
-        place: the row's number in its sequence, counted from its first valid key.
+        place: the row's position in its sequence, counted from its first valid key.
         is_last: whether it is one of the last rows of its sequence.
         skipped: how far behind its place in the stream a last row's place in the final part is.
         n: the number of rows, as a tensor.
@@ -182,31 +189,37 @@ def _place(row: Any, place: Any, is_last: Any, skipped: Any, n: Any, geometry: G
 
 def _padded(q: Any, k: Any, v: Any, key_mask: Any, n: Any, geometry: Geometry, calls: Calls) -> Any:
     """``q``, ``k``, ``v`` and ``key_mask`` may have a spare row, which is padding, more than the n rows of the result."""
-    all_rows = length(q, 2)  # with the spare one
-    where = rows.extent(key_mask, all_rows)
-    dense_alive = rows.alive(q, k, key_mask, where, 0, 0, all_rows)
+    q_len, kv_len, before = length(q, 2), length(k, 2), first_position(q, k)
+    where = rows.extent(key_mask, kv_len)
+    dense_alive = rows.alive(q, k, key_mask, where, 0, 0, kv_len)
     if geometry.is_dense:
-        return torch.where(dense_alive[:, None, :, None], calls.causal(q, k, v), 0.0)[:, :, :n]
+        return torch.where(dense_alive[:, None, :, None], calls.final_rows(q, k, v), 0.0)[:, :, :n]
     sink, last, head = geometry.sink, geometry.last, geometry.head
-    row, whole = arange(q, n)[None, :], arange(q, 1) + all_rows
+    row = arange(q, n)[None, :]
+    position = row + before
 
-    def from_start(x: Any, count: int) -> Any:
-        return _rows(x, (where.start + arange(q, count)[None, :]).minimum(whole - 1))
+    def at(x: Any, index: Any) -> Any:
+        """Rows of each sequence; for an index outside, another row, which is not used."""
+        return _rows(x, index.clamp(min=0).minimum(arange(x, 1) + (length(x, 2) - 1)))
 
-    sinks = (from_start(k, sink), from_start(v, sink)) if sink else None
+    first_sinks, first = (where.start + arange(q, count)[None, :] for count in (sink, head))
+    sinks = (at(k, first_sinks), at(v, first_sinks)) if sink else None
     parts = [_stream(q, k, v, sinks, geometry.window, calls)]
     if head:
-        parts.insert(0, calls.causal(*(from_start(x, head) for x in (q, k, v))))
+        parts.insert(0, calls.causal(at(q, first - before), at(k, first), at(v, first)))
     if last:
-        position = where.end - last + arange(q, last)[None, :]
-        hidden = arange(q, all_rows)[None, None, :] > position[:, :, None]
-        parts.append(calls.masked(_rows(q, position.clamp(min=0)), k, v, hidden[:, None]))
-    found = _place(row, row - where.start, row >= where.end - last, whole - where.end + last, arange(q, 1) + n, geometry)
+        final = where.end - last + arange(q, last)[None, :]
+        hidden = arange(q, kv_len)[None, None, :] > final[:, :, None]
+        parts.append(calls.masked(at(q, final - before), k, v, hidden[:, None]))
+    # From its place in the stream to that in the final rows, whose first stands at end - last.
+    skipped = arange(q, 1) + (q_len + before + last) - where.end
+    whole = arange(q, 1) + n
+    found = _place(row, position - where.start, position >= where.end - last, skipped, whole, geometry)
     alive = rows.alive(q, k, key_mask, where, sink, geometry.window, last)
     if geometry.dense_up_to:
-        alive = torch.where(arange(q, 1) + n <= geometry.dense_up_to, dense_alive, alive)
+        alive = torch.where(whole <= geometry.dense_up_to, dense_alive, alive)
     # Rows that attend to nothing come from a row of zeros behind all parts.
-    found = torch.where(alive[:, :n], found, whole + (head + last))
+    found = torch.where(alive[:, :n], found, arange(q, 1) + (q_len + head + last))
     zeros = (arange(q, 1) * 0).to(example(q).dtype)[None, None, :, None]
     parts.append(zeros.expand(length(q, 0), length(q, 1), 1, length(q, 3)))
     return _rows(torch.cat(parts, 2), found)

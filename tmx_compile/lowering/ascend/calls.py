@@ -64,18 +64,22 @@ class Calls:
 
     def causal(self, q: Any, k: Any, v: Any) -> Any:
         """As many rows as keys: row i attends to keys 0 to i."""
-        if length(q, 2) == 1:
+        if _one_row(q):
             return self._fia(q, k, v, sparse_mode=0)[0]
         return self._fia(q, k, v, atten_mask=self.mask(), sparse_mode=_LEFT_UP_CAUSAL)[0]
 
     def final_rows(self, q: Any, k: Any, v: Any) -> Any:
         """Rows that stand at the end of the keys: row i attends to keys 0 to Skv - Sq + i."""
-        if length(q, 2) == 1:
+        if _one_row(q):
             return self._fia(q, k, v, sparse_mode=0)[0]
         return self._fia(q, k, v, atten_mask=self.mask(), sparse_mode=_RIGHT_DOWN_CAUSAL)[0]
 
     def band(self, q: Any, k: Any, v: Any, window: int) -> tuple[Any, Any]:
-        """As many rows as keys: row i attends to keys i - window to i: out, lse (B, H, N, 1)."""
+        """Rows at the end of the keys: position p attends to keys p - window to p: out, lse (B, H, Sq, 1).
+
+        That the band counts from the bottom right is in CANN's host code (ops-transformer, ``GetPreNextTokensLeftUp``),
+        not in torch_npu's manual. It matters only where there are more keys than rows.
+        """
         return self._fia(
             q,
             k,
@@ -89,7 +93,7 @@ class Calls:
 
     def masked(self, q: Any, k: Any, v: Any, hidden: Any) -> Any:
         """Row i attends to the keys where ``hidden`` (B, 1, Sq, Skv) is False."""
-        settings = {} if length(q, 2) == 1 else {"inner_precise": _CORRECT_EMPTY_ROWS}
+        settings = {} if _one_row(q) else {"inner_precise": _CORRECT_EMPTY_ROWS}
         return self._fia(q, k, v, atten_mask=hidden, sparse_mode=1, **settings)[0]
 
     def merge(self, outs: list[Any], lses: list[Any]) -> Any:
@@ -117,3 +121,9 @@ class Calls:
             **settings,
         )
         return both[0], both[1]
+
+
+def _one_row(q: Any) -> bool:
+    """Whether there is surely one query row: then there is no mask to give, and every key is seen."""
+    n = length(q, 2)
+    return isinstance(n, int) and n == 1

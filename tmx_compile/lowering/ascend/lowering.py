@@ -32,7 +32,7 @@ class Ascend:
         return {}
 
     def supports(self, call: AttentionCall) -> Accepted | Rejected:
-        """float16 and bfloat16 inference, as many rows as keys, with or without padding."""
+        """float16 and bfloat16 inference, with or without padding, with or without keys before the rows."""
         why = missing() or _why_not(call)
         return Rejected(Reason.NO_LOWERING, f"ascend: {why}") if why else Accepted()
 
@@ -63,8 +63,8 @@ def _why_not(call: AttentionCall) -> str:
     sizes = (query.shape[1], key.shape[1], dim, value_dim)
     if not all(isinstance(size, int) for size in sizes):
         return "the numbers of heads and the head dims have to be fixed"
-    if not statically_known_true(n == key.shape[2]):
-        return "as many rows as keys are needed (a cache before the prompt, or a longer static cache)"
+    if call.dense_up_to is not None and not statically_known_true(n == key.shape[2]):
+        return "a graph for every length needs as many rows as keys"
     if any(size == 0 for size in (*query.shape, *value.shape) if isinstance(size, int)):
         return "an empty tensor"
     widest = padded_dim(dim, value_dim, call.key_mask is not None)
@@ -84,13 +84,13 @@ def _why_not(call: AttentionCall) -> str:
 
 def _geometry_why_not(call: AttentionCall) -> str:
     """With a length that is not fixed, some rows are taken in numbers that are; with padding, also a mask."""
-    n = call.query.shape[2]
+    n, kv_len = call.query.shape[2], call.key.shape[2]
     geometry = Geometry(*call.geometry, call.dense_up_to)
-    if isinstance(n, int):
-        geometry = geometry.within(n)
-        if geometry.is_dense or call.key_mask is None:
-            return ""
-    elif geometry.is_dense:
+    fixed = isinstance(n, int) and isinstance(kv_len, int)
+    geometry = geometry.within(n, kv_len) if fixed else geometry
+    if not geometry.is_dense and isinstance(n, int) and n == 1:
+        return "one row that is no last row: the fused operator has no band for one row"
+    if geometry.is_dense or (fixed and call.key_mask is None):
         return ""
     for name, count in (("sink + window", geometry.first_sparse), ("last", geometry.last)):
         if count > _MOST_FIXED_ROWS:
