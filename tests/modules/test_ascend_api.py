@@ -452,6 +452,28 @@ def test_a_configuration_without_a_layer_is_worth_a_warning():
         AscendTriangleMixAttention(1, 8, 0.3, TriangleMixConfig())
 
 
+@pytest.mark.parametrize("layer_idx", [0, 1])
+def test_autocast_changes_nothing(layer_idx):
+    query, key, value = tensors(1, 40)
+    layer = AscendTriangleMixAttention(4, 8, 0.3, TriangleMixConfig(2, 5, 4, 1, min_seq_len=8), layer_idx)
+    for mask in (None, torch.zeros(40, 40)):
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = layer(query, key, value, mask)
+        assert torch.equal(rounded, layer(query, key, value, mask))
+
+
+@pytest.mark.parametrize("layer_idx", [0, 1])
+def test_without_a_mask_the_module_compiles_into_one_graph(layer_idx):
+    query, key, value = tensors(1, 40)
+    layer = AscendTriangleMixAttention(4, 8, 0.3, TriangleMixConfig(2, 5, 4, 1, min_seq_len=8), layer_idx)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(query, key, value), layer(query, key, value))
+    valid = torch.ones(1, 40, dtype=torch.bool)
+    valid[:, :7] = False
+    assert torch.equal(compiled(query, key, value, valid), layer(query, key, value, valid))
+
+
 # Refusals.
 
 

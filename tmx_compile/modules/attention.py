@@ -125,7 +125,11 @@ class AscendTriangleMixAttention(nn.Module):
         """Without an explicit mask: O(N) memory."""
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         if plan is None and key_mask is None and _has_fused_causal(query, key, value):
-            out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=self.scale, enable_gqa=True)
+            # The caller's autocast would change the result's dtype, in dense layers alone.
+            with torch.autocast(query.device.type, enabled=False):
+                out = F.scaled_dot_product_attention(
+                    query, key, value, is_causal=True, scale=self.scale, enable_gqa=True
+                )
         else:
             sink, window, last = (0, 0, ALL_ROWS) if plan is None else plan.geometry
             out, _ = triangle_attention(

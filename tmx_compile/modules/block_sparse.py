@@ -75,10 +75,12 @@ def attend(
     # Whole blocks, so that every row of a task has its place.
     batches, batch, q_len, mask_heads, heads, _ = problem.query.shape
     out = query.new_zeros(batches, batch, q_len + -q_len % block, mask_heads, heads, value.shape[3])
-    for tasks in tasks_of(occupied(mask, block, plan)):
-        for some in problem.affordable(tasks):
-            rows = some.where[:, 0, None], slice(None), problem.rows(some), some.where[:, 1, None]
-            out[rows] = problem.solve(some).to(out.dtype)
+    # The caller's autocast would round the float32 products.
+    with torch.autocast(query.device.type, enabled=False):
+        for tasks in tasks_of(occupied(mask, block, plan)):
+            for some in problem.affordable(tasks):
+                rows = some.where[:, 0, None], slice(None), problem.rows(some), some.where[:, 1, None]
+                out[rows] = problem.solve(some).to(out.dtype)
     return out.flatten(3, 4).flatten(0, 1)[:, :q_len].contiguous()
 
 
