@@ -14,7 +14,8 @@ floor:
     HBM      every operand and result once
 
 Calls run one after another, so their floors add up. Nothing is charged for launches, for waiting of one kind of core
-on the other, or for cores that have no work left: a kernel that exists is slower, see CHECK.
+on the other, or for cores that have no work left: a kernel that exists is slower, see CHECK. Nor for copies that make a
+model's queries, keys and values contiguous, which dense attention needs as well.
 """
 
 from __future__ import annotations
