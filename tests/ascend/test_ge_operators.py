@@ -202,7 +202,7 @@ REFUSED = [
     ("GatherV2", {"x": X, "indices": t([2], I64), "axis": t(0, I64)}, {}, r"outside \[0, 2\)"),
     ("GatherV2", {"x": X, "indices": t([0], I64), "axis": t(2, I64)}, {}, "out of range"),
     ("GatherV2", {"x": X, "indices": t([0], I64), "axis": t(0, I64)}, {"negative_index_support": True}, "alone"),
-    ("Pack", {"x": [X, Y]}, {"N": 2}, "one shape"),
+    ("Pack", {"x": [X, Y]}, {"N": 2}, "one dtype and shape"),
     ("Pack", {"x": [Y, Y]}, {"N": 3}, "N must be 2"),
     ("Pack", {"x": []}, {"N": 0}, "has no tensors"),
     ("ConcatV2", {"x": [X, Y], "concat_dim": t(1, I64)}, {"N": 2}, "do not fit along 1"),

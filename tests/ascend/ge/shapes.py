@@ -75,8 +75,8 @@ def pack(call: Call) -> tuple[Tensor]:
     """Pack: N tensors of one shape and dtype along a new axis."""
     parts = call.dynamic("x")
     call.require(call.integer("N") == len(parts), f"N must be {len(parts)}")
-    same = all(x.shape == parts[0].shape and x.dtype == parts[0].dtype for x in parts)
-    call.require(same, "the tensors must have one shape and dtype")
+    kinds = {(x.dtype, tuple(x.shape)) for x in parts}
+    call.require(len(kinds) == 1, f"the tensors must have one dtype and shape, got {kinds}")
     return (torch.stack(parts, _axis(call, call.integer("axis", 0), parts[0].dim() + 1)),)
 
 
