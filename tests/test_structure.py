@@ -23,9 +23,11 @@ ORDER = [
     "lowering",
     "pipeline",
     "standalone",
+    "npu",
 ]
 FREE = {
     "api": set(ORDER),
+    "deploy": {*ORDER, "api"},
     "testing": set(ORDER),
     "analysis": {"config", "errors", "plan"},
     "modules": {"config", "plan", "ops"},

@@ -8,6 +8,7 @@ from __future__ import annotations
 from tmx_compile.analysis import TriangleMixAnalyzer
 from tmx_compile.api import TmxBackend, explain, rewrite, tmx_backend
 from tmx_compile.config import TriangleMixConfig, TriangleMixInferenceConfig
+from tmx_compile.deploy import export
 from tmx_compile.errors import LoweringError, StrictModeError, TriangleMixError, VerificationError
 from tmx_compile.modules import AscendNPUTriangleMixOptimizer, AscendTriangleMixAttention
 from tmx_compile.ops import triangle_attention
@@ -33,6 +34,7 @@ __all__ = [
     "VerificationError",
     "__version__",
     "explain",
+    "export",
     "rewrite",
     "tmx_backend",
     "triangle_attention",

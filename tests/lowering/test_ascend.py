@@ -13,8 +13,6 @@ from tests.ascend import npu_ops
 from tests.ascend.ge import attention as manual
 from tmx_compile.lowering.ascend import Ascend
 from tmx_compile.lowering.ascend import lowering as ascend
-from tmx_compile.lowering.base import AttentionCall
-from tmx_compile.report import Rejected
 
 ASCEND = Ascend()
 REFUSED = {name for name, case in CASES.items() if case.reach is not None} | {"one row, many keys"}

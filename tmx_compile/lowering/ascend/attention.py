@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 
 from tmx_compile.lowering import rows
-from tmx_compile.lowering.ascend.calls import Calls
+from tmx_compile.lowering.ascend.calls import Calls, Part
 from tmx_compile.lowering.base import arange, example, first_position, length
 from tmx_compile.ops import ALL_ROWS
 
@@ -87,8 +87,8 @@ def query_bias(columns: int, scale: float) -> float:
     return 2.0 ** math.ceil(math.log2(_LEAST_BIAS / (columns * -_KEY_BIAS * scale)))
 
 
-def attention(q: Any, k: Any, v: Any, key_mask: Any, geometry: Geometry, calls: Calls) -> Any:
-    """out (B, H, Sq, Dv) from (B, H, Sq, D), (B, Hkv, Skv, D), (B, Hkv, Skv, Dv) and (B, Skv) bool or None."""
+def attention(q: Any, k: Any, v: Any, key_mask: Any, geometry: Geometry, calls: Calls) -> Part:
+    """(B, H, Sq, Dv) from (B, H, Sq, D), (B, Hkv, Skv, D), (B, Hkv, Skv, Dv) and (B, Skv) bool or None."""
     n, kv_len, value_dim = length(q, 2), length(k, 2), length(v, 3)
     fixed = isinstance(n, int) and isinstance(kv_len, int)
     geometry = geometry.within(n, kv_len) if fixed else geometry
@@ -97,13 +97,14 @@ def attention(q: Any, k: Any, v: Any, key_mask: Any, geometry: Geometry, calls: 
     if key_mask is None:
         q, k, v = (_wider(x, dim, spare).contiguous() for x in (q, k, v))
         if geometry.is_dense:
-            out = calls.final_rows(q, k, v)[:, :, :n] if spare else calls.final_rows(q, k, v)
+            done = calls.final_rows(q, k, v)
+            done = done.map(lambda x: x[:, :, :n]) if spare else done
         else:
-            out = _fixed(q, k, v, geometry, calls) if fixed else _dynamic(q, k, v, n, spare, geometry, calls)
+            done = _fixed(q, k, v, geometry, calls) if fixed else _dynamic(q, k, v, n, spare, geometry, calls)
     else:
         q, k, v, key_mask = _biased(q, k, v, key_mask, dim, spare, calls.scale)
-        out = _padded(q.contiguous(), k.contiguous(), v.contiguous(), key_mask, n, geometry, calls)
-    return out if dim == value_dim else out[..., :value_dim]
+        done = _padded(q.contiguous(), k.contiguous(), v.contiguous(), key_mask, n, geometry, calls)
+    return done if dim == value_dim else Part(done.out[..., :value_dim], done.lse)
 
 
 def _wider(x: Any, dim: int, spare: int, value: float = 0.0) -> Any:
@@ -121,29 +122,27 @@ def _biased(q: Any, k: Any, v: Any, key_mask: Any, dim: int, spare: int, scale: 
     return _wider(q, dim, spare, query_bias(columns, scale)), keys, _wider(v, dim, spare), key_mask
 
 
-def _stream(q: Any, k: Any, v: Any, sinks: tuple[Any, Any] | None, window: int, calls: Calls) -> Any:
+def _stream(q: Any, k: Any, v: Any, sinks: tuple[Any, Any] | None, window: int, calls: Calls) -> Part:
     """Window and sinks, merged; right for rows whose window does not reach the sinks."""
-    near, near_lse = calls.band(q, k, v, window)
-    if sinks is None:
-        return near
-    far, far_lse = calls.all_keys(q, *sinks)
-    return calls.merge([near, far], [near_lse, far_lse])
+    near = calls.band(q, k, v, window, sinks is not None)
+    return near if sinks is None else calls.merge([near, calls.all_keys(q, *sinks)])
 
 
-def _fixed(q: Any, k: Any, v: Any, geometry: Geometry, calls: Calls) -> Any:
+def _fixed(q: Any, k: Any, v: Any, geometry: Geometry, calls: Calls) -> Part:
     n, before, last = length(q, 2), length(k, 2) - length(q, 2), geometry.last
     head = max(geometry.head - before, 0)
     sinks = (k[:, :, : geometry.sink].contiguous(), v[:, :, : geometry.sink].contiguous())
-    parts = [_stream(q, k, v, sinks if geometry.sink else None, geometry.window, calls)[:, :, head : n - last]]
+    stream = _stream(q, k, v, sinks if geometry.sink else None, geometry.window, calls)
+    parts = [stream.map(lambda x: x[:, :, head : n - last])]
     if head:
         own = (x[:, :, : before + head].contiguous() for x in (k, v))
         parts.insert(0, calls.final_rows(q[:, :, :head].contiguous(), *own))
     if last:
         parts.append(calls.final_rows(q[:, :, n - last :].contiguous(), k, v))
-    return torch.cat(parts, 2) if len(parts) > 1 else parts[0]
+    return Part.cat(parts)
 
 
-def _dynamic(q: Any, k: Any, v: Any, n: Any, spare: int, geometry: Geometry, calls: Calls) -> Any:
+def _dynamic(q: Any, k: Any, v: Any, n: Any, spare: int, geometry: Geometry, calls: Calls) -> Part:
     """``q``, ``k`` and ``v`` may have a spare row more than the n rows of the result."""
     sink, last, head = geometry.sink, geometry.last, geometry.head
     before = first_position(q, k)
@@ -163,7 +162,7 @@ def _dynamic(q: Any, k: Any, v: Any, n: Any, spare: int, geometry: Geometry, cal
         return parts[0]
     row, whole = arange(q, n), arange(q, 1) + n
     found = _place(row, row + before, row + last >= whole, last + spare, whole, geometry)
-    return torch.cat(parts, 2).index_select(2, found)
+    return Part.cat(parts).map(lambda x: x.index_select(2, found))
 
 
 def _place(row: Any, place: Any, is_last: Any, skipped: Any, n: Any, geometry: Geometry) -> Any:
@@ -187,13 +186,15 @@ def _place(row: Any, place: Any, is_last: Any, skipped: Any, n: Any, geometry: G
     return found
 
 
-def _padded(q: Any, k: Any, v: Any, key_mask: Any, n: Any, geometry: Geometry, calls: Calls) -> Any:
-    """``q``, ``k``, ``v`` and ``key_mask`` may have a spare row, which is padding, more than the n rows of the result."""
+def _padded(q: Any, k: Any, v: Any, key_mask: Any, n: Any, geometry: Geometry, calls: Calls) -> Part:
+    """All operands may have a spare row, which is padding, more than the n rows of the result."""
     q_len, kv_len, before = length(q, 2), length(k, 2), first_position(q, k)
     where = rows.extent(key_mask, kv_len)
     dense_alive = rows.alive(q, k, key_mask, where, 0, 0, kv_len)
     if geometry.is_dense:
-        return torch.where(dense_alive[:, None, :, None], calls.final_rows(q, k, v), 0.0)[:, :, :n]
+        done, lives = calls.final_rows(q, k, v), dense_alive[:, None, :, None]
+        lse = None if done.lse is None else torch.where(lives, done.lse, float("-inf"))
+        return Part(torch.where(lives, done.out, 0.0), lse).map(lambda x: x[:, :, :n])
     sink, last, head = geometry.sink, geometry.last, geometry.head
     row = arange(q, n)[None, :]
     position = row + before
@@ -220,9 +221,11 @@ def _padded(q: Any, k: Any, v: Any, key_mask: Any, n: Any, geometry: Geometry, c
         alive = torch.where(whole <= geometry.dense_up_to, dense_alive, alive)
     # Rows that attend to nothing come from a row of zeros behind all parts.
     found = torch.where(alive[:, :n], found, arange(q, 1) + (q_len + head + last))
-    zeros = (arange(q, 1) * 0).to(example(q).dtype)[None, None, :, None]
-    parts.append(zeros.expand(length(q, 0), length(q, 1), 1, length(q, 3)))
-    return _rows(torch.cat(parts, 2), found)
+    zero = (arange(q, 1) * 0).to(example(q).dtype)[None, None, :, None]
+    nothing = Part(zero.expand(length(q, 0), length(q, 1), 1, length(q, 3)), None)
+    if calls.with_lse:
+        nothing = Part(nothing.out, nothing.out[..., :1].float() + float("-inf"))
+    return Part.cat([*parts, nothing]).map(lambda x: _rows(x, found))
 
 
 def _rows(x: Any, index: Any) -> Any:

@@ -35,9 +35,30 @@ def missing() -> str:
 
 
 def compressed_mask(like: Any, arange: Callable[..., Any]) -> Any:
-    """(2048, 2048) bool, True above the diagonal. By comparison: ``triu`` becomes an iota, which torchair cannot convert."""
+    """(2048, 2048) bool, True above the diagonal. Not by ``triu``, whose iota torchair cannot convert."""
     index = arange(like, _COMPRESSED)
     return index[None, :] > index[:, None]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Attention of some rows: out (B, H, rows, D), and lse (B, H, rows, 1) float32 or None."""
+
+    out: Any
+    lse: Any
+
+    def map(self, function: Callable[[Any], Any]) -> Part:
+        """The same done to both."""
+        return Part(function(self.out), None if self.lse is None else function(self.lse))
+
+    @staticmethod
+    def cat(parts: list[Part]) -> Part:
+        """The rows of all parts, one after another."""
+        if len(parts) == 1:
+            return parts[0]
+        lses = [part.lse for part in parts]
+        joined = None if any(lse is None for lse in lses) else torch.cat(lses, 2)
+        return Part(torch.cat([part.out for part in parts], 2), joined)
 
 
 @dataclass(frozen=True)
@@ -50,6 +71,7 @@ class Calls:
         heads: query heads.
         kv_heads: key heads.
         scale: factor on the scores.
+        with_lse: whether the log-sum-exp of the result is wanted too.
     """
 
     call: Callable[..., Any]
@@ -58,57 +80,52 @@ class Calls:
     kv_heads: int
     scale: float
 
-    def all_keys(self, q: Any, k: Any, v: Any) -> tuple[Any, Any]:
-        """Every row attends to every key: out, lse (B, H, Sq, 1)."""
-        return self._fia(q, k, v, sparse_mode=0, softmax_lse_flag=True)
+    with_lse: bool = False
 
-    def causal(self, q: Any, k: Any, v: Any) -> Any:
+    def all_keys(self, q: Any, k: Any, v: Any) -> Part:
+        """Every row attends to every key; with the log-sum-exp."""
+        return self._fia(q, k, v, True, sparse_mode=0)
+
+    def causal(self, q: Any, k: Any, v: Any) -> Part:
         """As many rows as keys: row i attends to keys 0 to i."""
         if _one_row(q):
-            return self._fia(q, k, v, sparse_mode=0)[0]
-        return self._fia(q, k, v, atten_mask=self.mask(), sparse_mode=_LEFT_UP_CAUSAL)[0]
+            return self._fia(q, k, v, sparse_mode=0)
+        return self._fia(q, k, v, atten_mask=self.mask(), sparse_mode=_LEFT_UP_CAUSAL)
 
-    def final_rows(self, q: Any, k: Any, v: Any) -> Any:
+    def final_rows(self, q: Any, k: Any, v: Any) -> Part:
         """Rows that stand at the end of the keys: row i attends to keys 0 to Skv - Sq + i."""
         if _one_row(q):
-            return self._fia(q, k, v, sparse_mode=0)[0]
-        return self._fia(q, k, v, atten_mask=self.mask(), sparse_mode=_RIGHT_DOWN_CAUSAL)[0]
+            return self._fia(q, k, v, sparse_mode=0)
+        return self._fia(q, k, v, atten_mask=self.mask(), sparse_mode=_RIGHT_DOWN_CAUSAL)
 
-    def band(self, q: Any, k: Any, v: Any, window: int) -> tuple[Any, Any]:
-        """Rows at the end of the keys: position p attends to keys p - window to p: out, lse (B, H, Sq, 1).
+    def band(self, q: Any, k: Any, v: Any, window: int, merged: bool) -> Part:
+        """Rows at the end of the keys: position p attends to keys p - window to p.
 
-        That the band counts from the bottom right is in CANN's host code (ops-transformer, ``GetPreNextTokensLeftUp``),
-        not in torch_npu's manual. It matters only where there are more keys than rows.
+        ``merged``: with the log-sum-exp, which :meth:`merge` needs. That the band counts from the bottom right is in
+        CANN's host code (ops-transformer, ``GetPreNextTokensLeftUp``), not in torch_npu's manual. It matters only where
+        there are more keys than rows.
         """
-        return self._fia(
-            q,
-            k,
-            v,
-            atten_mask=self.mask(),
-            sparse_mode=_BAND,
-            pre_tokens=window,
-            next_tokens=0,
-            softmax_lse_flag=True,
-        )
+        return self._fia(q, k, v, merged, atten_mask=self.mask(), sparse_mode=_BAND, pre_tokens=window, next_tokens=0)
 
-    def masked(self, q: Any, k: Any, v: Any, hidden: Any) -> Any:
+    def masked(self, q: Any, k: Any, v: Any, hidden: Any) -> Part:
         """Row i attends to the keys where ``hidden`` (B, 1, Sq, Skv) is False."""
-        settings = {} if _one_row(q) else {"inner_precise": _CORRECT_EMPTY_ROWS}
-        return self._fia(q, k, v, atten_mask=hidden, sparse_mode=1, **settings)[0]
+        settings: dict[str, Any] = {} if _one_row(q) else {"inner_precise": _CORRECT_EMPTY_ROWS}
+        return self._fia(q, k, v, atten_mask=hidden, sparse_mode=1, **settings)
 
-    def merge(self, outs: list[Any], lses: list[Any]) -> Any:
-        """The attention over disjoint sets of keys from that over each: (B, H, N, D), (B, H, N, 1) each.
+    def merge(self, parts: list[Part]) -> Part:
+        """The attention over disjoint sets of keys from that over each.
 
         One pass over memory. Written out, the merge is a dozen of them in float32, as much as the attention itself.
         ``npu_attention_update`` exists for the chips that FIA exists for (Atlas A2 and A3).
         """
-        like = outs[0]
-        sizes = [length(like, d) for d in range(4)]
-        flat = [out.reshape(-1, sizes[3]) for out in outs]
-        operator = torch.ops.npu.npu_attention_update.default
-        return self.call(operator, [lse.reshape(-1) for lse in lses], flat, 0)[0].reshape(*sizes)
+        sizes = [length(parts[0].out, d) for d in range(4)]
+        flat = [part.out.reshape(-1, sizes[3]) for part in parts]
+        lses = [part.lse.reshape(-1) for part in parts]
+        both = self.call(torch.ops.npu.npu_attention_update.default, lses, flat, int(self.with_lse))
+        return Part(both[0].reshape(*sizes), both[1].reshape(*sizes[:3], 1) if self.with_lse else None)
 
-    def _fia(self, q: Any, k: Any, v: Any, **settings: Any) -> tuple[Any, Any]:
+    def _fia(self, q: Any, k: Any, v: Any, lse: bool = False, **settings: Any) -> Part:
+        with_lse = lse or self.with_lse
         both = self.call(
             torch.ops.npu.npu_fused_infer_attention_score.default,
             q,
@@ -118,9 +135,10 @@ class Calls:
             num_key_value_heads=self.kv_heads,
             input_layout="BNSD",
             scale=self.scale,
+            softmax_lse_flag=with_lse,
             **settings,
         )
-        return both[0], both[1]
+        return Part(both[0], both[1] if with_lse else None)
 
 
 def _one_row(q: Any) -> bool:

@@ -42,7 +42,7 @@ class Ascend:
         mask = _SharedMask(write, operands.query)
         calls = Calls(write.call, mask, heads, kv_heads, call.scale)
         geometry = Geometry(*call.geometry, call.dense_up_to)
-        out: Proxy = attention(operands.query, operands.key, operands.value, operands.key_mask, geometry, calls)
+        out: Proxy = attention(operands.query, operands.key, operands.value, operands.key_mask, geometry, calls).out
         return out
 
 
@@ -92,7 +92,8 @@ def _geometry_why_not(call: AttentionCall) -> str:
         return "one row that is no last row: the fused operator has no band for one row"
     if geometry.is_dense or (fixed and call.key_mask is None):
         return ""
-    for name, count in (("sink + window", geometry.first_sparse), ("last", geometry.last)):
+    counts = (("sink + window", geometry.first_sparse), ("last", geometry.last), ("min_seq_len", geometry.head))
+    for name, count in counts:
         if count > _MOST_FIXED_ROWS:
             return f"{name} of {count} rows without a fixed length, or with padding: at most {_MOST_FIXED_ROWS}"
     return ""
