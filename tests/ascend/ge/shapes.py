@@ -72,8 +72,14 @@ def pad(call: Call) -> tuple[Tensor]:
 
 
 def pack(call: Call) -> tuple[Tensor]:
-    """Pack: N tensors of one shape and dtype along a new axis."""
+    """Pack: N tensors of one shape and dtype along a new axis.
+
+    One exception, which the manual does not have: torchair itself packs sizes that it reads in int32 with constants in
+    int64 (``get_sym_node_from_graph`` in its ``continguous.py``). The numbers are the same in int64.
+    """
     parts = call.dynamic("x")
+    if {x.dtype for x in parts} == set(INDEX) and all(x.dim() == 0 for x in parts):
+        parts = [x.long() for x in parts]
     call.require(call.integer("N") == len(parts), f"N must be {len(parts)}")
     kinds = {(x.dtype, tuple(x.shape)) for x in parts}
     call.require(len(kinds) == 1, f"the tensors must have one dtype and shape, got {kinds}")
