@@ -103,6 +103,26 @@ def _converted_attention(npu: bool) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext() if npu else sdpa_kernel(SDPBackend.MATH)
 
 
+def _inputs_first(own: Callable[..., Any] | None) -> Callable[..., None]:
+    """A pass for torchair that puts all inputs of a graph before its other nodes, after the user's own pass.
+
+    torchair 2.13 replaces the first nodes of the converted graph by the weights, one for each input; it writes a
+    dynamic length, which it reads from an input, right behind that input, and so would replace the wrong ones.
+    """
+
+    def run(gm: GraphModule, example_inputs: Any, config: Any) -> None:
+        if own is not None:
+            own(gm, example_inputs, config)
+        front = next(iter(gm.graph.nodes))
+        for node in gm.graph.find_nodes(op="placeholder"):
+            if node is front:
+                front = front.next
+            else:
+                front.prepend(node)
+
+    return run
+
+
 def write(
     model: nn.Module,
     args: Sequence[Any],
@@ -126,14 +146,16 @@ def write(
     config.export.export_name = name
     config.export.weight_name = {id(x): n for n, x in (*model.named_buffers(), *model.named_parameters())}
     config.experimental_config.enable_ref_data = True
+    config.post_grad_custom_post_pass = _inputs_first(config.post_grad_custom_post_pass.value)
     compiler = Torchair(config)
 
     def backend(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         return compiler.compile(rewritten(gm, example_inputs), example_inputs)
 
-    # One compile per export is meant; it must not use up the user's recompiles.
-    limits = torch._dynamo.config.patch(recompile_limit=2**31, accumulated_recompile_limit=2**31)
-    with limits, torch.no_grad():
+    # One compile per export is meant; it must not use up the user's recompiles. Numbers of the model, an epsilon or a
+    # scale, are constants of what is written: as inputs nobody could give them.
+    settings = {"recompile_limit": 2**31, "accumulated_recompile_limit": 2**31, "specialize_float": True}
+    with torch._dynamo.config.patch(settings), torch.no_grad():
         try:
             torch.compile(model, backend=backend, fullgraph=True, dynamic=dynamic)(*args, **kwargs)
         except converter.ExportSuccess:
