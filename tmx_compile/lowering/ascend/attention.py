@@ -146,22 +146,28 @@ def _dynamic(q: Any, k: Any, v: Any, n: Any, spare: int, geometry: Geometry, cal
     """``q``, ``k`` and ``v`` may have a spare row more than the n rows of the result."""
     sink, last, head = geometry.sink, geometry.last, geometry.head
     before = first_position(q, k)
+    same = isinstance(before, int)
+    row_end, key_end = (arange(x, 1) + (length(x, 2) - 1) for x in (q, k))
 
-    def at(x: Any, count: int, first: Any) -> Any:
-        """``count`` rows from ``first`` on; for those outside, another row, which is not used."""
-        return x.index_select(2, (arange(x, count) + first).clamp(min=0).minimum(arange(x, 1) + (length(x, 2) - 1)))
-
-    sinks = (at(k, sink, 0), at(v, sink, 0)) if sink else None
+    # Where an index is outside, another row is taken, and is not used.
+    sinks = None
+    if sink:
+        first = arange(q, sink).minimum(key_end)
+        sinks = (k.index_select(2, first), v.index_select(2, first))
     parts = [_stream(q, k, v, sinks, geometry.window, calls)]
     if head:
-        parts.insert(0, calls.causal(at(q, head, -before), at(k, head, 0), at(v, head, 0)))
+        place = arange(q, head)
+        keys = place.minimum(key_end)
+        own = keys if same else (place - before).clamp(min=0).minimum(row_end)
+        parts.insert(0, calls.causal(*(x.index_select(2, i) for x, i in ((q, own), (k, keys), (v, keys)))))
     if last:
         # A spare row is the last of them, and none of the result.
-        parts.append(calls.final_rows(at(q, last + spare, n - last), k, v))
+        final = (arange(q, last + spare) + (n - last)).clamp(min=0)
+        parts.append(calls.final_rows(q.index_select(2, final), k, v))
     if len(parts) == 1 and not spare:
         return parts[0]
     row, whole = arange(q, n), arange(q, 1) + n
-    found = _place(row, row + before, row + last >= whole, last + spare, whole, geometry)
+    found = _place(row, row if same else row + before, row + last >= whole, last + spare, whole, geometry)
     return Part.cat(parts).map(lambda x: x.index_select(2, found))
 
 
