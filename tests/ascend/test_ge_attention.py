@@ -182,6 +182,13 @@ def test_one_row_refuses_the_compressed_mask(mode):
         fia(q, k, v, TRIANGLE, sparse_mode=mode, pre_tokens=1, next_tokens=0)
 
 
+@pytest.mark.parametrize("shape", [(1, 9), (1, 2, 9), (2, 10), (2, 2, 9), (18,), (9, 2)])
+def test_one_row_refuses_other_masks(shape):
+    q, k, v = qkv(1, 9, batch=2)
+    with pytest.raises(GraphError, match="one query row"):
+        fia(q, k, v, torch.zeros(shape, dtype=torch.bool))
+
+
 def test_layouts_agree():
     q, k, v = qkv(6, 8, batch=2, heads=4, kv_heads=2)
     out, lse = fia(q, k, v, TRIANGLE, sparse_mode=3)
