@@ -160,4 +160,9 @@ def write(
             torch.compile(model, backend=backend, fullgraph=True, dynamic=dynamic)(*args, **kwargs)
         except converter.ExportSuccess:
             return Path(folder) / f"{name}.air"
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            # Our own words rather than Dynamo's around them.
+            if isinstance(error.inner_exception, TriangleMixError):
+                raise error.inner_exception from error.inner_exception.__cause__
+            raise
     raise TriangleMixError(f"torchair wrote no model to {folder}: the call of the model left no graph to export")

@@ -14,11 +14,11 @@ import torch
 from tests.ascend.ge import attention
 from tests.ascend.ge.node import Call
 
-_FIA = """npu_fused_infer_attention_score(Tensor query, Tensor key, Tensor value, *, Tensor? pse_shift=None,
+FIA = """npu_fused_infer_attention_score(Tensor query, Tensor key, Tensor value, *, Tensor? pse_shift=None,
 Tensor? atten_mask=None, SymInt[]? actual_seq_lengths=None, SymInt[]? actual_seq_lengths_kv=None, int num_heads=1,
 float scale=1.0, int pre_tokens=2147483647, int next_tokens=2147483647, str input_layout="BSH",
 int num_key_value_heads=0, int sparse_mode=0, int inner_precise=0, bool softmax_lse_flag=False) -> (Tensor, Tensor)"""
-_UPDATE = "npu_attention_update(Tensor[] lse, Tensor[] local_out, int update_type) -> (Tensor, Tensor)"
+UPDATE = "npu_attention_update(Tensor[] lse, Tensor[] local_out, int update_type) -> (Tensor, Tensor)"
 _FIELDS = {int: "i", float: "f", bool: "b", str: "s"}
 _KEPT: list[Any] = []
 
@@ -32,8 +32,8 @@ def install() -> None:
         return
     if not hasattr(torch.ops.npu, "npu_fused_infer_attention_score"):
         definitions = torch.library.Library("npu", "FRAGMENT")
-        definitions.define(" ".join(_FIA.split()))
-        definitions.define(_UPDATE)
+        definitions.define(" ".join(FIA.split()))
+        definitions.define(UPDATE)
         torch.library.register_fake("npu::npu_fused_infer_attention_score", _fia_shapes, lib=definitions)
         torch.library.register_fake("npu::npu_attention_update", _update_shapes, lib=definitions)
         _KEPT.append(definitions)
@@ -67,8 +67,10 @@ def _fia(query, key, value, *, atten_mask=None, **attributes):
 def _update(lse, local_out, update_type):
     called.append(("Update", tuple(local_out[0].shape), (), update_type))
     inputs = {f"lse{i}": x for i, x in enumerate(lse)} | {f"go{i}": x for i, x in enumerate(local_out)}
-    out, _ = attention.attention_update(_call("AttentionUpdate", inputs, {"update_type": update_type, "sp": len(lse)}))
-    return out, torch.full_like(lse[0], float("nan"))
+    call = _call("AttentionUpdate", inputs, {"update_type": update_type, "sp": len(lse)})
+    out, merged = attention.attention_update(call)
+    # What the manual calls invalid must not be used.
+    return out, merged if isinstance(merged, torch.Tensor) else torch.full_like(lse[0], float("nan"))
 
 
 def _fia_shapes(query, key, value, *, softmax_lse_flag=False, input_layout="BSH", **_):

@@ -114,8 +114,10 @@ def _wider(x: Any, dim: int, spare: int, value: float = 0.0) -> Any:
 
 def _biased(q: Any, k: Any, v: Any, key_mask: Any, dim: int, spare: int, scale: float) -> tuple[Any, Any, Any, Any]:
     columns = dim - length(q, 3)
-    key_mask = F.pad(key_mask, (0, spare)) if spare else key_mask
     batch, kv_heads = length(k, 0), length(k, 1)
+    if spare:
+        # torchair pads no truth values.
+        key_mask = torch.cat([key_mask, (arange(k, spare) < 0)[None, :].expand(batch, spare)], 1)
     bias = torch.where(key_mask, 0.0, _KEY_BIAS).to(example(k).dtype)[:, None, :, None]
     biases = bias.expand(batch, kv_heads, length(key_mask, 1), columns)
     keys = torch.cat([_wider(k, length(k, 3), spare), biases], 3)
@@ -195,7 +197,7 @@ def _place(row: Any, place: Any, is_last: Any, skipped: Any, n: Any, geometry: G
 def _padded(q: Any, k: Any, v: Any, key_mask: Any, n: Any, geometry: Geometry, calls: Calls) -> Part:
     """All operands may have a spare row, which is padding, more than the n rows of the result."""
     q_len, kv_len, before = length(q, 2), length(k, 2), first_position(q, k)
-    where = rows.extent(key_mask, kv_len)
+    where = _extent(key_mask)
     dense_alive = rows.alive(q, k, key_mask, where, 0, 0, kv_len)
     if geometry.is_dense:
         done, lives = calls.final_rows(q, k, v), dense_alive[:, None, :, None]
@@ -232,6 +234,15 @@ def _padded(q: Any, k: Any, v: Any, key_mask: Any, n: Any, geometry: Geometry, c
     if calls.with_lse:
         nothing = Part(nothing.out, nothing.out[..., :1].float() + float("-inf"))
     return Part.cat([*parts, nothing]).map(lambda x: _rows(x, found))
+
+
+def _extent(key_mask: Any) -> rows.Extent:
+    """:func:`tmx_compile.lowering.rows.extent` by counting: torchair converts no minimum over a dimension."""
+    before = key_mask.to(torch.int64).cumsum(1)
+    # Places up to the first valid key have none at or before them; those up to the last still have one to come.
+    start = (before == 0).to(torch.int64).sum(1, keepdim=True)
+    end = (before - key_mask.to(torch.int64) < before[:, -1:]).to(torch.int64).sum(1, keepdim=True)
+    return rows.Extent(start.minimum(end), end)
 
 
 def _rows(x: Any, index: Any) -> Any:

@@ -27,8 +27,13 @@ _CORRECT_EMPTY_ROWS = 2
 
 def missing() -> str:
     """Why the operators cannot be called here, or an empty string."""
+    return missing_of(torch.ops.npu)
+
+
+def missing_of(operators: Any) -> str:
+    """:func:`missing` for a namespace of operators."""
     names = ("npu_fused_infer_attention_score", "npu_attention_update")
-    lacks = [name for name in names if not hasattr(torch.ops.npu, name)]
+    lacks = [name for name in names if not hasattr(operators, name)]
     if len(lacks) == len(names):
         return "torch_npu is not imported (install it with pip install 'tmx-compile[npu]')"
     return f"this torch_npu has no {lacks[0]}; a newer one has" if lacks else ""
