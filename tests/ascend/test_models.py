@@ -149,6 +149,18 @@ def test_ge_mode_with_the_weights_as_inputs(npu, name):
         assert error(logits, masked_oracle(case.model.build(), case.config, prompt(length))) < case.tolerance
 
 
+@pytest.mark.parametrize("dtype", [HALF, BF16])
+def test_padded_sequences(npu, tmp_path, dtype):
+    """One graph for every length, and a mask that differs between the sequences. Rows of padding are not looked at."""
+    case = Case(Model("Llama", dtype), (3, 5, 6), (1,))
+    model = npu.call(models.exported, case.model, case.config, 40, tmp_path, True, padded=True)
+    for length in (40, 12, 61, 3):
+        ids, mask = prompt(length, 2), models.padding(length)
+        (logits,) = execute(model, [ids, mask])
+        expected = masked_oracle(case.model.build(), case.config, ids, mask)
+        assert error(logits[mask.bool()], expected[mask.bool()]) < case.tolerance, length
+
+
 def test_what_the_comparison_can_see():
     """The tolerance lies far below what any one key more or less makes of the logits."""
     ids, model = prompt(101), LLAMA.model.build()
