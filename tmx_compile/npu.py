@@ -18,7 +18,7 @@ from torch.fx import GraphModule
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tmx_compile.errors import TriangleMixError
-from tmx_compile.graph.nodes import value_of
+from tmx_compile.graph.nodes import op_name, tensor_of, value_of
 
 _OPERATORS = ("FusedInferAttentionScore", "AttentionUpdate")
 _ABOUT_VERSIONS = (*_OPERATORS, "cann version", "CANN version", "upgrade")
@@ -70,6 +70,7 @@ class Torchair:
         Raises:
             TriangleMixError: CANN is too old for an operator, with torchair's message.
         """
+        _drop_nothing(gm)
         with _surfaced(), _converted_attention(on_npu(gm, example_inputs)):
             compiled = self._backend(gm, list(example_inputs), **self._options)
 
@@ -79,6 +80,20 @@ class Torchair:
                 return compiled(*args)
 
         return run
+
+
+def _drop_nothing(gm: GraphModule) -> None:
+    """Take empty one-dimensional tensors out of concatenations, as ``torch.cat`` does.
+
+    Hugging Face's new caches begin as one. GE's ConcatV2 knows no such rule.
+    """
+    for node in gm.graph.nodes:
+        if op_name(node) != "cat" or not node.args or not isinstance(node.args[0], (list, tuple)):
+            continue
+        kept = [x for x in node.args[0] if getattr(tensor_of(x), "shape", None) != (0,)]
+        if kept and len(kept) < len(node.args[0]):
+            node.args = (kept, *node.args[1:])
+    gm.recompile()
 
 
 @contextlib.contextmanager

@@ -36,7 +36,8 @@ class Layers(torch.nn.Module):
         self.gain = torch.nn.Parameter(torch.full((96,), 2.0, dtype=torch.float16), requires_grad=False)
 
     def forward(self, x: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
-        x = x * self.gain
+        # As Hugging Face's caches begin.
+        x = torch.cat([torch.tensor([], dtype=x.dtype), x * self.gain], 1)
         dense = self.layers[0](x, valid)
         return self.layers[1](torch.cat([dense, x[..., 64:]], 2), valid)
 
