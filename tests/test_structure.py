@@ -23,11 +23,14 @@ ORDER = [
     "lowering",
     "pipeline",
     "standalone",
+    "npu",
 ]
 FREE = {
     "api": set(ORDER),
+    "deploy": {*ORDER, "api"},
     "testing": set(ORDER),
     "analysis": {"config", "errors", "plan"},
+    "modules": {"config", "plan", "ops"},
     "bench": {"version", "config", "plan", "lowering", "api"},
     "cli": {"bench"},
     "__init__": None,

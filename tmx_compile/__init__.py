@@ -8,13 +8,17 @@ from __future__ import annotations
 from tmx_compile.analysis import TriangleMixAnalyzer
 from tmx_compile.api import TmxBackend, explain, rewrite, tmx_backend
 from tmx_compile.config import TriangleMixConfig, TriangleMixInferenceConfig
+from tmx_compile.deploy import export
 from tmx_compile.errors import LoweringError, StrictModeError, TriangleMixError, VerificationError
+from tmx_compile.modules import AscendNPUTriangleMixOptimizer, AscendTriangleMixAttention
 from tmx_compile.ops import triangle_attention
 from tmx_compile.plan.dense import TriangleMixAttention, TriangleMixMaskGenerator
 from tmx_compile.report import Reason, Report, SiteRecord
 from tmx_compile.version import __version__
 
 __all__ = [
+    "AscendNPUTriangleMixOptimizer",
+    "AscendTriangleMixAttention",
     "LoweringError",
     "Reason",
     "Report",
@@ -30,6 +34,7 @@ __all__ = [
     "VerificationError",
     "__version__",
     "explain",
+    "export",
     "rewrite",
     "tmx_backend",
     "triangle_attention",

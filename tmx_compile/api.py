@@ -6,18 +6,19 @@ import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.fx import GraphModule
 
+from tmx_compile import npu
 from tmx_compile.config import TriangleMixConfig, TriangleMixInferenceConfig
 from tmx_compile.errors import LoweringError, TriangleMixError
 from tmx_compile.graph.constants import KnownTensor
 from tmx_compile.graph.nodes import value_of
 from tmx_compile.guards import RangeGuards
 from tmx_compile.lengths import Prompt, dispatch
-from tmx_compile.lowering.select import CHOICES
+from tmx_compile.lowering.select import ASCEND, CHOICES, INDUCTOR, TARGETS
 from tmx_compile.pipeline import GraphPlan, Options, copy_graph, hint, plan_graph, records, rewrite_graph
 from tmx_compile.report import Report
 from tmx_compile.standalone import Program, rewrite_program
@@ -33,7 +34,7 @@ _FIRST_N_COST = {"first": 0.252, "deepest": -0.0084}
 
 
 class TmxBackend:
-    """A ``torch.compile`` backend: rewrites proven attention, then hands the graph to Inductor.
+    """A ``torch.compile`` backend: rewrites proven attention, then hands the graph to Inductor, or on NPUs to torchair.
 
     Attributes:
         report: one record per attention site of every compiled graph, in order.
@@ -48,10 +49,13 @@ class TmxBackend:
         strict: bool = False,
         assume_causal: bool = False,
         report: Report | None = None,
+        target: str = "auto",
+        compiler_config: Any = None,
     ) -> None:
         self.config = _effective(config)
         if lowering not in CHOICES:
             raise ValueError(f"lowering must be one of {', '.join(CHOICES)}, got {lowering!r}")
+        _check_target(target, lowering, compiler_config)
         for name, value in (("strict", strict), ("assume_causal", assume_causal)):
             if not isinstance(value, bool):
                 raise ValueError(f"{name} must be True or False, got {value!r}")
@@ -61,6 +65,8 @@ class TmxBackend:
         self.strict = strict
         self.assume_causal = assume_causal
         self.report = Report() if report is None else report
+        self.target = target
+        self.compiler_config = compiler_config
         if self.config is not None:
             _warn(self.config)
 
@@ -72,11 +78,15 @@ class TmxBackend:
         mode: str | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> Callable[..., Any]:
-        """Compile one graph; called by Dynamo. ``mode`` and ``options`` go to Inductor."""
-        inductor = _Inductor(mode, options or {})
+        """Compile one graph; called by Dynamo. ``mode`` and ``options`` go to Inductor, ``options`` to torchair too."""
+        target = self._target_of(gm, example_inputs)
+        inductor: _Compiler = _Inductor(mode, options or {})
+        if target == ASCEND.name:
+            inductor = npu.Torchair(self.compiler_config, mode, options)
         if self.config is None or not self.config.layers():
             return inductor.compile(gm, example_inputs)
-        plan = plan_graph(gm, Options(self.config, self.lowering, self.strict, self.assume_causal), example_inputs)
+        asked = Options(self.config, self.lowering, self.strict, self.assume_causal, target=target)
+        plan = plan_graph(gm, asked, example_inputs)
         if plan.prompt is Prompt.SHORT:
             compiled, done = inductor.compile(gm, example_inputs), plan
         elif plan.fixed_length is None:
@@ -87,8 +97,16 @@ class TmxBackend:
         self.report.add_graph(records(done, self.report.graphs), plan.notes)
         return _watched(compiled, plan.known) if plan.known and done is not plan else compiled
 
+    def _target_of(self, gm: GraphModule, example_inputs: Sequence[Any]) -> str:
+        target = self.target
+        if target == "auto":
+            target = ASCEND.name if npu.on_npu(gm, example_inputs) else INDUCTOR
+        if self.lowering == ASCEND.name and target != ASCEND.name:
+            raise LoweringError("lowering 'ascend' is for NPUs, and this graph's tensors are on none (target='ascend')")
+        return target
+
     def _compile_long(
-        self, plan: GraphPlan, inductor: _Inductor, example_inputs: Sequence[Any]
+        self, plan: GraphPlan, inductor: _Compiler, example_inputs: Sequence[Any]
     ) -> tuple[Callable[..., Any], GraphPlan]:
         assert self.config is not None
         rewritten = rewrite_graph(plan)
@@ -97,7 +115,7 @@ class TmxBackend:
         return compiled, rewritten.plan
 
     def _compile_range(
-        self, plan: GraphPlan, inductor: _Inductor, example_inputs: Sequence[Any]
+        self, plan: GraphPlan, inductor: _Compiler, example_inputs: Sequence[Any]
     ) -> tuple[Callable[..., Any], GraphPlan]:
         """Compile for a range of lengths that the user fixed: no guard may be left, and both sides may be needed."""
         assert self.config is not None
@@ -110,10 +128,9 @@ class TmxBackend:
         long, done = self._compile_long(plan, inductor, example_inputs)
         failed = guards.settle()
         if failed:
-            if self.lowering not in ("auto", "operator"):
-                raise LoweringError(
-                    f"lowering {self.lowering!r} needs {failed}, which the fixed range of lengths forbids"
-                )
+            if self.lowering not in ("auto", "operator") or plan.options.target == ASCEND.name:
+                name = ASCEND.name if plan.options.target == ASCEND.name else self.lowering
+                raise LoweringError(f"lowering {name!r} needs {failed}, which the fixed range of lengths forbids")
             # The operator itself guards on nothing.
             guards.forget()
             again = plan_graph(spare, replace(plan.options, lowering="operator"))
@@ -139,6 +156,8 @@ def tmx_backend(
     strict: bool = False,
     assume_causal: bool = False,
     report: Report | None = None,
+    target: str = "auto",
+    compiler_config: Any = None,
 ) -> TmxBackend:
     """A backend for ``torch.compile(model, backend=tmx_backend(config))``.
 
@@ -151,14 +170,26 @@ def tmx_backend(
             and-ed with a padding mask, and that row positions handed to the model are consecutive. It is checked when
             the compiled model runs: a broken promise raises ``ValueError`` (on an accelerator, a device assertion).
         report: a report to fill; a new one by default, found as ``backend.report``.
+        target: what compiles the graphs. "inductor"; "ascend", torchair; "auto" takes torchair for graphs on an NPU.
+        compiler_config: a ``torchair.CompilerConfig`` for the target "ascend" (its ``mode`` chooses GE graphs, the
+            default, or "npugraph_ex").
 
     Raises:
-        ValueError: an argument of the wrong kind or value, naming it.
+        ValueError: an argument of the wrong kind or value, or two that contradict each other, naming them.
+        ImportError: target "ascend" without a torch_npu that loads.
 
     Warns:
         UserWarning: the configuration selects no layer, or the first n layers.
     """
-    return TmxBackend(config, lowering=lowering, strict=strict, assume_causal=assume_causal, report=report)
+    return TmxBackend(
+        config,
+        lowering=lowering,
+        strict=strict,
+        assume_causal=assume_causal,
+        report=report,
+        target=target,
+        compiler_config=compiler_config,
+    )
 
 
 def tmx(
@@ -173,7 +204,8 @@ def tmx(
     Options that start with ``tmx_`` are arguments of :func:`tmx_backend` (``tmx_config`` may be a mapping of
     ``TriangleMixConfig``'s parameters); the others go to Inductor.
     """
-    known = ("tmx_config", "tmx_lowering", "tmx_strict", "tmx_assume_causal", "tmx_report")
+    names = ("config", "lowering", "strict", "assume_causal", "report", "target", "compiler_config")
+    known = tuple(f"tmx_{name}" for name in names)
     ours = {name: value for name, value in (options or {}).items() if name.startswith("tmx_")}
     for name in ours:
         if name not in known:
@@ -268,6 +300,15 @@ def rewrite(
     return done, backend.report
 
 
+class _Compiler(Protocol):
+    """What turns a graph into code: Inductor or torchair."""
+
+    def compile(
+        self, gm: GraphModule, example_inputs: Sequence[Any], needed: Mapping[str, Any] | None = None
+    ) -> Callable[..., Any]:
+        """The compiled graph."""
+
+
 class _Inductor:
     """Inductor with the user's mode and options."""
 
@@ -295,6 +336,22 @@ def _cache_tag(config: TriangleMixConfig) -> Iterator[None]:
     tag = torch.compiler.config.cache_key_tag
     with torch.compiler.config.patch(cache_key_tag=f"{tag}|{own}" if tag else own):  # type: ignore[attr-defined]
         yield
+
+
+def _check_target(target: str, lowering: str, compiler_config: Any) -> None:
+    if target not in TARGETS:
+        raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {target!r}")
+    if target == INDUCTOR and compiler_config is not None:
+        raise ValueError(f"compiler_config is torchair's, and target is {target!r}: give target='ascend'")
+    if target == INDUCTOR and lowering == ASCEND.name:
+        raise ValueError(f"lowering 'ascend' is compiled by torchair, and target is {target!r}: give target='ascend'")
+    if target != ASCEND.name:
+        return
+    if lowering not in ("auto", ASCEND.name):
+        raise ValueError(f"lowering {lowering!r} is not for torchair: with target='ascend' it is 'auto' or 'ascend'")
+    torchair = npu.load()
+    if compiler_config is not None and not isinstance(compiler_config, torchair.CompilerConfig):
+        raise ValueError(f"compiler_config must be a torchair.CompilerConfig, got {compiler_config!r}")
 
 
 def _effective(config: TriangleMixConfig | TriangleMixInferenceConfig) -> TriangleMixConfig | None:

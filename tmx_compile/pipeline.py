@@ -42,6 +42,10 @@ class Options:
     assume_causal: bool = False
     standalone: bool = False
     """The graph is handed back rather than compiled here: no guard, no choice by length, no Inductor settings."""
+    target: str = select.INDUCTOR
+    """What compiles the graph: "inductor" or "ascend"."""
+    every_length: bool = False
+    """One graph serves every length from 1 on and no guard is checked: short prompts are dense inside it."""
 
 
 @dataclass(frozen=True)
@@ -217,6 +221,8 @@ def _side(plan: GraphPlan, site: AttentionSite) -> Prompt | Rejected:
     side = decide(q_len, plan.limit, may_guard=not plan.options.standalone)
     if side is Prompt.SHORT:
         return _short(site, plan.options.config.min_seq_len, plan.limit)
+    if side is Prompt.BOTH and plan.options.every_length:
+        side = Prompt.LONG
     if side is Prompt.BOTH:
         assert isinstance(q_len, torch.SymInt)
         where = find_length_input(plan.gm, q_len)
@@ -276,8 +282,11 @@ def rewrite_graph(plan: GraphPlan) -> Rewritten:
         site = item.site
         assert site is not None
         assert item.proof is not None
-        planned = _call(site, item.proof, target, needs_grad, fake_mode)
+        planned = _call(site, item.proof, target, needs_grad, fake_mode, plan.options)
         lowering = _lowering(planned, plan.options, stays_dense=item.verdict is not None)
+        if isinstance(lowering, Rejected):
+            sites.append(_refused(item, lowering, plan.options))
+            continue
         if lowering is None:
             sites.append(item)
             continue
@@ -296,24 +305,36 @@ def rewrite_graph(plan: GraphPlan) -> Rewritten:
     return Rewritten(gm, replace(plan, sites=sites), merged_options((call, low) for _, call, low in chosen))
 
 
+def _refused(item: SitePlan, why: Rejected, options: Options) -> SitePlan:
+    """A site that no lowering of the target takes: it stays as it is written."""
+    if options.strict:
+        raise StrictModeError(f"{item.layer.path or item.node.name}: {why}")
+    return replace(item, verdict=replace(why, node=item.node))
+
+
 def _target(item: SitePlan, options: Options) -> tuple[int, int, int] | None:
     """The geometry of a site: triangle, dense without its mask, or None to leave it exactly as it is."""
     if item.verdict is None:
         return options.config.geometry
-    # A FlexAttention call with a block plan forms no mask: it stays the user's choice.
-    if item.proof is not None and item.proof.plain and item.site is not None and item.site.masks:
+    # A FlexAttention call with a block plan forms no mask: it stays the user's choice. On NPUs SDPA has no graph form.
+    written = item.site is not None and (item.site.masks or options.target == select.ASCEND.name)
+    if item.proof is not None and item.proof.plain and item.site is not None and written:
         return (0, 0, ALL_ROWS) if item.site.block_plan is None else None
     return None
 
 
-def _lowering(call: AttentionCall, options: Options, *, stays_dense: bool) -> Lowering | None:
-    if not stays_dense:
-        return select.select(options.lowering, call, portable=options.standalone)
-    return select.dense(options.lowering, call, portable=options.standalone)
+def _lowering(call: AttentionCall, options: Options, *, stays_dense: bool) -> Lowering | Rejected | None:
+    choose = select.dense if stays_dense else select.select
+    return choose(options.lowering, call, portable=options.standalone, target=options.target)
 
 
 def _call(
-    site: AttentionSite, proof: Proof, target: tuple[int, int, int], needs_grad: bool, fake_mode: Any
+    site: AttentionSite,
+    proof: Proof,
+    target: tuple[int, int, int],
+    needs_grad: bool,
+    fake_mode: Any,
+    options: Options,
 ) -> AttentionCall:
     query, key, value = (site.fake(name) for name in ("query", "key", "value"))
     out = nodes.tensor_of(site.node)
@@ -326,7 +347,8 @@ def _call(
         if proof.valid or moved or proof.documents is not None:
             dtype = torch.bool if proof.documents is None else torch.int64
             key_mask = key.new_empty(query.shape[0], key.shape[2], dtype=dtype)
-    return AttentionCall(query, key, value, key_mask, *target, site.scale, needs_grad, proof.reach)
+    dense_up_to = options.config.min_seq_len if options.every_length else None
+    return AttentionCall(query, key, value, key_mask, *target, site.scale, needs_grad, proof.reach, dense_up_to)
 
 
 def _as_substituted(planned: AttentionCall, both: Node) -> AttentionCall:
