@@ -12,8 +12,8 @@ import torch
 from torch.fx import GraphModule
 
 from tmx_compile.config import TriangleMixConfig, TriangleMixInferenceConfig
-from tmx_compile.errors import LoweringError, TriangleMixError
-from tmx_compile.graph.constants import KnownTensor
+from tmx_compile.errors import LoweringError
+from tmx_compile.graph.constants import watched
 from tmx_compile.graph.nodes import value_of
 from tmx_compile.guards import RangeGuards
 from tmx_compile.lengths import Prompt, dispatch
@@ -85,7 +85,7 @@ class TmxBackend:
             compiled, done = self._compile_range(plan, inductor, example_inputs)
         # Only now: Dynamo may abandon a compilation half way and start again.
         self.report.add_graph(records(done, self.report.graphs), plan.notes)
-        return _watched(compiled, plan.known) if plan.known and done is not plan else compiled
+        return watched(compiled, plan.known) if plan.known and done is not plan else compiled
 
     def _compile_long(
         self, plan: GraphPlan, inductor: _Inductor, example_inputs: Sequence[Any]
@@ -221,21 +221,6 @@ def explain(
     with torch._dynamo.config.patch(recompile_limit=2**31, accumulated_recompile_limit=2**31):
         torch.compile(model, backend=trace_only, dynamic=False)(*args, **kwargs)
     return backend.report
-
-
-def _watched(compiled: Callable[..., Any], known: Sequence[KnownTensor]) -> Callable[..., Any]:
-    """The compiled graph, run only while the buffers that its masks were read from hold what was read."""
-
-    def run(*args: Any) -> Any:
-        for constant in known:
-            if not constant.holds(args[constant.position]):
-                raise TriangleMixError(
-                    f"{constant.name} has changed since the model was compiled, and the attention masks were read from "
-                    "it: call torch.compiler.reset() and compile again"
-                )
-        return compiled(*args)
-
-    return run
 
 
 def rewrite(
