@@ -12,6 +12,7 @@ ROOT = Path(tmx_compile.__file__).parent
 ORDER = [
     "version",
     "errors",
+    "identity",
     "config",
     "plan",
     "report",
@@ -27,9 +28,9 @@ ORDER = [
 FREE = {
     "api": set(ORDER),
     "testing": set(ORDER),
-    "analysis": {"config", "errors", "plan"},
+    "analysis": set(ORDER) - {"always", "standalone", "lowering"},
     "bench": {"version", "config", "plan", "lowering", "api"},
-    "cli": {"bench"},
+    "cli": {"analysis", "bench", "config"},
     "__init__": None,
 }
 

@@ -123,8 +123,12 @@ class CapturedModel:
         board.recorder = record
         try:
             output, _ = self._run(inputs, frozenset(), None)
-            gates = board.gates
-            torch.autograd.grad(number(output), gates, allow_unused=True)
+            value = number(output)
+            if not value.requires_grad:
+                raise TriangleMixError(
+                    f"the output of {type(self.model).__name__} carries no gradient of its attention"
+                )
+            torch.autograd.grad(value, board.gates, allow_unused=True)
         finally:
             board.recorder, board.gates = None, []
         return torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, output)
@@ -197,7 +201,9 @@ class _Graph:
         """The whole graph."""
         return self.gm.forward(*args)
 
-    def steps(self, args: Sequence[Any], start: int, env: Mapping[Node, Any], states: dict[int, dict[Node, Any]]) -> Any:
+    def steps(
+        self, args: Sequence[Any], start: int, env: Mapping[Node, Any], states: dict[int, dict[Node, Any]]
+    ) -> Any:
         """Node by node from ``start`` with the values ``env``; fills ``states`` with the values at each switch."""
         interpreter = Interpreter(self.gm, garbage_collect_values=False)
         interpreter.env = dict(env)
@@ -239,7 +245,8 @@ class _Replay:
         if not graph.can_skip:
             return graph.forward(args)
         states: dict[int, dict[Node, Any]] = {}
-        start, env = 0, {}
+        start = 0
+        env: Mapping[Node, Any] = {}
         if since is not None and since.graph is graph and since.states:
             start, env = self._resume(graph, since)
         result = graph.steps(args, start, env, states if self._keep else _Forget())
