@@ -13,6 +13,7 @@ ORDER = [
     "version",
     "errors",
     "identity",
+    "environment",
     "config",
     "plan",
     "report",
