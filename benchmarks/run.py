@@ -13,12 +13,20 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from benchmarks import common, first_n, million, operator, pass_cost, prefill_memory, ttft
+from benchmarks import calibration, common, first_n, million, operator, pass_cost, prefill_memory, ttft
 from tmx_compile.bench import record
 
 CASES = {
     case.name: case
-    for case in (operator.CASE, pass_cost.CASE, prefill_memory.CASE, first_n.CASE, ttft.CASE, million.CASE)
+    for case in (
+        operator.CASE,
+        pass_cost.CASE,
+        prefill_memory.CASE,
+        first_n.CASE,
+        calibration.CASE,
+        ttft.CASE,
+        million.CASE,
+    )
 }
 
 
