@@ -161,8 +161,12 @@ def middle_sums(
     total = [torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (q, k, v)] if gradients else None
     # The caller's autocast would round the float32 products.
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+        # Converted once, not once per block.
+        converted = [x.to(dtype) for x in (q, k, v, grad_out)]
+        delta = (converted[3] * out.to(dtype)).sum(-1, keepdim=True)
+        tensors = _Tensors(converted[0], converted[1], converted[2], converted[3], delta)
         for part in _parts(inputs, geometry):
-            _accumulate(inputs, part, out, grad_out, dtype, sums, cells, total)
+            _accumulate(tensors, inputs.scale, part, sums, cells, total)
     found = SectionSums(sums, cells)
     if total is None:
         return found, (None, None, None)
@@ -232,33 +236,36 @@ def _blocks(
         row = row_end
 
 
+@dataclass(frozen=True)
+class _Tensors:
+    """The tensors of a call in the dtype that is computed in; ``delta`` (B, H, Sq, 1) is the row sum of dO * O."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    grad_out: Tensor
+    delta: Tensor
+
+
 def _accumulate(
-    inputs: AttentionInputs,
-    part: _Part,
-    out: Tensor,
-    grad_out: Tensor,
-    dtype: torch.dtype,
-    sums: Tensor,
-    cells: Tensor,
-    total: list[Tensor] | None,
+    tensors: _Tensors, scale: float, part: _Part, sums: Tensor, cells: Tensor, total: list[Tensor] | None
 ) -> None:
     """Add one part's sums and gradients to the totals, in place."""
     s, rows, keys = part.sequences, part.rows, part.keys
-    q, d_out = (x[s, :, rows].to(dtype) for x in (inputs.query, grad_out))
-    k, v = (x[s, :, keys].to(dtype) for x in (inputs.key, inputs.value))
+    k, v = tensors.key[s, :, keys], tensors.value[s, :, keys]
     kv_heads = k.shape[1]
-    cell_shape = (*q.shape[:3], k.shape[2])
-    scores = (kernel.grouped(q, kv_heads) @ k.transpose(2, 3)).view(cell_shape).mul_(inputs.scale)
+    q, d_out = (kernel.grouped(x[s, :, rows], kv_heads) for x in (tensors.query, tensors.grad_out))
+    delta = tensors.delta[s, :, rows]
+    cell_shape = (*delta.shape[:3], k.shape[2])
+    scores = (q @ k.transpose(2, 3)).view(cell_shape).mul_(scale)
     scores.masked_fill_(~part.allowed[:, None], float("-inf"))
     lse = torch.logsumexp(scores, -1, keepdim=True)
     # exp(-inf - 0) is 0: a row that attends to nothing contributes nothing.
     weights = scores.sub_(lse.masked_fill(lse == float("-inf"), 0.0)).exp_()
-    grad_weights = (kernel.grouped(d_out, kv_heads) @ v.transpose(2, 3)).view(cell_shape)
+    grad_weights = (d_out @ v.transpose(2, 3)).view(cell_shape)
     if total is not None:
-        value_part = kernel.grouped(weights, kv_heads).transpose(2, 3) @ kernel.grouped(d_out, kv_heads)
-        total[2][s, :, keys] += value_part
+        total[2][s, :, keys] += kernel.grouped(weights, kv_heads).transpose(2, 3) @ d_out
     plain = grad_weights.mul_(weights)
-    delta = (d_out * out[s, :, rows].to(dtype)).sum(-1, keepdim=True)
     grad_scores = weights.mul_(-delta).add_(plain)
     cells[s] += part.middle.sum((1, 2))
     if bool(part.middle.any()):
@@ -266,9 +273,9 @@ def _accumulate(
         for place, x in ((0, plain), (2, grad_scores)):
             # Not in place: the gradients need the cells outside the section too.
             inside = x.masked_fill(outside, 0.0)
-            sums[place, s] += inside.sum((2, 3), dtype=torch.float64)
-            sums[place + 1, s] += inside.abs_().sum((2, 3), dtype=torch.float64)
+            sums[place, s] += inside.sum(-1).sum(-1, dtype=torch.float64)
+            sums[place + 1, s] += inside.abs_().sum(-1).sum(-1, dtype=torch.float64)
     if total is not None:
-        stacked = kernel.grouped(grad_scores, kv_heads).mul_(inputs.scale)
-        total[0][s, :, rows] += (stacked @ k).view(q.shape)
-        total[1][s, :, keys] += stacked.transpose(2, 3) @ kernel.grouped(q, kv_heads)
+        stacked = kernel.grouped(grad_scores, kv_heads).mul_(scale)
+        total[0][s, :, rows] += (stacked @ k).view(*delta.shape[:3], -1)
+        total[1][s, :, keys] += stacked.transpose(2, 3) @ q
