@@ -30,6 +30,10 @@ _FIRST_N_WARNING = (
     "Use TriangleMixConfig.deepest({n}, num_layers=...) or triangle_layer_indices."
 )
 _FIRST_N_COST = {"first": 0.252, "deepest": -0.0084}
+_ANALYSIS_WARNING = (
+    "use_gradient_analysis asks for layers chosen by gradients, and none are chosen yet: run "
+    "tmx_compile.calibrate(model, batches, config=config) and compile with its .apply(config)"
+)
 
 
 class TmxBackend:
@@ -63,6 +67,9 @@ class TmxBackend:
         self.report = Report() if report is None else report
         if self.config is not None:
             _warn(self.config)
+            if isinstance(config, TriangleMixInferenceConfig) and config.use_gradient_analysis:
+                if not config.triangle_layer_indices:
+                    warnings.warn(_ANALYSIS_WARNING, stacklevel=3)
 
     def __call__(
         self,

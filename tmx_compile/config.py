@@ -342,9 +342,10 @@ class TriangleMixInferenceConfig:
         num_last_tokens: as in :class:`TriangleMixConfig`.
         use_npu_optimization: let Ascend NPUs use their own lowering.
         npu_block_size: rows and columns of a block on NPU (tokens, positive; 32-256 recommended).
-        use_gradient_analysis: ask for the layers to be chosen by recorded Middle gradients
-            (:class:`~tmx_compile.analysis.TriangleMixAnalyzer`) rather than by position.
-        analysis_warmup_steps: steps to record before that choice.
+        use_gradient_analysis: ask for the layers to be chosen by recorded Middle gradients rather than by position:
+            :func:`tmx_compile.calibrate` takes such a configuration, and its result gives it back with the layers. A
+            backend that gets it without layers warns.
+        analysis_warmup_steps: batches to record before that choice.
 
     Raises:
         ValueError: as :class:`TriangleMixConfig`; also a switch that is no bool, or a block size of 0.

@@ -28,6 +28,10 @@ class Decoder(nn.Module):
         self.embed = nn.Embedding(vocabulary, width)
         self.layers = nn.ModuleList(DecoderLayer(heads, kv_heads, dim) for _ in range(layers))
         self.head = nn.Linear(width, vocabulary)
+        with torch.no_grad():
+            # What attention adds must show in the logits.
+            for parameter in self.parameters():
+                parameter.mul_(2)
         self.double()
 
     def forward(self, ids):

@@ -101,10 +101,11 @@ def final_logits(output: Any, inputs: Inputs, positions: int) -> Tensor:
 
 def _feed(digest: Any, value: Any) -> None:
     if isinstance(value, Tensor):
-        flat = value.detach().cpu().contiguous()
-        digest.update(f"{tuple(flat.shape)}{flat.dtype}".encode())
+        digest.update(f"{tuple(value.shape)}{value.dtype}".encode())
+        # A copy: a single element counts as contiguous with any stride, and could not be viewed as bytes.
+        flat = value.detach().cpu().reshape(-1).clone(memory_format=torch.contiguous_format)
         # Byte by byte, for want of a promise that numpy is installed.
-        digest.update(bytes(flat.reshape(-1).view(torch.uint8).tolist()))
+        digest.update(bytes(flat.view(torch.uint8).tolist()))
     elif isinstance(value, (tuple, list)):
         digest.update(f"{len(value)}".encode())
         for item in value:
