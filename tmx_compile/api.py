@@ -67,9 +67,8 @@ class TmxBackend:
         self.report = Report() if report is None else report
         if self.config is not None:
             _warn(self.config)
-            if isinstance(config, TriangleMixInferenceConfig) and config.use_gradient_analysis:
-                if not config.triangle_layer_indices:
-                    warnings.warn(_ANALYSIS_WARNING, stacklevel=3)
+        if _lacks_analysis(config):
+            warnings.warn(_ANALYSIS_WARNING, stacklevel=3)
 
     def __call__(
         self,
@@ -295,6 +294,11 @@ def _effective(config: TriangleMixConfig | TriangleMixInferenceConfig) -> Triang
     if not isinstance(config, TriangleMixConfig):
         raise ValueError(f"config must be a TriangleMixConfig or TriangleMixInferenceConfig, got {config!r}")
     return config
+
+
+def _lacks_analysis(config: TriangleMixConfig | TriangleMixInferenceConfig) -> bool:
+    wanted = isinstance(config, TriangleMixInferenceConfig) and config.enable_trianglemix
+    return wanted and getattr(config, "use_gradient_analysis", False) and not config.triangle_layer_indices
 
 
 def _warn(config: TriangleMixConfig) -> None:

@@ -3,12 +3,13 @@
 import itertools
 import json
 import statistics
+import warnings
 
 import pytest
 import torch
 
 from tests.analysis.explicit import Decoder, GatedModel, middle_mask, one_gate
-from tmx_compile import TriangleMixConfig, TriangleMixInferenceConfig, calibrate
+from tmx_compile import TriangleMixConfig, TriangleMixInferenceConfig, calibrate, tmx_backend
 from tmx_compile.analysis import CapturedModel, Inputs, Sample
 from tmx_compile.analysis.samples import final_logits, samples_of
 
@@ -269,6 +270,11 @@ def test_the_serving_configuration_is_honoured():
     ready = found.apply(asked)
     assert ready.to_trianglemix_config().layers() == found.layers(2)
     assert ready.use_gradient_analysis
+    with pytest.warns(UserWarning, match="asks for layers chosen by gradients, and none are chosen yet"):
+        tmx_backend(asked)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tmx_backend(ready)
     with pytest.raises(ValueError, match="batches must be at least samples=2, got 1"):
         run(model(), batches(1), config=asked)
     with pytest.raises(ValueError, match="batches must be at least samples=2, they ended after 1"):

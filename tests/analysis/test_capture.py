@@ -65,6 +65,23 @@ def test_a_rerun_from_a_trace_is_the_run():
     assert torch.equal(captured.rerun(later, [1]).logits, captured.run(inputs, [1]).logits)
 
 
+def test_the_geometry_can_change_between_runs():
+    model, ids, other = tiny_qwen3(layers=3), token_ids(), (1, 3, 9)
+    captured, inputs = CapturedModel(model, CONFIG), call(ids)
+    _, dense = captured.trace(inputs)
+    _, trace = captured.trace(inputs, [1])
+    captured.geometry = other
+    assert captured.geometry == captured.config.geometry == other
+    config = TriangleMixConfig(*other, triangle_layer_indices=[1, 2])
+    expected = masked_oracle(model, config, ids)
+    found = [captured.run(inputs, [1, 2]), captured.rerun(dense, [1, 2]), captured.rerun(trace, [1, 2])]
+    for output in found:
+        torch.testing.assert_close(output.logits.double(), expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="num_sink_tokens must be a non-negative integer, got -1"):
+        captured.geometry = (-1, 3, 9)
+    assert captured.geometry == other
+
+
 class Broken(Stack):
     """Two graphs."""
 
@@ -105,6 +122,7 @@ def test_more_lengths_than_dynamo_would_compile():
     model = tiny_qwen3(layers=1)
     captured = CapturedModel(model, CONFIG)
     config = CONFIG.replace(triangle_layer_indices=[0])
+    # Ten lengths and three batch sizes: Dynamo gives up after eight compilations.
     for n in range(30, 50, 2):
         ids = token_ids(n % 3 + 1, n)
         expected = masked_oracle(model, config, ids)

@@ -46,6 +46,7 @@ class Trace:
 
     inputs: Inputs
     sparse: frozenset[int]
+    geometry: tuple[int, int, int]
     graph: _Graph
     states: Mapping[int, dict[Node, Any]]
 
@@ -81,6 +82,17 @@ class CapturedModel:
         """The layers whose attention can be switched, ascending, as far as the model has been captured."""
         return tuple(sorted(self._layers))
 
+    @property
+    def geometry(self) -> tuple[int, int, int]:
+        """Sinks, window and last rows of the sparse layers (tokens); may be set between runs."""
+        return self._board.geometry
+
+    @geometry.setter
+    def geometry(self, geometry: tuple[int, int, int]) -> None:
+        sink, window, last = geometry
+        self.config = self.config.replace(num_sink_tokens=sink, sliding_window_size=window, num_last_tokens=last)
+        self._board.geometry = self.config.geometry
+
     def run(self, inputs: Inputs, sparse: Collection[int] = ()) -> Any:
         """The model's output with triangle attention in the layers ``sparse`` and dense attention in the others.
 
@@ -94,16 +106,23 @@ class CapturedModel:
 
     def trace(self, inputs: Inputs, sparse: Collection[int] = (), since: Trace | None = None) -> tuple[Any, Trace]:
         """:meth:`run`, and a trace of it. ``since``: begin where this trace of the same inputs differs."""
-        output, replay = self._run(inputs, frozenset(sparse), _Replay(frozenset(sparse), since, keep=True))
+        output, replay = self._run(inputs, frozenset(sparse), self._from(since, sparse, keep=True))
         assert replay is not None
-        return output, Trace(inputs, frozenset(sparse), replay.graph, replay.states)
+        return output, Trace(inputs, frozenset(sparse), self.geometry, replay.graph, replay.states)
 
     def rerun(self, trace: Trace, sparse: Collection[int]) -> Any:
         """The output for the inputs of a trace with other sparse layers: only what comes after the first that differs.
 
         A model of several graphs, and one that writes to tensors in place, runs from its beginning.
         """
-        return self._run(trace.inputs, frozenset(sparse), _Replay(frozenset(sparse), trace, keep=False))[0]
+        return self._run(trace.inputs, frozenset(sparse), self._from(trace, sparse, keep=False))[0]
+
+    def _from(self, trace: Trace | None, sparse: Collection[int], *, keep: bool) -> _Replay:
+        """A run that begins where a trace differs. With another geometry every sparse layer does."""
+        changed = frozenset(sparse)
+        if trace is not None:
+            changed = changed | trace.sparse if trace.geometry != self.geometry else changed ^ trace.sparse
+        return _Replay(changed, trace, keep=keep)
 
     def gradients(
         self, inputs: Inputs, number: Callable[[Any], torch.Tensor], record: Callable[[int, SectionSums], None]
@@ -223,8 +242,8 @@ class _Graph:
 class _Replay:
     """One run that keeps a trace, or begins at the trace of another."""
 
-    def __init__(self, sparse: frozenset[int], since: Trace | None, *, keep: bool) -> None:
-        self._sparse, self._since, self._keep = sparse, since, keep
+    def __init__(self, changed: frozenset[int], since: Trace | None, *, keep: bool) -> None:
+        self._changed, self._since, self._keep = changed, since, keep
         self._graphs: list[_Graph] = []
         self.states: dict[int, dict[Node, Any]] = {}
         self.skipped: set[int] = set()
@@ -257,8 +276,7 @@ class _Replay:
     def _resume(self, graph: _Graph, since: Trace) -> tuple[int, Mapping[Node, Any]]:
         """Where the run first differs from the trace: at the last switch if nowhere, since a graph has to end."""
         order = sorted(since.states, key=graph.switches.__getitem__)
-        changed = self._sparse ^ since.sparse
-        first = next((layer for layer in order if layer in changed), order[-1])
+        first = next((layer for layer in order if layer in self._changed), order[-1])
         before = order[: order.index(first)]
         self.skipped.update(before)
         if self._keep:
