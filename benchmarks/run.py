@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from benchmarks import calibration, common, first_n, million, operator, pass_cost, prefill_memory, ttft
+from benchmarks import calibration, common, first_n, million, operator, pass_cost, prefill_memory, quality, ttft
 from tmx_compile.bench import record
 
 CASES = {
@@ -24,6 +24,7 @@ CASES = {
         prefill_memory.CASE,
         first_n.CASE,
         calibration.CASE,
+        quality.CASE,
         ttft.CASE,
         million.CASE,
     )
