@@ -51,6 +51,7 @@ def settings(quick: bool) -> dict[str, Any]:
         "text": "pydoc_data.topics: all chapters that benchmarks/texts.py does not keep for evaluation",
         "answer": "the token that follows in the text",
         "memory": "peak resident size (VmHWM) of a process less its size with the model loaded and nothing run",
+        "time": "s: wall clock; cpu_s: processor time of the process, all threads together",
         "forward": "Hugging Face's model in eager mode under no_grad, logits of the last position",
         "forward-backward": "the same with gradients of all activations back to the embeddings, weights frozen",
         "training-step": "the same with gradients of all weights, and logits and loss of all positions",
@@ -97,13 +98,13 @@ def child(task: dict[str, Any]) -> dict[str, Any]:
         samples.append(Sample(Inputs(kwargs=inputs), piece[-1:].clone()))
     gc.collect()
     reset_peak()
-    before, started = resident_mib(), time.perf_counter()
+    before, started, used = resident_mib(), time.perf_counter(), time.process_time()
     found = {}
     if name in ONE_BATCH[:3]:
         _plain(name, model, samples[0])
     else:
         found = _calibrate(task, model, samples)
-    seconds, peak = time.perf_counter() - started, peak_mib()
+    seconds, used, peak = time.perf_counter() - started, time.process_time() - used, peak_mib()
     return {
         "batches": count,
         "before_mib": before,
@@ -111,6 +112,7 @@ def child(task: dict[str, Any]) -> dict[str, Any]:
         "added_mib": peak - before,
         "s": seconds,
         "s_per_batch": seconds / count,
+        "cpu_s": used,
         **found,
     }
 
