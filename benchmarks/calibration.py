@@ -164,6 +164,7 @@ COLUMNS = (
     "of_forward_backward",
     "s",
     "s_per_batch",
+    "cpu_s",
     "ranking",
 )
 CASE = Case("calibration", "calibration.json", None, COLUMNS, Parts(names, settings, measure, finish))

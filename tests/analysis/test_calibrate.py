@@ -11,6 +11,7 @@ import torch
 from tests.analysis.explicit import Decoder, GatedModel, middle_mask, one_gate
 from tmx_compile import TriangleMixConfig, TriangleMixInferenceConfig, calibrate, tmx_backend
 from tmx_compile.analysis import CapturedModel, Inputs, Sample
+from tmx_compile.analysis.direct import DirectMeasurement
 from tmx_compile.analysis.samples import final_logits, samples_of
 
 N, LAYERS, HEADS = 48, 3, 4
@@ -162,30 +163,52 @@ def test_a_shorter_list_tries_less(monkeypatch):
     assert run(model(), batches(1), estimator="direct", greedy=0).greedy == ()
 
 
+def test_a_round_tries_the_layers_that_added_least_when_last_tried(monkeypatch):
+    table = {"a": 0.1, "b": 0.2, "c": 0.3, "d": 0.4, "e": 0.5, "ab": 1.0, "ac": 0.35, "ad": 0.6, "cd": 0.8, "ce": 0.7}
+    tried = []
+
+    def divergences(base, candidates):
+        chosen = "".join("abcde"[layer] for layer in base)
+        if chosen:
+            tried.append((chosen, "".join("abcde"[layer] for layer in candidates)))
+        names = {layer: "".join(sorted({*chosen, "abcde"[layer]})) for layer in candidates}
+        return {layer: (table.get(name, table.get(name.replace("a", ""), 0.9)),) for layer, name in names.items()}
+
+    measurement = DirectMeasurement(None, [], 1, None)
+    monkeypatch.setattr(measurement, "divergences", divergences)
+    found = measurement.run(range(5), 3, 2)
+    # In the second round b added 0.9, so the third tries d and e.
+    assert tried == [("a", "bc"), ("ac", "de")]
+    assert found.greedy == ((0, 0.1), (2, 0.35), (4, 0.7))
+    assert found.ranking() == (0, 2, 4, 1, 3)
+
+
 # Going on.
 
 
-@pytest.mark.parametrize("estimator", ["gradient", "direct"])
-def test_an_interrupted_calibration_goes_on(monkeypatch, tmp_path, estimator):
-    whole = run(model(), batches(), estimator=estimator)
+# The 15th run of "direct" is in the greedy part, whose divergences are taken from a dense output computed anew.
+@pytest.mark.parametrize(("estimator", "most"), [("gradient", 3), ("direct", 3), ("direct", 15)])
+def test_an_interrupted_calibration_goes_on(monkeypatch, tmp_path, estimator, most):
+    whole = run(model(), batches(), estimator=estimator, greedy=3)
     path = tmp_path / "journal"
     with monkeypatch.context() as patch:
-        Runs(patch, most=3)
+        Runs(patch, most=most)
         with pytest.raises(KeyboardInterrupt):
-            run(model(), batches(), estimator=estimator, resume=path)
+            run(model(), batches(), estimator=estimator, greedy=3, resume=path)
     lines = path.read_text().splitlines()
     assert len(lines) >= 3
     # The last line was cut.
     path.write_text("\n".join(lines) + "\n" + lines[-1][:20])
     with monkeypatch.context() as patch:
         again = Runs(patch)
-        resumed = run(model(), batches(), estimator=estimator, resume=path)
+        resumed = run(model(), batches(), estimator=estimator, greedy=3, resume=path)
     with monkeypatch.context() as patch:
         nothing = Runs(patch)
-        known = run(model(), batches(), estimator=estimator, resume=path)
+        known = run(model(), batches(), estimator=estimator, greedy=3, resume=path)
     assert nothing.count == 0 < again.count
     assert resumed.scores == known.scores == whole.scores
     assert resumed.ranking == known.ranking == whole.ranking
+    assert resumed.greedy == known.greedy == whole.greedy
     assert known.num_layers == LAYERS
     assert len(path.read_text().splitlines()) == len(set(path.read_text().splitlines()))
 
