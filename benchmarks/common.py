@@ -50,7 +50,7 @@ class Case:
     """One benchmark: ``measure(quick)`` runs it, ``columns`` are the record fields that its table shows.
 
     ``file`` names its result file, which may depend on the machine. A case that comes in ``parts`` has these in place
-    of ``measure``.
+    of ``measure``. One that takes hours runs only ``on_request``, by its name.
     """
 
     name: str
@@ -59,6 +59,7 @@ class Case:
     columns: Sequence[str]
     parts: Parts | None = None
     needs_cuda: bool = field(default=False)
+    on_request: bool = field(default=False)
 
     @property
     def file_name(self) -> str:

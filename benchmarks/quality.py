@@ -325,4 +325,4 @@ def _file() -> str:
     return "quality_cuda.json" if torch.cuda.is_available() else "quality.json"
 
 
-CASE = Case("quality", _file, None, COLUMNS, Parts(names, settings, measure, finish))
+CASE = Case("quality", _file, None, COLUMNS, Parts(names, settings, measure, finish), on_request=True)

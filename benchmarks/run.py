@@ -48,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     refused = [name for name in options.case if name not in usable]
     if refused:
         parser.error(f"case {', '.join(refused)} needs a CUDA device, and torch finds none (--quick runs without)")
-    chosen = [CASES[name] for name in options.case or usable]
+    usual = [name for name in usable if not CASES[name].on_request]
+    chosen = [CASES[name] for name in options.case or usual]
     if not any(case.parts for case in chosen) and (options.only or options.missing):
         parser.error("--only and --missing are for a case that comes in parts")
     # Tiny sizes must never replace stored measurements.
