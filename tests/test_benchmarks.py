@@ -121,8 +121,8 @@ def test_an_unknown_case_is_refused_with_the_known_ones():
     done = python("benchmarks.run", "no_such_case")
     assert done.returncode == 2
     assert (
-        "unknown case no_such_case; known: operator, pass_cost, prefill_memory, first_n, ttft, million, stages"
-        in done.stderr
+        "unknown case no_such_case; known: operator, pass_cost, prefill_memory, first_n, calibration, quality, "
+        "ttft, million, stages" in done.stderr
     )
 
 

@@ -12,6 +12,8 @@ ROOT = Path(tmx_compile.__file__).parent
 ORDER = [
     "version",
     "errors",
+    "identity",
+    "environment",
     "config",
     "plan",
     "report",
@@ -29,10 +31,10 @@ FREE = {
     "api": set(ORDER),
     "deploy": {*ORDER, "api"},
     "testing": set(ORDER),
-    "analysis": {"config", "errors", "plan"},
     "modules": {"config", "plan", "ops"},
+    "analysis": set(ORDER) - {"always", "standalone", "lowering"},
     "bench": {"version", "config", "plan", "lowering", "api"},
-    "cli": {"bench"},
+    "cli": {"analysis", "bench", "config"},
     "__init__": None,
 }
 

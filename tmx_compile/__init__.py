@@ -5,7 +5,7 @@ model = torch.compile(model, backend=tmx_backend(TriangleMixConfig.deepest(15, n
 
 from __future__ import annotations
 
-from tmx_compile.analysis import TriangleMixAnalyzer
+from tmx_compile.analysis import Calibration, TriangleMixAnalyzer, calibrate
 from tmx_compile.api import TmxBackend, explain, rewrite, tmx_backend
 from tmx_compile.config import TriangleMixConfig, TriangleMixInferenceConfig
 from tmx_compile.deploy import export
@@ -19,6 +19,7 @@ from tmx_compile.version import __version__
 __all__ = [
     "AscendNPUTriangleMixOptimizer",
     "AscendTriangleMixAttention",
+    "Calibration",
     "LoweringError",
     "Reason",
     "Report",
@@ -33,6 +34,7 @@ __all__ = [
     "TriangleMixMaskGenerator",
     "VerificationError",
     "__version__",
+    "calibrate",
     "explain",
     "export",
     "rewrite",

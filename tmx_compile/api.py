@@ -13,8 +13,8 @@ from torch.fx import GraphModule
 
 from tmx_compile import npu
 from tmx_compile.config import TriangleMixConfig, TriangleMixInferenceConfig
-from tmx_compile.errors import LoweringError, TriangleMixError
-from tmx_compile.graph.constants import KnownTensor
+from tmx_compile.errors import LoweringError
+from tmx_compile.graph.constants import watched
 from tmx_compile.graph.nodes import value_of
 from tmx_compile.guards import RangeGuards
 from tmx_compile.lengths import Prompt, dispatch
@@ -31,6 +31,10 @@ _FIRST_N_WARNING = (
     "Use TriangleMixConfig.deepest({n}, num_layers=...) or triangle_layer_indices."
 )
 _FIRST_N_COST = {"first": 0.252, "deepest": -0.0084}
+_ANALYSIS_WARNING = (
+    "use_gradient_analysis asks for layers chosen by gradients, and none are chosen yet: run "
+    "tmx_compile.calibrate(model, batches, config=config) and compile with its .apply(config)"
+)
 
 
 class TmxBackend:
@@ -69,6 +73,8 @@ class TmxBackend:
         self.compiler_config = compiler_config
         if self.config is not None:
             _warn(self.config)
+        if _lacks_analysis(config):
+            warnings.warn(_ANALYSIS_WARNING, stacklevel=3)
 
     def __call__(
         self,
@@ -95,7 +101,7 @@ class TmxBackend:
             compiled, done = self._compile_range(plan, inductor, example_inputs)
         # Only now: Dynamo may abandon a compilation half way and start again.
         self.report.add_graph(records(done, self.report.graphs), plan.notes)
-        return _watched(compiled, plan.known) if plan.known and done is not plan else compiled
+        return watched(compiled, plan.known) if plan.known and done is not plan else compiled
 
     def _target_of(self, gm: GraphModule, example_inputs: Sequence[Any]) -> str:
         target = self.target
@@ -255,21 +261,6 @@ def explain(
     return backend.report
 
 
-def _watched(compiled: Callable[..., Any], known: Sequence[KnownTensor]) -> Callable[..., Any]:
-    """The compiled graph, run only while the buffers that its masks were read from hold what was read."""
-
-    def run(*args: Any) -> Any:
-        for constant in known:
-            if not constant.holds(args[constant.position]):
-                raise TriangleMixError(
-                    f"{constant.name} has changed since the model was compiled, and the attention masks were read from "
-                    "it: call torch.compiler.reset() and compile again"
-                )
-        return compiled(*args)
-
-    return run
-
-
 def rewrite(
     program: Program,
     config: TriangleMixConfig | TriangleMixInferenceConfig,
@@ -360,6 +351,11 @@ def _effective(config: TriangleMixConfig | TriangleMixInferenceConfig) -> Triang
     if not isinstance(config, TriangleMixConfig):
         raise ValueError(f"config must be a TriangleMixConfig or TriangleMixInferenceConfig, got {config!r}")
     return config
+
+
+def _lacks_analysis(config: TriangleMixConfig | TriangleMixInferenceConfig) -> bool:
+    wanted = isinstance(config, TriangleMixInferenceConfig) and config.enable_trianglemix
+    return wanted and getattr(config, "use_gradient_analysis", False) and not config.triangle_layer_indices
 
 
 def _warn(config: TriangleMixConfig) -> None:
