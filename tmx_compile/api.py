@@ -59,6 +59,11 @@ class TmxBackend:
         self.config = _effective(config)
         if lowering not in CHOICES:
             raise ValueError(f"lowering must be one of {', '.join(CHOICES)}, got {lowering!r}")
+        npu_allowed = not isinstance(config, TriangleMixInferenceConfig) or config.use_npu_optimization
+        if not npu_allowed and (target == ASCEND.name or compiler_config is not None):
+            raise ValueError(
+                f"config has use_npu_optimization=False, and target is {target!r}, compiler_config {compiler_config!r}"
+            )
         _check_target(target, lowering, compiler_config)
         for name, value in (("strict", strict), ("assume_causal", assume_causal)):
             if not isinstance(value, bool):
@@ -69,7 +74,7 @@ class TmxBackend:
         self.strict = strict
         self.assume_causal = assume_causal
         self.report = Report() if report is None else report
-        self.target = target
+        self.target = target if npu_allowed else INDUCTOR
         self.compiler_config = compiler_config
         if self.config is not None:
             _warn(self.config)
@@ -86,19 +91,19 @@ class TmxBackend:
     ) -> Callable[..., Any]:
         """Compile one graph; called by Dynamo. ``mode`` and ``options`` go to Inductor, ``options`` to torchair too."""
         target = self._target_of(gm, example_inputs)
-        inductor: _Compiler = _Inductor(mode, options or {})
+        compiler: _Compiler = _Inductor(mode, options or {})
         if target == ASCEND.name:
-            inductor = npu.Torchair(self.compiler_config, mode, options)
+            compiler = npu.Torchair(self.compiler_config, mode, options)
         if self.config is None or not self.config.layers():
-            return inductor.compile(gm, example_inputs)
+            return compiler.compile(gm, example_inputs)
         asked = Options(self.config, self.lowering, self.strict, self.assume_causal, target=target)
         plan = plan_graph(gm, asked, example_inputs)
         if plan.prompt is Prompt.SHORT:
-            compiled, done = inductor.compile(gm, example_inputs), plan
+            compiled, done = compiler.compile(gm, example_inputs), plan
         elif plan.fixed_length is None:
-            compiled, done = self._compile_long(plan, inductor, example_inputs)
+            compiled, done = self._compile_long(plan, compiler, example_inputs)
         else:
-            compiled, done = self._compile_range(plan, inductor, example_inputs)
+            compiled, done = self._compile_range(plan, compiler, example_inputs)
         # Only now: Dynamo may abandon a compilation half way and start again.
         self.report.add_graph(records(done, self.report.graphs), plan.notes)
         return watched(compiled, plan.known) if plan.known and done is not plan else compiled
@@ -112,16 +117,16 @@ class TmxBackend:
         return target
 
     def _compile_long(
-        self, plan: GraphPlan, inductor: _Compiler, example_inputs: Sequence[Any]
+        self, plan: GraphPlan, compiler: _Compiler, example_inputs: Sequence[Any]
     ) -> tuple[Callable[..., Any], GraphPlan]:
         assert self.config is not None
         rewritten = rewrite_graph(plan)
         with _cache_tag(self.config):
-            compiled = inductor.compile(rewritten.gm, example_inputs, rewritten.inductor_options)
+            compiled = compiler.compile(rewritten.gm, example_inputs, rewritten.inductor_options)
         return compiled, rewritten.plan
 
     def _compile_range(
-        self, plan: GraphPlan, inductor: _Compiler, example_inputs: Sequence[Any]
+        self, plan: GraphPlan, compiler: _Compiler, example_inputs: Sequence[Any]
     ) -> tuple[Callable[..., Any], GraphPlan]:
         """Compile for a range of lengths that the user fixed: no guard may be left, and both sides may be needed."""
         assert self.config is not None
@@ -131,7 +136,7 @@ class TmxBackend:
         spare = copy_graph(plan.source)
         limit = plan.limit
         guards = RangeGuards(plan.fixed_length, above=limit)
-        long, done = self._compile_long(plan, inductor, example_inputs)
+        long, done = self._compile_long(plan, compiler, example_inputs)
         failed = guards.settle()
         if failed:
             if self.lowering not in ("auto", "operator") or plan.options.target == ASCEND.name:
@@ -140,13 +145,13 @@ class TmxBackend:
             # The operator itself guards on nothing.
             guards.forget()
             again = plan_graph(spare, replace(plan.options, lowering="operator"))
-            long, done = self._compile_long(again, inductor, example_inputs)
+            long, done = self._compile_long(again, compiler, example_inputs)
         if short_gm is None:
             return long, done
         assert plan.length is not None
         # Even Inductor's own graph may bring guards: its cache may hold it with those of another context.
         guards = RangeGuards(plan.fixed_length, up_to=limit)
-        short = inductor.compile(short_gm, example_inputs)
+        short = compiler.compile(short_gm, example_inputs)
         guards.settle()
         return dispatch(plan.length, limit, short, long), done
 

@@ -340,7 +340,8 @@ class TriangleMixInferenceConfig:
         num_sink_tokens: as in :class:`TriangleMixConfig`.
         sliding_window_size: as in :class:`TriangleMixConfig`.
         num_last_tokens: as in :class:`TriangleMixConfig`.
-        use_npu_optimization: let Ascend NPUs use their own lowering.
+        use_npu_optimization: compile models on an NPU with torchair, to CANN's fused attention. With False an NPU is
+            like any other device.
         npu_block_size: rows and columns of a block on NPU (tokens, positive; 32-256 recommended).
         use_gradient_analysis: ask for the layers to be chosen by recorded Middle gradients rather than by position:
             :func:`tmx_compile.calibrate` takes such a configuration, and its result gives it back with the layers. A

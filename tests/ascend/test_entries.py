@@ -12,7 +12,7 @@ from support import oracle
 from tests.ascend import npu_ops, programs
 from tests.ascend.ge.run import execute
 from tests.ascend.standin.process import RemoteError
-from tmx_compile import tmx_backend
+from tmx_compile import TriangleMixInferenceConfig, api, tmx_backend
 
 GEOMETRY, DENSE = (3, 5, 6), (0, 0, 2**31 - 1)
 LENGTHS = (1, 2, 3, 8, 9, 10, 14, 15, 16, 40, 77)
@@ -262,3 +262,29 @@ def test_auto_is_inductor_without_an_npu(eager):
         torch.compile(programs.Layers(), backend=backend)(programs.tensor(40))
     assert len(eager) == 1
     assert backend.report.triangle()[0].lowering != "ascend"
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_the_inference_configuration_says_whether_auto_takes_torchair(wanted, monkeypatch, eager):
+    """As on a machine with an NPU; torchair itself is not there, and its name in the error shows who was asked."""
+    monkeypatch.setattr(api.npu, "on_npu", lambda gm, example_inputs: True)
+    serving = TriangleMixInferenceConfig(
+        enable_trianglemix=True, triangle_layer_indices=(1,), use_npu_optimization=wanted
+    )
+    model = torch.compile(programs.Layers(), backend=tmx_backend(serving))
+    with torch.no_grad():
+        if wanted:
+            with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="target 'ascend' needs torch_npu"):
+                model(programs.tensor(40))
+        else:
+            model(programs.tensor(40))
+    assert len(eager) == (not wanted)
+
+
+@pytest.mark.parametrize("other", [dict(target="ascend"), dict(compiler_config=3)])
+def test_the_inference_configuration_is_not_contradicted(other):
+    serving = TriangleMixInferenceConfig(
+        enable_trianglemix=True, triangle_layer_indices=(1,), use_npu_optimization=False
+    )
+    with pytest.raises(ValueError, match="use_npu_optimization=False"):
+        tmx_backend(serving, **other)
