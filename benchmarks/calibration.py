@@ -9,22 +9,20 @@ from __future__ import annotations
 import gc
 import json
 import os
-import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.common import RESULTS, Case, Parts, Records, note
+from benchmarks.common import RESULTS, Case, Parts, Records, in_process, note
 from benchmarks.models import smollm2
 from benchmarks.prefill_memory import peak_mib, reset_peak, resident_mib
 from benchmarks.texts import CALIBRATION, token_stream
 from tmx_compile import TriangleMixConfig, calibrate
-from tmx_compile.analysis import Inputs, Sample
+from tmx_compile.analysis import Sample
+from tmx_compile.analysis.language_model import call_arguments, sample_at
 
-ROOT = Path(__file__).parent.parent
 PROFILES = RESULTS / "profiles"
 GEOMETRY = (8, 64, 128)
 FULL: dict[str, Any] = {"tokens": 2048, "samples": 16, "direct_samples": 4, "layers": 30, "greedy": 15, "shortlist": 4}
@@ -62,16 +60,7 @@ def settings(quick: bool) -> dict[str, Any]:
 
 def measure(name: str, quick: bool) -> Records:
     task = {**(QUICK if quick else FULL), "name": name, "quick": quick}
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.calibration"],
-        input=json.dumps(task),
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        env=dict(os.environ),
-        check=True,
-    )
-    return [json.loads(done.stdout.splitlines()[-1])]
+    return [in_process("benchmarks.calibration", task)]
 
 
 def finish(records: Records) -> None:
@@ -84,18 +73,13 @@ def finish(records: Records) -> None:
 def child(task: dict[str, Any]) -> dict[str, Any]:
     """One process: load, note the resident size, do the task, read the peak."""
     name, tokens, layers = task["name"], task["tokens"], task["layers"]
-    model, tokenizer = smollm2()
-    model.model.layers = model.model.layers[:layers]
-    model.config.num_hidden_layers = layers
+    model, tokenizer = smollm2(layers)
     model = model.to(torch.bfloat16)
     stream = token_stream(tokenizer, CALIBRATION)
     count = {"gradient": task["samples"], "direct": task["direct_samples"]}.get(name, 1)
     keep = POSITIONS if name.endswith("direct") else 1
-    samples = []
-    for i in range(count):
-        piece = stream[i * (tokens + 1) : (i + 1) * (tokens + 1)]
-        inputs = {"input_ids": piece[None, :-1].clone(), "use_cache": False, "logits_to_keep": keep}
-        samples.append(Sample(Inputs(kwargs=inputs), piece[-1:].clone()))
+    extra, cpu = call_arguments(model, keep), torch.device("cpu")
+    samples = [sample_at(stream, i * (tokens + 1), tokens, cpu, extra) for i in range(count)]
     gc.collect()
     reset_peak()
     before, started, used = resident_mib(), time.perf_counter(), time.process_time()

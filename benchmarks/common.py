@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
+import subprocess
+import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -157,3 +160,24 @@ def run_parts(
 def note(text: str) -> None:
     """Say on stderr where a long case stands."""
     Console(stderr=True).print(f"[dim]{time.strftime('%H:%M:%S')} {text}")
+
+
+def in_process(module: str, task: Mapping[str, Any], **environment: str) -> dict[str, Any]:
+    """Run ``python -m module`` with a task as JSON on its standard input; its last line of output, from JSON."""
+    done = subprocess.run(
+        [sys.executable, "-m", module],
+        input=json.dumps(task),
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=RESULTS.parent.parent,
+        env={**os.environ, **environment},
+        check=True,
+    )
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def command(module: str, given: Sequence[str]) -> str:
+    """How a module was called, but for ``--out``: the folder says where, not what."""
+    kept = [word for i, word in enumerate(given) if not word.startswith("--out") and given[i - 1 : i] != ["--out"]]
+    return shlex.join(["python", "-m", module, *kept])

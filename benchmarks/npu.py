@@ -12,7 +12,6 @@ the prefill of a model of Llama-3.1-8B's shape with random weights.
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
-from benchmarks.common import RESULTS, Records, note
+from benchmarks.common import RESULTS, Records, command, note
 from benchmarks.npu_platform import Cpu, Npu, Platform
 from benchmarks.shapes import MODELS, build
 from benchmarks.tables import slashed
@@ -344,9 +343,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(str(error))
     before = record.hardware()
     records = [item for name in options.part or PARTS for item in PARTS[name](platform, plan)]
-    kept = [word for i, word in enumerate(given) if not word.startswith("--out") and given[i - 1 : i] != ["--out"]]
-    command = shlex.join(["python", "-m", "benchmarks.npu", *kept])
-    content = record.result("npu", command, plan.quick, before, Measured(_settings(platform, plan), records))
+    content = record.result(
+        "npu", command("benchmarks.npu", given), plan.quick, before, Measured(_settings(platform, plan), records)
+    )
     for group, more in zip(("hardware", "versions"), platform.describe(), strict=True):
         content[group] |= more
     console = Console() if Console().is_terminal else Console(width=180)

@@ -6,11 +6,10 @@ peak that the system keeps of a process never falls.
 
 from __future__ import annotations
 
+import functools
 import json
-import os
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -18,11 +17,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import Case, Measured, note, seconds
+from benchmarks.common import Case, Measured, in_process, note, seconds
 from benchmarks.models import left_padded, smollm2_shape
 from tmx_compile import TriangleMixConfig, tmx_backend
 
-ROOT = Path(__file__).parent.parent
 GEOMETRY = {"num_sink_tokens": 8, "sliding_window_size": 512, "num_last_tokens": 128}
 FULL: dict[str, Any] = {"tokens": 16384, "padding": 256, "layers": 4, "rounds": 2, "min_seq_len": 2048}
 QUICK: dict[str, Any] = {"tokens": 640, "padding": 16, "layers": 2, "rounds": 1, "min_seq_len": 512}
@@ -50,13 +48,14 @@ def measure(quick: bool) -> Measured:
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in variants}
     cold: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="tmx-bench-") as cache:
+        run = functools.partial(in_process, "benchmarks.prefill_memory", TORCHINDUCTOR_CACHE_DIR=cache)
         for name, deepest in variants.items():
             note(f"prefill_memory: {name}, compiling")
-            cold[name] = _in_process({**plan, "deepest": deepest, "timed": False}, cache)
+            cold[name] = run({**plan, "deepest": deepest, "timed": False})
         for number in range(plan["rounds"]):
             for name, deepest in variants.items():
                 note(f"prefill_memory: {name}, round {number + 1}")
-                runs[name].append(_in_process({**plan, "deepest": deepest, "timed": True}, cache))
+                runs[name].append(run({**plan, "deepest": deepest, "timed": True}))
     records = []
     for name, deepest in variants.items():
         middle = {key: statistics.median(run[key] for run in runs[name]) for key in ("peak_mib", "before_mib", "s")}
@@ -67,7 +66,7 @@ def measure(quick: bool) -> Measured:
                 **middle,
                 "added_mib": middle["peak_mib"] - middle["before_mib"],
                 "cold_s": cold[name]["first_s"],
-                "coldpeak_mib": cold[name]["peak_mib"],
+                "cold_peak_mib": cold[name]["peak_mib"],
                 "lowerings": runs[name][0]["lowerings"],
             }
         )
@@ -75,21 +74,6 @@ def measure(quick: bool) -> Measured:
         record["speedup"] = records[0]["s"] / record["s"]
         record["added_share"] = record["added_mib"] / records[0]["added_mib"]
     return Measured(settings, records)
-
-
-def _in_process(task: dict[str, Any], cache: str) -> dict[str, Any]:
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.prefill_memory"],
-        input=json.dumps(task),
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        env=environment,
-        check=True,
-    )
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
 
 
 def child(task: dict[str, Any]) -> dict[str, Any]:

@@ -26,7 +26,9 @@ from benchmarks.models import smollm2
 from benchmarks.quality_tasks import CUE, DIGITS, FOLLOWING, LISTED, Item, continuations, copies, digest, needles
 from benchmarks.texts import CALIBRATION, EVALUATION, token_stream
 from tmx_compile import TriangleMixConfig, calibrate
-from tmx_compile.analysis import CapturedModel, Inputs, Sample
+from tmx_compile.analysis import CapturedModel, Inputs
+from tmx_compile.analysis.direct import divergence
+from tmx_compile.analysis.language_model import call_arguments, sample_at
 
 Geometry = tuple[int, int, int]
 
@@ -183,9 +185,7 @@ class Lab:
     def __init__(self, plan: dict[str, Any]) -> None:
         self.plan = plan
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model, self.tokenizer = smollm2()
-        model.model.layers = model.model.layers[: plan["layers"]]
-        model.config.num_hidden_layers = plan["layers"]
+        model, self.tokenizer = smollm2(plan["layers"])
         self.model = model.to(self.device, torch.bfloat16)
         self.captured = CapturedModel(self.model, TriangleMixConfig())
         self.text = token_stream(self.tokenizer, EVALUATION)
@@ -196,11 +196,8 @@ class Lab:
         tokens, depth = how["tokens"], self.plan["layers"]
         stream = token_stream(self.tokenizer, CALIBRATION)
         keep = 1 if estimator == "gradient" else min(FINAL, geometry[2])
-        samples = []
-        for i in range(how[estimator]):
-            piece = stream[i * (tokens + 1) : (i + 1) * (tokens + 1)].to(self.device)
-            inputs = {"input_ids": piece[None, :-1].clone(), "use_cache": False, "logits_to_keep": keep}
-            samples.append(Sample(Inputs(kwargs=inputs), piece[-1:].clone()))
+        extra = call_arguments(self.model, keep)
+        samples = [sample_at(stream, i * (tokens + 1), tokens, self.device, extra) for i in range(how[estimator])]
         greedy = {} if estimator == "gradient" else {"greedy": max(self.plan["counts"])}
         config = TriangleMixConfig(*geometry)
         found = calibrate(self.model, samples, config=config, estimator=estimator, progress=False, **greedy)
@@ -275,11 +272,7 @@ class Compared:
 
 def _compared(dense: Outcome, sparse: Outcome) -> Compared:
     values = (sparse.nll_final, sparse.nll_following, sparse.right, sparse.all_right)
-    return Compared(dense, values, _kl(dense.final, sparse.final), _kl(dense.following, sparse.following))
-
-
-def _kl(dense: Tensor, sparse: Tensor) -> float:
-    return float((dense.exp() * (dense - sparse)).sum(-1).mean())
+    return Compared(dense, values, divergence(dense.final, sparse.final), divergence(dense.following, sparse.following))
 
 
 def _summary(task: str, found: list[Compared]) -> dict[str, Any]:

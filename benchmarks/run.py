@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import json
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -65,9 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 record.write(result, path)
         else:
             names = _chosen_parts(case, options, path, parser)
-            # The folder says where, not what.
-            kept = [word for i, word in enumerate(given) if not word.startswith("--out") and given[i - 1] != "--out"]
-            command = shlex.join(["python", "-m", "benchmarks.run", *kept])
+            command = common.command("benchmarks.run", given)
             try:
                 result = common.run_parts(case, names, options.quick, command, path, options.minutes)
             except ValueError as error:

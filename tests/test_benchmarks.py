@@ -352,15 +352,12 @@ def test_the_page_says_what_the_gpu_results_say(gpu_results):
 
 
 def test_the_page_tells_what_a_gpu_result_does_not_show_by_itself(gpu_results):
-    """Dense layers that kept their mask, kernels in a class of an older rule, parts that are missing, small windows."""
+    """Kernels in a class of an older rule, parts that are missing, small windows."""
     folder, _ = gpu_results
     plain = docs.generate(folder)[0]
-    assert "kept their N x N mask" not in plain
     assert "bound by latency" not in plain
     whole = json.loads((folder / "ttft.json").read_text(encoding="utf-8"))
     whole["records"][0]["account"]["longest"] = [["triangle_kernel", "other", 100.0], ["aten::mm", "matmul", 7.0]]
-    masked = ttft_record("triangle-8-512-128+mask", 131072, 9999.0, lowerings="as written triton")
-    whole["records"].append(masked | dict.fromkeys(("dense_ms", "best_dense", "reduction", "limit_reduction")))
     (folder / "ttft.json").write_text(json.dumps(whole), encoding="utf-8")
     layer = json.loads((folder / "operator_cuda.json").read_text(encoding="utf-8"))
     n = max(layer["settings"]["dense_lengths"])
@@ -370,7 +367,6 @@ def test_the_page_tells_what_a_gpu_result_does_not_show_by_itself(gpu_results):
         layer["records"].append(like | {"lowering": "triton", "floor_by": floor_by, "over_floor": over_floor})
     (folder / "operator_cuda.json").write_text(json.dumps(layer), encoding="utf-8")
     page = docs.generate(folder)[0]
-    assert "`triangle-8-512-128+mask`: the dense layers were compiled as written and kept their N x N mask" in page
     assert "| `dense-causal` | 131,072 | 12,000 | 8,100 | 3,500 | 400 | 999 |" in page
     missing = next(line for line in page.splitlines() if line.startswith("Not measured yet"))
     assert "`llama/dense+mask`" in missing

@@ -91,9 +91,11 @@ class TmxBackend:
     ) -> Callable[..., Any]:
         """Compile one graph; called by Dynamo. ``mode`` and ``options`` go to Inductor, ``options`` to torchair too."""
         target = self._target_of(gm, example_inputs)
-        compiler: _Compiler = _Inductor(mode, options or {})
-        if target == ASCEND.name:
-            compiler = npu.Torchair(self.compiler_config, mode, options)
+        compiler: _Compiler = (
+            npu.Torchair(self.compiler_config, mode, options)
+            if target == ASCEND.name
+            else _Inductor(mode, options or {})
+        )
         if self.config is None or not self.config.layers():
             return compiler.compile(gm, example_inputs)
         asked = Options(self.config, self.lowering, self.strict, self.assume_causal, target=target)
@@ -139,8 +141,8 @@ class TmxBackend:
         long, done = self._compile_long(plan, compiler, example_inputs)
         failed = guards.settle()
         if failed:
-            if self.lowering not in ("auto", "operator") or plan.options.target == ASCEND.name:
-                name = ASCEND.name if plan.options.target == ASCEND.name else self.lowering
+            name = ASCEND.name if plan.options.target == ASCEND.name else self.lowering
+            if name not in ("auto", "operator"):
                 raise LoweringError(f"lowering {name!r} needs {failed}, which the fixed range of lengths forbids")
             # The operator itself guards on nothing.
             guards.forget()
@@ -359,8 +361,9 @@ def _effective(config: TriangleMixConfig | TriangleMixInferenceConfig) -> Triang
 
 
 def _lacks_analysis(config: TriangleMixConfig | TriangleMixInferenceConfig) -> bool:
-    wanted = isinstance(config, TriangleMixInferenceConfig) and config.enable_trianglemix
-    return wanted and getattr(config, "use_gradient_analysis", False) and not config.triangle_layer_indices
+    if not isinstance(config, TriangleMixInferenceConfig):
+        return False
+    return config.enable_trianglemix and config.use_gradient_analysis and not config.triangle_layer_indices
 
 
 def _warn(config: TriangleMixConfig) -> None:

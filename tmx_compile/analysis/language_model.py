@@ -83,7 +83,7 @@ def prompts(
         )
     extra = call_arguments(model, keep)
     device = next(model.parameters()).device
-    return [_sample(ids, i * pieces // samples * (tokens + 1), tokens, device, extra) for i in range(samples)]
+    return [sample_at(ids, i * pieces // samples * (tokens + 1), tokens, device, extra) for i in range(samples)]
 
 
 def call_arguments(model: nn.Module, keep: int) -> dict[str, Any]:
@@ -92,7 +92,8 @@ def call_arguments(model: nn.Module, keep: int) -> dict[str, Any]:
     return {name: value for name, value in (("use_cache", False), ("logits_to_keep", keep)) if name in known}
 
 
-def _sample(ids: Tensor, start: int, tokens: int, device: torch.device, extra: dict[str, Any]) -> Sample:
+def sample_at(ids: Tensor, start: int, tokens: int, device: torch.device, extra: dict[str, Any]) -> Sample:
+    """The prompt of ``tokens`` tokens from ``start`` on in ids (N,), and as its answer the token that follows it."""
     piece = ids[start : start + tokens + 1].to(device)
     # Copies: a slice with a storage offset of its own would be another kind of tensor to the compiler.
     return Sample(Inputs(kwargs={"input_ids": piece[None, :-1].clone(), **extra}), piece[-1:].clone())

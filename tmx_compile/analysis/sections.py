@@ -30,9 +30,8 @@ from tmx_compile.ops.kernel import Geometry
 MEASURES = ("signed", "absolute", "renormalized", "renormalized_absolute")
 """The sums over the Middle section, in the order of :attr:`SectionSums.sums`."""
 
-# Scores held at once, as in ops/kernel.py.
+# Scores of a block: half of what the operator's own passes take, for there are more tensors of that size here.
 _SCORE_BUDGET = 1 << 21
-_MAX_ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -209,31 +208,22 @@ def _blocks(
 ) -> Iterator[_Part]:
     """Blocks of rows of one problem that begins at a row and a key of the call; ``own`` are the rows that belong."""
     sequences, first_row, first_key, own = where
-    dense = kernel.problem(query, key, key_mask, Geometry(0, 0, ALL_ROWS, inputs.reach))
+    # Dense by its window too, because blocks of last rows alone are short.
+    dense = kernel.problem(query, key, key_mask, Geometry(0, key.shape[2], ALL_ROWS, inputs.reach))
     triangle = kernel.problem(query, key, key_mask, Geometry(*geometry, inputs.reach))
-    batch, heads = query.shape[:2]
-    row = 0
-    while row < dense.q_len:
-        first = dense.offset + row
-        budget = _SCORE_BUDGET // max(1, batch * heads * min(first + _MAX_ROWS, dense.reach + _MAX_ROWS))
-        row_end = min(dense.q_len, row + max(16, min(_MAX_ROWS, budget)))
-        begin, stop = max(0, first - dense.reach), dense.offset + row_end
-        position = torch.arange(first, stop, device=query.device)[None, :, None]
-        places = torch.arange(begin, stop, device=query.device)[None, None, :]
-        allowed = kernel.attended(dense, position, places)
-        kept = kernel.attended(triangle, position, places)
-        if key_mask is not None:
-            allowed &= key_mask[:, None, begin:stop]
+    for block in kernel.blocks(dense, query.shape[1], _SCORE_BUDGET):
+        position = torch.arange(block.row, block.row_end, device=query.device)[None, :, None] + dense.offset
+        places = torch.arange(block.key, block.key_end, device=query.device)[None, None, :]
+        allowed = block.allowed
         if own is not None:
-            allowed &= own[None, row:row_end, None]
+            allowed &= own[None, block.row : block.row_end, None]
         yield _Part(
             sequences,
-            slice(first_row + row, first_row + row_end),
-            slice(first_key + begin, first_key + stop),
+            slice(first_row + block.row, first_row + block.row_end),
+            slice(first_key + block.key, first_key + block.key_end),
             allowed,
-            allowed & ~kept,
+            allowed & ~kernel.attended(triangle, position, places),
         )
-        row = row_end
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tmx_compile.config import TriangleMixConfig, TriangleMixInferenceConfig, as_count
 from tmx_compile.modules import block_sparse
 from tmx_compile.modules.operands import as_mask, as_scale, check_tensor, check_tensors
-from tmx_compile.ops import ALL_ROWS, triangle_attention
+from tmx_compile.ops import ALL_ROWS, kernel, triangle_attention
 
 # Blocks of a call with an explicit mask, where the configuration names none.
 _BLOCK = TriangleMixInferenceConfig.npu_block_size
@@ -111,8 +111,9 @@ class AscendTriangleMixAttention(nn.Module):
         plan = self.plan(rows)
         key_mask = _key_mask(attn_mask, query.shape[0], rows, keys)
         if attn_mask is not None and key_mask is None:
-            sink, window, last = (0, 0, rows) if plan is None else plan.geometry
-            triangle = block_sparse.Triangle(sink, window, last, rows, keys)
+            counts = (0, 0, rows) if plan is None else plan.geometry
+            one_query, one_key = (x[:1].transpose(1, 2) for x in (query, key))
+            triangle = kernel.problem(one_query, one_key, None, kernel.Geometry(*counts, None))
             mask = as_mask("attn_mask", attn_mask, query, keys, boolean=True)
             return block_sparse.attend(query, key, value, mask, self.scale, self.block_size, triangle)
         if key_mask is not None and key_mask.device != query.device:

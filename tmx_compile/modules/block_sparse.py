@@ -15,28 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tmx_compile.modules.operands import compute_dtype
 from tmx_compile.ops import MASKED
+from tmx_compile.ops.kernel import Problem, accumulation_dtype, attended
 
 # Numbers gathered or computed at once: 2**24 float32 values are 64 MiB.
 _BUDGET = 1 << 24
-
-
-@dataclass(frozen=True)
-class Triangle:
-    """A mask given by its counts, to be met beside the explicit one; see :class:`tmx_compile.TriangleMixConfig`."""
-
-    sink: int
-    window: int
-    last: int
-    q_len: int
-    kv_len: int
-
-    def attended(self, rows: Tensor, keys: Tensor) -> Tensor:
-        """Whether query row ``rows`` (counted from 0) attends to key ``keys``; the two broadcast."""
-        position = rows + (self.kv_len - self.q_len)
-        near = (keys < self.sink) | (keys >= position - self.window)
-        return (keys <= position) & (near | (position >= self.kv_len - self.last))
 
 
 @dataclass(frozen=True)
@@ -53,7 +36,7 @@ class Tasks:
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, block: int, plan: Triangle | None = None
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, block: int, plan: Problem | None = None
 ) -> Tensor:
     """Softmax attention with added scores, under ``plan`` too where there is one.
 
@@ -64,7 +47,7 @@ def attend(
         mask: (1 or B, 1 or H, Sq, Skv): floats added to the scores, where -1e4 and less masks, or bool, True = attend.
         scale: factor on the scores, before the mask is added.
         block: rows and keys of a block.
-        plan: pairs outside of it are masked.
+        plan: a triangle of one sequence, for all: pairs outside of it are masked.
 
     Returns:
         (B, Sq, H, Dv) in query's dtype, 0 on a row that attends to nothing.
@@ -84,7 +67,7 @@ def attend(
     return out.flatten(3, 4).flatten(0, 1)[:, :q_len].contiguous()
 
 
-def occupied(mask: Tensor, block: int, plan: Triangle | None = None) -> Tensor:
+def occupied(mask: Tensor, block: int, plan: Problem | None = None) -> Tensor:
     """Which blocks have a pair that is attended to: (1 or B, 1 or H, row blocks, key blocks) bool, on mask's device."""
     batch, heads, q_len, kv_len = mask.shape
     keys = torch.arange(kv_len, device=mask.device)
@@ -95,7 +78,7 @@ def occupied(mask: Tensor, block: int, plan: Triangle | None = None) -> Tensor:
         seen = _attended(mask[:, :, row : row + step])
         if plan is not None:
             rows = torch.arange(row, row + seen.shape[2], device=mask.device)
-            seen &= plan.attended(rows[:, None], keys)
+            seen &= attended(plan, rows[:, None] + plan.offset, keys)
         seen = F.pad(seen, (0, -kv_len % block, 0, -seen.shape[2] % block))
         found.append(_split(_split(seen, 3, block), 2, block).any(5).any(3))
     return torch.cat(found, 2)
@@ -126,11 +109,11 @@ class _Problem:
     """One call. Heads and batch that share a mask go through a task together."""
 
     def __init__(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, block: int, plan: Triangle | None
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, block: int, plan: Problem | None
     ) -> None:
         self.mask, self.scale, self.block, self.plan = mask, scale, block, plan
         self.q_len, self.kv_len = query.shape[1], key.shape[1]
-        self.dtype = compute_dtype(query.dtype)
+        self.dtype = accumulation_dtype(query.dtype)
         self.batches, self.mask_heads = mask.shape[:2]
         self.group = query.shape[2] // key.shape[2]
         # Key heads in the mask's own grouping: with a mask for every head a task has one head and its key head.
@@ -201,7 +184,7 @@ class _Problem:
         added = self.mask[inside]
         seen = _attended(added) & (row < self.q_len) & (column < self.kv_len)
         if self.plan is not None:
-            seen &= self.plan.attended(row, column)
+            seen &= attended(self.plan, row + self.plan.offset, column)
         seen = seen[:, None, None, None]
         if added.dtype != torch.bool:
             scores = scores + added.to(self.dtype)[:, None, None, None]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tmx_compile.ops.triangle import check_alike
 from tmx_compile.plan.dense import check_inf_dtype
 
 
@@ -19,14 +20,7 @@ def check_tensors(query: Any, key: Any, value: Any) -> None:
     """
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         check_tensor(name, tensor)
-        if tensor.dim() != 4:
-            raise ValueError(f"{name} must be (batch, seq, heads, head_dim), got shape {tuple(tensor.shape)}")
-        if not tensor.dtype.is_floating_point:
-            raise ValueError(f"{name} must be a floating point tensor, got {tensor.dtype}")
-        if tensor.dtype != query.dtype:
-            raise ValueError(f"{name} must have query's dtype {query.dtype}, got {tensor.dtype}")
-        if tensor.device != query.device:
-            raise ValueError(f"{name} must be on query's device {query.device}, got {tensor.device}")
+    check_alike(query, key, value, "batch, seq, heads, head_dim")
     shapes = f"got shapes {tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
     if key.shape[0] != query.shape[0] or value.shape[:3] != key.shape[:3]:
         raise ValueError(f"query, key and value must share the batch, key and value the length and the heads: {shapes}")
@@ -76,8 +70,3 @@ def as_scale(scale: Any) -> float:
     if isinstance(scale, (bool, Tensor)) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
         raise ValueError(f"scale must be a finite number, got {scale!r}")
     return float(scale)
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What sums and scores are computed in: float16 would overflow above 65504."""
-    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -91,8 +91,12 @@ def valid_range(key_mask: Tensor) -> tuple[Tensor, Tensor]:
     return torch.minimum(start, end), end
 
 
-def blocks(p: Problem, heads: int) -> Iterator[Block]:
-    """The row blocks of a problem, in order; every attended pair is in exactly one of them."""
+def blocks(p: Problem, heads: int, budget: int | None = None) -> Iterator[Block]:
+    """The row blocks of a problem, in order; every attended pair is in exactly one of them.
+
+    A block has no more than ``budget`` scores, unless 16 rows have more.
+    """
+    budget = _SCORE_BUDGET if budget is None else budget
     batch = p.start.shape[0]
     if batch == 0 or p.q_len == 0:
         return
@@ -106,7 +110,7 @@ def blocks(p: Problem, heads: int) -> Iterator[Block]:
         # A block with a last row reads all earlier keys, so it gets fewer rows for the same score budget.
         whole = first + _MAX_ROWS > first_last_row
         keys = min(first, p.reach) + _MAX_ROWS if whole else min(first, reach) + _MAX_ROWS // 2 + min(p.sink, p.kv_len)
-        rows = max(16, min(_MAX_ROWS, max(64, reach), _SCORE_BUDGET // max(1, batch * heads * keys)))
+        rows = max(16, min(_MAX_ROWS, max(64, reach), budget // max(1, batch * heads * keys)))
         row_end = min(p.q_len, row + rows)
         stop = p.offset + row_end
         begin = max(0, first - (p.reach if stop > first_last_row else reach))

@@ -33,15 +33,7 @@ def check(
     reach: int | None,
 ) -> None:
     """Raise ``ValueError`` naming the argument and its value, before any work; see :func:`triangle_attention`."""
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if tensor.dim() != 4:
-            raise ValueError(f"{name} must be (batch, heads, tokens, head_dim), got shape {_shape(tensor)}")
-        if not tensor.dtype.is_floating_point:
-            raise ValueError(f"{name} must be a floating point tensor, got {tensor.dtype}")
-        if tensor.dtype != query.dtype:
-            raise ValueError(f"{name} must have query's dtype {query.dtype}, got {tensor.dtype}")
-        if tensor.device != query.device:
-            raise ValueError(f"{name} must be on query's device {query.device}, got {tensor.device}")
+    check_alike(query, key, value, "batch, heads, tokens, head_dim")
     if key.shape[0] != query.shape[0] or value.shape[:3] != key.shape[:3]:
         raise ValueError(
             "query, key and value must share the batch, key and value the heads and tokens: got shapes "
@@ -70,6 +62,19 @@ def check(
             raise ValueError(f"{name} must not be negative, got {count}")
 
 
+def check_alike(query: Tensor, key: Tensor, value: Tensor, layout: str) -> None:
+    """Raise ``ValueError`` unless all have four dimensions, those of ``layout``, one floating dtype, one device."""
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} must be ({layout}), got shape {_shape(tensor)}")
+        if not tensor.dtype.is_floating_point:
+            raise ValueError(f"{name} must be a floating point tensor, got {tensor.dtype}")
+        if tensor.dtype != query.dtype:
+            raise ValueError(f"{name} must have query's dtype {query.dtype}, got {tensor.dtype}")
+        if tensor.device != query.device:
+            raise ValueError(f"{name} must be on query's device {query.device}, got {tensor.device}")
+
+
 def _shape(tensor: Tensor) -> str:
     return str(tuple(tensor.shape))
 
@@ -83,9 +88,10 @@ def plain_forward(
     window: int,
     last: int,
     scale: float,
-    reach: int | None,
+    reach: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The operator in plain PyTorch, on any device; arguments as checked."""
+    """The operator in plain PyTorch, on any device."""
+    check(query, key, value, key_mask, sink, window, last, reach)
     geometry = kernel.Geometry(sink, window, last, reach)
     # The caller's autocast reaches in here, and would round the float32 products to bfloat16.
     with torch.autocast(query.device.type, enabled=False):
@@ -94,20 +100,7 @@ def plain_forward(
         return kernel.forward(query, key, value, key_mask, geometry, scale)
 
 
-@torch.library.custom_op("tmx::triangle_attention", mutates_args=(), schema=_SCHEMA)
-def _forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    sink: int,
-    window: int,
-    last: int,
-    scale: float,
-    reach: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    check(query, key, value, key_mask, sink, window, last, reach)
-    return plain_forward(query, key, value, key_mask, sink, window, last, scale, reach)
+_forward = torch.library.custom_op("tmx::triangle_attention", plain_forward, mutates_args=(), schema=_SCHEMA)
 
 
 @_forward.register_fake

@@ -84,7 +84,6 @@ class Calls:
     heads: int
     kv_heads: int
     scale: float
-
     with_lse: bool = False
 
     def all_keys(self, q: Any, k: Any, v: Any) -> Part:

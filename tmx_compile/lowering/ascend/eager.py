@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -38,7 +39,8 @@ def forward(
     def run(operator: Any, *args: Any, **kwargs: Any) -> Any:
         return operator(*args, **kwargs)
 
-    calls = Calls(run, lambda: compressed_mask(query, arange), query.shape[1], key.shape[1], scale, with_lse=True)
+    mask = functools.cache(lambda: compressed_mask(query, arange))
+    calls = Calls(run, mask, query.shape[1], key.shape[1], scale, with_lse=True)
     done = attention(query, key, value, key_mask, Geometry(sink, window, last), calls)
     return done.out.contiguous(), done.lse[..., 0].contiguous()
 

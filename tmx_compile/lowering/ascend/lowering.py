@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,7 +40,7 @@ class Ascend:
     def emit(self, write: Writer, call: AttentionCall, operands: Operands) -> Proxy:
         """See :func:`~tmx_compile.lowering.ascend.attention.attention`."""
         heads, kv_heads = call.query.shape[1], call.key.shape[1]
-        mask = _SharedMask(write, operands.query)
+        mask = functools.cache(lambda: _shared_mask(write, operands.query))
         calls = Calls(write.call, mask, heads, kv_heads, call.scale)
         geometry = Geometry(*call.geometry, call.dense_up_to)
         out: Proxy = attention(operands.query, operands.key, operands.value, operands.key_mask, geometry, calls).out
@@ -99,20 +100,14 @@ def _geometry_why_not(call: AttentionCall) -> str:
     return ""
 
 
-class _SharedMask:
+def _shared_mask(write: Writer, like: Proxy) -> Any:
     """The compressed mask of a graph: built where the first call of any layer needs it, then found again."""
-
-    def __init__(self, write: Writer, like: Proxy) -> None:
-        self._write = write
-        self._like = like
-
-    def __call__(self) -> Any:
-        device = value_of(self._like.node).device
-        node: Node = self._write.origin.prev
-        while node.op != "root":
-            if node.meta.get(_MASK) == device:
-                return self._write.proxy(node)
-            node = node.prev
-        mask = compressed_mask(self._like, base.arange)
-        mask.node.meta[_MASK] = device
-        return mask
+    device = value_of(like.node).device
+    node: Node = write.origin.prev
+    while node.op != "root":
+        if node.meta.get(_MASK) == device:
+            return write.proxy(node)
+        node = node.prev
+    mask = compressed_mask(like, base.arange)
+    mask.node.meta[_MASK] = device
+    return mask
