@@ -25,10 +25,12 @@ ORDER = [
     "standalone",
 ]
 FREE = {
-    "api": set(ORDER),
+    "api": {*ORDER, "price"},
     "testing": set(ORDER),
     "analysis": {"config", "errors", "plan"},
     "bench": {"version", "config", "plan", "lowering", "api"},
+    "price": {"config"},
+    "cache": {"config", "price"},
     "cli": {"bench"},
     "__init__": None,
 }

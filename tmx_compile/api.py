@@ -19,6 +19,7 @@ from tmx_compile.guards import RangeGuards
 from tmx_compile.lengths import Prompt, dispatch
 from tmx_compile.lowering.select import CHOICES
 from tmx_compile.pipeline import GraphPlan, Options, copy_graph, hint, plan_graph, records, rewrite_graph
+from tmx_compile.price import streaming_message
 from tmx_compile.report import Report
 from tmx_compile.standalone import Program, rewrite_program
 from tmx_compile.version import __version__, package_fingerprint
@@ -48,6 +49,7 @@ class TmxBackend:
         strict: bool = False,
         assume_causal: bool = False,
         report: Report | None = None,
+        decode: str = "dense",
     ) -> None:
         self.config = _effective(config)
         if lowering not in CHOICES:
@@ -57,12 +59,17 @@ class TmxBackend:
                 raise ValueError(f"{name} must be True or False, got {value!r}")
         if report is not None and not isinstance(report, Report):
             raise ValueError(f"report must be a tmx_compile.Report, got {report!r}")
+        if decode not in ("dense", "streaming"):
+            raise ValueError(f"decode must be 'dense' or 'streaming', got {decode!r}")
+        self.decode = decode
         self.lowering = lowering
         self.strict = strict
         self.assume_causal = assume_causal
         self.report = Report() if report is None else report
         if self.config is not None:
             _warn(self.config)
+            if decode == "streaming" and self.config.layers():
+                warnings.warn(streaming_message(len(self.config.layers()), None, self.config), stacklevel=3)
 
     def __call__(
         self,
@@ -76,7 +83,8 @@ class TmxBackend:
         inductor = _Inductor(mode, options or {})
         if self.config is None or not self.config.layers():
             return inductor.compile(gm, example_inputs)
-        plan = plan_graph(gm, Options(self.config, self.lowering, self.strict, self.assume_causal), example_inputs)
+        wanted = Options(self.config, self.lowering, self.strict, self.assume_causal, self.decode)
+        plan = plan_graph(gm, wanted, example_inputs)
         if plan.prompt is Prompt.SHORT:
             compiled, done = inductor.compile(gm, example_inputs), plan
         elif plan.fixed_length is None:
@@ -129,6 +137,7 @@ class TmxBackend:
 
     def __repr__(self) -> str:
         options = f"lowering={self.lowering!r}, strict={self.strict}, assume_causal={self.assume_causal}"
+        options += "" if self.decode == "dense" else f", decode={self.decode!r}"
         return f"tmx_backend({self.config!r}, {options})"
 
 
@@ -139,6 +148,7 @@ def tmx_backend(
     strict: bool = False,
     assume_causal: bool = False,
     report: Report | None = None,
+    decode: str = "dense",
 ) -> TmxBackend:
     """A backend for ``torch.compile(model, backend=tmx_backend(config))``.
 
@@ -151,14 +161,18 @@ def tmx_backend(
             and-ed with a padding mask, and that row positions handed to the model are consecutive. It is checked when
             the compiled model runs: a broken promise raises ``ValueError`` (on an accelerator, a device assertion).
         report: a report to fill; a new one by default, found as ``backend.report``.
+        decode: what triangle layers do in a call with one row: "dense" leaves it as it is; "streaming" attends to sinks
+            and window only. The cache still holds every key: see :class:`tmx_compile.cache.StreamingCache`.
 
     Raises:
         ValueError: an argument of the wrong kind or value, naming it.
 
     Warns:
-        UserWarning: the configuration selects no layer, or the first n layers.
+        UserWarning: the configuration selects no layer, or the first n layers; what ``decode="streaming"`` costs.
     """
-    return TmxBackend(config, lowering=lowering, strict=strict, assume_causal=assume_causal, report=report)
+    return TmxBackend(
+        config, lowering=lowering, strict=strict, assume_causal=assume_causal, report=report, decode=decode
+    )
 
 
 def tmx(
@@ -173,7 +187,7 @@ def tmx(
     Options that start with ``tmx_`` are arguments of :func:`tmx_backend` (``tmx_config`` may be a mapping of
     ``TriangleMixConfig``'s parameters); the others go to Inductor.
     """
-    known = ("tmx_config", "tmx_lowering", "tmx_strict", "tmx_assume_causal", "tmx_report")
+    known = ("tmx_config", "tmx_lowering", "tmx_strict", "tmx_assume_causal", "tmx_report", "tmx_decode")
     ours = {name: value for name, value in (options or {}).items() if name.startswith("tmx_")}
     for name in ours:
         if name not in known:

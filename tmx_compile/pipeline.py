@@ -16,6 +16,7 @@ from tmx_compile.graph import nodes
 from tmx_compile.graph.children import flatten, restore
 from tmx_compile.graph.conclude import Proof
 from tmx_compile.graph.constants import KnownTensor, known_tensors
+from tmx_compile.graph.decode import own_key_is_last
 from tmx_compile.graph.find import find_attention
 from tmx_compile.graph.layer import LayerPath, layer_path
 from tmx_compile.graph.prove import Prover
@@ -40,6 +41,8 @@ class Options:
     lowering: str = "auto"
     strict: bool = False
     assume_causal: bool = False
+    decode: str = "dense"
+    """What triangle layers do with a single row: "dense", or "streaming" over sinks and window."""
     standalone: bool = False
     """The graph is handed back rather than compiled here: no guard, no choice by length, no Inductor settings."""
 
@@ -121,7 +124,9 @@ def plan_graph(gm: GraphModule, options: Options, example_inputs: Sequence[Any] 
         device = found.fake("query").device
         limit = least_length(options.lowering, device, options.config.min_seq_len, options.config.geometry)
         proof = prover.prove(found, ordered=selected and _settle_order(found, options))
-        verdict = _verdict(found, layer, proof, selected, options.config, limit)
+        if isinstance(proof, Rejected) and selected and _streams(found, options) and own_key_is_last(found):
+            proof = Proof()
+        verdict = _verdict(found, layer, proof, selected, options, limit)
         proven = proof if isinstance(proof, Proof) else None
         sites.append(SitePlan(node, layer, found, proven, verdict, selected))
     sites = _one_stack(sites)
@@ -157,22 +162,32 @@ def _verdict(
     layer: LayerPath,
     proof: Proof | Rejected,
     selected: bool,
-    config: TriangleMixConfig,
+    options: Options,
     limit: int,
 ) -> Rejected | None:
+    config = options.config
     if layer.index is None:
         if layer.indices > 1:
             return Rejected(Reason.LAYER_AMBIGUOUS, layer.path, site.node)
         return Rejected(Reason.LAYER_UNKNOWN, layer.path or "no path", site.node)
     if not selected:
         return Rejected(Reason.NOT_SELECTED, "", site.node)
-    if known(site.q_len, limit) is Prompt.SHORT:
+    if _streams(site, options):
+        held = config.num_sink_tokens + config.sliding_window_size + 1
+        if statically_known_true(site.kv_len <= held):
+            return Rejected(Reason.FEW_KEYS, f"{site.kv_len} keys", site.node)
+    elif known(site.q_len, limit) is Prompt.SHORT:
         return _short(site, config.min_seq_len, limit)
     if isinstance(proof, Rejected):
         return proof
     if proof.reach is not None and proof.reach <= config.sliding_window_size:
         return Rejected(Reason.WINDOWED, f"{proof.reach + 1} keys", site.node)
     return None
+
+
+def _streams(site: AttentionSite, options: Options) -> bool:
+    """Whether a site is a decode step that the user wants over sinks and window only."""
+    return options.decode == "streaming" and isinstance(site.q_len, int) and site.q_len == 1
 
 
 def _short(site: AttentionSite, min_seq_len: int, limit: int) -> Rejected:
@@ -214,6 +229,8 @@ def _decide_length(plan: GraphPlan) -> None:
 def _side(plan: GraphPlan, site: AttentionSite) -> Prompt | Rejected:
     """The side of the plan's limit that sites of one length are on, or why they stay dense."""
     q_len = site.q_len
+    if _streams(site, plan.options):
+        return Prompt.LONG
     side = decide(q_len, plan.limit, may_guard=not plan.options.standalone)
     if side is Prompt.SHORT:
         return _short(site, plan.options.config.min_seq_len, plan.limit)
@@ -231,11 +248,12 @@ def _side(plan: GraphPlan, site: AttentionSite) -> Prompt | Rejected:
 def _refuse_refusals(plan: GraphPlan) -> None:
     """Strict mode: a site in a triangle layer, or in none that can be told, must not stay dense for a long prompt."""
     unplaced = (Reason.LAYER_UNKNOWN, Reason.LAYER_AMBIGUOUS)
-    fine = (Reason.SHORT_PROMPT, Reason.NOT_FASTER, Reason.NOT_SELECTED)
+    fine = (Reason.SHORT_PROMPT, Reason.NOT_FASTER, Reason.NOT_SELECTED, Reason.FEW_KEYS)
     for item in plan.sites:
         if item.verdict is None or item.verdict.reason in fine:
             continue
-        short = item.site is not None and known(item.site.q_len, plan.limit) is Prompt.SHORT
+        streams = item.site is not None and _streams(item.site, plan.options)
+        short = item.site is not None and not streams and known(item.site.q_len, plan.limit) is Prompt.SHORT
         unknown = item.verdict.reason in unplaced and item.proof is not None and bool(plan.options.config.layers())
         if not short and (item.selected or unknown):
             raise StrictModeError(f"{item.layer.path or item.node.name}: {item.verdict}")
@@ -298,6 +316,9 @@ def rewrite_graph(plan: GraphPlan) -> Rewritten:
 
 def _target(item: SitePlan, options: Options) -> tuple[int, int, int] | None:
     """The geometry of a site: triangle, dense without its mask, or None to leave it exactly as it is."""
+    if item.site is not None and _streams(item.site, options):
+        # Layers that stay dense keep their numbers to the last bit.
+        return (*options.config.geometry[:2], 0) if item.verdict is None else None
     if item.verdict is None:
         return options.config.geometry
     # A FlexAttention call with a block plan forms no mask: it stays the user's choice.
@@ -307,6 +328,8 @@ def _target(item: SitePlan, options: Options) -> tuple[int, int, int] | None:
 
 
 def _lowering(call: AttentionCall, options: Options, *, stays_dense: bool) -> Lowering | None:
+    if call.query.shape[2] == 1 and call.last == 0:
+        return select.decode(options.lowering, call)
     if not stays_dense:
         return select.select(options.lowering, call, portable=options.standalone)
     return select.dense(options.lowering, call, portable=options.standalone)
@@ -351,11 +374,13 @@ def copy_graph(gm: GraphModule) -> GraphModule:
 
 def records(plan: GraphPlan, graph: int) -> list[SiteRecord]:
     """The report's rows for one compiled graph."""
-    return [_record(item, plan.options.config, graph) for item in plan.sites]
+    return [_record(item, plan.options, graph) for item in plan.sites]
 
 
-def _record(item: SitePlan, config: TriangleMixConfig, graph: int) -> SiteRecord:
+def _record(item: SitePlan, options: Options, graph: int) -> SiteRecord:
     site = item.site
+    streams = site is not None and _streams(site, options)
+    geometry = (*options.config.geometry[:2], 0) if streams else options.config.geometry
     tensors = [] if site is None else [site.fake(name) for name in ("query", "key", "value")]
     shapes = [tuple(hint(size) for size in x.shape) for x in tensors] or [(), (), ()]
     attended = causal = 0
@@ -363,7 +388,7 @@ def _record(item: SitePlan, config: TriangleMixConfig, graph: int) -> SiteRecord
     if site is not None and 0 < shapes[0][2] <= shapes[1][2]:
         grid = Grid(shapes[0][2], shapes[1][2])
         causal = pair_count(dense_section(), grid)
-        section = triangle(*config.geometry)
+        section = triangle(*geometry)
         if item.proof is not None and item.proof.reach is not None:
             causal = pair_count(dense_section() & Window(item.proof.reach), grid)
             section = section & Window(item.proof.reach)
@@ -377,7 +402,7 @@ def _record(item: SitePlan, config: TriangleMixConfig, graph: int) -> SiteRecord
         value=shapes[2],
         dtype=str(tensors[0].dtype).removeprefix("torch.") if tensors else "",
         dynamic=any(isinstance(size, torch.SymInt) for x in tensors for size in x.shape),
-        decision="triangle" if is_triangle else "dense",
+        decision="dense" if not is_triangle else "streaming" if streams else "triangle",
         reason="" if item.verdict is None else item.verdict.reason.name,
         detail="" if item.verdict is None else item.verdict.detail,
         lowering=item.lowering or "as written",

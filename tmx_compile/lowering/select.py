@@ -9,6 +9,7 @@ import torch
 from tmx_compile.errors import LoweringError
 from tmx_compile.lowering.base import AttentionCall, Lowering
 from tmx_compile.lowering.blocked import Blocked
+from tmx_compile.lowering.decode import Decode
 from tmx_compile.lowering.dense import Dense
 from tmx_compile.lowering.flex import Flex
 from tmx_compile.lowering.operator_call import OperatorCall
@@ -17,7 +18,7 @@ from tmx_compile.lowering.triton import Triton
 from tmx_compile.report import Rejected
 
 TRITON, FLEX, BLOCKED, REFERENCE = Triton(), Flex(), Blocked(), Reference()
-OPERATOR, DENSE = OperatorCall(), Dense()
+OPERATOR, DENSE, DECODE = OperatorCall(), Dense(), Decode()
 NAMED: dict[str, Lowering] = {low.name: low for low in (TRITON, FLEX, BLOCKED, REFERENCE, OPERATOR)}
 CHOICES = ("auto", *NAMED)
 
@@ -59,3 +60,8 @@ def dense(name: str, call: AttentionCall, *, portable: bool = False) -> Lowering
         return DENSE
     ours = name in ("auto", TRITON.name) and call.query.device.type == "cuda" and not (portable or call.needs_grad)
     return TRITON if ours and not isinstance(TRITON.supports(call), Rejected) else None
+
+
+def decode(name: str, call: AttentionCall) -> Lowering:
+    """The lowering of one row over sinks and window: its own, whatever is named for prompts, but "operator"."""
+    return OPERATOR if name == OPERATOR.name or isinstance(DECODE.supports(call), Rejected) else DECODE
