@@ -16,7 +16,7 @@ from tmx_compile.graph import nodes
 from tmx_compile.graph.children import flatten, restore
 from tmx_compile.graph.conclude import Proof
 from tmx_compile.graph.constants import KnownTensor, known_tensors
-from tmx_compile.graph.decode import own_key_is_last
+from tmx_compile.graph.decode import own_key
 from tmx_compile.graph.find import find_attention
 from tmx_compile.graph.layer import LayerPath, layer_path
 from tmx_compile.graph.prove import Prover
@@ -123,9 +123,8 @@ def plan_graph(gm: GraphModule, options: Options, example_inputs: Sequence[Any] 
         )
         device = found.fake("query").device
         limit = least_length(options.lowering, device, options.config.min_seq_len, options.config.geometry)
-        proof = prover.prove(found, ordered=selected and _settle_order(found, options))
-        if isinstance(proof, Rejected) and selected and _streams(found, options) and own_key_is_last(found):
-            proof = Proof()
+        own = own_key(found) if selected and _streams(found, options) else ""
+        proof = prover.prove(found, ordered=selected and _settle_order(found, options), own_key=own)
         verdict = _verdict(found, layer, proof, selected, options, limit)
         proven = proof if isinstance(proof, Proof) else None
         sites.append(SitePlan(node, layer, found, proven, verdict, selected))
@@ -176,10 +175,14 @@ def _verdict(
         held = config.num_sink_tokens + config.sliding_window_size + 1
         if statically_known_true(site.kv_len <= held):
             return Rejected(Reason.FEW_KEYS, f"{site.kv_len} keys", site.node)
+    elif isinstance(site.q_len, int) and site.q_len == 1 and config.min_seq_len == 0:
+        return Rejected(Reason.SHORT_PROMPT, "one row: a decode step", site.node)
     elif known(site.q_len, limit) is Prompt.SHORT:
         return _short(site, config.min_seq_len, limit)
     if isinstance(proof, Rejected):
         return proof
+    if _streams(site, options) and not own_key(site):
+        return Rejected(Reason.NOT_CAUSAL, "one row, and its own key is not shown to join the keys", site.node)
     if proof.reach is not None and proof.reach <= config.sliding_window_size:
         return Rejected(Reason.WINDOWED, f"{proof.reach + 1} keys", site.node)
     return None

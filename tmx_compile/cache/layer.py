@@ -78,7 +78,9 @@ class StreamingLayer(DynamicLayer):
         row = (torch.arange(rows, device=device) + self.length)[None, :, None]
         begin = self._begin() if streams else 0
         first = torch.zeros(1, 1, dtype=torch.int64, device=device) if self.start is None else self.start[:, None]
-        key = torch.arange(begin, self.length + rows, device=device)[None, :]
+        # Sizes are told by the window, not by positions: they are static in a compiled graph.
+        held = self.window if begin > 0 else self.length
+        key = (torch.arange(held + rows, device=device) + begin)[None, :]
         kept = (key < first + self.sink)[:, None, :] | (row - key[:, None, :] <= self.window)
         if not streams:
             # The prompt's end and what follows it, in one call (assisted generation begins so).
@@ -109,8 +111,8 @@ class StreamingLayer(DynamicLayer):
             both: tuple[Tensor, Tensor] = super().update(key_states, value_states)
             self.length += rows
             return both
-        keys = torch.cat([*self._held(self.keys, begin), key_states], 2)
-        values = torch.cat([*self._held(self.values, begin), value_states], 2)
+        keys = torch.cat([*self._held(self.keys), key_states], 2)
+        values = torch.cat([*self._held(self.values), value_states], 2)
         self.length += rows
         if self.record_past:
             # A rollback may need what the window leaves behind: crop() frees it.
@@ -120,10 +122,10 @@ class StreamingLayer(DynamicLayer):
             self.keys, self.values, self.begin, self.evicted = keys, values, begin, True
         return keys, values
 
-    def _held(self, x: Tensor, begin: int) -> tuple[Tensor, Tensor]:
-        """Held columns as the sinks and the positions from ``begin`` on."""
+    def _held(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Held columns as the sinks and the last ``window`` positions."""
         before = self.sink if self.evicted else 0
-        tail = x[:, :, before + begin - self.begin :]
+        tail = x[:, :, x.shape[2] - self.window :]
         # After so many steps every sequence's sinks have left the window, wherever it starts.
         settled = self.evicted and self.begin >= self.entered + self.sink
         if self.start is None or settled:
@@ -171,8 +173,8 @@ class StreamingLayer(DynamicLayer):
             self.length = left
         begin = left - self.window
         if self.streaming and begin > self.begin and (self.evicted or begin > self.sink):
-            self.keys = torch.cat(self._held(self.keys, begin), 2)
-            self.values = torch.cat(self._held(self.values, begin), 2)
+            self.keys = torch.cat(self._held(self.keys), 2)
+            self.values = torch.cat(self._held(self.values), 2)
             self.begin, self.evicted = begin, True
 
     def reset(self) -> None:

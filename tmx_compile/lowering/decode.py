@@ -1,4 +1,4 @@
-"""One row over its sinks and window: gather those keys and attend to them, O(sink + window) whatever the cache holds."""
+"""One row over its sinks and window: gather those keys, O(sink + window) whatever the cache holds."""
 
 from __future__ import annotations
 
