@@ -13,6 +13,7 @@ ORDER = [
     "version",
     "errors",
     "config",
+    "chunks",
     "plan",
     "report",
     "ops",
@@ -22,6 +23,7 @@ ORDER = [
     "always",
     "lowering",
     "pipeline",
+    "one_row",
     "standalone",
 ]
 FREE = {

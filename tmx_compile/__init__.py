@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from tmx_compile.analysis import TriangleMixAnalyzer
 from tmx_compile.api import TmxBackend, explain, rewrite, tmx_backend
+from tmx_compile.chunks import prefill
 from tmx_compile.config import TriangleMixConfig, TriangleMixInferenceConfig
 from tmx_compile.errors import LoweringError, StrictModeError, TriangleMixError, VerificationError
 from tmx_compile.ops import triangle_attention
@@ -30,6 +31,7 @@ __all__ = [
     "VerificationError",
     "__version__",
     "explain",
+    "prefill",
     "rewrite",
     "tmx_backend",
     "triangle_attention",

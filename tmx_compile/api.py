@@ -17,7 +17,8 @@ from tmx_compile.graph.constants import KnownTensor
 from tmx_compile.graph.nodes import value_of
 from tmx_compile.guards import RangeGuards
 from tmx_compile.lengths import Prompt, dispatch
-from tmx_compile.lowering.select import CHOICES
+from tmx_compile.lowering.select import CHOICES, CHUNK_CHOICES
+from tmx_compile.one_row import one_row_chunk
 from tmx_compile.pipeline import GraphPlan, Options, copy_graph, hint, plan_graph, records, rewrite_graph
 from tmx_compile.price import streaming_message
 from tmx_compile.report import Report
@@ -50,18 +51,23 @@ class TmxBackend:
         assume_causal: bool = False,
         report: Report | None = None,
         decode: str = "dense",
+        chunked_prefill: bool = False,
     ) -> None:
         self.config = _effective(config)
         if lowering not in CHOICES:
             raise ValueError(f"lowering must be one of {', '.join(CHOICES)}, got {lowering!r}")
-        for name, value in (("strict", strict), ("assume_causal", assume_causal)):
+        flags = (("strict", strict), ("assume_causal", assume_causal), ("chunked_prefill", chunked_prefill))
+        for name, value in flags:
             if not isinstance(value, bool):
                 raise ValueError(f"{name} must be True or False, got {value!r}")
         if report is not None and not isinstance(report, Report):
             raise ValueError(f"report must be a tmx_compile.Report, got {report!r}")
         if decode not in ("dense", "streaming"):
             raise ValueError(f"decode must be 'dense' or 'streaming', got {decode!r}")
+        if chunked_prefill and lowering not in CHUNK_CHOICES:
+            raise ValueError(f"chunked_prefill takes a lowering of {', '.join(CHUNK_CHOICES)}, got {lowering!r}")
         self.decode = decode
+        self.chunked_prefill = chunked_prefill
         self.lowering = lowering
         self.strict = strict
         self.assume_causal = assume_causal
@@ -83,7 +89,9 @@ class TmxBackend:
         inductor = _Inductor(mode, options or {})
         if self.config is None or not self.config.layers():
             return inductor.compile(gm, example_inputs)
-        wanted = Options(self.config, self.lowering, self.strict, self.assume_causal, self.decode)
+        settings = self.config, self.lowering, self.strict, self.assume_causal, self.decode, self.chunked_prefill
+        wanted = Options(*settings)
+        one_row = one_row_chunk(gm, wanted, example_inputs) if self.chunked_prefill else None
         plan = plan_graph(gm, wanted, example_inputs)
         if plan.prompt is Prompt.SHORT:
             compiled, done = inductor.compile(gm, example_inputs), plan
@@ -93,6 +101,8 @@ class TmxBackend:
             compiled, done = self._compile_range(plan, inductor, example_inputs)
         # Only now: Dynamo may abandon a compilation half way and start again.
         self.report.add_graph(records(done, self.report.graphs), plan.notes)
+        if one_row is not None:
+            compiled = one_row.beside(compiled)
         return _watched(compiled, plan.known) if plan.known and done is not plan else compiled
 
     def _compile_long(
@@ -137,6 +147,7 @@ class TmxBackend:
 
     def __repr__(self) -> str:
         options = f"lowering={self.lowering!r}, strict={self.strict}, assume_causal={self.assume_causal}"
+        options += ", chunked_prefill=True" if self.chunked_prefill else ""
         options += "" if self.decode == "dense" else f", decode={self.decode!r}"
         return f"tmx_backend({self.config!r}, {options})"
 
@@ -149,6 +160,7 @@ def tmx_backend(
     assume_causal: bool = False,
     report: Report | None = None,
     decode: str = "dense",
+    chunked_prefill: bool = False,
 ) -> TmxBackend:
     """A backend for ``torch.compile(model, backend=tmx_backend(config))``.
 
@@ -163,6 +175,9 @@ def tmx_backend(
         report: a report to fill; a new one by default, found as ``backend.report``.
         decode: what triangle layers do in a call with one row: "dense" leaves it as it is; "streaming" attends to sinks
             and window only. The cache still holds every key: see :class:`tmx_compile.cache.StreamingCache`.
+        chunked_prefill: compile for prompts that come in chunks, announced by :func:`tmx_compile.prefill`: the same
+            outputs as in one pass, for chunks and prompts of any length without a compilation for each. Inference only;
+            the lowering is "auto", "triton", "blocked" or "operator".
 
     Raises:
         ValueError: an argument of the wrong kind or value, naming it.
@@ -171,7 +186,13 @@ def tmx_backend(
         UserWarning: the configuration selects no layer, or the first n layers; what ``decode="streaming"`` costs.
     """
     return TmxBackend(
-        config, lowering=lowering, strict=strict, assume_causal=assume_causal, report=report, decode=decode
+        config,
+        lowering=lowering,
+        strict=strict,
+        assume_causal=assume_causal,
+        report=report,
+        decode=decode,
+        chunked_prefill=chunked_prefill,
     )
 
 
@@ -187,7 +208,8 @@ def tmx(
     Options that start with ``tmx_`` are arguments of :func:`tmx_backend` (``tmx_config`` may be a mapping of
     ``TriangleMixConfig``'s parameters); the others go to Inductor.
     """
-    known = ("tmx_config", "tmx_lowering", "tmx_strict", "tmx_assume_causal", "tmx_report", "tmx_decode")
+    settings = ("lowering", "strict", "assume_causal", "report", "decode", "chunked_prefill")
+    known = ("tmx_config", *(f"tmx_{name}" for name in settings))
     ours = {name: value for name, value in (options or {}).items() if name.startswith("tmx_")}
     for name in ours:
         if name not in known:

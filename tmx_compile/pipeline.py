@@ -43,6 +43,10 @@ class Options:
     assume_causal: bool = False
     decode: str = "dense"
     """What triangle layers do with a single row: "dense", or "streaming" over sinks and window."""
+    chunked_prefill: bool = False
+    """Calls may be chunks of their prompts: what a row attends is settled when the graph runs."""
+    one_row_chunks: bool = False
+    """With ``chunked_prefill``, for a graph of one row: it is a chunk rather than a decode step."""
     standalone: bool = False
     """The graph is handed back rather than compiled here: no guard, no choice by length, no Inductor settings."""
 
@@ -175,7 +179,10 @@ def _verdict(
         held = config.num_sink_tokens + config.sliding_window_size + 1
         if statically_known_true(site.kv_len <= held):
             return Rejected(Reason.FEW_KEYS, f"{site.kv_len} keys", site.node)
-    elif isinstance(site.q_len, int) and site.q_len == 1 and config.min_seq_len == 0:
+    elif options.chunked_prefill and not _one_row(site):
+        if isinstance(proof, Proof) and proof.documents is not None:
+            return Rejected(Reason.NO_LOWERING, "chunked prefill of packed documents", site.node)
+    elif _one_row(site) and config.min_seq_len == 0:
         return Rejected(Reason.SHORT_PROMPT, "one row: a decode step", site.node)
     elif known(site.q_len, limit) is Prompt.SHORT:
         return _short(site, config.min_seq_len, limit)
@@ -188,9 +195,13 @@ def _verdict(
     return None
 
 
+def _one_row(site: AttentionSite) -> bool:
+    return isinstance(site.q_len, int) and site.q_len == 1
+
+
 def _streams(site: AttentionSite, options: Options) -> bool:
-    """Whether a site is a decode step that the user wants over sinks and window only."""
-    return options.decode == "streaming" and isinstance(site.q_len, int) and site.q_len == 1
+    """Whether a site is one row whose own key has to be shown: it is to stream, or to be a chunk of a prompt."""
+    return _one_row(site) and (options.decode == "streaming" or options.one_row_chunks)
 
 
 def _short(site: AttentionSite, min_seq_len: int, limit: int) -> Rejected:
@@ -234,7 +245,10 @@ def _side(plan: GraphPlan, site: AttentionSite) -> Prompt | Rejected:
     q_len = site.q_len
     if _streams(site, plan.options):
         return Prompt.LONG
-    side = decide(q_len, plan.limit, may_guard=not plan.options.standalone)
+    if plan.options.chunked_prefill:
+        side = Prompt.LONG
+    else:
+        side = decide(q_len, plan.limit, may_guard=not plan.options.standalone)
     if side is Prompt.SHORT:
         return _short(site, plan.options.config.min_seq_len, plan.limit)
     if side is Prompt.BOTH:
@@ -298,7 +312,7 @@ def rewrite_graph(plan: GraphPlan) -> Rewritten:
         assert site is not None
         assert item.proof is not None
         planned = _call(site, item.proof, target, needs_grad, fake_mode)
-        lowering = _lowering(planned, plan.options, stays_dense=item.verdict is not None)
+        lowering = _lowering(planned, plan, stays_dense=item.verdict is not None)
         if lowering is None:
             sites.append(item)
             continue
@@ -321,7 +335,8 @@ def _target(item: SitePlan, options: Options) -> tuple[int, int, int] | None:
     """The geometry of a site: triangle, dense without its mask, or None to leave it exactly as it is."""
     if item.site is not None and _streams(item.site, options):
         # Layers that stay dense keep their numbers to the last bit.
-        return (*options.config.geometry[:2], 0) if item.verdict is None else None
+        sink, window, last = options.config.geometry
+        return None if item.verdict is not None else (sink, window, last if options.one_row_chunks else 0)
     if item.verdict is None:
         return options.config.geometry
     # A FlexAttention call with a block plan forms no mask: it stays the user's choice.
@@ -330,8 +345,12 @@ def _target(item: SitePlan, options: Options) -> tuple[int, int, int] | None:
     return None
 
 
-def _lowering(call: AttentionCall, options: Options, *, stays_dense: bool) -> Lowering | None:
-    if call.query.shape[2] == 1 and call.last == 0:
+def _lowering(call: AttentionCall, plan: GraphPlan, *, stays_dense: bool) -> Lowering | None:
+    options = plan.options
+    one_row = isinstance(call.query.shape[2], int) and call.query.shape[2] == 1
+    if options.chunked_prefill and not stays_dense and (options.one_row_chunks or not one_row):
+        return select.chunked(options.lowering, call, plan.limit, streaming=options.decode == "streaming")
+    if one_row and call.last == 0:
         return select.decode(options.lowering, call)
     if not stays_dense:
         return select.select(options.lowering, call, portable=options.standalone)

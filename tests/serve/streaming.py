@@ -24,11 +24,11 @@ def left_padded(starts, n=100):
     return mask
 
 
-def row_masks(config, n, attention_mask=None, *, prompt=None, triangle=None):
+def row_masks(config, n, attention_mask=None, *, prompt=None, triangle=None, streaming=None):
     """(B, n, n) bool of a dense and of a triangle layer.
 
     ``triangle``: (begin, end) ranges of rows that are one prompt each, the rows up to ``end`` under the triangle mask
-    of ``end`` keys. Rows from ``prompt`` on stream: sinks and window only. All others are dense.
+    of ``end`` keys. Rows from ``prompt`` on, and the range ``streaming``, see sinks and window. All others are dense.
     """
     key_mask = None if attention_mask is None else attention_mask[:, :n].bool()
     dense = attended(n, n, key_mask, 0, 0, n)
@@ -36,9 +36,10 @@ def row_masks(config, n, attention_mask=None, *, prompt=None, triangle=None):
     for begin, end in triangle or ():
         part = None if key_mask is None else key_mask[:, :end]
         layer[:, begin:end, :end] = attended(end, end, part, *config.geometry)[:, begin:end]
-    if prompt is not None:
+    ranges = (streaming, None if prompt is None else (prompt, n))
+    for begin, end in filter(None, ranges):
         sink, window, _ = config.geometry
-        layer[:, prompt:] = attended(n, n, key_mask, sink, window, 0)[:, prompt:]
+        layer[:, begin:end] = attended(n, n, key_mask, sink, window, 0)[:, begin:end]
     return dense, layer
 
 

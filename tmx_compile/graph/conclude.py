@@ -113,6 +113,9 @@ class _Case:
             if not isinstance(fact, NonNegative):
                 continue
             lin, positions = self._consecutive(fact.lin)
+            if self.own_key == "written" and dict(lin.factors) == {KEY: -1}:
+                # One row: its number is 0 and has left no trace.
+                lin = lin + Lin.of(0, {ROW: 1})
             if dict(lin.factors) != _DIFFERENCE or any(t.coordinates(element) for element, _ in lin.atoms):
                 continue
             self.settled.add(fact)
