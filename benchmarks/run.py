@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from benchmarks import common, first_n, million, operator, pass_cost, prefill_memory, stages, ttft
+from benchmarks import common, first_n, kv_cache, million, operator, pass_cost, prefill_memory, stages, ttft
 from tmx_compile.bench import record
 
 CASES = {
     case.name: case
     for case in (operator.CASE, pass_cost.CASE, prefill_memory.CASE, first_n.CASE, ttft.CASE, million.CASE, stages.CASE)
-}
+} | {kv_cache.CASE.name: kv_cache.CASE}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -28,7 +28,7 @@ from tmx_compile.graph.aten_rules import ATEN_RULES
 from tmx_compile.graph.block_check import checkable
 from tmx_compile.graph.conclude import BATCH, HEAD, KEY, ROW, Proof, Ranges, Sizes, conclude, origin
 from tmx_compile.graph.mask_mod import read_mask_mod
-from tmx_compile.graph.nodes import shape_env_of
+from tmx_compile.graph.nodes import shape_env_of, tensor_of
 from tmx_compile.graph.read import MaskReader, NotUnderstood, View, as_truth, opaque
 from tmx_compile.graph.rules import RULES
 from tmx_compile.graph.site import AttentionSite, MaskMod, MaskPart
@@ -94,7 +94,7 @@ class Prover:
             return Rejected(Reason.FORM, "both a mask and is_causal", site.node)
         heads = site.fake("query").shape[1]
         batch = t.size_of(site.fake("query").shape[0])
-        sizes = {KEY: t.size_of(kv_len), ROW: t.size_of(q_len), HEAD: t.size_of(heads), BATCH: batch}
+        sizes = {KEY: t.size_of(_as_in_mask(site, kv_len)), ROW: t.size_of(q_len), HEAD: t.size_of(heads), BATCH: batch}
         shared = (site.masks, own_key, *sizes.items())
         if shared not in self._proofs:
             self._proofs[shared] = self._prove_masks(site.masks, sizes, site.node, own_key)
@@ -174,6 +174,15 @@ class Prover:
         if self.shape_env.bound_sympy(low).lower >= bound:
             return True
         return any(self.shape_env.bound_sympy(sympy.expand(low - known)).lower >= bound for known in self._at_least_0)
+
+
+def _as_in_mask(site: AttentionSite, kv_len: int | torch.SymInt) -> int | torch.SymInt:
+    """The number of keys as the mask writes it: each layer's cache may have a symbol of its own for the same length."""
+    for part in site.masks:
+        mask = tensor_of(part.node) if isinstance(part, MaskPart) else None
+        if mask is not None and mask.dim() > 0 and statically_known_true(mask.shape[-1] == kv_len):
+            return mask.shape[-1]
+    return kv_len
 
 
 def _attended(part: MaskPart, view: View) -> Truth | Rejected:

@@ -140,9 +140,8 @@ def _rows(
         return out.copy_(part.attend(q, k, v, key_mask, last))
     row = min(max(first - (kv_len - q_len), 0), q_len)
     if row > 0:
-        end = kv_len - q_len + row
-        mask = None if key_mask is None else key_mask[:, :end]
-        out[:, :, :row].copy_(part.attend(q[:, :, :row], k[:, :, :end], v[:, :, :end], mask, 0))
+        # All rows: cut off with their keys, a padded row at the cut would lose the place that it has in the prompt.
+        out.copy_(part.attend(q, k, v, key_mask, 0))
     if row < q_len:
         out[:, :, row:].copy_(part.attend(q[:, :, row:], k, v, key_mask, ALL_ROWS))
     return out
