@@ -14,6 +14,8 @@ import torch
 from torch.fx import GraphModule
 
 from tmx_compile.chunks import current_chunk
+from tmx_compile.errors import StrictModeError
+from tmx_compile.graph.decode import own_key
 from tmx_compile.graph.nodes import value_of
 from tmx_compile.pipeline import Options, copy_graph, plan_graph, rewrite_graph
 from tmx_compile.report import Reason, log
@@ -23,9 +25,13 @@ _ELSEWHERE = (Reason.NOT_SELECTED, Reason.FEW_KEYS, Reason.LAYER_UNKNOWN, Reason
 
 @dataclass(frozen=True)
 class OneRow:
-    """The second form of a graph of one row, and how to tell from a call's arguments how many tokens it sees."""
+    """The second form of a graph of one row, and how to tell from a call's arguments how many tokens it sees.
 
-    form: Callable[..., Any]
+    ``form`` is None where strict mode forbids what the call would get: ``refused`` tells why.
+    """
+
+    form: Callable[..., Any] | None
+    refused: str
     keys: Any
     sizes: Mapping[Any, tuple[int, int | None]]
 
@@ -49,6 +55,8 @@ class OneRow:
             seen = self.seen(args) if chunk.totals is not None else None
             if seen is not None and chunk.totals is not None and seen > max(chunk.totals):
                 return compiled(*args)
+            if self.form is None:
+                raise StrictModeError(f"one row of a prompt that cannot go sparse: {self.refused}")
             return self.form(*args)
 
         return run
@@ -61,19 +69,25 @@ def one_row_chunk(gm: GraphModule, options: Options, example_inputs: Sequence[An
     rows = [item for item in plan.sites if item.site is not None and item.site.q_len == 1 and item.selected]
     if not rows or len(rows) != sum(item.selected for item in plan.sites):
         return None
+    refused = ""
     for item in rows:
         if item.verdict is not None and item.verdict.reason not in _ELSEWHERE:
-            log.warning("%s: one row is a decode step even in prefill(...): %s", item.layer.path, item.verdict)
+            refused = f"{item.layer.path}: {item.verdict}"
+            log.warning("one row is a decode step even in prefill(...): %s", refused)
+    if options.strict and refused:
+        return OneRow(None, refused, None, {})
     if not plan.triangle:
         return None
     site = plan.triangle[0].site
     assert site is not None
     keys = site.kv_len
-    expression = keys.node.expr if isinstance(keys, torch.SymInt) else None
+    # A static cache has more keys than tokens: there only the operator finds out.
+    growing = own_key(site) == "last"
+    expression = keys.node.expr if growing and isinstance(keys, torch.SymInt) else None
     sizes = {} if expression is None else _sizes(gm, expression.free_symbols)
     if sizes is None:
         expression, sizes = None, {}
-    return OneRow(rewrite_graph(plan).gm.forward, expression, sizes)
+    return OneRow(rewrite_graph(plan).gm.forward, refused, expression, sizes)
 
 
 def _sizes(gm: GraphModule, symbols: set[Any]) -> dict[Any, tuple[int, int | None]] | None:
