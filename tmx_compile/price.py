@@ -18,7 +18,7 @@ def streaming_message(layers: int, of: int | None, config: TriangleMixConfig) ->
         of: how many layers the model has; None: not known yet.
         config: the geometry.
     """
-    count = f"{layers} of {of} layers" if of is not None else f"{layers} layers"
+    count = f"{layers} of {of} layers" if of is not None else f"{layers} layer{'' if layers == 1 else 's'}"
     seen = config.num_sink_tokens + config.sliding_window_size + 1
     return (
         f"streaming decode: in {count} generated tokens attend to {seen} keys ({config.num_sink_tokens} sinks and a "

@@ -120,8 +120,8 @@ class Report:
             log.warning("%s", note)
         if not sites:
             return
-        sparse = sum(site.decision != "dense" for site in sites)
-        log.info("graph %d: %d attention sites, %d sparse", sites[0].graph, len(sites), sparse)
+        sparse = sum(site.decision == "triangle" for site in sites)
+        log.info("graph %d: %d attention sites, %d triangle", sites[0].graph, len(sites), sparse)
         for site in sites:
             log.debug(
                 "%s layer=%s %s %s lowering=%s pairs=%d/%d%s",

@@ -167,7 +167,8 @@ def test_batch_selection_and_repetition():
     cache = dynamic(model)
     with torch.no_grad():
         out = model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=4, **SETTINGS)
-        cache.batch_select_indices(torch.tensor([2, 0]))
+        cache.reorder_cache(torch.tensor([1, 2, 0]))
+        cache.batch_select_indices(torch.tensor([1, 2]))
         cache.batch_repeat_interleave(2)
         rows = torch.tensor([2, 2, 0, 0])
         whole = torch.cat([mask, mask.new_ones(3, 4)], 1)[rows]
