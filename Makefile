@@ -38,6 +38,6 @@ matrix: ## what the pass does with every model of tests/zoo, into docs/support-m
 	@$(SETUP) dev
 	@$(RUN) tools/support_matrix.py $(ARGS)
 
-clean: ## remove .venv, caches and build outputs
-	@rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean: ## remove .venv, .npu, caches and build outputs
+	@rm -rf .venv .npu build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -51,6 +51,7 @@ class Case:
 
     ``file`` names its result file, which may depend on the machine. A case that comes in ``parts`` has these in place
     of ``measure``. One that ``needs_cuda`` runs nowhere else, but for its quick form where that is ``quick_anywhere``.
+    One that takes hours runs only ``on_request``, by its name.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Case:
     parts: Parts | None = None
     needs_cuda: bool = field(default=False)
     quick_anywhere: bool = True
+    on_request: bool = field(default=False)
 
     @property
     def file_name(self) -> str:

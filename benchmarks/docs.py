@@ -1,4 +1,4 @@
-"""Write docs/benchmarks.md and its pictures from the stored results, and from nothing else.
+"""Write docs/benchmarks.md, its pictures and the tables of docs/ascend.md from the stored results, and nothing else.
 
 python -m benchmarks.docs            writes it
 python -m benchmarks.docs --check    fails where the file differs from what the results say
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import docs_operator, docs_ttft, plots
+from benchmarks import docs_ascend, docs_operator, docs_ttft, plots
 from benchmarks.common import RESULTS
 from benchmarks.plots import Picture
 from benchmarks.tables import Fields, slashed, spans, table, times
@@ -241,12 +241,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     page, pictures = generate(options.results)
     folder = options.out.parent
+    other = docs_ascend.inserted(options.results, folder)
     if not options.check:
         folder.mkdir(parents=True, exist_ok=True)
         options.out.write_text(page, encoding="utf-8")
         for picture in pictures:
             if not picture.is_current(folder):
                 picture.write(folder)
+        if other is not None:
+            other[0].write_text(other[1], encoding="utf-8")
         return
     stored = options.out.read_text(encoding="utf-8") if options.out.is_file() else ""
     changes = list(difflib.unified_diff(stored.splitlines(), page.splitlines(), "stored", "generated", lineterm=""))
@@ -254,6 +257,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print("\n".join(changes))
         sys.exit(f"{options.out.name} is out of date: run python -m benchmarks.docs")
     stale = [picture.file for picture in pictures if not picture.is_current(folder)]
+    if other is not None and other[0].read_text(encoding="utf-8") != other[1]:
+        stale.append(other[0].name)
     if stale:
         sys.exit(f"{', '.join(stale)} is out of date: run python -m benchmarks.docs")
 

@@ -67,7 +67,7 @@ def measure(quick: bool) -> Measured:
                 **middle,
                 "added_mib": middle["peak_mib"] - middle["before_mib"],
                 "cold_s": cold[name]["first_s"],
-                "cold_peak_mib": cold[name]["peak_mib"],
+                "coldpeak_mib": cold[name]["peak_mib"],
                 "lowerings": runs[name][0]["lowerings"],
             }
         )
@@ -111,7 +111,7 @@ def child(task: dict[str, Any]) -> dict[str, Any]:
         logits[:] = [out.logits]
 
     with torch.no_grad():
-        before = _resident_mib()
+        before = resident_mib()
         result = {"before_mib": before, "first_s": seconds(prefill), "s": 0.0}
         if task["timed"]:
             result["s"] = seconds(prefill)
@@ -121,15 +121,15 @@ def child(task: dict[str, Any]) -> dict[str, Any]:
     if sum(site.decision == "triangle" for site in sites) != task["deepest"]:
         raise RuntimeError(f"wanted {task['deepest']} triangle layers, got {sites}")
     lowerings = sorted({site.lowering for site in sites})
-    return {**result, "peak_mib": _peak_mib(), "lowerings": " ".join(lowerings) or "as written"}
+    return {**result, "peak_mib": peak_mib(), "lowerings": " ".join(lowerings) or "as written"}
 
 
-def _resident_mib() -> float:
+def resident_mib() -> float:
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     return pages * resource.getpagesize() / 2**20
 
 
-def _peak_mib() -> float:
+def peak_mib() -> float:
     """The peak resident size of this program.
 
     Linux folds the parent's peak into ``ru_maxrss`` when a child starts; the high-water mark of the memory map is the
@@ -139,6 +139,11 @@ def _peak_mib() -> float:
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) / 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def reset_peak() -> None:
+    """Forget the peak so far (loading a model may need more than running it). Linux alone."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 COLUMNS = (

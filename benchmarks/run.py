@@ -13,13 +13,36 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from benchmarks import common, first_n, kv_cache, million, operator, pass_cost, prefill_memory, stages, ttft
+from benchmarks import (
+    calibration,
+    common,
+    first_n,
+    kv_cache,
+    million,
+    operator,
+    pass_cost,
+    prefill_memory,
+    quality,
+    stages,
+    ttft,
+)
 from tmx_compile.bench import record
 
 CASES = {
     case.name: case
-    for case in (operator.CASE, pass_cost.CASE, prefill_memory.CASE, first_n.CASE, ttft.CASE, million.CASE, stages.CASE)
-} | {kv_cache.CASE.name: kv_cache.CASE}
+    for case in (
+        operator.CASE,
+        pass_cost.CASE,
+        prefill_memory.CASE,
+        first_n.CASE,
+        calibration.CASE,
+        quality.CASE,
+        ttft.CASE,
+        million.CASE,
+        stages.CASE,
+        kv_cache.CASE,
+    )
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -39,7 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     refused = [name for name in options.case if name not in usable]
     if refused:
         parser.error(f"case {', '.join(refused)} needs a CUDA device, and torch finds none")
-    chosen = [CASES[name] for name in options.case or usable]
+    usual = [name for name in usable if not CASES[name].on_request]
+    chosen = [CASES[name] for name in options.case or usual]
     if not any(case.parts for case in chosen) and (options.only or options.missing):
         parser.error("--only and --missing are for a case that comes in parts")
     # Tiny sizes must never replace stored measurements.

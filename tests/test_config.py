@@ -241,9 +241,17 @@ def test_fingerprint_is_the_same_in_every_process() -> None:
 
 
 def test_config_needs_the_standard_library_only() -> None:
+    """Until it is handed a model to check: that is in a function of its own."""
     tree = ast.parse(Path(config_module.__file__).read_text(encoding="utf-8"))
-    imported = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
-    imported += [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    lazy = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "_check_model")
+    typing = next(node for node in tree.body if isinstance(node, ast.If) and node.test.id == "TYPE_CHECKING")
+    left_out = {id(inner) for node in (lazy, typing) for inner in ast.walk(node)}
+    nodes = [node for node in ast.walk(tree) if id(node) not in left_out]
+    imported = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    imported += [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
+    ours = Path(config_module.__file__).with_name("environment.py").read_text(encoding="utf-8")
+    imported.remove("tmx_compile.environment")
+    imported += re.findall(r"^(?:from|import) (\S+)", ours, re.MULTILINE)
     assert {name.split(".")[0] for name in imported} <= sys.stdlib_module_names
 
 

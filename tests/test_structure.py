@@ -12,6 +12,8 @@ ROOT = Path(tmx_compile.__file__).parent
 ORDER = [
     "version",
     "errors",
+    "identity",
+    "environment",
     "config",
     "chunks",
     "plan",
@@ -25,15 +27,18 @@ ORDER = [
     "pipeline",
     "one_row",
     "standalone",
+    "npu",
 ]
 FREE = {
     "api": {*ORDER, "price"},
+    "deploy": {*ORDER, "api"},
     "testing": set(ORDER),
-    "analysis": {"config", "errors", "plan"},
+    "modules": {"config", "plan", "ops"},
+    "analysis": set(ORDER) - {"always", "standalone", "lowering"},
     "bench": {"version", "config", "plan", "lowering", "api"},
     "price": {"config"},
     "cache": {"config", "price"},
-    "cli": {"bench"},
+    "cli": {"analysis", "bench", "config"},
     "__init__": None,
 }
 

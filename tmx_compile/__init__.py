@@ -5,17 +5,22 @@ model = torch.compile(model, backend=tmx_backend(TriangleMixConfig.deepest(15, n
 
 from __future__ import annotations
 
-from tmx_compile.analysis import TriangleMixAnalyzer
+from tmx_compile.analysis import Calibration, TriangleMixAnalyzer, calibrate
 from tmx_compile.api import TmxBackend, explain, rewrite, tmx_backend
 from tmx_compile.chunks import prefill
 from tmx_compile.config import TriangleMixConfig, TriangleMixInferenceConfig
+from tmx_compile.deploy import export
 from tmx_compile.errors import LoweringError, StrictModeError, TriangleMixError, VerificationError
+from tmx_compile.modules import AscendNPUTriangleMixOptimizer, AscendTriangleMixAttention
 from tmx_compile.ops import triangle_attention
 from tmx_compile.plan.dense import TriangleMixAttention, TriangleMixMaskGenerator
 from tmx_compile.report import Reason, Report, SiteRecord
 from tmx_compile.version import __version__
 
 __all__ = [
+    "AscendNPUTriangleMixOptimizer",
+    "AscendTriangleMixAttention",
+    "Calibration",
     "LoweringError",
     "Reason",
     "Report",
@@ -30,7 +35,9 @@ __all__ = [
     "TriangleMixMaskGenerator",
     "VerificationError",
     "__version__",
+    "calibrate",
     "explain",
+    "export",
     "prefill",
     "rewrite",
     "tmx_backend",

@@ -6,18 +6,19 @@ import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.fx import GraphModule
 
+from tmx_compile import npu
 from tmx_compile.config import TriangleMixConfig, TriangleMixInferenceConfig
-from tmx_compile.errors import LoweringError, TriangleMixError
-from tmx_compile.graph.constants import KnownTensor
+from tmx_compile.errors import LoweringError
+from tmx_compile.graph.constants import watched
 from tmx_compile.graph.nodes import value_of
 from tmx_compile.guards import RangeGuards
 from tmx_compile.lengths import Prompt, dispatch
-from tmx_compile.lowering.select import CHOICES, CHUNK_CHOICES
+from tmx_compile.lowering.select import ASCEND, CHOICES, CHUNK_CHOICES, INDUCTOR, TARGETS
 from tmx_compile.one_row import one_row_chunk
 from tmx_compile.pipeline import GraphPlan, Options, copy_graph, hint, plan_graph, records, rewrite_graph
 from tmx_compile.price import streaming_message
@@ -32,10 +33,14 @@ _FIRST_N_WARNING = (
     "Use TriangleMixConfig.deepest({n}, num_layers=...) or triangle_layer_indices."
 )
 _FIRST_N_COST = {"first": 0.252, "deepest": -0.0084}
+_ANALYSIS_WARNING = (
+    "use_gradient_analysis asks for layers chosen by gradients, and none are chosen yet: run "
+    "tmx_compile.calibrate(model, batches, config=config) and compile with its .apply(config)"
+)
 
 
 class TmxBackend:
-    """A ``torch.compile`` backend: rewrites proven attention, then hands the graph to Inductor.
+    """A ``torch.compile`` backend: rewrites proven attention, then hands the graph to Inductor, or on NPUs to torchair.
 
     Attributes:
         report: one record per attention site of every compiled graph, in order.
@@ -50,12 +55,20 @@ class TmxBackend:
         strict: bool = False,
         assume_causal: bool = False,
         report: Report | None = None,
+        target: str = "auto",
+        compiler_config: Any = None,
         decode: str = "dense",
         chunked_prefill: bool = False,
     ) -> None:
         self.config = _effective(config)
         if lowering not in CHOICES:
             raise ValueError(f"lowering must be one of {', '.join(CHOICES)}, got {lowering!r}")
+        npu_allowed = not isinstance(config, TriangleMixInferenceConfig) or config.use_npu_optimization
+        if not npu_allowed and (target == ASCEND.name or compiler_config is not None):
+            raise ValueError(
+                f"config has use_npu_optimization=False, and target is {target!r}, compiler_config {compiler_config!r}"
+            )
+        _check_target(target, lowering, compiler_config)
         flags = (("strict", strict), ("assume_causal", assume_causal), ("chunked_prefill", chunked_prefill))
         for name, value in flags:
             if not isinstance(value, bool):
@@ -72,10 +85,14 @@ class TmxBackend:
         self.strict = strict
         self.assume_causal = assume_causal
         self.report = Report() if report is None else report
+        self.target = target if npu_allowed else INDUCTOR
+        self.compiler_config = compiler_config
         if self.config is not None:
             _warn(self.config)
             if decode == "streaming" and self.config.layers():
                 warnings.warn(streaming_message(len(self.config.layers()), None, self.config), stacklevel=3)
+        if _lacks_analysis(config):
+            warnings.warn(_ANALYSIS_WARNING, stacklevel=3)
 
     def __call__(
         self,
@@ -85,37 +102,57 @@ class TmxBackend:
         mode: str | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> Callable[..., Any]:
-        """Compile one graph; called by Dynamo. ``mode`` and ``options`` go to Inductor."""
-        inductor = _Inductor(mode, options or {})
+        """Compile one graph; called by Dynamo. ``mode`` and ``options`` go to Inductor, ``options`` to torchair too."""
+        target = self._target_of(gm, example_inputs)
+        compiler: _Compiler = _Inductor(mode, options or {})
+        if target == ASCEND.name:
+            compiler = npu.Torchair(self.compiler_config, mode, options)
         if self.config is None or not self.config.layers():
-            return inductor.compile(gm, example_inputs)
-        settings = self.config, self.lowering, self.strict, self.assume_causal, self.decode, self.chunked_prefill
-        wanted = Options(*settings)
+            return compiler.compile(gm, example_inputs)
+        wanted = Options(
+            self.config,
+            self.lowering,
+            self.strict,
+            self.assume_causal,
+            self.decode,
+            self.chunked_prefill,
+            target=target,
+        )
         one_row = one_row_chunk(gm, wanted, example_inputs) if self.chunked_prefill else None
         plan = plan_graph(gm, wanted, example_inputs)
         if plan.prompt is Prompt.SHORT:
-            compiled, done = inductor.compile(gm, example_inputs), plan
+            compiled, done = compiler.compile(gm, example_inputs), plan
         elif plan.fixed_length is None:
-            compiled, done = self._compile_long(plan, inductor, example_inputs)
+            compiled, done = self._compile_long(plan, compiler, example_inputs)
         else:
-            compiled, done = self._compile_range(plan, inductor, example_inputs)
+            compiled, done = self._compile_range(plan, compiler, example_inputs)
         # Only now: Dynamo may abandon a compilation half way and start again.
         self.report.add_graph(records(done, self.report.graphs), plan.notes)
         if one_row is not None:
             compiled = one_row.beside(compiled)
-        return _watched(compiled, plan.known) if plan.known and done is not plan else compiled
+        return watched(compiled, plan.known) if plan.known and done is not plan else compiled
+
+    def _target_of(self, gm: GraphModule, example_inputs: Sequence[Any]) -> str:
+        target = self.target
+        if target == "auto":
+            target = ASCEND.name if npu.on_npu(gm, example_inputs) else INDUCTOR
+        if self.lowering == ASCEND.name and target != ASCEND.name:
+            raise LoweringError("lowering 'ascend' is for NPUs, and this graph's tensors are on none (target='ascend')")
+        if target == ASCEND.name and (self.chunked_prefill or self.decode != "dense"):
+            raise LoweringError(f"torchair compiles neither chunked_prefill nor decode={self.decode!r} yet")
+        return target
 
     def _compile_long(
-        self, plan: GraphPlan, inductor: _Inductor, example_inputs: Sequence[Any]
+        self, plan: GraphPlan, compiler: _Compiler, example_inputs: Sequence[Any]
     ) -> tuple[Callable[..., Any], GraphPlan]:
         assert self.config is not None
         rewritten = rewrite_graph(plan)
         with _cache_tag(self.config):
-            compiled = inductor.compile(rewritten.gm, example_inputs, rewritten.inductor_options)
+            compiled = compiler.compile(rewritten.gm, example_inputs, rewritten.inductor_options)
         return compiled, rewritten.plan
 
     def _compile_range(
-        self, plan: GraphPlan, inductor: _Inductor, example_inputs: Sequence[Any]
+        self, plan: GraphPlan, compiler: _Compiler, example_inputs: Sequence[Any]
     ) -> tuple[Callable[..., Any], GraphPlan]:
         """Compile for a range of lengths that the user fixed: no guard may be left, and both sides may be needed."""
         assert self.config is not None
@@ -125,23 +162,22 @@ class TmxBackend:
         spare = copy_graph(plan.source)
         limit = plan.limit
         guards = RangeGuards(plan.fixed_length, above=limit)
-        long, done = self._compile_long(plan, inductor, example_inputs)
+        long, done = self._compile_long(plan, compiler, example_inputs)
         failed = guards.settle()
         if failed:
-            if self.lowering not in ("auto", "operator"):
-                raise LoweringError(
-                    f"lowering {self.lowering!r} needs {failed}, which the fixed range of lengths forbids"
-                )
+            if self.lowering not in ("auto", "operator") or plan.options.target == ASCEND.name:
+                name = ASCEND.name if plan.options.target == ASCEND.name else self.lowering
+                raise LoweringError(f"lowering {name!r} needs {failed}, which the fixed range of lengths forbids")
             # The operator itself guards on nothing.
             guards.forget()
             again = plan_graph(spare, replace(plan.options, lowering="operator"))
-            long, done = self._compile_long(again, inductor, example_inputs)
+            long, done = self._compile_long(again, compiler, example_inputs)
         if short_gm is None:
             return long, done
         assert plan.length is not None
         # Even Inductor's own graph may bring guards: its cache may hold it with those of another context.
         guards = RangeGuards(plan.fixed_length, up_to=limit)
-        short = inductor.compile(short_gm, example_inputs)
+        short = compiler.compile(short_gm, example_inputs)
         guards.settle()
         return dispatch(plan.length, limit, short, long), done
 
@@ -159,6 +195,8 @@ def tmx_backend(
     strict: bool = False,
     assume_causal: bool = False,
     report: Report | None = None,
+    target: str = "auto",
+    compiler_config: Any = None,
     decode: str = "dense",
     chunked_prefill: bool = False,
 ) -> TmxBackend:
@@ -173,6 +211,9 @@ def tmx_backend(
             and-ed with a padding mask, and that row positions handed to the model are consecutive. It is checked when
             the compiled model runs: a broken promise raises ``ValueError`` (on an accelerator, a device assertion).
         report: a report to fill; a new one by default, found as ``backend.report``.
+        target: what compiles the graphs. "inductor"; "ascend", torchair; "auto" takes torchair for graphs on an NPU.
+        compiler_config: a ``torchair.CompilerConfig`` for the target "ascend" (its ``mode`` chooses GE graphs, the
+            default, or "npugraph_ex").
         decode: what triangle layers do in a call with one row: "dense" leaves it as it is; "streaming" attends to sinks
             and window only. The cache still holds every key: see :class:`tmx_compile.cache.StreamingCache`.
         chunked_prefill: compile for prompts that come in chunks, announced by :func:`tmx_compile.prefill`: the same
@@ -180,7 +221,8 @@ def tmx_backend(
             the lowering is "auto", "triton", "blocked" or "operator".
 
     Raises:
-        ValueError: an argument of the wrong kind or value, naming it.
+        ValueError: an argument of the wrong kind or value, or two that contradict each other, naming them.
+        ImportError: target "ascend" without a torch_npu that loads.
 
     Warns:
         UserWarning: the configuration selects no layer, or the first n layers; what ``decode="streaming"`` costs.
@@ -191,6 +233,8 @@ def tmx_backend(
         strict=strict,
         assume_causal=assume_causal,
         report=report,
+        target=target,
+        compiler_config=compiler_config,
         decode=decode,
         chunked_prefill=chunked_prefill,
     )
@@ -208,8 +252,8 @@ def tmx(
     Options that start with ``tmx_`` are arguments of :func:`tmx_backend` (``tmx_config`` may be a mapping of
     ``TriangleMixConfig``'s parameters); the others go to Inductor.
     """
-    settings = ("lowering", "strict", "assume_causal", "report", "decode", "chunked_prefill")
-    known = ("tmx_config", *(f"tmx_{name}" for name in settings))
+    names = ("config", "lowering", "strict", "assume_causal", "report", "target", "compiler_config", "decode")
+    known = tuple(f"tmx_{name}" for name in (*names, "chunked_prefill"))
     ours = {name: value for name, value in (options or {}).items() if name.startswith("tmx_")}
     for name in ours:
         if name not in known:
@@ -259,21 +303,6 @@ def explain(
     return backend.report
 
 
-def _watched(compiled: Callable[..., Any], known: Sequence[KnownTensor]) -> Callable[..., Any]:
-    """The compiled graph, run only while the buffers that its masks were read from hold what was read."""
-
-    def run(*args: Any) -> Any:
-        for constant in known:
-            if not constant.holds(args[constant.position]):
-                raise TriangleMixError(
-                    f"{constant.name} has changed since the model was compiled, and the attention masks were read from "
-                    "it: call torch.compiler.reset() and compile again"
-                )
-        return compiled(*args)
-
-    return run
-
-
 def rewrite(
     program: Program,
     config: TriangleMixConfig | TriangleMixInferenceConfig,
@@ -302,6 +331,15 @@ def rewrite(
     if backend.config is not None:
         backend.report.add_graph(records(plan, 0), plan.notes)
     return done, backend.report
+
+
+class _Compiler(Protocol):
+    """What turns a graph into code: Inductor or torchair."""
+
+    def compile(
+        self, gm: GraphModule, example_inputs: Sequence[Any], needed: Mapping[str, Any] | None = None
+    ) -> Callable[..., Any]:
+        """The compiled graph."""
 
 
 class _Inductor:
@@ -333,12 +371,33 @@ def _cache_tag(config: TriangleMixConfig) -> Iterator[None]:
         yield
 
 
+def _check_target(target: str, lowering: str, compiler_config: Any) -> None:
+    if target not in TARGETS:
+        raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {target!r}")
+    if target == INDUCTOR and compiler_config is not None:
+        raise ValueError(f"compiler_config is torchair's, and target is {target!r}: give target='ascend'")
+    if target == INDUCTOR and lowering == ASCEND.name:
+        raise ValueError(f"lowering 'ascend' is compiled by torchair, and target is {target!r}: give target='ascend'")
+    if target != ASCEND.name:
+        return
+    if lowering not in ("auto", ASCEND.name):
+        raise ValueError(f"lowering {lowering!r} is not for torchair: with target='ascend' it is 'auto' or 'ascend'")
+    torchair = npu.load()
+    if compiler_config is not None and not isinstance(compiler_config, torchair.CompilerConfig):
+        raise ValueError(f"compiler_config must be a torchair.CompilerConfig, got {compiler_config!r}")
+
+
 def _effective(config: TriangleMixConfig | TriangleMixInferenceConfig) -> TriangleMixConfig | None:
     if isinstance(config, TriangleMixInferenceConfig):
         return config.to_trianglemix_config()
     if not isinstance(config, TriangleMixConfig):
         raise ValueError(f"config must be a TriangleMixConfig or TriangleMixInferenceConfig, got {config!r}")
     return config
+
+
+def _lacks_analysis(config: TriangleMixConfig | TriangleMixInferenceConfig) -> bool:
+    wanted = isinstance(config, TriangleMixInferenceConfig) and config.enable_trianglemix
+    return wanted and getattr(config, "use_gradient_analysis", False) and not config.triangle_layer_indices
 
 
 def _warn(config: TriangleMixConfig) -> None:

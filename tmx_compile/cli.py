@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from tmx_compile.analysis import command as calibrate_command
 from tmx_compile.bench import layer, record
 from tmx_compile.bench.timing import Rounds
 
@@ -27,8 +28,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     _bench_arguments(bench)
+    calibration = commands.add_parser(
+        "calibrate",
+        help="measure which layers of a model can go sparse, and save them as a profile",
+        description="Measure which layers of a Transformers model need the Middle section of their attention least, on "
+        "plain text, and save a profile for TriangleMixConfig.from_profile.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    calibrate_command.arguments(calibration)
     options = parser.parse_args(given)
-    _bench(options, bench, shlex.join(["tmx", *given]))
+    if options.command == "calibrate":
+        calibrate_command.run(options, calibration)
+    else:
+        _bench(options, bench, shlex.join(["tmx", *given]))
 
 
 def _bench_arguments(bench: argparse.ArgumentParser) -> None:

@@ -37,11 +37,15 @@ import itertools
 import json
 import operator
 import os
-import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from tmx_compile.environment import VARIABLES
+
+if TYPE_CHECKING:
+    from torch import nn
 
 PROFILE_FORMAT = "tmx-profile-1"
 
@@ -163,28 +167,50 @@ class TriangleMixConfig:
         return cls(triangle_layer_indices=range(start, num_layers), **geometry)
 
     @classmethod
-    def from_profile(cls, path: str | os.PathLike[str], *, num_layers: int, **overrides: int) -> TriangleMixConfig:
-        """Read a saved calibration: the JSON file that :meth:`to_profile` writes.
+    def from_profile(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        num_layers: int,
+        model: nn.Module | None = None,
+        num_triangle_layers: int | None = None,
+        **overrides: int,
+    ) -> TriangleMixConfig:
+        """Read a saved calibration: the JSON file that :meth:`to_profile` or ``Calibration.to_profile`` writes.
 
-        ``num_layers`` is the layer count of the model at hand: layer choices of another model are refused.
-        ``overrides`` replaces single values of the file; the names are those of :meth:`deepest`. Keys of the
-        file beside those listed at :meth:`to_profile` are ignored, so a calibration may say how it was made.
+        Args:
+            path: the file.
+            num_layers: the layer count of the model at hand: a choice for another depth is refused.
+            model: the model at hand. With it the profile must have the model's fingerprint (names and shapes of all
+                parameters, and a sample of their values); without it only the number of layers is checked, since
+                nothing else is known here.
+            num_triangle_layers: take this many layers of the profile's ``ranking``, from the one needed least, in place
+                of its ``triangle_layer_indices``.
+            overrides: values in place of the file's; the names are those of :meth:`deepest`.
+
+        Keys of the file beside these and those listed at :meth:`to_profile` are ignored, so a calibration may say how
+        it was made.
 
         Raises:
-            ValueError: not JSON, another format, another number of layers, a missing or bad value; the
-                message carries the path and the reason. Also an unknown or bad override.
+            ValueError: not JSON, another format, another number of layers, another model, no ranking or fingerprint
+                where one is needed, a missing or bad value; the message carries the path and the reason. Also an
+                unknown or bad override.
             OSError: the file cannot be read.
         """
         _refuse_unknown(overrides, _OVERRIDABLE)
         num_layers = as_count("num_layers", num_layers, minimum=1)
+        if num_triangle_layers is not None:
+            num_triangle_layers = as_count("num_triangle_layers", num_triangle_layers)
         text = Path(path).read_bytes()
         try:
             try:
                 profile = json.loads(text)
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"not a JSON file ({error})") from error
-            config = cls(**_profile_values(profile, num_layers))
+            config = cls(**_profile_values(profile, num_layers, num_triangle_layers))
             config.check_layers(num_layers)
+            if model is not None:
+                _check_model(profile["model"], model)
         except ValueError as error:
             raise ValueError(f"cannot use profile {os.fspath(path)}: {error}") from error
         return config.replace(**overrides)
@@ -252,7 +278,7 @@ class TriangleMixConfig:
         return dataclasses.replace(self, **changes)
 
 
-def _profile_values(profile: Any, num_layers: int) -> dict[str, Any]:
+def _profile_values(profile: Any, num_layers: int, wanted: int | None) -> dict[str, Any]:
     """Constructor arguments out of a parsed profile; the caller adds the path to a refusal."""
     if not isinstance(profile, dict) or profile.get("format") != PROFILE_FORMAT:
         found = profile.get("format") if isinstance(profile, dict) else type(profile).__name__
@@ -265,11 +291,26 @@ def _profile_values(profile: Any, num_layers: int) -> dict[str, Any]:
         raise ValueError(f"it is for a model of {made_for} layers, this one has num_layers={num_layers}")
     if set(geometry) != set(_GEOMETRY):
         raise ValueError(f"geometry must hold {', '.join(_GEOMETRY)} and no more, got {', '.join(geometry)}")
-    layers = profile.get("triangle_layer_indices")
+    name = "triangle_layer_indices" if wanted is None else "ranking"
+    layers = profile.get(name)
     if not isinstance(layers, list):
-        raise ValueError(f"triangle_layer_indices must be a list, got {layers!r}")
+        raise ValueError(f"{name} must be a list, got {layers!r}")
+    if wanted is not None:
+        if wanted > len(layers):
+            raise ValueError(f"num_triangle_layers must be at most the {len(layers)} layers it ranks, got {wanted}")
+        layers = layers[:wanted]
     optional = {"min_seq_len": profile["min_seq_len"]} if "min_seq_len" in profile else {}
     return {**geometry, **optional, "triangle_layer_indices": layers}
+
+
+def _check_model(described: Mapping[str, Any], model: nn.Module) -> None:
+    """Refuse a profile whose ``model`` section describes another model than the one at hand."""
+    # Here and not above: only this needs more than the standard library.
+    from tmx_compile.identity import ModelFingerprint
+
+    if "fingerprint" not in described:
+        raise ValueError("it has no fingerprint, so whether it is for this model cannot be told")
+    ModelFingerprint.from_dict(described["fingerprint"]).check(model)
 
 
 # Decoder layers of the published Qwen3 models (num_hidden_layers of their configurations).
@@ -299,11 +340,13 @@ class TriangleMixInferenceConfig:
         num_sink_tokens: as in :class:`TriangleMixConfig`.
         sliding_window_size: as in :class:`TriangleMixConfig`.
         num_last_tokens: as in :class:`TriangleMixConfig`.
-        use_npu_optimization: let Ascend NPUs use their own lowering.
+        use_npu_optimization: compile models on an NPU with torchair, to CANN's fused attention. With False an NPU is
+            like any other device.
         npu_block_size: rows and columns of a block on NPU (tokens, positive; 32-256 recommended).
-        use_gradient_analysis: ask for the layers to be chosen by recorded Middle gradients
-            (:class:`~tmx_compile.analysis.TriangleMixAnalyzer`) rather than by position.
-        analysis_warmup_steps: steps to record before that choice.
+        use_gradient_analysis: ask for the layers to be chosen by recorded Middle gradients rather than by position:
+            :func:`tmx_compile.calibrate` takes such a configuration, and its result gives it back with the layers. A
+            backend that gets it without layers warns.
+        analysis_warmup_steps: batches to record before that choice.
 
     Raises:
         ValueError: as :class:`TriangleMixConfig`; also a switch that is no bool, or a block size of 0.
@@ -392,7 +435,7 @@ class TriangleMixInferenceConfig:
         """
         source = os.environ if environ is None else environ
         settings: dict[str, Any] = {}
-        for variable, read in _ENVIRONMENT.items():
+        for variable, read in VARIABLES.items():
             text = source.get(variable, "").strip()
             if not text:
                 continue
@@ -404,44 +447,3 @@ class TriangleMixInferenceConfig:
             except ValueError as error:
                 raise ValueError(f"{variable}={text!r}: {error}") from error
         return cls(**settings)
-
-
-def _env_bool(text: str) -> bool:
-    word = text.lower()
-    if word in ("1", "true", "yes", "on"):
-        return True
-    if word in ("0", "false", "no", "off"):
-        return False
-    raise ValueError("expected 0, 1, true, false, yes, no, on or off")
-
-
-def _env_int(text: str) -> int:
-    # Ten digits already pass every limit here; int() alone would also take "1_0" and other alphabets' digits.
-    if not re.fullmatch(r"-?[0-9]{1,10}", text):
-        raise ValueError("expected an integer")
-    return int(text)
-
-
-def _env_layers(text: str) -> tuple[str, Any]:
-    if re.fullmatch(r"-?[0-9]+", text):
-        return "num_triangle_layers", _env_int(text)
-    indices: list[int] = []
-    items = [item.strip() for item in text.removesuffix(",").split(",")]
-    for item in items:
-        match = re.fullmatch(r"([0-9]{1,10})(?:\s*-\s*([0-9]{1,10}))?", item)
-        if match is None:
-            raise ValueError(f"expected a count or a list such as 0,16-31; cannot read {item!r}")
-        first, end = int(match[1]), int(match[2] or match[1])
-        # A typing slip in a range must not become a list of millions.
-        if not first <= end < first + 10_000:
-            raise ValueError(f"range {item} is not an ascending range of layers")
-        indices.extend(range(first, end + 1))
-    return "triangle_layer_indices", indices
-
-
-_ENVIRONMENT: dict[str, Callable[[str], tuple[str, Any]]] = {
-    "VLLM_TRIANGLEMIX_ENABLED": lambda text: ("enable_trianglemix", _env_bool(text)),
-    "VLLM_TRIANGLEMIX_LAYERS": _env_layers,
-    "VLLM_NPU_OPTIMIZATION": lambda text: ("use_npu_optimization", _env_bool(text)),
-    "VLLM_NPU_BLOCK_SIZE": lambda text: ("npu_block_size", _env_int(text)),
-}

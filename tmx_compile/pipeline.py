@@ -49,6 +49,10 @@ class Options:
     """With ``chunked_prefill``, for a graph of one row: it is a chunk rather than a decode step."""
     standalone: bool = False
     """The graph is handed back rather than compiled here: no guard, no choice by length, no Inductor settings."""
+    target: str = select.INDUCTOR
+    """What compiles the graph: "inductor" or "ascend"."""
+    every_length: bool = False
+    """One graph serves every length from 1 on and no guard is checked: short prompts are dense inside it."""
 
 
 @dataclass(frozen=True)
@@ -251,6 +255,8 @@ def _side(plan: GraphPlan, site: AttentionSite) -> Prompt | Rejected:
         side = decide(q_len, plan.limit, may_guard=not plan.options.standalone)
     if side is Prompt.SHORT:
         return _short(site, plan.options.config.min_seq_len, plan.limit)
+    if side is Prompt.BOTH and plan.options.every_length:
+        side = Prompt.LONG
     if side is Prompt.BOTH:
         assert isinstance(q_len, torch.SymInt)
         where = find_length_input(plan.gm, q_len)
@@ -311,8 +317,11 @@ def rewrite_graph(plan: GraphPlan) -> Rewritten:
         site = item.site
         assert site is not None
         assert item.proof is not None
-        planned = _call(site, item.proof, target, needs_grad, fake_mode)
+        planned = _call(site, item.proof, target, needs_grad, fake_mode, plan.options)
         lowering = _lowering(planned, plan, stays_dense=item.verdict is not None)
+        if isinstance(lowering, Rejected):
+            sites.append(_refused(item, lowering, plan.options))
+            continue
         if lowering is None:
             sites.append(item)
             continue
@@ -331,6 +340,13 @@ def rewrite_graph(plan: GraphPlan) -> Rewritten:
     return Rewritten(gm, replace(plan, sites=sites), merged_options((call, low) for _, call, low in chosen))
 
 
+def _refused(item: SitePlan, why: Rejected, options: Options) -> SitePlan:
+    """A site that no lowering of the target takes: it stays as it is written."""
+    if options.strict:
+        raise StrictModeError(f"{item.layer.path or item.node.name}: {why}")
+    return replace(item, verdict=replace(why, node=item.node))
+
+
 def _target(item: SitePlan, options: Options) -> tuple[int, int, int] | None:
     """The geometry of a site: triangle, dense without its mask, or None to leave it exactly as it is."""
     if item.site is not None and _streams(item.site, options):
@@ -339,26 +355,31 @@ def _target(item: SitePlan, options: Options) -> tuple[int, int, int] | None:
         return None if item.verdict is not None else (sink, window, last if options.one_row_chunks else 0)
     if item.verdict is None:
         return options.config.geometry
-    # A FlexAttention call with a block plan forms no mask: it stays the user's choice.
-    if item.proof is not None and item.proof.plain and item.site is not None and item.site.masks:
+    # A FlexAttention call with a block plan forms no mask: it stays the user's choice. On NPUs SDPA has no graph form.
+    written = item.site is not None and (item.site.masks or options.target == select.ASCEND.name)
+    if item.proof is not None and item.proof.plain and item.site is not None and written:
         return (0, 0, ALL_ROWS) if item.site.block_plan is None else None
     return None
 
 
-def _lowering(call: AttentionCall, plan: GraphPlan, *, stays_dense: bool) -> Lowering | None:
+def _lowering(call: AttentionCall, plan: GraphPlan, *, stays_dense: bool) -> Lowering | Rejected | None:
     options = plan.options
     one_row = isinstance(call.query.shape[2], int) and call.query.shape[2] == 1
     if options.chunked_prefill and not stays_dense and (options.one_row_chunks or not one_row):
         return select.chunked(options.lowering, call, plan.limit, streaming=options.decode == "streaming")
     if one_row and call.last == 0:
         return select.decode(options.lowering, call)
-    if not stays_dense:
-        return select.select(options.lowering, call, portable=options.standalone)
-    return select.dense(options.lowering, call, portable=options.standalone)
+    choose = select.dense if stays_dense else select.select
+    return choose(options.lowering, call, portable=options.standalone, target=options.target)
 
 
 def _call(
-    site: AttentionSite, proof: Proof, target: tuple[int, int, int], needs_grad: bool, fake_mode: Any
+    site: AttentionSite,
+    proof: Proof,
+    target: tuple[int, int, int],
+    needs_grad: bool,
+    fake_mode: Any,
+    options: Options,
 ) -> AttentionCall:
     query, key, value = (site.fake(name) for name in ("query", "key", "value"))
     out = nodes.tensor_of(site.node)
@@ -371,7 +392,8 @@ def _call(
         if proof.valid or moved or proof.documents is not None:
             dtype = torch.bool if proof.documents is None else torch.int64
             key_mask = key.new_empty(query.shape[0], key.shape[2], dtype=dtype)
-    return AttentionCall(query, key, value, key_mask, *target, site.scale, needs_grad, proof.reach)
+    dense_up_to = options.config.min_seq_len if options.every_length else None
+    return AttentionCall(query, key, value, key_mask, *target, site.scale, needs_grad, proof.reach, dense_up_to)
 
 
 def _as_substituted(planned: AttentionCall, both: Node) -> AttentionCall:

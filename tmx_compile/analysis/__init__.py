@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from tmx_compile.analysis.calibration import Calibration
+from tmx_compile.analysis.capture import CapturedModel, Inputs, Trace
+from tmx_compile.analysis.estimate import calibrate
 from tmx_compile.analysis.recorder import TriangleMixAnalyzer
+from tmx_compile.analysis.samples import Sample
 
-__all__ = ["TriangleMixAnalyzer"]
+__all__ = ["Calibration", "CapturedModel", "Inputs", "Sample", "Trace", "TriangleMixAnalyzer", "calibrate"]

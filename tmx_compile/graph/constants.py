@@ -7,7 +7,7 @@ compiled graph asks it about the tensor of each call.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from tmx_compile.errors import TriangleMixError
 from tmx_compile.graph import terms as t
 from tmx_compile.graph.terms import Choice, Lin, Term
 
@@ -119,3 +120,18 @@ class KnownTensor:
             return False
         self._seen[id(tensor)] = (tensor._version, weakref.ref(tensor))
         return True
+
+
+def watched(compiled: Callable[..., Any], known: Sequence[KnownTensor]) -> Callable[..., Any]:
+    """The compiled graph, run only while the buffers that its masks were read from hold what was read."""
+
+    def run(*args: Any) -> Any:
+        for constant in known:
+            if not constant.holds(args[constant.position]):
+                raise TriangleMixError(
+                    f"{constant.name} has changed since the model was compiled, and the attention masks were read from "
+                    "it: call torch.compiler.reset() and compile again"
+                )
+        return compiled(*args)
+
+    return run

@@ -23,7 +23,8 @@ class AttentionCall:
     """One call of the operator as a lowering sees it: fake tensors and constants.
 
     Shapes are those of :func:`tmx_compile.ops.triangle_attention`. ``needs_grad`` tells that the compiled graph will be
-    differentiated.
+    differentiated. ``dense_up_to`` is set for a graph that serves every length from 1 on and whose guards nobody
+    checks: a prompt of at most that many rows is attended densely.
     """
 
     query: Tensor
@@ -36,6 +37,7 @@ class AttentionCall:
     scale: float
     needs_grad: bool
     reach: int | None = None
+    dense_up_to: int | None = None
 
     @property
     def documents(self) -> bool:

@@ -116,25 +116,32 @@ def zero_empty(
     last: int,
     reach: int | None = None,
 ) -> Any:
-    """Zero the rows that attend to nothing: outside their sequence, or with no valid key in reach.
+    """Zero the rows that attend to nothing; see :func:`alive`."""
+    return torch.where(alive(q, k, key_mask, where, sink, window, last, reach)[:, None, :, None], out, 0.0)
+
+
+def alive(
+    q: Any, k: Any, key_mask: Any, where: Extent, sink: int, window: int, last: Any, reach: int | None = None
+) -> Any:
+    """(B, Sq) bool: the rows that attend to something, inside their sequence and with a valid key in reach.
 
     A row's reach is its sinks, its window and, for a last row, everything from the start: counted on the running
     number of valid keys, so that no (rows, keys) tensor is needed.
     """
     q_len, kv_len = length(q, 2), length(k, 2)
     position = arange(q, q_len)[None, :] + (kv_len - q_len)
-    # valid[:, t] is the number of valid keys before position t.
-    valid = F.pad(key_mask.to(torch.int64).cumsum(1), (1, 0))
-    seen = valid.gather(1, position.expand(length(q, 0), -1) + 1)
-    in_window = seen - valid.gather(1, (position - window).clamp(min=0).expand(length(q, 0), -1))
+    # valid[:, t] is the number of valid keys before position t. Not by a pad: torchair pads no integers.
+    count = key_mask.to(torch.int64)
+    valid = torch.cat([count[:, :1] * 0, count.cumsum(1)], 1)
+    seen = valid.gather(1, position.expand(length(q, 0), q_len) + 1)
+    in_window = seen - valid.gather(1, (position - window).clamp(min=0).expand(length(q, 0), q_len))
     sinks_end = torch.minimum(where.start + sink, position + 1)
     in_sinks = valid.gather(1, torch.minimum(sinks_end, where.end))
     if reach is not None:
-        beyond = valid.gather(1, (position - reach).clamp(min=0).expand(length(q, 0), -1))
+        beyond = valid.gather(1, (position - reach).clamp(min=0).expand(length(q, 0), q_len))
         in_sinks, seen = in_sinks - beyond, seen - beyond
     inside = (position >= where.start) & (position < where.end)
-    alive = inside & ((in_window > 0) | (in_sinks > 0) | ((position >= where.end - last) & (seen > 0)))
-    return torch.where(alive[:, None, :, None], out, 0.0)
+    return inside & ((in_window > 0) | (in_sinks > 0) | ((position >= where.end - last) & (seen > 0)))
 
 
 def _fits(q_len: Any, last: int) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from tmx_compile.errors import LoweringError
+from tmx_compile.lowering.ascend import Ascend
 from tmx_compile.lowering.base import AttentionCall, Lowering
 from tmx_compile.lowering.blocked import Blocked
 from tmx_compile.lowering.chunk import Chunked
@@ -19,9 +20,11 @@ from tmx_compile.lowering.triton import Triton
 from tmx_compile.report import Rejected
 
 TRITON, FLEX, BLOCKED, REFERENCE = Triton(), Flex(), Blocked(), Reference()
-OPERATOR, DENSE, DECODE = OperatorCall(), Dense(), Decode()
-NAMED: dict[str, Lowering] = {low.name: low for low in (TRITON, FLEX, BLOCKED, REFERENCE, OPERATOR)}
+OPERATOR, DENSE, DECODE, ASCEND = OperatorCall(), Dense(), Decode(), Ascend()
+NAMED: dict[str, Lowering] = {low.name: low for low in (TRITON, FLEX, BLOCKED, REFERENCE, OPERATOR, ASCEND)}
 CHOICES = ("auto", *NAMED)
+INDUCTOR = "inductor"
+TARGETS = ("auto", INDUCTOR, ASCEND.name)
 CHUNK_CHOICES = ("auto", TRITON.name, BLOCKED.name, OPERATOR.name)
 
 _FLEX_FROM_WINDOW = {torch.float32: 128, torch.bfloat16: 1 << 31, torch.float16: 1 << 31}
@@ -36,8 +39,10 @@ def preference(call: AttentionCall) -> Sequence[Lowering]:
     return (BLOCKED, FLEX, OPERATOR)
 
 
-def select(name: str, call: AttentionCall, *, portable: bool = False) -> Lowering:
-    """The lowering for a call; ``portable``: "auto" takes none that needs Inductor.
+def select(name: str, call: AttentionCall, *, portable: bool = False, target: str = INDUCTOR) -> Lowering | Rejected:
+    """The lowering for a call, or why "auto" has none; ``portable``: "auto" takes none that needs Inductor.
+
+    For the target "ascend" there is one: what the others write, torchair does not convert.
 
     Raises:
         LoweringError: the lowering that the user named does not support the call; it is never replaced silently.
@@ -47,17 +52,22 @@ def select(name: str, call: AttentionCall, *, portable: bool = False) -> Lowerin
         if isinstance(answer, Rejected):
             raise LoweringError(f"lowering {name!r} cannot take this attention: {answer.detail}")
         return NAMED[name]
+    if target == ASCEND.name:
+        answer = ASCEND.supports(call)
+        return answer if isinstance(answer, Rejected) else ASCEND
     # Run without Inductor, a flex call would form all scores; a package cannot hold a call of Python code.
     asked = [low for low in preference(call) if not (portable and low in (FLEX, TRITON))]
     return next(low for low in asked if not isinstance(low.supports(call), Rejected))
 
 
-def dense(name: str, call: AttentionCall, *, portable: bool = False) -> Lowering | None:
+def dense(name: str, call: AttentionCall, *, portable: bool = False, target: str = INDUCTOR) -> Lowering | None:
     """What forms no mask in a layer that stays dense, or None to leave it as it is written.
 
     On CUDA no SDPA kernel takes causal with padding, and the one that takes any mask is slower than ours without.
     Not in training: our backward is plain PyTorch, made for sparse layers.
     """
+    if target == ASCEND.name:
+        return None if isinstance(ASCEND.supports(call), Rejected) else ASCEND
     if not isinstance(DENSE.supports(call), Rejected):
         return DENSE
     ours = name in ("auto", TRITON.name) and call.query.device.type == "cuda" and not (portable or call.needs_grad)

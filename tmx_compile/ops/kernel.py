@@ -112,7 +112,7 @@ def blocks(p: Problem, heads: int) -> Iterator[Block]:
         begin = max(0, first - (p.reach if stop > first_last_row else reach))
         position = torch.arange(first, stop, device=device)[None, :, None]
         span = torch.arange(begin, stop, device=device)[None, None, :]
-        allowed = _attended(p, position, span)
+        allowed = attended(p, position, span)
         if p.key_mask is not None:
             allowed &= p.key_mask[:, None, begin:stop]
         sinks = None
@@ -121,7 +121,7 @@ def blocks(p: Problem, heads: int) -> Iterator[Block]:
             sinks = p.start[:, None] + torch.arange(min(p.sink, p.kv_len), device=device)[None, :]
             before = sinks < begin
             sinks = sinks.clamp(max=p.kv_len - 1)
-            sink_allowed = _attended(p, position, sinks[:, None, :]) & before[:, None, :]
+            sink_allowed = attended(p, position, sinks[:, None, :]) & before[:, None, :]
             if p.key_mask is not None:
                 sink_allowed &= p.key_mask.gather(1, sinks)[:, None, :]
             allowed = torch.cat([sink_allowed, allowed], 2)
@@ -129,7 +129,7 @@ def blocks(p: Problem, heads: int) -> Iterator[Block]:
         row = row_end
 
 
-def _attended(p: Problem, row: Tensor, key: Tensor) -> Tensor:
+def attended(p: Problem, row: Tensor, key: Tensor) -> Tensor:
     """The triangle formula of the mask algebra, for absolute positions that broadcast to (B, rows, keys)."""
     start, end = p.start[:, None, None], p.end[:, None, None]
     kept = (key < start + p.sink) | (row - key <= p.window) | (row >= end - p.last)
@@ -137,7 +137,7 @@ def _attended(p: Problem, row: Tensor, key: Tensor) -> Tensor:
     return kept & (key <= row) & (row >= start) & (row < end) & (key >= start) & (key < end)
 
 
-def _grouped(rows: Tensor, kv_heads: int) -> Tensor:
+def grouped(rows: Tensor, kv_heads: int) -> Tensor:
     """(B, H, r, D) -> (B, Hkv, H/Hkv * r, D): the query heads that share a key head, stacked as rows."""
     b, h, r, d = rows.shape
     return rows.reshape(b, kv_heads, h // kv_heads * r, d)
@@ -156,7 +156,7 @@ def _scores(query: Tensor, keys: Tensor, block: Block, scale: float) -> Tensor:
     """Masked scores of a block: (B, H, rows, s + span)."""
     b, h = query.shape[:2]
     rows = query[:, :, block.row : block.row_end].to(keys.dtype)
-    scores = _grouped(rows, keys.shape[1]) @ keys.transpose(2, 3)
+    scores = grouped(rows, keys.shape[1]) @ keys.transpose(2, 3)
     scores = scores.view(b, h, block.row_end - block.row, -1).mul_(scale)
     return scores.masked_fill_(~block.allowed[:, None], float("-inf"))
 
@@ -181,7 +181,7 @@ def forward(
         # exp(-inf - 0) is 0: a row that attends to nothing gives zeros, not NaN.
         weights = scores.sub_(block_lse.masked_fill(block_lse == float("-inf"), 0.0)[..., None]).exp_()
         values = _keys(value, block, dtype)
-        block_out = _grouped(weights, key.shape[1]) @ values
+        block_out = grouped(weights, key.shape[1]) @ values
         out[:, :, block.row : block.row_end] = block_out.view(b, h, block.row_end - block.row, -1)
         lse[:, :, block.row : block.row_end] = block_lse
     return out, lse
@@ -219,13 +219,13 @@ def backward(
         weights = scores.sub_(block_lse.masked_fill(block_lse == float("-inf"), 0.0)).exp_()
         d_out = grad_out[:, :, rows].to(dtype)
         delta = (d_out * out[:, :, rows].to(dtype)).sum(-1, keepdim=True) - grad_lse[:, :, rows, None].to(dtype)
-        d_weights = _grouped(d_out, kv_heads) @ values.transpose(2, 3)
+        d_weights = grouped(d_out, kv_heads) @ values.transpose(2, 3)
         d_scores = weights * (d_weights.view_as(weights) - delta) * scale
-        stacked = _grouped(d_scores, kv_heads)
+        stacked = grouped(d_scores, kv_heads)
         n_rows = block.row_end - block.row
         grad_query[:, :, rows] = (stacked @ keys).view(b, h, n_rows, -1)
-        _accumulate(grad_key, stacked.transpose(2, 3) @ _grouped(query[:, :, rows].to(dtype), kv_heads), block)
-        _accumulate(grad_value, _grouped(weights, kv_heads).transpose(2, 3) @ _grouped(d_out, kv_heads), block)
+        _accumulate(grad_key, stacked.transpose(2, 3) @ grouped(query[:, :, rows].to(dtype), kv_heads), block)
+        _accumulate(grad_value, grouped(weights, kv_heads).transpose(2, 3) @ grouped(d_out, kv_heads), block)
     return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)
 
 

@@ -74,6 +74,26 @@ def _shape(tensor: Tensor) -> str:
     return str(tuple(tensor.shape))
 
 
+def plain_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    sink: int,
+    window: int,
+    last: int,
+    scale: float,
+    reach: int | None,
+) -> tuple[Tensor, Tensor]:
+    """The operator in plain PyTorch, on any device; arguments as checked."""
+    geometry = kernel.Geometry(sink, window, last, reach)
+    # The caller's autocast reaches in here, and would round the float32 products to bfloat16.
+    with torch.autocast(query.device.type, enabled=False):
+        if key_mask is not None and key_mask.dtype != torch.bool:
+            return documents.forward(query, key, value, key_mask, geometry, scale)
+        return kernel.forward(query, key, value, key_mask, geometry, scale)
+
+
 @torch.library.custom_op("tmx::triangle_attention", mutates_args=(), schema=_SCHEMA)
 def _forward(
     query: Tensor,
@@ -87,12 +107,7 @@ def _forward(
     reach: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     check(query, key, value, key_mask, sink, window, last, reach)
-    geometry = kernel.Geometry(sink, window, last, reach)
-    # The caller's autocast reaches in here, and would round the float32 products to bfloat16.
-    with torch.autocast(query.device.type, enabled=False):
-        if key_mask is not None and key_mask.dtype != torch.bool:
-            return documents.forward(query, key, value, key_mask, geometry, scale)
-        return kernel.forward(query, key, value, key_mask, geometry, scale)
+    return plain_forward(query, key, value, key_mask, sink, window, last, scale, reach)
 
 
 @_forward.register_fake

@@ -113,7 +113,7 @@ class TriangleMixMaskGenerator:
         seq_len = as_count("seq_len", seq_len, minimum=1)
         as_count("layer_idx", layer_idx)
         device = _as_device(device)
-        _check_inf_dtype(dtype)
+        check_inf_dtype(dtype)
         # "cuda" means whichever device is current; an empty tensor tells which, so that the key says it too.
         device = torch.empty(0, device=device).device
         key = (seq_len, bool(use_triangle), device, dtype, self.config.geometry)
@@ -193,7 +193,7 @@ class TriangleMixAttention:
         seq_len = as_count("seq_len", seq_len, minimum=1)
         triangle = self.should_use_triangle(layer_idx)
         device = _as_device(device)
-        _check_inf_dtype(dtype)
+        check_inf_dtype(dtype)
         if not triangle or seq_len <= self.config.min_seq_len:
             return None
         return self.mask_generator.get_attention_mask(seq_len, layer_idx, device, dtype, use_triangle=True)
@@ -206,7 +206,8 @@ def _as_device(device: Any) -> torch.device:
         raise ValueError(f"device must be a torch.device or its name, got {device!r}") from error
 
 
-def _check_inf_dtype(dtype: Any) -> None:
+def check_inf_dtype(dtype: Any, name: str = "dtype") -> None:
+    """Raise ``ValueError`` unless ``dtype`` holds -inf, as an additive mask needs it."""
     if dtype not in _INF_DTYPES:
         names = ", ".join(str(each) for each in _INF_DTYPES)
-        raise ValueError(f"dtype must hold -inf, so one of {names}, got {dtype!r}")
+        raise ValueError(f"{name} must hold -inf, so one of {names}, got {dtype!r}")

@@ -1,0 +1,178 @@
+"""A small decoder that recalls nearly perfectly over thousands of tokens, trained for the purpose in minutes on a GPU.
+
+    python -m benchmarks.recall_model --minutes 8 --out benchmarks/results/recall
+
+writes the weights (bfloat16) and a record of the training: seed, steps, losses, hardware, accuracy per task and length.
+``--quick`` trains nothing worth keeping, anywhere. The tasks are in ``recall_tasks.py``; dense attention throughout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.common import note
+from benchmarks.recall_tasks import COPY, HOPS, VOCABULARY, Batch, evaluation, training
+from tmx_compile.bench.record import hardware, today, versions
+
+SEED = 20260729
+TASKS = {**{f"{hops} hops": hops for hops in range(HOPS)}, "copy": COPY}
+QUESTIONS = 12
+"""Asked at the end of an evaluated sequence: 48 tokens, within any number of last rows that is recommended."""
+WEIGHTS, RECORD = "recall-model.safetensors", "recall-model.json"
+_SHAPE = {"layers": 8, "hidden": 192, "heads": 6, "kv_heads": 3, "head_dim": 32}
+# (tokens, accuracy from which the next length is worth its cost): longer sequences are learnt from shorter ones.
+_CURRICULUM = ((256, 0.95), (1024, 0.97), (4096, 0.985), (8192, 1.1))
+_TOKENS_A_STEP = 131072
+
+
+def build(shape: dict[str, int] | None = None) -> nn.Module:
+    """A Llama of the recall model's shape with fresh weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = shape or _SHAPE
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=shape["hidden"],
+        intermediate_size=shape["hidden"] * 8 // 3 // 32 * 32,
+        num_hidden_layers=shape["layers"],
+        num_attention_heads=shape["heads"],
+        num_key_value_heads=shape["kv_heads"],
+        head_dim=shape["head_dim"],
+        max_position_embeddings=16384,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+        tie_word_embeddings=True,
+        attn_implementation="sdpa",
+    )
+    return LlamaForCausalLM(config)
+
+
+def load(folder: Path) -> nn.Module:
+    """The trained model, bfloat16.
+
+    Raises:
+        RuntimeError: the folder has no weights.
+    """
+    from safetensors.torch import load_file
+
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise RuntimeError(f"{path} is missing: python -m benchmarks.recall_model trains it, on a GPU")
+    record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    model = build(record["shape"]).to(torch.bfloat16)
+    missing = model.load_state_dict(load_file(path), strict=False).missing_keys
+    # The output's weights are the embedding's.
+    if set(missing) - {"lm_head.weight"}:
+        raise RuntimeError(f"{path} lacks {sorted(missing)}")
+    return model.eval()
+
+
+def accuracy(model: Any, batch: Batch) -> float:
+    """The share of targets that are the most likely token."""
+    with torch.no_grad():
+        asked = batch.targets >= 0
+        hidden = model.model(input_ids=batch.ids, use_cache=False).last_hidden_state[asked]
+        return float((model.lm_head(hidden).argmax(-1) == batch.targets[asked]).float().mean())
+
+
+def _loss(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Cross entropy of the targets alone, and the share of them that is right: few positions have one."""
+    asked = batch.targets >= 0
+    hidden = model.model(input_ids=batch.ids, use_cache=False).last_hidden_state[asked]
+    logits = model.lm_head(hidden).float()
+    targets = batch.targets[asked]
+    return F.cross_entropy(logits, targets), (logits.argmax(-1) == targets).float().mean()
+
+
+def train(model: Any, minutes: float, device: torch.device, quick: bool) -> list[dict[str, Any]]:
+    """Train along the curriculum until the time is over; returns a line for every hundred steps."""
+    generator = torch.Generator(device).manual_seed(SEED)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.05, fused=not quick)
+    curriculum = ((256, 0.0), (512, 1.1)) if quick else _CURRICULUM
+    begun, step, stage, recent = time.perf_counter(), 0, 0, 0.0
+    log: list[dict[str, Any]] = []
+    while (spent := (time.perf_counter() - begun) / 60) < minutes:
+        tokens, enough = curriculum[stage]
+        # Warm up, then fall along a cosine of the time that is left.
+        rate = 1e-3 * min(1.0, (step + 1) / 200) * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * spent / minutes)))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        batch = training(2 if quick else _TOKENS_A_STEP // tokens, tokens, generator)
+        with torch.autocast(device.type, torch.bfloat16):
+            loss, right = _loss(model, batch)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        step += 1
+        if step % (2 if quick else 100):
+            continue
+        recent = float(right)
+        log.append({"step": step, "tokens": tokens, "loss": float(loss.detach()), "accuracy": recent, "minutes": spent})
+        note(f"recall: step {step}, {tokens} tokens, loss {log[-1]['loss']:.3f}, accuracy {recent:.3f}")
+        if recent >= enough:
+            stage += 1
+    return log
+
+
+def evaluate(model: Any, device: torch.device, quick: bool) -> list[dict[str, Any]]:
+    """Dense accuracy by task and length."""
+    records = []
+    for tokens in (512,) if quick else (1024, 2048, 4096, 8192):
+        for task, hops in TASKS.items():
+            generator = torch.Generator(device).manual_seed(SEED + tokens)
+            batch = evaluation(2 if quick else 32, tokens, QUESTIONS, hops, generator)
+            records.append({"tokens": tokens, "task": task, "accuracy": accuracy(model, batch)})
+    return records
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.recall_model", description="Train the recall model.")
+    parser.add_argument("--minutes", type=float, default=8.0, help="of training")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the weights and the record")
+    parser.add_argument("--quick", action="store_true", help="a tiny model for a moment: shows that it works")
+    options = parser.parse_args(arguments)
+    if not options.quick and not torch.cuda.is_available():
+        parser.error("training needs a CUDA device, and torch finds none (--quick runs without)")
+    from safetensors.torch import save_file
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(SEED)
+    shape = {"layers": 2, "hidden": 96, "heads": 3, "kv_heads": 3, "head_dim": 32} if options.quick else dict(_SHAPE)
+    before = hardware()
+    model = build(shape).to(device)
+    log = train(model, 0.02 if options.quick else options.minutes, device, options.quick)
+    kept: Any = model.to(torch.bfloat16).eval()
+    found = evaluate(kept, device, options.quick)
+    options.out.mkdir(parents=True, exist_ok=True)
+    weights = {name: x.cpu().contiguous() for name, x in kept.state_dict().items() if name != "lm_head.weight"}
+    save_file(weights, options.out / WEIGHTS)
+    record = {
+        "command": "python -m benchmarks.recall_model"
+        + (" --quick" if options.quick else f" --minutes {options.minutes}"),
+        "quick": options.quick,
+        "date": today(),
+        "hardware": before,
+        "versions": versions(),
+        "seed": SEED,
+        "shape": shape,
+        "parameters": sum(p.numel() for p in kept.parameters()),
+        "accuracy": found,
+        "log": log,
+    }
+    (options.out / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    for line in found:
+        print(f"{line['tokens']:6} tokens, {line['task']}: {line['accuracy']:.3f}")
+
+
+if __name__ == "__main__":
+    main()

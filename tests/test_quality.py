@@ -1,0 +1,130 @@
+"""The quality harness: its items, its cells, and its figures against an oracle on a tiny model."""
+
+import math
+import statistics
+
+import pytest
+import torch
+
+from benchmarks import quality, quality_tasks
+from benchmarks.quality import Cell, Lab
+from benchmarks.texts import CALIBRATION, EVALUATION
+from tests.support import masked_oracle, tiny_qwen3
+from tmx_compile import TriangleMixConfig
+from tmx_compile.analysis import CapturedModel
+
+STREAM = torch.arange(3000) % 97
+
+
+class Words:
+    """A tokenizer with a token per character."""
+
+    def __call__(self, text, **_):
+        class Found:
+            input_ids = torch.tensor([[ord(c) % 97 for c in text]])
+
+        return Found
+
+
+def test_no_text_is_both_calibrated_and_evaluated_on():
+    from pydoc_data.topics import topics
+
+    evaluated = "".join(topics[name] for name in EVALUATION)
+    for name in CALIBRATION:
+        pieces = [topics[name][i : i + 120] for i in range(0, len(topics[name]) - 120, 120)]
+        assert sum(piece in evaluated for piece in pieces) <= 0.05 * len(pieces), name
+
+
+def test_items_have_the_prompt_and_what_follows():
+    texts = quality_tasks.continuations(STREAM, 500, 4, 20)
+    assert [item.prompt for item in texts] == [500] * 4
+    assert torch.equal(texts[1].ids[0], STREAM[520:1040])
+    assert torch.equal(texts[1].targets, STREAM[1020:1040])
+    found = quality_tasks.needles(Words(), STREAM, 500, 3)
+    for item in found:
+        assert item.prompt == 500
+        needle = item.ids[0, : item.prompt].tolist()
+        answer = item.targets.tolist()
+        places = [i for i in range(500) if needle[i : i + len(answer)] == answer]
+        # Once in the text, where the depth says.
+        assert len(places) == 1
+        assert abs(places[0] / 500 - item.depth) < 0.15
+    for item in quality_tasks.copies(STREAM, 500, 2, 1000):
+        listed = item.ids[0, -quality_tasks.LISTED :]
+        assert torch.equal(item.targets, listed[quality_tasks.CUE :])
+        assert item.prompt == 500
+        windows = item.ids[0, : item.prompt].unfold(0, quality_tasks.LISTED, 1)
+        assert int((windows == listed).all(1).sum()) == 1
+    assert quality_tasks.digest(found) == quality_tasks.digest(quality_tasks.needles(Words(), STREAM, 500, 3))
+    with pytest.raises(ValueError, match="the text has 3000 tokens, a prompt and what follows need 3001"):
+        quality_tasks.continuations(STREAM, 3000, 1, 1)
+
+
+def test_every_cell_has_its_layers():
+    names = quality.names(False)
+    assert len(names) == len(set(names))
+    for name in names:
+        if name.startswith("ranking/"):
+            continue
+        cell = Cell.of(name)
+        if cell.policy in ("gradient", "direct"):
+            continue
+        layers = cell.layers(30)
+        assert len(set(layers)) == len(layers) == cell.count
+        assert all(0 <= layer < 30 for layer in layers)
+    draws = {Cell(2048, (4, 32, 64), f"random{i}", 9).layers(30) for i in range(3)}
+    assert len(draws) == 3
+    assert Cell(2048, (4, 32, 64), "deepest", 2).layers(30) == (28, 29)
+    with pytest.raises(RuntimeError, match=r"is missing: run `quality --only 'ranking/\*'` first"):
+        Cell(2048, (1, 2, 3), "gradient", 2).layers(30)
+
+
+@pytest.fixture
+def lab(monkeypatch):
+    """The harness around a tiny model in float32."""
+    found = Lab.__new__(Lab)
+    found.plan = quality.QUICK | {"layers": 3, "following": 16, "texts": 2}
+    found.device = torch.device("cpu")
+    found.model = tiny_qwen3(layers=3, initializer_range=0.2)
+    found.tokenizer, found.text = Words(), STREAM
+    found.captured = CapturedModel(found.model, TriangleMixConfig())
+    monkeypatch.setattr(quality, "FINAL", 8)
+    return found
+
+
+def test_figures_are_those_of_prefill_and_dense_decoding(lab):
+    """The prompt's mask is the triangle of the prompt alone, and every later row is dense."""
+    geometry, layers, prompt = (2, 5, 4), (1, 2), 130
+    record = lab.evaluate(Cell(prompt, geometry, "deepest", 2))
+    assert record["indices"] == [1, 2]
+    items, _ = lab._dense(prompt)
+    kls, ratios = [], []
+    for item in items[:2]:
+        total = item.ids.shape[1]
+        dense, sparse = (
+            masked_oracle(
+                lab.model,
+                TriangleMixConfig(2, 5, 4 + total - prompt, triangle_layer_indices=chosen),
+                item.ids,
+            )[0].log_softmax(-1)
+            for chosen in ((), layers)
+        )
+        final = slice(prompt - 9, prompt - 1)
+        kls.append(float((dense[final].exp() * (dense[final] - sparse[final])).sum(-1).mean()))
+        after = slice(prompt - 1, total - 1)
+        nll = [-x[after].gather(1, item.targets[:, None]).mean() for x in (dense, sparse)]
+        ratios.append(float(nll[1] - nll[0]))
+    assert record["kl_final"][0] == pytest.approx(statistics.fmean(kls), rel=1e-3)
+    assert record["ppl_following"][0] == pytest.approx(math.expm1(statistics.fmean(ratios)), rel=1e-3)
+    assert record["kl_final"][0] > 1e-6
+    assert record["kl_final"][1] <= record["kl_final"][0] <= record["kl_final"][2]
+    nothing = lab.evaluate(Cell.of(f"prompt-{prompt}/dense"))
+    assert nothing["kl_final"] == nothing["ppl_following"] == [0.0, 0.0, 0.0]
+    assert nothing["needle"][0] == nothing["needle_dense"]
+
+
+def test_a_bootstrap_interval_covers_the_mean():
+    mean, low, high = quality._interval([0.0, 1.0, 2.0, 3.0, 4.0])
+    assert low < mean == 2.0 < high
+    assert quality._interval([0.5] * 4) == [0.5] * 3
+    assert quality._interval([0.1] * 4, exponent=True)[0] == pytest.approx(0.10517, rel=1e-4)

@@ -1,0 +1,115 @@
+"""Attention that can be switched while the model runs: dense, triangle, or dense with its Middle section recorded.
+
+Each proven site of a captured graph becomes a :class:`SwitchedAttention` of its layer; all of them look at one
+:class:`Switchboard`. So any set of sparse layers runs without another compilation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from tmx_compile.analysis.sections import AttentionInputs, RecordMiddle, SectionSums
+from tmx_compile.graph import nodes
+from tmx_compile.graph.layer import layer_path
+from tmx_compile.ops import OPERATOR
+
+
+@dataclass
+class Switchboard:
+    """What the attention of every layer does in the next run, and what the last one did.
+
+    Attributes:
+        geometry: sinks, window and last rows of a sparse layer.
+        sparse: the layers with triangle attention; the others are dense.
+        recorder: gets the layer and the sums of its Middle section when the gradient passes; None: nothing is recorded.
+        visited: the layers that have run.
+        gates: one tensor per recorded call, to ask gradients of: that sends the gradient through every layer.
+    """
+
+    geometry: tuple[int, int, int]
+    sparse: frozenset[int] = frozenset()
+    recorder: Callable[[int, SectionSums], None] | None = None
+    visited: set[int] = field(default_factory=set)
+    gates: list[Tensor] = field(default_factory=list)
+
+    def attend(self, layer: int, inputs: AttentionInputs) -> Tensor:
+        """The attention of one layer as the switches say: (B, H, Sq, Dv)."""
+        self.visited.add(layer)
+        if layer in self.sparse:
+            return inputs.triangle(self.geometry)[0]
+        recorder = self.recorder
+        if recorder is None:
+            return inputs.dense()
+        gate = torch.zeros((), device=inputs.query.device, requires_grad=True)
+        self.gates.append(gate)
+        out: Tensor = RecordMiddle.apply(  # type: ignore[no-untyped-call]
+            gate,
+            inputs.query,
+            inputs.key,
+            inputs.value,
+            inputs.key_mask,
+            self.geometry,
+            inputs.scale,
+            inputs.reach,
+            lambda sums: recorder(layer, sums),
+        )
+        return out
+
+
+class SwitchedAttention(nn.Module):
+    """The attention of one layer in a captured graph."""
+
+    def __init__(self, board: Switchboard, layer: int) -> None:
+        super().__init__()
+        self.board = board
+        self.layer = layer
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None,
+        scale: float,
+        reach: int | None = None,
+    ) -> Tensor:
+        """Operands as :func:`tmx_compile.ops.triangle_attention` takes them; (B, H, Sq, Dv)."""
+        return self.board.attend(self.layer, AttentionInputs(query, key, value, key_mask, scale, reach))
+
+
+def install(gm: GraphModule, board: Switchboard, layers: frozenset[int]) -> set[int]:
+    """Put a switch in the place of every operator node of the graph and its child graphs, in place.
+
+    ``layers`` are those that may go sparse; the operator stays where a site is of another layer, and dense. Returns the
+    layers that got a switch.
+    """
+    found: set[int] = set()
+    for child in [module for module in gm.modules() if isinstance(module, GraphModule)]:
+        for node in list(child.graph.nodes):
+            layer = layer_path(node).index if node.target is OPERATOR else None
+            if layer is None or layer not in layers:
+                continue
+            _switch(child, node, board, layer)
+            found.add(layer)
+        child.graph.lint()
+        child.recompile()
+    return found
+
+
+def _switch(gm: GraphModule, node: Node, board: Switchboard, layer: int) -> None:
+    name = f"tmx_attention_{layer}"
+    if not hasattr(gm, name):
+        gm.add_submodule(name, SwitchedAttention(board, layer))
+    query, key, value, key_mask, _, _, _, *rest = node.args
+    with gm.graph.inserting_before(node):
+        call = gm.graph.call_module(name, (query, key, value, key_mask, *rest))
+    for user in list(node.users):
+        call.meta = dict(user.meta)
+        user.replace_all_uses_with(call)
+        gm.graph.erase_node(user)
+    nodes.erase_dead(gm.graph, [node])

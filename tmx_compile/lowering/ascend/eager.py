@@ -1,0 +1,47 @@
+"""The operator on NPU tensors where nothing is compiled: the same calls, made one by one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tmx_compile.lowering.ascend.attention import Geometry, attention
+from tmx_compile.lowering.ascend.calls import Calls, compressed_mask
+from tmx_compile.lowering.ascend.lowering import Ascend
+from tmx_compile.lowering.base import AttentionCall, arange
+from tmx_compile.ops.triangle import check, plain_forward
+from tmx_compile.report import Rejected
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    sink: int,
+    window: int,
+    last: int,
+    scale: float,
+    reach: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``tmx::triangle_attention`` through torch_npu's fused operators; what they cannot take, in plain PyTorch.
+
+    Arguments, result and errors are those of :func:`tmx_compile.ops.triangle_attention`.
+    """
+    check(query, key, value, key_mask, sink, window, last, reach)
+    call = AttentionCall(query, key, value, key_mask, sink, window, last, scale, False, reach)
+    if isinstance(Ascend().supports(call), Rejected):
+        return plain_forward(query, key, value, key_mask, sink, window, last, scale, reach)
+
+    def run(operator: Any, *args: Any, **kwargs: Any) -> Any:
+        return operator(*args, **kwargs)
+
+    calls = Calls(run, lambda: compressed_mask(query, arange), query.shape[1], key.shape[1], scale, with_lse=True)
+    done = attention(query, key, value, key_mask, Geometry(sink, window, last), calls)
+    return done.out.contiguous(), done.lse[..., 0].contiguous()
+
+
+_KERNELS = torch.library.Library("tmx", "IMPL", "PrivateUse1")  # type: ignore[no-untyped-call]
+_KERNELS.impl("triangle_attention", forward)  # type: ignore[no-untyped-call]
