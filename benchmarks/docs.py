@@ -192,6 +192,30 @@ class Section:
         return Path(self.file).stem.replace("_", "-") + ".svg"
 
 
+def _kv_cache(result: Fields) -> str:
+    settings, records = result["settings"], result["records"]
+    rows = [
+        f"{r['streaming_layers']} of {r['layers']} | {r['counted_mib']:,.1f} | {r['saving']:.1%} | "
+        f"{r['arithmetic_saving']:.1%} | {r['resident_mib']:,.0f} | {r['resident_saving']:.1%} | {r['large_gib']:.2f}"
+        for r in records
+    ]
+    half, most = settings["least_layers_for_50_and_75_percent"]
+    held = settings["num_sink_tokens"] + settings["sliding_window_size"] + 1
+    layers = settings["layers"]
+    return (
+        f"The cache after a prompt of {settings['tokens']:,} tokens and one decode step: {layers} layers, "
+        f"{settings['kv_heads']} key heads of {settings['head_dim']}, {settings['dtype']}, {held} keys kept in a "
+        f"streaming layer. Counted: {settings['counted']}. Resident: {settings['resident']}. Arithmetic: "
+        f"{settings['arithmetic']}; the last column is {settings['large']}, in GiB.\n\n"
+        + table(["streaming layers", "counted, MiB", "saving", "arithmetic", "resident, MiB", "saving", "14B"], rows)
+        + f"\n\nHalf of the cache takes {half} of {layers} layers ({half / layers:.0%}), three quarters {most} "
+        f"({most / layers:.0%}): the saving is the share of layers less {held / (settings['tokens'] + 1):.1%} of "
+        "it.\n\n"
+        "**What limits it.** Nothing is saved while the prompt is read: every key is held until the first decode step. "
+        "What so many streaming layers cost in quality is a measurement of its own."
+    )
+
+
 def _plain(text: Callable[[Fields], str]) -> Callable[[Fields, str], str]:
     return lambda result, picture: text(result)
 
@@ -203,6 +227,7 @@ SECTIONS = (
     Section("million.json", "A million tokens", _plain(docs_operator.million), optional=True),
     Section("operator_cpu.json", "One attention layer on a CPU", docs_operator.section, plots.operator),
     Section("prefill_memory.json", "Memory and time of a long prefill", _plain(_prefill_memory)),
+    Section("kv_cache.json", "Memory of a cache that streams", _plain(_kv_cache)),
     Section("first_n.json", "Which layers: what the choice costs", _plain(_first_n)),
     Section("pass_cost.json", "What the pass adds to a compile", _plain(_pass_cost)),
 )

@@ -12,7 +12,19 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from benchmarks import calibration, common, first_n, million, operator, pass_cost, prefill_memory, quality, stages, ttft
+from benchmarks import (
+    calibration,
+    common,
+    first_n,
+    kv_cache,
+    million,
+    operator,
+    pass_cost,
+    prefill_memory,
+    quality,
+    stages,
+    ttft,
+)
 from tmx_compile.bench import record
 
 CASES = {
@@ -27,6 +39,7 @@ CASES = {
         ttft.CASE,
         million.CASE,
         stages.CASE,
+        kv_cache.CASE,
     )
 }
 

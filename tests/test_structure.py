@@ -15,6 +15,7 @@ ORDER = [
     "identity",
     "environment",
     "config",
+    "chunks",
     "plan",
     "report",
     "ops",
@@ -24,16 +25,19 @@ ORDER = [
     "always",
     "lowering",
     "pipeline",
+    "one_row",
     "standalone",
     "npu",
 ]
 FREE = {
-    "api": set(ORDER),
+    "api": {*ORDER, "price"},
     "deploy": {*ORDER, "api"},
     "testing": set(ORDER),
     "modules": {"config", "plan", "ops"},
     "analysis": set(ORDER) - {"always", "standalone", "lowering"},
     "bench": {"version", "config", "plan", "lowering", "api"},
+    "price": {"config"},
+    "cache": {"config", "price"},
     "cli": {"analysis", "bench", "config"},
     "__init__": None,
 }

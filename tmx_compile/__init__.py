@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from tmx_compile.analysis import Calibration, TriangleMixAnalyzer, calibrate
 from tmx_compile.api import TmxBackend, explain, rewrite, tmx_backend
+from tmx_compile.chunks import prefill
 from tmx_compile.config import TriangleMixConfig, TriangleMixInferenceConfig
 from tmx_compile.deploy import export
 from tmx_compile.errors import LoweringError, StrictModeError, TriangleMixError, VerificationError
@@ -37,6 +38,7 @@ __all__ = [
     "calibrate",
     "explain",
     "export",
+    "prefill",
     "rewrite",
     "tmx_backend",
     "triangle_attention",

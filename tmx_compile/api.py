@@ -18,8 +18,10 @@ from tmx_compile.graph.constants import watched
 from tmx_compile.graph.nodes import value_of
 from tmx_compile.guards import RangeGuards
 from tmx_compile.lengths import Prompt, dispatch
-from tmx_compile.lowering.select import ASCEND, CHOICES, INDUCTOR, TARGETS
+from tmx_compile.lowering.select import ASCEND, CHOICES, CHUNK_CHOICES, INDUCTOR, TARGETS
+from tmx_compile.one_row import one_row_chunk
 from tmx_compile.pipeline import GraphPlan, Options, copy_graph, hint, plan_graph, records, rewrite_graph
+from tmx_compile.price import streaming_message
 from tmx_compile.report import Report
 from tmx_compile.standalone import Program, rewrite_program
 from tmx_compile.version import __version__, package_fingerprint
@@ -55,6 +57,8 @@ class TmxBackend:
         report: Report | None = None,
         target: str = "auto",
         compiler_config: Any = None,
+        decode: str = "dense",
+        chunked_prefill: bool = False,
     ) -> None:
         self.config = _effective(config)
         if lowering not in CHOICES:
@@ -65,11 +69,18 @@ class TmxBackend:
                 f"config has use_npu_optimization=False, and target is {target!r}, compiler_config {compiler_config!r}"
             )
         _check_target(target, lowering, compiler_config)
-        for name, value in (("strict", strict), ("assume_causal", assume_causal)):
+        flags = (("strict", strict), ("assume_causal", assume_causal), ("chunked_prefill", chunked_prefill))
+        for name, value in flags:
             if not isinstance(value, bool):
                 raise ValueError(f"{name} must be True or False, got {value!r}")
         if report is not None and not isinstance(report, Report):
             raise ValueError(f"report must be a tmx_compile.Report, got {report!r}")
+        if decode not in ("dense", "streaming"):
+            raise ValueError(f"decode must be 'dense' or 'streaming', got {decode!r}")
+        if chunked_prefill and lowering not in CHUNK_CHOICES:
+            raise ValueError(f"chunked_prefill takes a lowering of {', '.join(CHUNK_CHOICES)}, got {lowering!r}")
+        self.decode = decode
+        self.chunked_prefill = chunked_prefill
         self.lowering = lowering
         self.strict = strict
         self.assume_causal = assume_causal
@@ -78,6 +89,8 @@ class TmxBackend:
         self.compiler_config = compiler_config
         if self.config is not None:
             _warn(self.config)
+            if decode == "streaming" and self.config.layers():
+                warnings.warn(streaming_message(len(self.config.layers()), None, self.config), stacklevel=3)
         if _lacks_analysis(config):
             warnings.warn(_ANALYSIS_WARNING, stacklevel=3)
 
@@ -98,8 +111,17 @@ class TmxBackend:
         )
         if self.config is None or not self.config.layers():
             return compiler.compile(gm, example_inputs)
-        asked = Options(self.config, self.lowering, self.strict, self.assume_causal, target=target)
-        plan = plan_graph(gm, asked, example_inputs)
+        wanted = Options(
+            self.config,
+            self.lowering,
+            self.strict,
+            self.assume_causal,
+            self.decode,
+            self.chunked_prefill,
+            target=target,
+        )
+        one_row = one_row_chunk(gm, wanted, example_inputs) if self.chunked_prefill else None
+        plan = plan_graph(gm, wanted, example_inputs)
         if plan.prompt is Prompt.SHORT:
             compiled, done = compiler.compile(gm, example_inputs), plan
         elif plan.fixed_length is None:
@@ -108,6 +130,8 @@ class TmxBackend:
             compiled, done = self._compile_range(plan, compiler, example_inputs)
         # Only now: Dynamo may abandon a compilation half way and start again.
         self.report.add_graph(records(done, self.report.graphs), plan.notes)
+        if one_row is not None:
+            compiled = one_row.beside(compiled)
         return watched(compiled, plan.known) if plan.known and done is not plan else compiled
 
     def _target_of(self, gm: GraphModule, example_inputs: Sequence[Any]) -> str:
@@ -116,6 +140,8 @@ class TmxBackend:
             target = ASCEND.name if npu.on_npu(gm, example_inputs) else INDUCTOR
         if self.lowering == ASCEND.name and target != ASCEND.name:
             raise LoweringError("lowering 'ascend' is for NPUs, and this graph's tensors are on none (target='ascend')")
+        if target == ASCEND.name and (self.chunked_prefill or self.decode != "dense"):
+            raise LoweringError(f"torchair compiles neither chunked_prefill nor decode={self.decode!r} yet")
         return target
 
     def _compile_long(
@@ -159,6 +185,8 @@ class TmxBackend:
 
     def __repr__(self) -> str:
         options = f"lowering={self.lowering!r}, strict={self.strict}, assume_causal={self.assume_causal}"
+        options += ", chunked_prefill=True" if self.chunked_prefill else ""
+        options += "" if self.decode == "dense" else f", decode={self.decode!r}"
         return f"tmx_backend({self.config!r}, {options})"
 
 
@@ -171,6 +199,8 @@ def tmx_backend(
     report: Report | None = None,
     target: str = "auto",
     compiler_config: Any = None,
+    decode: str = "dense",
+    chunked_prefill: bool = False,
 ) -> TmxBackend:
     """A backend for ``torch.compile(model, backend=tmx_backend(config))``.
 
@@ -186,13 +216,18 @@ def tmx_backend(
         target: what compiles the graphs. "inductor"; "ascend", torchair; "auto" takes torchair for graphs on an NPU.
         compiler_config: a ``torchair.CompilerConfig`` for the target "ascend" (its ``mode`` chooses GE graphs, the
             default, or "npugraph_ex").
+        decode: what triangle layers do in a call with one row: "dense" leaves it as it is; "streaming" attends to sinks
+            and window only. The cache still holds every key: see :class:`tmx_compile.cache.StreamingCache`.
+        chunked_prefill: compile for prompts that come in chunks, announced by :func:`tmx_compile.prefill`: the same
+            outputs as in one pass, for chunks and prompts of any length without a compilation for each. Inference only;
+            the lowering is "auto", "triton", "blocked" or "operator".
 
     Raises:
         ValueError: an argument of the wrong kind or value, or two that contradict each other, naming them.
         ImportError: target "ascend" without a torch_npu that loads.
 
     Warns:
-        UserWarning: the configuration selects no layer, or the first n layers.
+        UserWarning: the configuration selects no layer, or the first n layers; what ``decode="streaming"`` costs.
     """
     return TmxBackend(
         config,
@@ -202,6 +237,8 @@ def tmx_backend(
         report=report,
         target=target,
         compiler_config=compiler_config,
+        decode=decode,
+        chunked_prefill=chunked_prefill,
     )
 
 
@@ -217,8 +254,8 @@ def tmx(
     Options that start with ``tmx_`` are arguments of :func:`tmx_backend` (``tmx_config`` may be a mapping of
     ``TriangleMixConfig``'s parameters); the others go to Inductor.
     """
-    names = ("config", "lowering", "strict", "assume_causal", "report", "target", "compiler_config")
-    known = tuple(f"tmx_{name}" for name in names)
+    names = ("config", "lowering", "strict", "assume_causal", "report", "target", "compiler_config", "decode")
+    known = tuple(f"tmx_{name}" for name in (*names, "chunked_prefill"))
     ours = {name: value for name, value in (options or {}).items() if name.startswith("tmx_")}
     for name in ours:
         if name not in known:

@@ -16,6 +16,7 @@ from tmx_compile.graph import nodes
 from tmx_compile.graph.children import flatten, restore
 from tmx_compile.graph.conclude import Proof
 from tmx_compile.graph.constants import KnownTensor, known_tensors
+from tmx_compile.graph.decode import own_key
 from tmx_compile.graph.find import find_attention
 from tmx_compile.graph.layer import LayerPath, layer_path
 from tmx_compile.graph.prove import Prover
@@ -40,6 +41,12 @@ class Options:
     lowering: str = "auto"
     strict: bool = False
     assume_causal: bool = False
+    decode: str = "dense"
+    """What triangle layers do with a single row: "dense", or "streaming" over sinks and window."""
+    chunked_prefill: bool = False
+    """Calls may be chunks of their prompts: what a row attends is settled when the graph runs."""
+    one_row_chunks: bool = False
+    """With ``chunked_prefill``, for a graph of one row: it is a chunk rather than a decode step."""
     standalone: bool = False
     """The graph is handed back rather than compiled here: no guard, no choice by length, no Inductor settings."""
     target: str = select.INDUCTOR
@@ -124,8 +131,9 @@ def plan_graph(gm: GraphModule, options: Options, example_inputs: Sequence[Any] 
         )
         device = found.fake("query").device
         limit = least_length(options.lowering, device, options.config.min_seq_len, options.config.geometry)
-        proof = prover.prove(found, ordered=selected and _settle_order(found, options))
-        verdict = _verdict(found, layer, proof, selected, options.config, limit)
+        own = own_key(found) if selected and _streams(found, options) else ""
+        proof = prover.prove(found, ordered=selected and _settle_order(found, options), own_key=own)
+        verdict = _verdict(found, layer, proof, selected, options, limit)
         proven = proof if isinstance(proof, Proof) else None
         sites.append(SitePlan(node, layer, found, proven, verdict, selected))
     sites = _one_stack(sites)
@@ -161,22 +169,43 @@ def _verdict(
     layer: LayerPath,
     proof: Proof | Rejected,
     selected: bool,
-    config: TriangleMixConfig,
+    options: Options,
     limit: int,
 ) -> Rejected | None:
+    config = options.config
     if layer.index is None:
         if layer.indices > 1:
             return Rejected(Reason.LAYER_AMBIGUOUS, layer.path, site.node)
         return Rejected(Reason.LAYER_UNKNOWN, layer.path or "no path", site.node)
     if not selected:
         return Rejected(Reason.NOT_SELECTED, "", site.node)
-    if known(site.q_len, limit) is Prompt.SHORT:
+    if _streams(site, options):
+        held = config.num_sink_tokens + config.sliding_window_size + 1
+        if statically_known_true(site.kv_len <= held):
+            return Rejected(Reason.FEW_KEYS, f"{site.kv_len} keys", site.node)
+    elif options.chunked_prefill and not _one_row(site):
+        if isinstance(proof, Proof) and proof.documents is not None:
+            return Rejected(Reason.NO_LOWERING, "chunked prefill of packed documents", site.node)
+    elif _one_row(site) and config.min_seq_len == 0:
+        return Rejected(Reason.SHORT_PROMPT, "one row: a decode step", site.node)
+    elif known(site.q_len, limit) is Prompt.SHORT:
         return _short(site, config.min_seq_len, limit)
     if isinstance(proof, Rejected):
         return proof
+    if _streams(site, options) and not own_key(site):
+        return Rejected(Reason.NOT_CAUSAL, "one row, and its own key is not shown to join the keys", site.node)
     if proof.reach is not None and proof.reach <= config.sliding_window_size:
         return Rejected(Reason.WINDOWED, f"{proof.reach + 1} keys", site.node)
     return None
+
+
+def _one_row(site: AttentionSite) -> bool:
+    return isinstance(site.q_len, int) and site.q_len == 1
+
+
+def _streams(site: AttentionSite, options: Options) -> bool:
+    """Whether a site is one row whose own key has to be shown: it is to stream, or to be a chunk of a prompt."""
+    return _one_row(site) and (options.decode == "streaming" or options.one_row_chunks)
 
 
 def _short(site: AttentionSite, min_seq_len: int, limit: int) -> Rejected:
@@ -218,7 +247,12 @@ def _decide_length(plan: GraphPlan) -> None:
 def _side(plan: GraphPlan, site: AttentionSite) -> Prompt | Rejected:
     """The side of the plan's limit that sites of one length are on, or why they stay dense."""
     q_len = site.q_len
-    side = decide(q_len, plan.limit, may_guard=not plan.options.standalone)
+    if _streams(site, plan.options):
+        return Prompt.LONG
+    if plan.options.chunked_prefill:
+        side = Prompt.LONG
+    else:
+        side = decide(q_len, plan.limit, may_guard=not plan.options.standalone)
     if side is Prompt.SHORT:
         return _short(site, plan.options.config.min_seq_len, plan.limit)
     if side is Prompt.BOTH and plan.options.every_length:
@@ -237,11 +271,12 @@ def _side(plan: GraphPlan, site: AttentionSite) -> Prompt | Rejected:
 def _refuse_refusals(plan: GraphPlan) -> None:
     """Strict mode: a site in a triangle layer, or in none that can be told, must not stay dense for a long prompt."""
     unplaced = (Reason.LAYER_UNKNOWN, Reason.LAYER_AMBIGUOUS)
-    fine = (Reason.SHORT_PROMPT, Reason.NOT_FASTER, Reason.NOT_SELECTED)
+    fine = (Reason.SHORT_PROMPT, Reason.NOT_FASTER, Reason.NOT_SELECTED, Reason.FEW_KEYS)
     for item in plan.sites:
         if item.verdict is None or item.verdict.reason in fine:
             continue
-        short = item.site is not None and known(item.site.q_len, plan.limit) is Prompt.SHORT
+        streams = item.site is not None and _streams(item.site, plan.options)
+        short = item.site is not None and not streams and known(item.site.q_len, plan.limit) is Prompt.SHORT
         unknown = item.verdict.reason in unplaced and item.proof is not None and bool(plan.options.config.layers())
         if not short and (item.selected or unknown):
             raise StrictModeError(f"{item.layer.path or item.node.name}: {item.verdict}")
@@ -283,7 +318,7 @@ def rewrite_graph(plan: GraphPlan) -> Rewritten:
         assert site is not None
         assert item.proof is not None
         planned = _call(site, item.proof, target, needs_grad, fake_mode, plan.options)
-        lowering = _lowering(planned, plan.options, stays_dense=item.verdict is not None)
+        lowering = _lowering(planned, plan, stays_dense=item.verdict is not None)
         if isinstance(lowering, Rejected):
             sites.append(_refused(item, lowering, plan.options))
             continue
@@ -314,6 +349,10 @@ def _refused(item: SitePlan, why: Rejected, options: Options) -> SitePlan:
 
 def _target(item: SitePlan, options: Options) -> tuple[int, int, int] | None:
     """The geometry of a site: triangle, dense without its mask, or None to leave it exactly as it is."""
+    if item.site is not None and _streams(item.site, options):
+        # Layers that stay dense keep their numbers to the last bit.
+        sink, window, last = options.config.geometry
+        return None if item.verdict is not None else (sink, window, last if options.one_row_chunks else 0)
     if item.verdict is None:
         return options.config.geometry
     # A FlexAttention call with a block plan forms no mask: it stays the user's choice. On NPUs SDPA has no graph form.
@@ -323,7 +362,13 @@ def _target(item: SitePlan, options: Options) -> tuple[int, int, int] | None:
     return None
 
 
-def _lowering(call: AttentionCall, options: Options, *, stays_dense: bool) -> Lowering | Rejected | None:
+def _lowering(call: AttentionCall, plan: GraphPlan, *, stays_dense: bool) -> Lowering | Rejected | None:
+    options = plan.options
+    one_row = isinstance(call.query.shape[2], int) and call.query.shape[2] == 1
+    if options.chunked_prefill and not stays_dense and (options.one_row_chunks or not one_row):
+        return select.chunked(options.lowering, call, plan.limit, streaming=options.decode == "streaming")
+    if one_row and call.last == 0:
+        return select.decode(options.lowering, call)
     choose = select.dense if stays_dense else select.select
     return choose(options.lowering, call, portable=options.standalone, target=options.target)
 
@@ -373,11 +418,13 @@ def copy_graph(gm: GraphModule) -> GraphModule:
 
 def records(plan: GraphPlan, graph: int) -> list[SiteRecord]:
     """The report's rows for one compiled graph."""
-    return [_record(item, plan.options.config, graph) for item in plan.sites]
+    return [_record(item, plan.options, graph) for item in plan.sites]
 
 
-def _record(item: SitePlan, config: TriangleMixConfig, graph: int) -> SiteRecord:
+def _record(item: SitePlan, options: Options, graph: int) -> SiteRecord:
     site = item.site
+    streams = site is not None and _streams(site, options)
+    geometry = (*options.config.geometry[:2], 0) if streams else options.config.geometry
     tensors = [] if site is None else [site.fake(name) for name in ("query", "key", "value")]
     shapes = [tuple(hint(size) for size in x.shape) for x in tensors] or [(), (), ()]
     attended = causal = 0
@@ -385,7 +432,7 @@ def _record(item: SitePlan, config: TriangleMixConfig, graph: int) -> SiteRecord
     if site is not None and 0 < shapes[0][2] <= shapes[1][2]:
         grid = Grid(shapes[0][2], shapes[1][2])
         causal = pair_count(dense_section(), grid)
-        section = triangle(*config.geometry)
+        section = triangle(*geometry)
         if item.proof is not None and item.proof.reach is not None:
             causal = pair_count(dense_section() & Window(item.proof.reach), grid)
             section = section & Window(item.proof.reach)
@@ -399,7 +446,7 @@ def _record(item: SitePlan, config: TriangleMixConfig, graph: int) -> SiteRecord
         value=shapes[2],
         dtype=str(tensors[0].dtype).removeprefix("torch.") if tensors else "",
         dynamic=any(isinstance(size, torch.SymInt) for x in tensors for size in x.shape),
-        decision="triangle" if is_triangle else "dense",
+        decision="dense" if not is_triangle else "streaming" if streams else "triangle",
         reason="" if item.verdict is None else item.verdict.reason.name,
         detail="" if item.verdict is None else item.verdict.detail,
         lowering=item.lowering or "as written",

@@ -38,6 +38,7 @@ class Reason(enum.Enum):
     MASK_UNKNOWN = "the mask depends on data or on an operation that is not understood"
     POSITIONS_UNKNOWN = "the positions of the rows come from data"
     WINDOWED = "the layer's own sliding window is not longer than the triangle's: nothing would be saved"
+    FEW_KEYS = "sinks and window hold every key: nothing would be saved"
     FLOAT_BIAS = "the mask adds values other than 0 and minus infinity to the scores"
     WRITTEN_IN_PLACE = "the mask, the scores or an operand is modified in place"
     NO_LOWERING = "no lowering supports the call"
@@ -68,7 +69,8 @@ class SiteRecord:
     """One attention call of one compiled graph.
 
     Shapes hold the lengths that compilation saw (the hints, where a length is dynamic, which ``dynamic`` tells). Pairs
-    are (row, key) pairs of one sequence without padding and one head.
+    are (row, key) pairs of one sequence without padding and one head. ``decision`` is "dense", "triangle", or
+    "streaming" (a decode step that attends to sinks and window).
     """
 
     graph: int
@@ -103,7 +105,7 @@ class Report:
 
     def triangle(self) -> list[SiteRecord]:
         """The sites that went sparse."""
-        return [site for site in self.sites if site.decision == "triangle"]
+        return [site for site in self.sites if site.decision != "dense"]
 
     def of_graph(self, graph: int) -> list[SiteRecord]:
         """The sites of one compiled graph, counted from 0."""

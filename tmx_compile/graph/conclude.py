@@ -57,7 +57,7 @@ class Ranges:
 
 
 def conclude(
-    truth: Truth, ranges: Ranges, mask: Node, runs: Mapping[Node, Lin], *, assume_causal: bool
+    truth: Truth, ranges: Ranges, mask: Node, runs: Mapping[Node, Lin], *, assume_causal: bool, own_key: str = ""
 ) -> Proof | Rejected:
     """What a mask is, or the first thing that keeps it from being understood.
 
@@ -67,9 +67,10 @@ def conclude(
         mask: the node to name in a refusal.
         runs: see :class:`~tmx_compile.graph.read.MaskReader`.
         assume_causal: the user's promise.
+        own_key: where the own key of a single row was shown to be, see ``graph/decode.py``.
     """
     facts = sorted(_by_place(truth.terms if isinstance(truth, AllOf) else {truth}, runs), key=str)
-    case = _Case(ranges, mask, assume_causal)
+    case = _Case(ranges, mask, assume_causal, own_key)
     if truth == t.FALSE:
         return case.refuse(Reason.NOT_CAUSAL, "the mask attends to nothing")
     causal = case.causality(facts)
@@ -93,6 +94,7 @@ class _Case:
     ranges: Ranges
     mask: Node
     assume_causal: bool
+    own_key: str = ""
     proof: Proof = field(default_factory=Proof)
     position: Lin = field(default_factory=lambda: Lin(0))
     settled: set[Truth] = field(default_factory=set)
@@ -111,6 +113,9 @@ class _Case:
             if not isinstance(fact, NonNegative):
                 continue
             lin, positions = self._consecutive(fact.lin)
+            if self.own_key == "written" and dict(lin.factors) == {KEY: -1}:
+                # One row: its number is 0 and has left no trace.
+                lin = lin + Lin.of(0, {ROW: 1})
             if dict(lin.factors) != _DIFFERENCE or any(t.coordinates(element) for element, _ in lin.atoms):
                 continue
             self.settled.add(fact)
@@ -120,6 +125,10 @@ class _Case:
                 self.proof = replace(self.proof, positions=positions)
             elif not self.ranges.never_negative(offset - best):
                 return self.refuse(Reason.MASK_UNKNOWN, f"two positions for a row: {_sum(best)} and {_sum(offset)}")
+        if best is None and self.own_key == "last":
+            # No key lies beyond the last: every mask over keys is causal.
+            self.position = Lin.of(aligned, {ROW: 1})
+            return None
         if best is None:
             return self._promised(facts)
         if best.const != aligned or best.atoms:
@@ -145,7 +154,7 @@ class _Case:
     def _promised(self, facts: list[Truth]) -> Rejected | None:
         """No causality can be read: the promise may give it to a mask that only the run can tell."""
         for fact in facts:
-            element = _opaque_mask(fact)
+            element = _opaque_mask(fact, one_row=self.own_key == "written")
             if element is None:
                 continue
             if not self.assume_causal:
@@ -250,7 +259,7 @@ def _replaced(fact: Truth, numbers: Lin, places: Lin) -> Truth:
     return fact
 
 
-def _opaque_mask(fact: Truth) -> Element | None:
+def _opaque_mask(fact: Truth, *, one_row: bool) -> Element | None:
     """The tensor that is a mask by itself: its own element at (batch, row, key), true or zero where attended."""
     match fact:
         case Truthy(element) if not _is_float(element.node):
@@ -259,7 +268,7 @@ def _opaque_mask(fact: Truth) -> Element | None:
             pass
         case _:
             return None
-    whole = {ROW, KEY} <= t.coordinates(element) and HEAD not in t.coordinates(element)
+    whole = ({KEY} if one_row else {ROW, KEY}) <= t.coordinates(element) and HEAD not in t.coordinates(element)
     last = len(element.index) - 1
     own = all(i in (Lin(0), Lin.of(0, {last - d: 1})) for d, i in enumerate(element.index))
     return element if whole and own else None

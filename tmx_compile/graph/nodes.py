@@ -100,6 +100,9 @@ _IN_PLACE_OPERATORS = frozenset(
 )
 
 
+_NUMBERS = (int, float, torch.SymInt, torch.SymFloat, torch.Size)
+
+
 def written_nodes(graph: torch.fx.Graph) -> dict[Node, Node]:
     """Every node whose storage some in-place call of the graph may write, and the first such call.
 
@@ -113,7 +116,8 @@ def written_nodes(graph: torch.fx.Graph) -> dict[Node, Node]:
         seen: set[Node] = set()
         while stack:
             node = stack.pop()
-            if not isinstance(node, Node) or node in seen:
+            # A view is given sizes too: they share nothing with what it shows.
+            if not isinstance(node, Node) or node in seen or isinstance(value_of(node), _NUMBERS):
                 continue
             seen.add(node)
             first.setdefault(node, write)

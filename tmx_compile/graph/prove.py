@@ -28,7 +28,7 @@ from tmx_compile.graph.aten_rules import ATEN_RULES
 from tmx_compile.graph.block_check import checkable
 from tmx_compile.graph.conclude import BATCH, HEAD, KEY, ROW, Proof, Ranges, Sizes, conclude, origin
 from tmx_compile.graph.mask_mod import read_mask_mod
-from tmx_compile.graph.nodes import shape_env_of
+from tmx_compile.graph.nodes import shape_env_of, tensor_of
 from tmx_compile.graph.read import MaskReader, NotUnderstood, View, as_truth, opaque
 from tmx_compile.graph.rules import RULES
 from tmx_compile.graph.site import AttentionSite, MaskMod, MaskPart
@@ -69,14 +69,22 @@ class Prover:
         """The constants that masks were read from, and what they were read as."""
         return self._reader.known
 
-    def prove(self, site: AttentionSite, *, ordered: bool = False) -> Proof | Rejected:
-        """The proof for one site, or why there is none. ``ordered``: a guard holds that rows are not more than keys."""
+    def prove(self, site: AttentionSite, *, ordered: bool = False, own_key: str = "") -> Proof | Rejected:
+        """The proof for one site, or why there is none.
+
+        Args:
+            site: the site.
+            ordered: a guard holds that rows are not more than keys.
+            own_key: where a single row's own key is, as ``graph/decode.py`` tells.
+        """
         q_len, kv_len = site.q_len, site.kv_len
         if ordered:
             self._at_least_0.add(t.size_of(kv_len) - t.size_of(q_len))
         elif not statically_known_true(q_len <= kv_len):
             return Rejected(Reason.MORE_QUERIES, f"{q_len} rows, {kv_len} keys", site.node)
         if not site.masks:
+            if own_key == "last":
+                return Proof()
             if not site.is_causal:
                 return Rejected(Reason.NOT_CAUSAL, "no mask and is_causal=False", site.node)
             if not statically_known_true(q_len == kv_len):
@@ -86,14 +94,16 @@ class Prover:
             return Rejected(Reason.FORM, "both a mask and is_causal", site.node)
         heads = site.fake("query").shape[1]
         batch = t.size_of(site.fake("query").shape[0])
-        sizes = {KEY: t.size_of(kv_len), ROW: t.size_of(q_len), HEAD: t.size_of(heads), BATCH: batch}
-        shared = (site.masks, *sizes.items())
+        sizes = {KEY: t.size_of(_as_in_mask(site, kv_len)), ROW: t.size_of(q_len), HEAD: t.size_of(heads), BATCH: batch}
+        shared = (site.masks, own_key, *sizes.items())
         if shared not in self._proofs:
-            self._proofs[shared] = self._prove_masks(site.masks, sizes, site.node)
+            self._proofs[shared] = self._prove_masks(site.masks, sizes, site.node, own_key)
         proof = self._proofs[shared]
         return proof if isinstance(proof, Rejected) else checkable(site, proof) or proof
 
-    def _prove_masks(self, masks: tuple[MaskPart | MaskMod, ...], sizes: Sizes, node: Node) -> Proof | Rejected:
+    def _prove_masks(
+        self, masks: tuple[MaskPart | MaskMod, ...], sizes: Sizes, node: Node, own_key: str
+    ) -> Proof | Rejected:
         attended: list[Truth] = []
         for part in masks:
             read = self._part(part, sizes, node)
@@ -103,7 +113,7 @@ class Prover:
         truth = self._decide(t.all_of(*attended), sizes)
         where = next((part.node for part in masks if isinstance(part, MaskPart)), node)
         ranges = Ranges(sizes, lambda lin: self._at_least(lin, sizes, 0))
-        return conclude(truth, ranges, where, self._reader.runs, assume_causal=self.assume_causal)
+        return conclude(truth, ranges, where, self._reader.runs, assume_causal=self.assume_causal, own_key=own_key)
 
     def _part(self, part: MaskPart | MaskMod, sizes: Sizes, node: Node) -> Truth | Rejected:
         for source in (part.node,) if isinstance(part, MaskPart) else part.buffers:
@@ -164,6 +174,15 @@ class Prover:
         if self.shape_env.bound_sympy(low).lower >= bound:
             return True
         return any(self.shape_env.bound_sympy(sympy.expand(low - known)).lower >= bound for known in self._at_least_0)
+
+
+def _as_in_mask(site: AttentionSite, kv_len: int | torch.SymInt) -> int | torch.SymInt:
+    """The number of keys as the mask writes it: each layer's cache may have a symbol of its own for the same length."""
+    for part in site.masks:
+        mask = tensor_of(part.node) if isinstance(part, MaskPart) else None
+        if mask is not None and mask.dim() > 0 and statically_known_true(mask.shape[-1] == kv_len):
+            return mask.shape[-1]
+    return kv_len
 
 
 def _attended(part: MaskPart, view: View) -> Truth | Rejected:

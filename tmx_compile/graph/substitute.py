@@ -20,6 +20,9 @@ from tmx_compile.graph.site import AttentionSite, Operand
 from tmx_compile.graph.terms import Lin, Truthy
 from tmx_compile.ops import CHECK_MASK, OPERATOR
 
+FIRST_ROW = "tmx_first_row"
+"""Metadata of an operator's node: the node of row 0's position before the keys were moved to the end, or None."""
+
 
 @dataclass(frozen=True)
 class Substitution:
@@ -58,6 +61,7 @@ class Substituter:
             operands[1:] = [keys.of(emit, operand) for operand in operands[1:]]
             reach = () if item.proof.reach is None else (item.proof.reach,)
             both = emit.call(OPERATOR, *operands, keys.mask, item.sink, item.window, item.last, site.scale, *reach)
+            both.meta[FIRST_ROW] = keys.first_row
             result = emit.call(operator.getitem, both, 0)
             if site.result_order is not None:
                 result = emit.call(torch.Tensor.permute, result, site.result_order)
@@ -103,11 +107,13 @@ class _Keys:
         mask: (B, Skv) bool or document numbers, over the keys as the operator gets them.
         end: one past the last key that any row may attend; None: all keys.
         index: (Skv,) the key to put at each place, so that the last row's own key is the last; None: as they are.
+        first_row: the position of row 0 where ``index`` moves keys.
     """
 
     mask: Node | None
     end: Any = None
     index: Node | None = None
+    first_row: Node | None = None
 
     def of(self, emit: Emitter, node: Node) -> Node:
         """Keys or values (B, Hkv, Skv, D) as the operator is to get them."""
@@ -160,7 +166,7 @@ def _shifted(emit: Emitter, mask: Node | None, first_row: Node) -> _Keys:
         mask = emit.call(torch.Tensor.expand, inside, emit.batch(), emit.kv_len())
     else:
         mask = emit.call(torch.mul, emit.call(torch.index_select, mask, 1, index), inside)
-    return _Keys(mask, index=index)
+    return _Keys(mask, index=index, first_row=first_row)
 
 
 def _promised(emit: Emitter, promised: Truthy | t.Negation, mask: Node | None) -> tuple[Node, Node]:

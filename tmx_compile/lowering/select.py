@@ -10,6 +10,8 @@ from tmx_compile.errors import LoweringError
 from tmx_compile.lowering.ascend import Ascend
 from tmx_compile.lowering.base import AttentionCall, Lowering
 from tmx_compile.lowering.blocked import Blocked
+from tmx_compile.lowering.chunk import Chunked
+from tmx_compile.lowering.decode import Decode
 from tmx_compile.lowering.dense import Dense
 from tmx_compile.lowering.flex import Flex
 from tmx_compile.lowering.operator_call import OperatorCall
@@ -18,11 +20,12 @@ from tmx_compile.lowering.triton import Triton
 from tmx_compile.report import Rejected
 
 TRITON, FLEX, BLOCKED, REFERENCE = Triton(), Flex(), Blocked(), Reference()
-OPERATOR, DENSE, ASCEND = OperatorCall(), Dense(), Ascend()
+OPERATOR, DENSE, DECODE, ASCEND = OperatorCall(), Dense(), Decode(), Ascend()
 NAMED: dict[str, Lowering] = {low.name: low for low in (TRITON, FLEX, BLOCKED, REFERENCE, OPERATOR, ASCEND)}
 CHOICES = ("auto", *NAMED)
 INDUCTOR = "inductor"
 TARGETS = ("auto", INDUCTOR, ASCEND.name)
+CHUNK_CHOICES = ("auto", TRITON.name, BLOCKED.name, OPERATOR.name)
 
 _FLEX_FROM_WINDOW = {torch.float32: 128, torch.bfloat16: 1 << 31, torch.float16: 1 << 31}
 
@@ -69,3 +72,21 @@ def dense(name: str, call: AttentionCall, *, portable: bool = False, target: str
         return DENSE
     ours = name in ("auto", TRITON.name) and call.query.device.type == "cuda" and not (portable or call.needs_grad)
     return TRITON if ours and not isinstance(TRITON.supports(call), Rejected) else None
+
+
+def decode(name: str, call: AttentionCall) -> Lowering:
+    """The lowering of one row over sinks and window: its own, whatever is named for prompts, but "operator"."""
+    return OPERATOR if name == OPERATOR.name or isinstance(DECODE.supports(call), Rejected) else DECODE
+
+
+def chunked(name: str, call: AttentionCall, dense_up_to: int, *, streaming: bool) -> Lowering:
+    """The lowering of a call that may be a chunk of its prompt, with parts by ``name``.
+
+    Raises:
+        LoweringError: the call cannot be a chunk (it is differentiated).
+    """
+    lowering = Chunked(dense_up_to, streaming, name)
+    answer = lowering.supports(call)
+    if isinstance(answer, Rejected):
+        raise LoweringError(f"chunked_prefill=True cannot take this attention: {answer.detail}")
+    return lowering

@@ -53,10 +53,7 @@ class Triton:
         """The extents of padded sequences as ordinary nodes, shared by all layers, and one call."""
         extent = None
         if operands.key_mask is not None:
-            mask = operands.key_mask
-            where = rows.extent(mask, length(operands.key, 2))
-            holes = (where.end - where.start) != mask.sum(1, keepdim=True)
-            extent = torch.cat([where.start, where.end, holes.to(torch.int64)], 1).to(torch.int32)
+            extent = extents(operands.key_mask, length(operands.key, 2))
         out: Proxy = write.call(
             TRITON_OPERATOR,
             operands.query,
@@ -69,6 +66,13 @@ class Triton:
             *(() if call.reach is None else (call.reach,)),
         )
         return out
+
+
+def extents(key_mask: Any, kv_len: Any) -> Any:
+    """(B, 3) int32 of a (B, Skv) bool mask: first valid key, one past the last, whether a key between is masked."""
+    where = rows.extent(key_mask, kv_len)
+    holes = (where.end - where.start) != key_mask.sum(1, keepdim=True)
+    return torch.cat([where.start, where.end, holes.to(torch.int64)], 1).to(torch.int32)
 
 
 def _missing(device: torch.device) -> str | None:

@@ -1,0 +1,70 @@
+"""A decode step: where the one row's own key is.
+
+A cross-attention's step looks the same but for this: its keys are an encoder's, and no mask of one row over keys tells
+the two apart. So the graph has to show that the row's own key and value join those that are held.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Node
+
+from tmx_compile.graph.nodes import op_name, tensor_of
+from tmx_compile.graph.site import AttentionSite, Operand
+
+_SAME_TOKENS = ("contiguous", "to", "clone")
+
+
+def own_key(site: AttentionSite) -> str:
+    """Where a site of one row has its own key and value.
+
+    Returns:
+        "last": they are the last, after a concatenation along the tokens; "written": the graph writes one token into
+        the tensors of keys and values, at a place that the mask tells; "": neither is shown.
+    """
+    if not isinstance(site.q_len, int) or site.q_len != 1 or site.is_causal:
+        return ""
+    for where, shown in (("last", _ends_with_one), ("written", _takes_one)):
+        if shown(site.key, site.node) and shown(site.value, site.node):
+            return where
+    return ""
+
+
+def _source(operand: Operand) -> Node:
+    node = operand.node
+    while op_name(node).split(".")[0] in _SAME_TOKENS and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return node
+
+
+def _ends_with_one(operand: Operand, site: Node) -> bool:
+    """The result of a concatenation along the tokens whose last part is one token."""
+    del site
+    node = _source(operand)
+    if node.op != "call_function" or node.target not in (torch.cat, torch.concat, torch.ops.aten.cat.default):
+        return False
+    parts = node.args[0] if node.args else node.kwargs.get("tensors")
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    if not isinstance(parts, (list, tuple)) or not isinstance(dim, int) or not isinstance(parts[-1], Node):
+        return False
+    return _is_token(parts[-1], dim, operand)
+
+
+def _takes_one(operand: Operand, site: Node) -> bool:
+    """A tensor that one token is copied into (``index_copy_``) before the site."""
+    held = _source(operand)
+    node = held if op_name(held) == "index_copy_" else None
+    writes = [node] if node is not None else [user for user in held.users if op_name(user) == "index_copy_"]
+    for write in writes:
+        if len(write.args) == 4 and write < site and (node is not None or write.args[0] is held):
+            _, dim, _, new = write.args
+            if isinstance(dim, int) and isinstance(new, Node) and _is_token(new, dim, operand):
+                return True
+    return False
+
+
+def _is_token(node: Node, dim: int, operand: Operand) -> bool:
+    """Whether a part along ``dim`` is one token."""
+    tokens = 2 if operand.order is None else operand.order[2]
+    part = tensor_of(node)
+    return part is not None and part.dim() == 4 and dim % 4 == tokens and part.shape[tokens] == 1
