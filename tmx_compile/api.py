@@ -68,6 +68,11 @@ class TmxBackend:
             raise ValueError(
                 f"config has use_npu_optimization=False, and target is {target!r}, compiler_config {compiler_config!r}"
             )
+        if target == ASCEND.name and (decode != "dense" or chunked_prefill):
+            raise ValueError(
+                f"target 'ascend' takes neither streaming decode nor chunked prefill yet, got decode={decode!r}, "
+                f"chunked_prefill={chunked_prefill!r}"
+            )
         _check_target(target, lowering, compiler_config)
         flags = (("strict", strict), ("assume_causal", assume_causal), ("chunked_prefill", chunked_prefill))
         for name, value in flags:
@@ -141,7 +146,9 @@ class TmxBackend:
         if self.lowering == ASCEND.name and target != ASCEND.name:
             raise LoweringError("lowering 'ascend' is for NPUs, and this graph's tensors are on none (target='ascend')")
         if target == ASCEND.name and (self.chunked_prefill or self.decode != "dense"):
-            raise LoweringError(f"torchair compiles neither chunked_prefill nor decode={self.decode!r} yet")
+            raise LoweringError(
+                "tensors are on an NPU, for which there is neither streaming decode nor chunked prefill yet"
+            )
         return target
 
     def _compile_long(

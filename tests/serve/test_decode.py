@@ -229,3 +229,10 @@ def test_the_option(eager):
     model.compile(backend="tmx", options=options)
     out = model.generate(prompt(1), max_new_tokens=3, **SETTINGS)
     assert out.sequences.shape == (1, 103)
+
+
+@pytest.mark.parametrize("asked", [{"decode": "streaming"}, {"chunked_prefill": True}])
+def test_an_npu_is_refused_before_any_work(asked):
+    name, value = next(iter(asked.items()))
+    with pytest.raises(ValueError, match=f"target 'ascend' takes neither .* got .*{name}={value!r}"):
+        tmx_backend(TriangleMixConfig(triangle_layer_indices=[1]), target="ascend", **asked)
