@@ -93,6 +93,15 @@ class CapturedModel:
         self.config = self.config.replace(num_sink_tokens=sink, sliding_window_size=window, num_last_tokens=last)
         self._board.geometry = self.config.geometry
 
+    @contextlib.contextmanager
+    def streaming(self, rows: int) -> Iterator[None]:
+        """Inside, the last ``rows`` rows of every call are decode steps, which stream in sparse layers."""
+        self._board.streamed = rows
+        try:
+            yield
+        finally:
+            self._board.streamed = 0
+
     def run(self, inputs: Inputs, sparse: Collection[int] = ()) -> Any:
         """The model's output with triangle attention in the layers ``sparse`` and dense attention in the others.
 

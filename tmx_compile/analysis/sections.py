@@ -17,7 +17,7 @@ The signed sums also follow from two results and their log-sum-exps (:func:`midd
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -70,6 +70,24 @@ class AttentionInputs:
             scale=self.scale,
             reach=self.reach,
         )
+
+    def streamed(self, geometry: tuple[int, int, int], rows: int) -> Tensor:
+        """Triangle attention of a prompt and, in the last ``rows`` rows, streaming decode: (B, H, Sq, Dv).
+
+        The prompt ends where those rows begin, and with it what its last rows are.
+        """
+        if rows == 0:
+            return self.triangle(geometry)[0]
+        sink, window, _ = geometry
+        prompt = replace(
+            self,
+            query=self.query[:, :, :-rows],
+            key=self.key[:, :, :-rows],
+            value=self.value[:, :, :-rows],
+            key_mask=None if self.key_mask is None else self.key_mask[:, :-rows],
+        )
+        steps = replace(self, query=self.query[:, :, -rows:])
+        return torch.cat([prompt.triangle(geometry)[0], steps.triangle((sink, window, 0))[0]], 2)
 
 
 @dataclass(frozen=True)

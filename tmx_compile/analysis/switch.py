@@ -26,6 +26,7 @@ class Switchboard:
     Attributes:
         geometry: sinks, window and last rows of a sparse layer.
         sparse: the layers with triangle attention; the others are dense.
+        streamed: how many rows at the end of a call are decode steps that see sinks and window alone in sparse layers.
         recorder: gets the layer and the sums of its Middle section when the gradient passes; None: nothing is recorded.
         visited: the layers that have run.
         gates: one tensor per recorded call, to ask gradients of: that sends the gradient through every layer.
@@ -33,6 +34,7 @@ class Switchboard:
 
     geometry: tuple[int, int, int]
     sparse: frozenset[int] = frozenset()
+    streamed: int = 0
     recorder: Callable[[int, SectionSums], None] | None = None
     visited: set[int] = field(default_factory=set)
     gates: list[Tensor] = field(default_factory=list)
@@ -41,7 +43,7 @@ class Switchboard:
         """The attention of one layer as the switches say: (B, H, Sq, Dv)."""
         self.visited.add(layer)
         if layer in self.sparse:
-            return inputs.triangle(self.geometry)[0]
+            return inputs.streamed(self.geometry, self.streamed)
         recorder = self.recorder
         if recorder is None:
             return inputs.dense()
