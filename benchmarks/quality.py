@@ -1,10 +1,12 @@
 """What sparse layers cost in quality: SmolLM2-135M, dense against triangle, by layers, geometry, length and task.
 
-``python -m benchmarks.run quality`` measures cells (length / geometry / policy / number of layers) one by one, each
-into the result file as soon as it is known; ``--only 'prompt-2048/*'``, ``--missing`` and ``--minutes`` choose a piece.
-The first cells to run are the rankings, which calibrate the model for each geometry.
+``python -m benchmarks.run quality`` measures part by part, each into the result file as soon as it is known; ``--only
+'prompt-2048/*'``, ``--missing`` and ``--minutes`` choose a piece. The rankings come first: they calibrate the model for
+each geometry. Then, for every prompt length and geometry, ``ranked`` holds the policies that begin deep, with dense and
+with streaming decode, and ``contrast`` those that do not; ``ablations`` changes one count of the geometry at a time.
 
-The model runs as calibration captures it (``tmx_compile.analysis.CapturedModel``): nothing is compiled per cell.
+The model runs as calibration captures it (``tmx_compile.analysis.compare``): nothing is compiled per cell, and only the
+layers from the first sparse one on run again.
 """
 
 from __future__ import annotations
@@ -19,15 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks.common import RESULTS, Case, Parts, Records, note
 from benchmarks.models import smollm2
 from benchmarks.quality_tasks import CUE, DIGITS, FOLLOWING, LISTED, Item, continuations, copies, digest, needles
 from benchmarks.texts import CALIBRATION, EVALUATION, token_stream
 from tmx_compile import TriangleMixConfig, calibrate
-from tmx_compile.analysis import CapturedModel, Inputs
-from tmx_compile.analysis.direct import divergence
+from tmx_compile.analysis import CapturedModel, Change, Choice, compare
 from tmx_compile.analysis.language_model import call_arguments, sample_at
 
 Geometry = tuple[int, int, int]
@@ -35,39 +35,51 @@ Geometry = tuple[int, int, int]
 PROFILES = RESULTS / "profiles"
 FINAL = 64
 """Last positions of a prompt that are compared beside what follows it."""
+# A CPU has time for few items.
+_ITEMS = {"cpu": {"texts": 8, "needles": 6, "copies": 4}, "cuda": {"texts": 20, "needles": 20, "copies": 12}}
+_DIRECT = {"cpu": 2, "cuda": 8}
 FULL: dict[str, Any] = {
     "layers": 30,
     "prompts": [2048, 4096, 7680],
     "geometries": [[4, 32, 64], [8, 64, 128], [8, 512, 128]],
-    "counts": [5, 9, 15, 21],
+    "counts": [3, 5, 9, 15, 21],
+    "contrast_counts": [9, 15],
+    "streaming_counts": [3, 9, 15],
     # At one number of deepest layers: what sinks, window and last rows each buy.
-    "ablations": [[0, 64, 128], [8, 0, 128], [8, 64, 0], [8, 64, 16], [8, 256, 128], [64, 64, 128]],
+    "ablations": [[8, 64, 128], [0, 64, 128], [8, 0, 128], [8, 64, 0], [8, 64, 16], [8, 256, 128], [64, 64, 128]],
     "ablation_count": 15,
-    "texts": 12,
-    "needles": 10,
-    "copies": 8,
     "following": FOLLOWING,
-    "calibration": {"tokens": 2048, "gradient": 16, "direct": 4},
+    "calibration": {"tokens": 2048, "gradient": 16, "greedy": 15},
 }
 QUICK: dict[str, Any] = {
     "layers": 3,
     "prompts": [256],
     "geometries": [[4, 16, 64]],
     "counts": [1, 2],
+    "contrast_counts": [2],
+    "streaming_counts": [1],
     "ablations": [[4, 16, 0]],
     "ablation_count": 2,
     "texts": 2,
     "needles": 2,
     "copies": 2,
     "following": 16,
-    "calibration": {"tokens": 192, "gradient": 2, "direct": 1},
+    "calibration": {"tokens": 192, "gradient": 2, "direct": 1, "greedy": 2},
 }
 DRAWS = 3
-POLICIES = ("gradient", "direct", "first", "deepest", *(f"random{i}" for i in range(DRAWS)))
+RANKED = ("gradient", "direct", "deepest")
+CONTRAST = ("first", *(f"random{i}" for i in range(DRAWS)))
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _plan(quick: bool) -> dict[str, Any]:
-    return QUICK if quick else FULL
+    if quick:
+        return QUICK
+    kind = _device().type
+    return FULL | _ITEMS[kind] | {"calibration": FULL["calibration"] | {"direct": _DIRECT[kind]}}
 
 
 def _slug(geometry: Sequence[int]) -> str:
@@ -78,19 +90,16 @@ def names(quick: bool) -> list[str]:
     plan = _plan(quick)
     found = [f"ranking/{_slug(g)}/{kind}" for g in plan["geometries"] for kind in ("gradient", "direct")]
     for prompt in plan["prompts"]:
-        found.append(f"prompt-{prompt}/dense")
         for geometry in plan["geometries"]:
-            cell = f"prompt-{prompt}/{_slug(geometry)}"
-            found += [f"{cell}/{policy}/{count}" for count in plan["counts"] for policy in POLICIES]
-            found.append(f"{cell}/all/{plan['layers']}")
-        found += [f"prompt-{prompt}/{_slug(g)}/deepest/{plan['ablation_count']}" for g in plan["ablations"]]
+            found += [f"prompt-{prompt}/{_slug(geometry)}/{group}" for group in ("ranked", "contrast")]
+        found.append(f"prompt-{prompt}/ablations")
     return found
 
 
 def settings(quick: bool) -> dict[str, Any]:
     return {
         **_plan(quick),
-        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "device": _device().type,
         "model": "SmolLM2-135M-Instruct (4-bit weights, computed in bfloat16)",
         "final": FINAL,
         "policies": "gradient and direct: calibrated for the geometry at other text; random: three draws by seed",
@@ -100,7 +109,8 @@ def settings(quick: bool) -> dict[str, Any]:
         "kl": "KL(dense || sparse) of the next-token distributions in nats: 'final' over the prompt's last positions, "
         "'following' over the tokens after it",
         "ppl": "perplexity over dense perplexity less 1, of the same tokens",
-        "following": "teacher forcing with dense attention to the whole prompt, as in decoding",
+        "following_by": "teacher forcing; with decode 'dense' the rows after the prompt attend to all of it, with "
+        "'streaming' to sinks and window alone in the sparse layers",
         "interval": "95%, bootstrap over items (2,000 draws), paired with dense",
     }
 
@@ -110,25 +120,16 @@ def settings(quick: bool) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Cell:
-    """Where a record stands: the prompt's length, the geometry, the policy and the number of sparse layers."""
+    """The geometry, the policy, the number of sparse layers, and how they decode."""
 
-    prompt: int
     geometry: Geometry
     policy: str
     count: int
-
-    @classmethod
-    def of(cls, name: str) -> Cell:
-        prompt, *rest = name.split("/")
-        tokens = int(prompt.removeprefix("prompt-"))
-        if rest == ["dense"]:
-            return cls(tokens, (0, 0, 0), "dense", 0)
-        geometry, policy, count = rest
-        return cls(tokens, _geometry(geometry), policy, int(count))
+    decode: str = "dense"
 
     def layers(self, depth: int) -> tuple[int, ...]:
         """The sparse layers."""
-        if self.policy in ("dense", "first", "all"):
+        if self.policy in ("first", "all"):
             return tuple(range(self.count))
         if self.policy == "deepest":
             return tuple(range(depth - self.count, depth))
@@ -140,6 +141,21 @@ class Cell:
             raise RuntimeError(f"{path.name} is missing: run `quality --only 'ranking/*'` first")
         config = TriangleMixConfig.from_profile(path, num_layers=depth, num_triangle_layers=self.count)
         return config.layers()
+
+
+def cells(plan: dict[str, Any], name: str) -> tuple[int, list[Cell]]:
+    """The prompt length of a part, tokens, and its cells."""
+    prompt, *rest = name.split("/")
+    tokens = int(prompt.removeprefix("prompt-"))
+    if rest == ["ablations"]:
+        return tokens, [Cell(tuple(g), "deepest", plan["ablation_count"]) for g in plan["ablations"]]
+    geometry = _geometry(rest[0])
+    if rest[1] == "ranked":
+        found = [Cell(geometry, policy, count) for policy in RANKED for count in plan["counts"]]
+        streamed = [(policy, count) for policy in ("gradient", "deepest") for count in plan["streaming_counts"]]
+        return tokens, found + [Cell(geometry, *which, "streaming") for which in streamed]
+    found = [Cell(geometry, policy, count) for policy in CONTRAST for count in plan["contrast_counts"]]
+    return tokens, [*found, Cell(geometry, "all", plan["layers"])]
 
 
 def _geometry(slug: str) -> Geometry:
@@ -158,8 +174,7 @@ def measure(name: str, quick: bool) -> Records:
     if name.startswith("ranking/"):
         _, geometry, estimator = name.split("/")
         return [lab.rank(_geometry(geometry), estimator)]
-    cell = Cell.of(name)
-    return [lab.evaluate(cell)]
+    return lab.evaluate(*cells(lab.plan, name))
 
 
 @functools.lru_cache(maxsize=1)
@@ -167,24 +182,12 @@ def _lab(quick: bool) -> Lab:
     return Lab(_plan(quick))
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What the model says about one item; log-probabilities (positions, V) of the final and the following tokens."""
-
-    final: Tensor
-    following: Tensor
-    nll_final: float
-    nll_following: float
-    right: float
-    all_right: bool
-
-
 class Lab:
-    """The model, captured once, the items of one prompt length and what dense attention says about them."""
+    """The model, captured once, and the text that it is evaluated on."""
 
     def __init__(self, plan: dict[str, Any]) -> None:
         self.plan = plan
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = _device()
         model, self.tokenizer = smollm2(plan["layers"])
         self.model = model.to(self.device, torch.bfloat16)
         self.captured = CapturedModel(self.model, TriangleMixConfig())
@@ -198,7 +201,7 @@ class Lab:
         keep = 1 if estimator == "gradient" else min(FINAL, geometry[2])
         extra = call_arguments(self.model, keep)
         samples = [sample_at(stream, i * (tokens + 1), tokens, self.device, extra) for i in range(how[estimator])]
-        greedy = {} if estimator == "gradient" else {"greedy": max(self.plan["counts"])}
+        greedy = {} if estimator == "gradient" else {"greedy": how["greedy"]}
         config = TriangleMixConfig(*geometry)
         found = calibrate(self.model, samples, config=config, estimator=estimator, progress=False, **greedy)
         path = profile_path(geometry, estimator, depth)
@@ -206,100 +209,61 @@ class Lab:
         found.to_profile(path, depth // 2)
         return {"geometry": list(geometry), "policy": estimator, "ranking": list(found.ranking)}
 
-    def evaluate(self, cell: Cell) -> dict[str, Any]:
-        """All tasks with the layers of a cell sparse, against dense."""
-        layers = cell.layers(self.plan["layers"])
-        items, dense = self._dense(cell.prompt)
-        record: dict[str, Any] = {
-            "prompt": cell.prompt,
-            "geometry": list(cell.geometry),
-            "policy": cell.policy,
-            "count": cell.count,
-            "indices": list(layers),
-            "items": digest(items),
-        }
-        # Each outcome is dropped as soon as it is compared: a distribution per position is large.
-        found = [
-            _compared(base, self._run(item, cell.geometry, layers)) for item, base in zip(items, dense, strict=True)
+    def evaluate(self, prompt: int, wanted: Sequence[Cell]) -> Records:
+        """All tasks at one prompt length, with the layers of each cell sparse, against dense."""
+        depth = self.plan["layers"]
+        choices = [Choice(cell.geometry, cell.layers(depth), cell.decode == "streaming") for cell in wanted]
+        items = self.items(prompt)
+        found: list[dict[str, list[Change]]] = [{} for _ in wanted]
+        for number, item in enumerate(items):
+            note(f"quality: {prompt} tokens, item {number + 1} of {len(items)} ({item.task}), {len(wanted)} cells")
+            changes = compare(self.captured, item.ids, choices, final=FINAL, following=item.following)
+            for cell, change in zip(found, changes, strict=True):
+                cell.setdefault(item.task, []).append(change)
+        return [
+            {
+                "prompt": prompt,
+                "geometry": list(cell.geometry),
+                "policy": cell.policy,
+                "count": cell.count,
+                "decode": cell.decode,
+                "indices": list(choice.layers),
+                "items": digest(items),
+                **summary(tasks),
+            }
+            for cell, choice, tasks in zip(wanted, choices, found, strict=True)
         ]
-        for task in ("text", "needle", "copy"):
-            record |= _summary(task, [x for item, x in zip(items, found, strict=True) if item.task == task])
-        return record
 
-    @functools.lru_cache(maxsize=1)  # noqa: B019
-    def _dense(self, prompt: int) -> tuple[list[Item], list[Outcome]]:
+    def items(self, prompt: int) -> list[Item]:
+        """The items of one prompt length."""
         plan = self.plan
-        items = [
+        return [
             *continuations(self.text, prompt, plan["texts"], plan["following"]),
             *needles(self.tokenizer, self.text, prompt, plan["needles"]),
             *copies(self.text, prompt, plan["copies"], self.model.config.vocab_size),
         ]
-        note(f"quality: dense, {prompt} tokens, {len(items)} items")
-        return items, [self._run(item, (0, 0, 0), ()) for item in items]
-
-    def _run(self, item: Item, geometry: Geometry, layers: Sequence[int]) -> Outcome:
-        sink, window, last = geometry
-        following = item.following
-        # The tokens after the prompt are rows that attend to everything.
-        self.captured.geometry = (sink, window, last + following)
-        keep = FINAL + following + 1
-        inputs = Inputs(kwargs={"input_ids": item.ids.to(self.device), "use_cache": False, "logits_to_keep": keep})
-        with torch.no_grad():
-            logits = self.captured.run(inputs, layers).logits[0, :-1].float()
-            log_probs = logits.log_softmax(-1)
-            targets = item.ids[0, -FINAL - following :].to(self.device)
-            nll = -log_probs.gather(1, targets[:, None])[:, 0]
-            right = log_probs.argmax(-1)[-following:] == targets[-following:]
-        return Outcome(
-            log_probs[:FINAL],
-            log_probs[FINAL:],
-            float(nll[:FINAL].mean()),
-            float(nll[FINAL:].mean()),
-            float(right.float().mean()),
-            bool(right.all()),
-        )
 
 
-@dataclass(frozen=True)
-class Compared:
-    """One item, dense and sparse."""
-
-    dense: Outcome
-    sparse: tuple[float, float, float, bool]
-    kl_final: float
-    kl_following: float
-
-
-def _compared(dense: Outcome, sparse: Outcome) -> Compared:
-    values = (sparse.nll_final, sparse.nll_following, sparse.right, sparse.all_right)
-    return Compared(dense, values, divergence(dense.final, sparse.final), divergence(dense.following, sparse.following))
-
-
-def _summary(task: str, found: list[Compared]) -> dict[str, Any]:
-    """The figures of one task, each as [mean, lower, upper]."""
-    if task == "needle":
-        return {
-            "needle": _interval([float(x.sparse[3]) for x in found]),
-            "needle_dense": statistics.fmean(float(x.dense.all_right) for x in found),
-            "needle_nll": _interval([x.sparse[1] - x.dense.nll_following for x in found]),
-        }
-    if task == "copy":
-        return {
-            "copy": _interval([x.sparse[2] for x in found]),
-            "copy_dense": statistics.fmean(x.dense.right for x in found),
-            "copy_nll": _interval([x.sparse[1] - x.dense.nll_following for x in found]),
-        }
+def summary(tasks: dict[str, list[Change]]) -> dict[str, Any]:
+    """The figures of a cell, each as [mean, lower, upper]."""
+    text, needle, copy = tasks["text"], tasks["needle"], tasks["copy"]
     return {
-        "nll_dense_final": statistics.fmean(x.dense.nll_final for x in found),
-        "nll_dense_following": statistics.fmean(x.dense.nll_following for x in found),
-        "kl_final": _interval([x.kl_final for x in found]),
-        "kl_following": _interval([x.kl_following for x in found]),
-        "ppl_final": _interval([x.sparse[0] - x.dense.nll_final for x in found], exponent=True),
-        "ppl_following": _interval([x.sparse[1] - x.dense.nll_following for x in found], exponent=True),
+        "nll_dense_final": statistics.fmean(x.dense_nll_final for x in text),
+        "nll_dense_following": statistics.fmean(x.dense_nll_following for x in text),
+        "kl_final": interval([x.kl_final for x in text]),
+        "kl_following": interval([x.kl_following for x in text]),
+        "ppl_final": interval([x.nll_final - x.dense_nll_final for x in text], exponent=True),
+        "ppl_following": interval([x.nll_following - x.dense_nll_following for x in text], exponent=True),
+        "needle": interval([float(x.right == 1.0) for x in needle]),
+        "needle_dense": statistics.fmean(float(x.dense_right == 1.0) for x in needle),
+        "needle_nll": interval([x.nll_following - x.dense_nll_following for x in needle]),
+        "copy": interval([x.right for x in copy]),
+        "copy_dense": statistics.fmean(x.dense_right for x in copy),
+        "copy_nll": interval([x.nll_following - x.dense_nll_following for x in copy]),
     }
 
 
-def _interval(values: Sequence[float], *, exponent: bool = False, draws: int = 2000) -> list[float]:
+def interval(values: Sequence[float], *, exponent: bool = False, draws: int = 2000) -> list[float]:
     """The mean with its 95% bootstrap interval; of differences of logs, as a ratio less 1."""
     draw = random.Random(0)
     means = sorted(statistics.fmean(draw.choices(values, k=len(values))) for _ in range(draws))
@@ -311,7 +275,7 @@ def finish(records: Records) -> None:
     """Every record stands for itself."""
 
 
-COLUMNS = ("part", "kl_final", "ppl_final", "ppl_following", "needle", "copy")
+COLUMNS = ("part", "policy", "count", "decode", "kl_final", "ppl_final", "ppl_following", "needle", "copy")
 
 
 def _file() -> str:
