@@ -197,24 +197,30 @@ def masked_oracle(model, config, ids, attention_mask=None):
 
     Every attention module is called with an explicit additive mask; nothing of the package takes part.
     """
-    model = copy.deepcopy(model).double()
     n = ids.shape[1]
     key_mask = None if attention_mask is None else attention_mask.bool()
-    layers = set(config.layers())
     tri = attended(n, n, key_mask, *config.geometry)
     dense = attended(n, n, key_mask, 0, 0, n)
-    rows = torch.arange(n)
-    for mask in (tri, dense):
-        # A row without keys sees itself: it is padding, and its result is never looked at.
-        mask[:, rows, rows] |= ~mask.any(-1)
+    masks = {index: tri if index in config.layers() else dense for index in range(len(model.model.layers))}
+    return with_masks(model, ids, masks, attention_mask)
+
+
+def with_masks(model, ids, masks, attention_mask=None):
+    """Logits of a Hugging Face model in float64 with a mask, (N, N) or (B, N, N), True = attend, for each layer named.
+
+    Other layers are causal.
+    """
+    model = copy.deepcopy(model).double()
+    batch, n = ids.shape
+    causal = torch.ones(n, n, dtype=torch.bool).tril()
 
     def hook(index):
         def before(module, args, kwargs):
-            chosen = tri if index in layers else dense
+            mask = masks.get(index, causal).expand(batch, n, n)
+            # A row without keys sees itself: it is padding, and its result is never looked at.
+            mask = mask | (torch.eye(n, dtype=torch.bool) & ~mask.any(-1, keepdim=True))
             zero = torch.zeros((), dtype=torch.float64)
-            kwargs["attention_mask"] = torch.where(chosen, zero, float("-inf"))[:, None].expand(
-                ids.shape[0], -1, -1, -1
-            )
+            kwargs["attention_mask"] = torch.where(mask, zero, float("-inf"))[:, None]
             return args, kwargs
 
         return before

@@ -9,7 +9,7 @@ import torch
 from benchmarks import quality, quality_tasks
 from benchmarks.quality import Cell, Lab
 from benchmarks.texts import CALIBRATION, EVALUATION
-from tests.support import masked_oracle, tiny_qwen3
+from tests.support import tiny_qwen3, with_masks
 from tmx_compile import TriangleMixConfig
 from tmx_compile.analysis import CapturedModel
 
@@ -63,20 +63,24 @@ def test_items_have_the_prompt_and_what_follows():
 def test_every_cell_has_its_layers():
     names = quality.names(False)
     assert len(names) == len(set(names))
+    plan = quality.FULL
     for name in names:
         if name.startswith("ranking/"):
             continue
-        cell = Cell.of(name)
-        if cell.policy in ("gradient", "direct"):
-            continue
-        layers = cell.layers(30)
-        assert len(set(layers)) == len(layers) == cell.count
-        assert all(0 <= layer < 30 for layer in layers)
-    draws = {Cell(2048, (4, 32, 64), f"random{i}", 9).layers(30) for i in range(3)}
+        prompt, wanted = quality.cells(plan, name)
+        assert prompt in plan["prompts"]
+        assert len(set(wanted)) == len(wanted) >= 7
+        for cell in wanted:
+            if cell.policy in ("gradient", "direct"):
+                continue
+            layers = cell.layers(30)
+            assert len(set(layers)) == len(layers) == cell.count
+            assert all(0 <= layer < 30 for layer in layers)
+    draws = {Cell((4, 32, 64), f"random{i}", 9).layers(30) for i in range(3)}
     assert len(draws) == 3
-    assert Cell(2048, (4, 32, 64), "deepest", 2).layers(30) == (28, 29)
+    assert Cell((4, 32, 64), "deepest", 2).layers(30) == (28, 29)
     with pytest.raises(RuntimeError, match=r"is missing: run `quality --only 'ranking/\*'` first"):
-        Cell(2048, (1, 2, 3), "gradient", 2).layers(30)
+        Cell((1, 2, 3), "gradient", 2).layers(30)
 
 
 @pytest.fixture
@@ -92,39 +96,54 @@ def lab(monkeypatch):
     return found
 
 
-def test_figures_are_those_of_prefill_and_dense_decoding(lab):
-    """The prompt's mask is the triangle of the prompt alone, and every later row is dense."""
+def decoded_mask(total, prompt, geometry, streaming):
+    """Written out: the triangle of the prompt, and rows after it that see everything, or sinks and window alone."""
+    sink, window, last = geometry
+    row, key = torch.arange(total)[:, None], torch.arange(total)
+    near = (key < sink) | (key >= row - window)
+    whole = (row >= prompt - last) & (row < prompt)
+    if not streaming:
+        whole |= row >= prompt
+    return (key <= row) & (near | whole)
+
+
+@pytest.mark.parametrize("decode", ["dense", "streaming"])
+def test_figures_are_those_of_prefill_and_decoding(lab, decode):
     geometry, layers, prompt = (2, 5, 4), (1, 2), 130
-    record = lab.evaluate(Cell(prompt, geometry, "deepest", 2))
+    [record] = lab.evaluate(prompt, [Cell(geometry, "deepest", 2, decode)])
     assert record["indices"] == [1, 2]
-    items, _ = lab._dense(prompt)
-    kls, ratios = [], []
+    items = lab.items(prompt)
+    kls, ratios, later = [], [], []
     for item in items[:2]:
         total = item.ids.shape[1]
+        causal = torch.ones(total, total, dtype=torch.bool).tril()
+        masks = (causal, decoded_mask(total, prompt, geometry, decode == "streaming"))
         dense, sparse = (
-            masked_oracle(
-                lab.model,
-                TriangleMixConfig(2, 5, 4 + total - prompt, triangle_layer_indices=chosen),
-                item.ids,
-            )[0].log_softmax(-1)
-            for chosen in ((), layers)
+            with_masks(lab.model, item.ids, dict.fromkeys(layers, mask))[0].log_softmax(-1) for mask in masks
         )
         final = slice(prompt - 9, prompt - 1)
         kls.append(float((dense[final].exp() * (dense[final] - sparse[final])).sum(-1).mean()))
         after = slice(prompt - 1, total - 1)
+        later.append(float((dense[after].exp() * (dense[after] - sparse[after])).sum(-1).mean()))
         nll = [-x[after].gather(1, item.targets[:, None]).mean() for x in (dense, sparse)]
         ratios.append(float(nll[1] - nll[0]))
     assert record["kl_final"][0] == pytest.approx(statistics.fmean(kls), rel=1e-3)
+    assert record["kl_following"][0] == pytest.approx(statistics.fmean(later), rel=1e-3)
     assert record["ppl_following"][0] == pytest.approx(math.expm1(statistics.fmean(ratios)), rel=1e-3)
     assert record["kl_final"][0] > 1e-6
     assert record["kl_final"][1] <= record["kl_final"][0] <= record["kl_final"][2]
-    nothing = lab.evaluate(Cell.of(f"prompt-{prompt}/dense"))
-    assert nothing["kl_final"] == nothing["ppl_following"] == [0.0, 0.0, 0.0]
-    assert nothing["needle"][0] == nothing["needle_dense"]
+
+
+def test_a_cell_is_the_same_beside_others(lab):
+    """Cells share a dense run, and begin where they differ from it."""
+    wanted = [Cell((2, 5, 4), "deepest", 1), Cell((2, 5, 4), "first", 2, "streaming"), Cell((1, 9, 0), "all", 3)]
+    together = lab.evaluate(130, wanted)
+    assert together == [record for cell in reversed(wanted) for record in lab.evaluate(130, [cell])][::-1]
+    assert len({str(record["kl_following"]) for record in together}) == 3
 
 
 def test_a_bootstrap_interval_covers_the_mean():
-    mean, low, high = quality._interval([0.0, 1.0, 2.0, 3.0, 4.0])
+    mean, low, high = quality.interval([0.0, 1.0, 2.0, 3.0, 4.0])
     assert low < mean == 2.0 < high
-    assert quality._interval([0.5] * 4) == [0.5] * 3
-    assert quality._interval([0.1] * 4, exponent=True)[0] == pytest.approx(0.10517, rel=1e-4)
+    assert quality.interval([0.5] * 4) == [0.5] * 3
+    assert quality.interval([0.1] * 4, exponent=True)[0] == pytest.approx(0.10517, rel=1e-4)
