@@ -1,4 +1,4 @@
-"""Write docs/benchmarks.md, its pictures and the tables of docs/ascend.md from the stored results, and nothing else.
+"""Write docs/benchmarks.md, docs/quality.md, their pictures and the tables of docs/ascend.md from the stored results.
 
 python -m benchmarks.docs            writes it
 python -m benchmarks.docs --check    fails where the file differs from what the results say
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import docs_ascend, docs_operator, docs_ttft, plots
+from benchmarks import docs_ascend, docs_operator, docs_quality, docs_ttft, plots
 from benchmarks.common import RESULTS
 from benchmarks.plots import Picture
 from benchmarks.tables import Fields, slashed, spans, table, times
@@ -53,6 +53,16 @@ def generate(folder: Path) -> tuple[str, list[Picture]]:
         if section.picture is not None:
             pictures.append(section.picture(result, section.picture_file))
     return "\n".join(parts), pictures
+
+
+def generate_quality(folder: Path) -> tuple[str, list[Picture]] | None:
+    """docs/quality.md and its pictures; None where no quality has been measured. Raises as :func:`generate` does."""
+    file = next((name for name in docs_quality.FILES if (folder / name).is_file()), None)
+    if file is None:
+        return None
+    result = _load(folder / file)
+    parts = [docs_quality.INTRO, f"{_origin(result, file)}\n", f"{docs_quality.sections(result)}\n"]
+    return "\n".join(parts), docs_quality.pictures(result)
 
 
 def _load(path: Path) -> Fields:
@@ -241,24 +251,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     page, pictures = generate(options.results)
     folder = options.out.parent
-    other = docs_ascend.inserted(options.results, folder)
+    pages = [(options.out, page)]
+    if (quality := generate_quality(options.results)) is not None:
+        pages.append((folder / docs_quality.PAGE, quality[0]))
+        pictures += quality[1]
+    if (tables := docs_ascend.inserted(options.results, folder)) is not None:
+        pages.append(tables)
     if not options.check:
         folder.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(page, encoding="utf-8")
+        for path, text in pages:
+            path.write_text(text, encoding="utf-8")
         for picture in pictures:
             if not picture.is_current(folder):
                 picture.write(folder)
-        if other is not None:
-            other[0].write_text(other[1], encoding="utf-8")
         return
-    stored = options.out.read_text(encoding="utf-8") if options.out.is_file() else ""
-    changes = list(difflib.unified_diff(stored.splitlines(), page.splitlines(), "stored", "generated", lineterm=""))
-    if stored != page:
-        print("\n".join(changes))
-        sys.exit(f"{options.out.name} is out of date: run python -m benchmarks.docs")
     stale = [picture.file for picture in pictures if not picture.is_current(folder)]
-    if other is not None and other[0].read_text(encoding="utf-8") != other[1]:
-        stale.append(other[0].name)
+    for path, text in pages:
+        stored = path.read_text(encoding="utf-8") if path.is_file() else ""
+        changes = difflib.unified_diff(stored.splitlines(), text.splitlines(), "stored", "generated", lineterm="")
+        if stored != text:
+            print("\n".join(changes))
+            stale.append(path.name)
     if stale:
         sys.exit(f"{', '.join(stale)} is out of date: run python -m benchmarks.docs")
 
