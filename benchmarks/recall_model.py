@@ -29,6 +29,7 @@ TASKS = {**{f"{hops} hops": hops for hops in range(HOPS)}, "copy": COPY}
 QUESTIONS = 12
 """Asked at the end of an evaluated sequence: 48 tokens, within any number of last rows that is recommended."""
 WEIGHTS, RECORD = "recall-model.safetensors", "recall-model.json"
+QUICK_SHAPE = {"layers": 2, "hidden": 96, "heads": 3, "kv_heads": 3, "head_dim": 32}
 _SHAPE = {"layers": 8, "hidden": 192, "heads": 6, "kv_heads": 3, "head_dim": 32}
 # (tokens, accuracy from which the next length is worth its cost): longer sequences are learnt from shorter ones.
 _CURRICULUM = ((256, 0.95), (1024, 0.97), (4096, 0.985), (8192, 1.1))
@@ -147,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(SEED)
-    shape = {"layers": 2, "hidden": 96, "heads": 3, "kv_heads": 3, "head_dim": 32} if options.quick else dict(_SHAPE)
+    shape = dict(QUICK_SHAPE if options.quick else _SHAPE)
     before = hardware()
     model = build(shape).to(device)
     log = train(model, options.minutes, device, options.quick)

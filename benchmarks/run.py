@@ -22,6 +22,7 @@ from benchmarks import (
     pass_cost,
     prefill_memory,
     quality,
+    recall,
     stages,
     ttft,
 )
@@ -36,6 +37,7 @@ CASES = {
         first_n.CASE,
         calibration.CASE,
         quality.CASE,
+        recall.CASE,
         ttft.CASE,
         million.CASE,
         stages.CASE,

@@ -5,9 +5,11 @@ import json
 import pytest
 import torch
 
-from benchmarks import recall_model
+from benchmarks import recall, recall_model
 from benchmarks import recall_tasks as tasks
-from benchmarks.recall_tasks import ASK, COPY, DEF, HOPS, IGNORED, LIST, LISTED, SLOT, evaluation, training
+from benchmarks.recall_tasks import ASK, COPY, DEF, HOPS, IGNORED, LIST, LISTED, SLOT, Batch, evaluation, training
+from tests.support import masked_oracle
+from tmx_compile import TriangleMixConfig
 
 
 def read(ids):
@@ -123,3 +125,43 @@ def test_training_leaves_weights_that_load_and_say_the_same(tmp_path):
 def test_missing_weights_are_named(tmp_path):
     with pytest.raises(RuntimeError, match=r"recall-model\.safetensors is missing"):
         recall_model.load(tmp_path)
+
+
+def test_accuracy_with_sparse_layers_is_that_of_their_masks():
+    """Answers are what the untrained model itself says, so that dense is perfect; sparse is compared with an oracle."""
+    torch.manual_seed(1)
+    model = recall_model.build(recall_model.QUICK_SHAPE).eval()
+    for layer in model.model.layers:
+        # Untrained attention adds next to nothing to the embedding.
+        layer.self_attn.o_proj.weight.data.mul_(50)
+    lab = recall.Lab(recall.QUICK, model, torch.device("cpu"))
+    lab.captured.geometry = geometry = (2, 6, 12)
+    batch = evaluation(2, 512, recall_model.QUESTIONS, 0, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        likely = model(batch.ids, use_cache=False).logits.argmax(-1)
+    asked = batch.targets >= 0
+    own = Batch(batch.ids, torch.where(asked, likely, IGNORED), batch.kind)
+    assert lab._accuracy([own], ()) == 1.0
+    for layers in ((1,), (0, 1)):
+        config = TriangleMixConfig(*geometry, triangle_layer_indices=layers)
+        expected = masked_oracle(model, config, batch.ids).argmax(-1)
+        assert lab._accuracy([own], layers) == pytest.approx(float((expected == likely)[asked].float().mean()))
+    assert lab._accuracy([own], (0, 1)) < 1.0
+
+
+def test_every_choice_is_measured_once(monkeypatch):
+    model = recall_model.build(recall_model.QUICK_SHAPE).eval()
+    lab = recall.Lab(recall.QUICK, model, torch.device("cpu"))
+    monkeypatch.setattr(lab, "_ranking", lambda tokens, geometry: (0, 1))
+    seen = []
+    monkeypatch.setattr(lab, "_accuracy", lambda batches, layers: seen.append(layers) or len(layers) / 4)
+    records = lab.evaluate(512, (4, 16, 64))
+    assert {(r["policy"], r["count"]): r["indices"] for r in records} == {
+        ("dense", 0): [],
+        ("gradient", 1): [0],
+        ("deepest", 1): [1],
+        ("deepest", 2): [0, 1],
+    }
+    assert len(seen) == 4 * len(recall_model.TASKS)
+    assert all(r["dense"] == dict.fromkeys(recall_model.TASKS, 0.0) for r in records)
+    assert next(r for r in records if r["count"] == 2)["accuracy"] == dict.fromkeys(recall_model.TASKS, 0.5)
