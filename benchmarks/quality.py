@@ -38,10 +38,12 @@ FINAL = 64
 # A CPU has time for few items.
 _ITEMS = {"cpu": {"texts": 8, "needles": 6, "copies": 4}, "cuda": {"texts": 20, "needles": 20, "copies": 12}}
 _DIRECT = {"cpu": 2, "cuda": 8}
+_GEOMETRIES = [[4, 32, 64], [8, 64, 128], [8, 512, 128]]
+_DIRECT_FOR = {"cpu": [[8, 64, 128]], "cuda": _GEOMETRIES}
 FULL: dict[str, Any] = {
     "layers": 30,
     "prompts": [2048, 4096, 7680],
-    "geometries": [[4, 32, 64], [8, 64, 128], [8, 512, 128]],
+    "geometries": _GEOMETRIES,
     "counts": [3, 5, 9, 15, 21],
     "contrast_counts": [9, 15],
     "streaming_counts": [3, 9, 15],
@@ -55,6 +57,7 @@ QUICK: dict[str, Any] = {
     "layers": 3,
     "prompts": [256],
     "geometries": [[4, 16, 64]],
+    "direct_for": [[4, 16, 64]],
     "counts": [1, 2],
     "contrast_counts": [2],
     "streaming_counts": [1],
@@ -79,7 +82,8 @@ def _plan(quick: bool) -> dict[str, Any]:
     if quick:
         return QUICK
     kind = _device().type
-    return FULL | _ITEMS[kind] | {"calibration": FULL["calibration"] | {"direct": _DIRECT[kind]}}
+    calibration = FULL["calibration"] | {"direct": _DIRECT[kind]}
+    return FULL | _ITEMS[kind] | {"direct_for": _DIRECT_FOR[kind], "calibration": calibration}
 
 
 def _slug(geometry: Sequence[int]) -> str:
@@ -88,7 +92,8 @@ def _slug(geometry: Sequence[int]) -> str:
 
 def names(quick: bool) -> list[str]:
     plan = _plan(quick)
-    found = [f"ranking/{_slug(g)}/{kind}" for g in plan["geometries"] for kind in ("gradient", "direct")]
+    found = [f"ranking/{_slug(g)}/gradient" for g in plan["geometries"]]
+    found += [f"ranking/{_slug(g)}/direct" for g in plan["direct_for"]]
     for prompt in plan["prompts"]:
         for geometry in plan["geometries"]:
             found += [f"prompt-{prompt}/{_slug(geometry)}/{group}" for group in ("ranked", "contrast")]
@@ -151,7 +156,8 @@ def cells(plan: dict[str, Any], name: str) -> tuple[int, list[Cell]]:
         return tokens, [Cell(tuple(g), "deepest", plan["ablation_count"]) for g in plan["ablations"]]
     geometry = _geometry(rest[0])
     if rest[1] == "ranked":
-        found = [Cell(geometry, policy, count) for policy in RANKED for count in plan["counts"]]
+        policies = [policy for policy in RANKED if policy != "direct" or list(geometry) in plan["direct_for"]]
+        found = [Cell(geometry, policy, count) for policy in policies for count in plan["counts"]]
         streamed = [(policy, count) for policy in ("gradient", "deepest") for count in plan["streaming_counts"]]
         return tokens, found + [Cell(geometry, *which, "streaming") for which in streamed]
     found = [Cell(geometry, policy, count) for policy in CONTRAST for count in plan["contrast_counts"]]
