@@ -23,6 +23,7 @@ from benchmarks import (
     prefill_memory,
     quality,
     stages,
+    throughput,
     ttft,
 )
 from tmx_compile.bench import record
@@ -40,6 +41,7 @@ CASES = {
         million.CASE,
         stages.CASE,
         kv_cache.CASE,
+        throughput.CASE,
     )
 }
 
