@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import docs_ascend, docs_operator, docs_quality, docs_ttft, plots
+from benchmarks import docs_ascend, docs_operator, docs_quality, docs_throughput, docs_ttft, plots
 from benchmarks.common import RESULTS
 from benchmarks.plots import Picture
 from benchmarks.tables import Fields, slashed, spans, table, times
@@ -234,9 +234,11 @@ SECTIONS = (
     Section("operator_cuda.json", "One attention layer on a GPU", docs_operator.section, plots.operator, optional=True),
     Section("stages.json", "Where the GPU kernel's time goes", _plain(docs_operator.stages), optional=True),
     Section("ttft.json", "Time to first token of whole models", docs_ttft.section, plots.ttft, optional=True),
+    Section("throughput_cuda.json", "Tokens per second on a GPU", _plain(docs_throughput.section), optional=True),
     Section("million.json", "A million tokens", _plain(docs_operator.million), optional=True),
     Section("operator_cpu.json", "One attention layer on a CPU", docs_operator.section, plots.operator),
     Section("prefill_memory.json", "Memory and time of a long prefill", _plain(_prefill_memory)),
+    Section("throughput.json", "Tokens per second on a CPU", _plain(docs_throughput.section), optional=True),
     Section("kv_cache.json", "Memory of a cache that streams", _plain(_kv_cache)),
     Section("first_n.json", "Which layers: what the choice costs", _plain(_first_n)),
     Section("pass_cost.json", "What the pass adds to a compile", _plain(_pass_cost)),

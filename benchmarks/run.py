@@ -24,6 +24,7 @@ from benchmarks import (
     quality,
     recall,
     stages,
+    throughput,
     ttft,
 )
 from tmx_compile.bench import record
@@ -42,6 +43,7 @@ CASES = {
         million.CASE,
         stages.CASE,
         kv_cache.CASE,
+        throughput.CASE,
     )
 }
 

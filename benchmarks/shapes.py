@@ -95,14 +95,21 @@ MODELS = {
 
 def build(shape: ModelShape, device: torch.device, dtype: torch.dtype, *, quick: bool) -> nn.Module:
     """The model with random weights (standard deviation 0.02), made on the device."""
-    from transformers import AttentionInterface, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    AttentionInterface.register(CAUSAL, _causal_attention)
+    register_causal()
     torch.manual_seed(0)
     config = shape.tiny() if quick else shape.config()
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     return model.eval()
+
+
+def register_causal() -> None:
+    """Make the implementation ``CAUSAL`` known to transformers."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(CAUSAL, _causal_attention)
 
 
 def _causal_attention(
@@ -115,8 +122,13 @@ def _causal_attention(
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Dense attention at its best: no mask is built or read. Right for prompts without padding and an empty cache."""
-    out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+    """Dense attention at its best: no mask is built or read.
+
+    Right without padding, for a prompt and an empty cache, and for a single row behind what a cache holds.
+    """
+    # The branch makes it a bool where the number of rows is symbolic.
+    causal = True if query.shape[2] != 1 else False  # noqa: SIM210
+    out = F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scaling, enable_gqa=True)
     return out.transpose(1, 2).contiguous(), None
 
 

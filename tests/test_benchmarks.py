@@ -21,7 +21,9 @@ RESULTS = ROOT / "benchmarks" / "results"
 FILES = ("operator_cpu.json", "pass_cost.json", "prefill_memory.json", "first_n.json", "kv_cache.json")
 # Measured on a GPU; the page has their sections where they are there.
 GPU_FILES = tuple(
-    name for name in ("operator_cuda.json", "ttft.json", "million.json", "stages.json") if (RESULTS / name).is_file()
+    name
+    for name in ("operator_cuda.json", "ttft.json", "throughput_cuda.json", "million.json", "stages.json")
+    if (RESULTS / name).is_file()
 )
 
 
@@ -122,7 +124,7 @@ def test_an_unknown_case_is_refused_with_the_known_ones():
     assert done.returncode == 2
     assert (
         "unknown case no_such_case; known: operator, pass_cost, prefill_memory, first_n, calibration, quality, "
-        "ttft, million, stages, kv_cache" in done.stderr
+        "ttft, million, stages, kv_cache, throughput" in done.stderr
     )
 
 
