@@ -1,8 +1,8 @@
 """What sparse layers change in a model's predictions, sequence by sequence, against dense attention.
 
 One run of a prompt with the T tokens that follow it stands for the prefill of the prompt and T decode steps (teacher
-forcing): the rows that follow are T more last rows where decoding is dense, and see sinks and window alone in the sparse
-layers where it streams.
+forcing): the rows that follow are T more last rows where decoding is dense, and see sinks and window alone in the
+sparse layers where it streams.
 """
 
 from __future__ import annotations
