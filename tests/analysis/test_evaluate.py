@@ -15,7 +15,7 @@ from tmx_compile.analysis.evaluation import METRICS
 from tmx_compile.analysis.intervals import interval
 from tmx_compile.bench.layer_times import AttentionShape
 
-LAYERS, N, FINAL, FOLLOWING = 3, 90, 7, 12
+LAYERS, N, FINAL, FOLLOWING, WORDS = 3, 90, 7, 12, 6
 GEOMETRY = (2, 6, 5)
 DEEP, ALL = Choice(GEOMETRY, (1, 2)), Choice((0, 3, 9), (0, 1, 2))
 STREAMED = Choice(GEOMETRY, (1, 2), streaming=True)
@@ -23,12 +23,13 @@ CHOICES = {"deep": DEEP, "all": ALL, "streamed": STREAMED}
 
 
 def model(seed=0):
-    return tiny_qwen3(layers=LAYERS, seed=seed, initializer_range=0.2)
+    # A few words: some of those that follow are the most likely ones.
+    return tiny_qwen3(layers=LAYERS, seed=seed, initializer_range=0.2, vocab_size=WORDS)
 
 
 def prompts(count=3, n=N, seed=5):
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(0, 128, (1, n + FOLLOWING), generator=generator) for _ in range(count)]
+    return [torch.randint(0, WORDS, (1, n + FOLLOWING), generator=generator) for _ in range(count)]
 
 
 def run(*args, **kwargs):
@@ -101,7 +102,9 @@ def test_costs_are_those_of_masks_written_out(measured, name):
             interval(want[metric], exponent=metric.startswith("ppl")).as_list(), rel=2e-3, abs=2e-6
         )
         assert found.lower < found.upper
-    assert record.right.as_list() == pytest.approx(interval(want["right"]).as_list(), abs=1e-9)
+    # Shares are of float32 numbers.
+    assert record.right.as_list() == pytest.approx(interval(want["right"]).as_list(), abs=1e-6)
+    assert measured.dense["right"] > 0.05
     for part in ("final", "following"):
         assert measured.dense[f"ppl_{part}"] == pytest.approx(math.exp(statistics.fmean(want[f"nll_{part}"])), rel=1e-4)
     assert record.kl_final.mean > 1e-5
