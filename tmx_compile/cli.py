@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 
 from tmx_compile.analysis import command as calibrate_command
+from tmx_compile.analysis import quality_command
 from tmx_compile.bench import layer, record
 from tmx_compile.bench.timing import Rounds
 
@@ -36,9 +37,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     calibrate_command.arguments(calibration)
+    evaluation = commands.add_parser(
+        "evaluate",
+        help="measure what sparse layers cost a model, against dense attention",
+        description="Measure what sparse layers cost a Transformers model on plain text: next-token divergence and "
+        "perplexity against dense attention, by layers, how many, and geometry.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    quality_command.evaluate_arguments(evaluation)
+    advice = commands.add_parser(
+        "advise",
+        help="the fastest of the evaluated choices within a budget of quality",
+        description="Choose among the evaluated sparse layers and geometries: within a budget of quality, those that "
+        "save most attention time at a prompt length. Prints the choice as code; exits with 1 where nothing fits.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    quality_command.advise_arguments(advice)
     options = parser.parse_args(given)
     if options.command == "calibrate":
         calibrate_command.run(options, calibration)
+    elif options.command == "evaluate":
+        quality_command.run_evaluate(options, evaluation)
+    elif options.command == "advise":
+        quality_command.run_advise(options, advice)
     else:
         _bench(options, bench, shlex.join(["tmx", *given]))
 

@@ -4,32 +4,11 @@ import json
 
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import PreTrainedTokenizerFast
 
-from tests.support import tiny_qwen3
+from tests.analysis.conftest import LAYERS, stored_model
 from tmx_compile import TriangleMixConfig
 from tmx_compile.analysis import command, language_model
 from tmx_compile.cli import main
-
-LAYERS = 3
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A model, its tokenizer and a text of 420 words."""
-    folder = tmp_path_factory.mktemp("model")
-    words = {f"w{i}": i for i in range(128)}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
-    tokenizer.pre_tokenizer = Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(folder)
-    tiny_qwen3(layers=LAYERS).save_pretrained(folder)
-    (folder / "text.txt").write_text(" ".join(f"w{i * i % 127}" for i in range(420)), encoding="utf-8")
-    (folder / "empty.txt").write_text(" \n", encoding="utf-8")
-    (folder / "binary.txt").write_bytes(b"\xff\xfe\xff")
-    return folder
 
 
 def arguments(folder, profile, **changes):
@@ -50,7 +29,7 @@ def arguments(folder, profile, **changes):
 def test_it_writes_a_profile_for_the_model(folder, tmp_path, capsys, estimator):
     out, journal = tmp_path / "profile.json", tmp_path / "journal"
     main(arguments(folder, out, estimator=estimator, resume=journal))
-    model = tiny_qwen3(layers=LAYERS)
+    model = stored_model()
     config = TriangleMixConfig.from_profile(out, num_layers=LAYERS, model=model)
     content = json.loads(out.read_text(encoding="utf-8"))
     assert config.geometry == (2, 6, 5)

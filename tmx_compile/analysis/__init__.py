@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+from tmx_compile.analysis.advise import Advice, Candidate, advise
 from tmx_compile.analysis.calibration import Calibration
 from tmx_compile.analysis.capture import CapturedModel, Inputs, Trace
 from tmx_compile.analysis.compare import Change, Choice, compare
 from tmx_compile.analysis.estimate import calibrate
+from tmx_compile.analysis.evaluate import candidates, evaluate, read_ranking
+from tmx_compile.analysis.evaluation import Evaluation, Record
+from tmx_compile.analysis.intervals import Interval, interval
 from tmx_compile.analysis.recorder import TriangleMixAnalyzer
 from tmx_compile.analysis.samples import Sample
 
 __all__ = [
+    "Advice",
     "Calibration",
+    "Candidate",
     "CapturedModel",
     "Change",
     "Choice",
+    "Evaluation",
     "Inputs",
+    "Interval",
+    "Record",
     "Sample",
     "Trace",
     "TriangleMixAnalyzer",
+    "advise",
     "calibrate",
+    "candidates",
     "compare",
+    "evaluate",
+    "interval",
+    "read_ranking",
 ]

@@ -96,7 +96,7 @@ class Calibration:
         if self.greedy:
             steps = [{"layer": layer, "divergence": float(f"{value:.6g}")} for layer, value in self.greedy]
             profile["calibration"]["greedy"] = steps
-        Path(path).write_text(_readable(profile), encoding="utf-8")
+        Path(path).write_text(readable(profile), encoding="utf-8")
 
 
 def from_gradients(gradients: tuple[SequenceGradients, ...], measure: str, **about: Any) -> Calibration:
@@ -148,7 +148,7 @@ def _ranking(analyzer: TriangleMixAnalyzer, count: int) -> tuple[int, ...]:
     return tuple(ranked)
 
 
-def _readable(profile: Mapping[str, Any]) -> str:
+def readable(profile: Mapping[str, Any]) -> str:
     """JSON with one short line per list or innermost table."""
 
     def written(value: Any, depth: int) -> str:

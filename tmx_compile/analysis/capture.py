@@ -93,6 +93,14 @@ class CapturedModel:
         self.config = self.config.replace(num_sink_tokens=sink, sliding_window_size=window, num_last_tokens=last)
         self._board.geometry = self.config.geometry
 
+    @property
+    def shapes(self) -> dict[int, list[tuple[int, int, int, int, int | None]]]:
+        """By layer, of each attention call in the last run: query heads, key heads, head dims, own window or None.
+
+        The head dims are those of keys and of values. A layer that a :meth:`rerun` skipped is not in it.
+        """
+        return {layer: list(calls) for layer, calls in self._board.shapes.items()}
+
     @contextlib.contextmanager
     def streaming(self, rows: int) -> Iterator[None]:
         """Inside, the last ``rows`` rows of every call are decode steps, which stream in sparse layers."""
@@ -163,7 +171,7 @@ class CapturedModel:
 
     def _run(self, inputs: Inputs, sparse: frozenset[int], replay: _Replay | None) -> tuple[Any, _Replay | None]:
         board = self._board
-        board.sparse, board.visited, self._replay = sparse, set(), replay
+        board.sparse, board.visited, board.shapes, self._replay = sparse, set(), {}, replay
         before = set(self._layers)
         try:
             with _as_is(self.model), _unlimited_recompiles():

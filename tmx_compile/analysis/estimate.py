@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
 from tmx_compile.analysis.calibration import Calibration, from_divergences, from_gradients
@@ -19,6 +16,7 @@ from tmx_compile.analysis.capture import CapturedModel
 from tmx_compile.analysis.direct import DirectMeasurement, DirectScores
 from tmx_compile.analysis.gradient import SequenceGradients, measure_gradients
 from tmx_compile.analysis.journal import Journal
+from tmx_compile.analysis.progress import device_of, dtype_of, progress_bar
 from tmx_compile.analysis.samples import Batch, Sample, samples_of
 from tmx_compile.analysis.sections import MEASURES
 from tmx_compile.config import TriangleMixConfig, TriangleMixInferenceConfig, as_count
@@ -91,7 +89,7 @@ def calibrate(
     fingerprint = ModelFingerprint.of(model)
     header: dict[str, Any] = {
         "model": fingerprint.to_dict(),
-        "dtype": _dtype(model),
+        "dtype": dtype_of(model),
         "geometry": geometry.geometry,
         "estimator": estimator,
     }
@@ -143,7 +141,7 @@ class _Run:
         """The gradients of every sequence."""
         total = self.samples or (len(batches) if isinstance(batches, Sized) else None)
         found: list[SequenceGradients] = []
-        with self._bar("gradients", total) as tick:
+        with progress_bar("gradients", total, self.progress) as tick:
             for name, sample in self._named(batches):
                 self._layers(sample)
                 found += measure_gradients(self.captured, sample, name, self.journal)
@@ -158,7 +156,7 @@ class _Run:
         if count > len(layers):
             raise ValueError(f"greedy must be at most the number of calibrated layers, {len(layers)}, got {count}")
         tried = 0 if count == 0 else 1 + sum(min(shortlist, len(layers) - i) for i in range(1, count))
-        with self._bar("divergences", len(samples) * (len(layers) + tried)) as tick:
+        with progress_bar("divergences", len(samples) * (len(layers) + tried), self.progress) as tick:
             measurement = DirectMeasurement(self.captured, samples, positions, self.journal, tick)
             return measurement.run(layers, count, shortlist)
 
@@ -169,15 +167,13 @@ class _Run:
         if num_layers is not None and num_layers < self.depth:
             raise ValueError(f"num_layers must be at least {self.depth}, the layers that were found, got {num_layers}")
         model = self.captured.model
-        device = next(model.parameters()).device
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         about = {
             "class": type(model).__name__,
-            "dtype": _dtype(model),
+            "dtype": dtype_of(model),
             "batches": self.batches,
             "tokens": [min(self.tokens), max(self.tokens)] if self.tokens else [],
             **more,
-            "device": name,
+            "device": device_of(model),
             "torch": str(torch.__version__),
             "tmx_compile": __version__,
         }
@@ -209,15 +205,3 @@ class _Run:
             self.journal.put("layers", known)
         self.depth = int(known["depth"])
         return [int(layer) for layer in known["calibrated"]]
-
-    @contextlib.contextmanager
-    def _bar(self, what: str, total: int | None) -> Iterator[Callable[[], None]]:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), disable=not self.progress)
-        with bar:
-            task = bar.add_task(what, total=total)
-            yield lambda: bar.advance(task)
-
-
-def _dtype(model: nn.Module) -> str:
-    return str(next(model.parameters()).dtype).removeprefix("torch.")

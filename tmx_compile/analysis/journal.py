@@ -1,4 +1,4 @@
-"""A file that remembers finished measurements, so that an interrupted calibration goes on where it stopped."""
+"""A file that remembers finished measurements, so that an interrupted analysis goes on where it stopped."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-FORMAT = "tmx-calibration-journal-1"
+FORMAT = "tmx-{}-journal-1"
 
 
 class Journal:
@@ -17,16 +17,18 @@ class Journal:
     Args:
         path: the file, made where it is missing; None: nothing is remembered beyond this process.
         header: what must be the same for measurements to be used again: model, geometry, estimator and so on.
+        of: what is measured, a word: "calibration", "evaluation".
 
     Raises:
         ValueError: the file is no journal, or one with another header.
         OSError: the file cannot be read or written.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None, header: Mapping[str, Any]) -> None:
+    def __init__(self, path: str | os.PathLike[str] | None, header: Mapping[str, Any], of: str = "calibration") -> None:
         self._path = None if path is None else Path(path)
         self._known: dict[str, Any] = {}
-        first = {"format": FORMAT, **header}
+        article = "an" if of[0] in "aeiou" else "a"
+        first = {"format": FORMAT.format(of), **header}
         if self._path is None:
             return
         if not self._path.is_file() or self._path.stat().st_size == 0:
@@ -35,12 +37,12 @@ class Journal:
         text = self._path.read_text(encoding="utf-8")
         *lines, rest = text.split("\n")
         stored = _parsed(lines[0]) if lines else None
-        if not isinstance(stored, dict) or stored.get("format") != FORMAT:
-            raise ValueError(f"resume must be a file that a calibration wrote, {os.fspath(self._path)} is none")
+        if not isinstance(stored, dict) or stored.get("format") != first["format"]:
+            raise ValueError(f"resume must be a file that {article} {of} wrote, {os.fspath(self._path)} is none")
         for name, value in json.loads(json.dumps(first)).items():
             if stored.get(name) != value:
                 raise ValueError(
-                    f"resume file {os.fspath(self._path)} has {name}={stored.get(name)!r}, this calibration {value!r}"
+                    f"resume file {os.fspath(self._path)} has {name}={stored.get(name)!r}, this {of} {value!r}"
                 )
         for line in lines[1:]:
             entry = _parsed(line)

@@ -74,16 +74,25 @@ def prompts(
         ValueError: the texts are too short.
     """
     tokens, samples = as_count("tokens", tokens, minimum=1), as_count("samples", samples, minimum=1)
-    ids = torch.cat([tokenizer(text, return_tensors="pt").input_ids[0] for text in texts])
-    pieces = ids.shape[0] // (tokens + 1)
-    if pieces < samples:
-        raise ValueError(
-            f"text must hold {samples} pieces of {tokens + 1} tokens, {samples * (tokens + 1):,} in all, "
-            f"got {ids.shape[0]:,} tokens"
-        )
     extra = call_arguments(model, keep)
     device = next(model.parameters()).device
-    return [sample_at(ids, i * pieces // samples * (tokens + 1), tokens, device, extra) for i in range(samples)]
+    return [sample_at(piece, 0, tokens, device, extra) for piece in pieces(tokenizer, texts, tokens + 1, samples)]
+
+
+def pieces(tokenizer: Any, texts: Sequence[str], tokens: int, samples: int) -> Tensor:
+    """Token ids (samples, tokens) out of joined texts: pieces that do not overlap, spread evenly over them.
+
+    ``ValueError`` where the texts are too short.
+    """
+    ids = torch.cat([tokenizer(text, return_tensors="pt").input_ids[0] for text in texts])
+    count = ids.shape[0] // tokens
+    if count < samples:
+        raise ValueError(
+            f"text must hold {samples} pieces of {tokens} tokens, {samples * tokens:,} in all, "
+            f"got {ids.shape[0]:,} tokens"
+        )
+    starts = [i * count // samples * tokens for i in range(samples)]
+    return torch.stack([ids[start : start + tokens] for start in starts])
 
 
 def call_arguments(model: nn.Module, keep: int) -> dict[str, Any]:

@@ -29,6 +29,8 @@ class Switchboard:
         streamed: how many rows at the end of a call are decode steps that see sinks and window alone in sparse layers.
         recorder: gets the layer and the sums of its Middle section when the gradient passes; None: nothing is recorded.
         visited: the layers that have run.
+        shapes: what each call of the last run's layers had: query heads, key heads, head dim, head dim of values, and
+            the layer's own window or None.
         gates: one tensor per recorded call, to ask gradients of: that sends the gradient through every layer.
     """
 
@@ -37,11 +39,15 @@ class Switchboard:
     streamed: int = 0
     recorder: Callable[[int, SectionSums], None] | None = None
     visited: set[int] = field(default_factory=set)
+    shapes: dict[int, list[tuple[int, int, int, int, int | None]]] = field(default_factory=dict)
     gates: list[Tensor] = field(default_factory=list)
 
     def attend(self, layer: int, inputs: AttentionInputs) -> Tensor:
         """The attention of one layer as the switches say: (B, H, Sq, Dv)."""
         self.visited.add(layer)
+        _, heads, _, dim = inputs.query.shape
+        _, kv_heads, _, value_dim = inputs.value.shape
+        self.shapes.setdefault(layer, []).append((heads, kv_heads, dim, value_dim, inputs.reach))
         if layer in self.sparse:
             return inputs.streamed(self.geometry, self.streamed)
         recorder = self.recorder

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tmx_compile.api import TmxBackend, tmx_backend
+from tmx_compile.api import TmxBackend, explain, tmx_backend
 from tmx_compile.bench import floor, reference
 from tmx_compile.bench.dense import dense_variants
 from tmx_compile.bench.floor import Ceilings, Geometry, Shape, attended_pairs, causal_pairs
@@ -247,6 +247,15 @@ class _Layers:
             self._made[kind] = compiled, backend
         compiled, backend = self._made[kind]
         return lambda: compiled(query, key, value), backend
+
+
+def auto_lowering(plan: Plan, n: int, dtype: str, geometry: Geometry) -> str:
+    """The lowering that "auto" takes for a plan's layer at one length; "dense" where it keeps the layer dense."""
+    shapes = [(heads, n, plan.head_dim) for heads in (plan.heads, plan.kv_heads, plan.kv_heads)]
+    tensors = [torch.empty(1, *shape, device=plan.device, dtype=getattr(torch, dtype)) for shape in shapes]
+    with torch.no_grad():
+        (site,) = explain(_Model(), *tensors, config=_config(geometry))
+    return site.lowering if site.decision == "triangle" else "dense"
 
 
 def _config(geometry: Geometry) -> TriangleMixConfig:
