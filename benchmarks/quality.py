@@ -12,7 +12,6 @@ layers from the first sparse one on run again.
 from __future__ import annotations
 
 import functools
-import math
 import random
 import statistics
 from collections.abc import Sequence
@@ -28,6 +27,7 @@ from benchmarks.quality_tasks import CUE, DIGITS, FOLLOWING, LISTED, Item, conti
 from benchmarks.texts import CALIBRATION, EVALUATION, token_stream
 from tmx_compile import TriangleMixConfig, calibrate
 from tmx_compile.analysis import CapturedModel, Change, Choice, compare
+from tmx_compile.analysis.intervals import interval
 from tmx_compile.analysis.language_model import call_arguments, sample_at
 
 Geometry = tuple[int, int, int]
@@ -250,31 +250,27 @@ class Lab:
         ]
 
 
+def _spread(values: Sequence[float], *, exponent: bool = False) -> list[float]:
+    return interval(values, exponent=exponent).as_list()
+
+
 def summary(tasks: dict[str, list[Change]]) -> dict[str, Any]:
     """The figures of a cell, each as [mean, lower, upper]."""
     text, needle, copy = tasks["text"], tasks["needle"], tasks["copy"]
     return {
         "nll_dense_final": statistics.fmean(x.dense_nll_final for x in text),
         "nll_dense_following": statistics.fmean(x.dense_nll_following for x in text),
-        "kl_final": interval([x.kl_final for x in text]),
-        "kl_following": interval([x.kl_following for x in text]),
-        "ppl_final": interval([x.nll_final - x.dense_nll_final for x in text], exponent=True),
-        "ppl_following": interval([x.nll_following - x.dense_nll_following for x in text], exponent=True),
-        "needle": interval([float(x.right == 1.0) for x in needle]),
+        "kl_final": _spread([x.kl_final for x in text]),
+        "kl_following": _spread([x.kl_following for x in text]),
+        "ppl_final": _spread([x.nll_final - x.dense_nll_final for x in text], exponent=True),
+        "ppl_following": _spread([x.nll_following - x.dense_nll_following for x in text], exponent=True),
+        "needle": _spread([float(x.right == 1.0) for x in needle]),
         "needle_dense": statistics.fmean(float(x.dense_right == 1.0) for x in needle),
-        "needle_nll": interval([x.nll_following - x.dense_nll_following for x in needle]),
-        "copy": interval([x.right for x in copy]),
+        "needle_nll": _spread([x.nll_following - x.dense_nll_following for x in needle]),
+        "copy": _spread([x.right for x in copy]),
         "copy_dense": statistics.fmean(x.dense_right for x in copy),
-        "copy_nll": interval([x.nll_following - x.dense_nll_following for x in copy]),
+        "copy_nll": _spread([x.nll_following - x.dense_nll_following for x in copy]),
     }
-
-
-def interval(values: Sequence[float], *, exponent: bool = False, draws: int = 2000) -> list[float]:
-    """The mean with its 95% bootstrap interval; of differences of logs, as a ratio less 1."""
-    draw = random.Random(0)
-    means = sorted(statistics.fmean(draw.choices(values, k=len(values))) for _ in range(draws))
-    found = [statistics.fmean(values), means[int(0.025 * draws)], means[int(0.975 * draws) - 1]]
-    return [math.expm1(value) for value in found] if exponent else found
 
 
 def finish(records: Records) -> None:

@@ -140,10 +140,3 @@ def test_a_cell_is_the_same_beside_others(lab):
     together = lab.evaluate(130, wanted)
     assert together == [record for cell in reversed(wanted) for record in lab.evaluate(130, [cell])][::-1]
     assert len({str(record["kl_following"]) for record in together}) == 3
-
-
-def test_a_bootstrap_interval_covers_the_mean():
-    mean, low, high = quality.interval([0.0, 1.0, 2.0, 3.0, 4.0])
-    assert low < mean == 2.0 < high
-    assert quality.interval([0.5] * 4) == [0.5] * 3
-    assert quality.interval([0.1] * 4, exponent=True)[0] == pytest.approx(0.10517, rel=1e-4)
