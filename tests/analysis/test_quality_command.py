@@ -90,7 +90,8 @@ def test_an_evaluation_is_that_of_the_function(folder, evaluated, capsys):
 def test_advice_is_a_profile_and_code(evaluated, tmp_path, capsys):
     out = tmp_path / "profile.json"
     times = bench_file(tmp_path / "layer.json")
-    main(["advise", str(evaluated), "--budget", "10", "--tokens", "4096", "--times", str(times), "--save", str(out)])
+    given = ["--budget", "10", "--tokens", "4096", "--min-seq-len", "900", "--bound", "mean"]
+    main(["advise", str(evaluated), *given, "--times", str(times), "--save", str(out)])
     shown = capsys.readouterr()
     model = stored_model()
     config = TriangleMixConfig.from_profile(out, num_layers=LAYERS, model=model)
@@ -100,6 +101,8 @@ def test_advice_is_a_profile_and_code(evaluated, tmp_path, capsys):
     assert names["cfg"] == config
     assert "saves about 36 ms of 60 ms of attention" in shown.err
     assert "blocked on" in shown.err
+    assert "within 10 by the mean" in shown.err
+    assert config.min_seq_len == 900
     assert json.loads(out.read_text(encoding="utf-8"))["advice"]["saved_ms"] == 36.0
 
 
@@ -141,6 +144,16 @@ def test_bad_input_of_evaluate_is_refused_before_any_work(monkeypatch, capsys, f
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "x.json").exists()
+
+
+def test_a_profile_of_another_model_is_refused(capsys, folder, evaluated, tmp_path):
+    content = json.loads((folder / "mine.json").read_text(encoding="utf-8"))
+    content["model"]["fingerprint"]["weights"] = "0" * 16
+    (tmp_path / "other.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(SystemExit) as stopped:
+        main(evaluate_arguments(folder, tmp_path / "x.json", profile=tmp_path / "other.json"))
+    assert stopped.value.code == 2
+    assert "it is for other weights of the same architecture" in capsys.readouterr().err
 
 
 def test_two_profiles_of_one_name_are_refused(capsys, folder, tmp_path):
