@@ -7,7 +7,7 @@ from benchmarks.tables import Fields, ms, table, times
 
 def section(result: Fields) -> str:
     settings, records = result["settings"], result["records"]
-    used = [name for name in settings["variants"] if any(r["variant"] == name for r in records)]
+    used = list(dict.fromkeys(r["variant"] for r in records))
     geometry = "/".join(str(settings[n]) for n in ("num_sink_tokens", "sliding_window_size", "num_last_tokens"))
     out = [
         f"{settings['model']}, {settings['dtype']}; {settings['triangle_layers']} are triangle layers, geometry "
@@ -18,7 +18,15 @@ def section(result: Fields) -> str:
         f"{settings['tokens_per_s']}. Cache: {settings['cache_mib']}. In brackets the speed against `dense` with "
         "the same batch; more than 1x is faster.",
         table(
-            ["batch x prompt", "variant", "prefill, s", "decode, s", "tokens/s, end to end", "decoding", "cache, MiB"],
+            [
+                "batch x prompt",
+                "variant",
+                "prefill, s",
+                "decode, s",
+                "tokens/s, end to end",
+                "decoding only",
+                "cache, MiB",
+            ],
             [_row(r) for r in records],
         ),
         _costs(records),

@@ -80,6 +80,7 @@ def test_every_variant_chooses_what_the_oracle_does(lab):
             assert torch.equal(found.chosen, want), name
             chosen[name] = want
             lab.runner(name).check()
+            assert lab.runner(name).lowerings()
     # Otherwise the comparison would not tell the variants apart.
     assert not torch.equal(chosen["dense"], chosen["triangle"])
     assert not torch.equal(chosen["triangle"], chosen["streaming"])
@@ -118,6 +119,9 @@ def test_texts_that_are_too_short_are_an_error(lab):
         lab.ids(2, 51)
 
 
+WORKLOADS = [[1, 4096, 3], [2, 4096, 3], [4, 3072, 2], [8, 2304, 2]]
+
+
 def result(failed=None):
     """A result as the case would store it, with made-up times."""
     records = []
@@ -143,7 +147,7 @@ def result(failed=None):
     throughput.finish(records)
     return Fields(
         {
-            "settings": Fields(throughput.settings(False), "settings"),
+            "settings": Fields(throughput.settings(False) | {"workloads": WORKLOADS}, "settings"),
             "records": [Fields(r, f"record {i}") for i, r in enumerate(records)],
         },
         "throughput.json",
