@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks import docs, docs_quality, quality
 from benchmarks.common import RESULTS
+from tmx_compile.price import STREAMING_COST
 
 G1, G2 = [8, 64, 128], [8, 512, 128]
 PARTS = ("final", "following")
@@ -73,10 +74,11 @@ def test_the_page_tells_the_answers(page):
     # 5: 0.001 < 0.0015; 9: 0.004 > 0.0035 and 0.25; 15: 0.008 < 0.02. Random draws: mean 0.006.
     assert "first n in 1 of 1, deepest n in 2 of 3, the mean of three random draws in 1 of 1 comparisons" in text
     assert (
-        "within 0.3% perplexity (upper end of the interval): 5 of 30 at 2,048 tokens with 8/64/128 (gradient)" in text
+        "within 0.3% perplexity (upper ends of the intervals): 5 of 30 at 2,048 tokens with 8/64/128 (gradient)" in text
     )
     assert (
-        "within 1.0% perplexity (upper end of the interval): 15 of 30 at 2,048 tokens with 8/64/128 (gradient)" in text
+        "within 1.0% perplexity (upper ends of the intervals): 15 of 30 at 2,048 tokens with 8/64/128 (gradient)"
+        in text
     )
     assert text.count("not even 3 at 2,048 tokens with 8/512/128") == 2
     assert "calibrated +0.4%, deepest +0.4%, first +25.0%" in text
@@ -96,7 +98,7 @@ def test_what_was_not_measured_is_not_told(page):
 def test_noise_does_not_pass_for_free(page):
     """A mean within the budget whose interval is not."""
     text = page([cell("deepest", 9, 0.0025, ppl_final=[0.0025, -0.01, 0.004])])
-    assert "within 0.3% perplexity (upper end of the interval): nothing" in text
+    assert "within 0.3% perplexity (upper ends of the intervals): nothing" in text
 
 
 def test_there_is_no_page_without_results(tmp_path):
@@ -116,3 +118,21 @@ def test_a_gpu_result_is_preferred(page, tmp_path):
     page([cell("deepest", 9, 0.001)])
     assert docs_quality.FILES[0] == "quality_cuda.json"
     assert "quality_cuda.json" in docs.generate_quality(tmp_path)[0]
+
+
+def test_the_same_layers_are_no_comparison(page):
+    text = page([cell("gradient", 5, 0.001), cell("deepest", 5, 0.001), cell("gradient", 9, 0.001)])
+    assert "Layers chosen by gradient" not in text
+
+
+def test_the_warning_of_streaming_decode_has_the_measured_figures():
+    content = json.loads((RESULTS / "quality.json").read_text(encoding="utf-8"))
+    for share, cost in STREAMING_COST.items():
+        [record] = [
+            r
+            for r in content["records"]
+            if (r.get("decode"), r["policy"], r.get("prompt")) == ("streaming", "deepest", 2048)
+            and (r["geometry"], r["count"]) == ([8, 64, 128], round(share * 30))
+        ]
+        assert record["ppl_following"][0] == pytest.approx(cost, abs=0.005)
+        assert (record["copy"][0] < 0.25) == (share >= 0.3)
