@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from benchmarks.tables import Fields, ms, table, times
 
+_HEAD = ("batch x prompt", "variant", "prefill, s", "decode, s", "tokens/s, end to end", "decoding only", "cache, MiB")
+
 
 def section(result: Fields) -> str:
     settings, records = result["settings"], result["records"]
@@ -17,18 +19,7 @@ def section(result: Fields) -> str:
         f"Calls: `{settings['calls']}`. Attention: {settings['attention']}. Tokens per second end to end: "
         f"{settings['tokens_per_s']}. Cache: {settings['cache_mib']}. In brackets the speed against `dense` with "
         "the same batch; more than 1x is faster.",
-        table(
-            [
-                "batch x prompt",
-                "variant",
-                "prefill, s",
-                "decode, s",
-                "tokens/s, end to end",
-                "decoding only",
-                "cache, MiB",
-            ],
-            [_row(r) for r in records],
-        ),
+        table(_HEAD, [_row(r) for r in records]),
         _costs(records),
     ]
     if failed := [f"- `{r['variant']}`, {_workload(r)}: {r['failed']}" for r in records if r["failed"]]:
@@ -49,8 +40,8 @@ def _row(record: Fields) -> list[str]:
     if record["failed"]:
         return [*head, "failed", "", "", "", ""]
 
-    def against(text: str, ratio: float) -> str:
-        return text if record["variant"] == "dense" else f"{text} ({times(ratio)})"
+    def against(text: str, ratio: float | None) -> str:
+        return text if record["variant"] == "dense" or ratio is None else f"{text} ({times(ratio)})"
 
     return [
         *head,

@@ -219,13 +219,15 @@ class Lab:
         """All tasks at one prompt length, with the layers of each cell sparse, against dense."""
         depth = self.plan["layers"]
         choices = [Choice(cell.geometry, cell.layers(depth), cell.decode == "streaming") for cell in wanted]
+        # Policies may agree on the layers.
+        different = list(dict.fromkeys(choices))
         items = self.items(prompt)
-        found: list[dict[str, list[Change]]] = [{} for _ in wanted]
+        found: dict[Choice, dict[str, list[Change]]] = {choice: {} for choice in different}
         for number, item in enumerate(items):
-            note(f"quality: {prompt} tokens, item {number + 1} of {len(items)} ({item.task}), {len(wanted)} cells")
-            changes = compare(self.captured, item.ids, choices, final=FINAL, following=item.following)
-            for cell, change in zip(found, changes, strict=True):
-                cell.setdefault(item.task, []).append(change)
+            note(f"quality: {prompt} tokens, item {number + 1} of {len(items)} ({item.task}), {len(different)} choices")
+            changes = compare(self.captured, item.ids, different, final=FINAL, following=item.following)
+            for choice, change in zip(different, changes, strict=True):
+                found[choice].setdefault(item.task, []).append(change)
         return [
             {
                 "prompt": prompt,
@@ -235,9 +237,9 @@ class Lab:
                 "decode": cell.decode,
                 "indices": list(choice.layers),
                 "items": digest(items),
-                **summary(tasks),
+                **summary(found[choice]),
             }
-            for cell, choice, tasks in zip(wanted, choices, found, strict=True)
+            for cell, choice in zip(wanted, choices, strict=True)
         ]
 
     def items(self, prompt: int) -> list[Item]:
