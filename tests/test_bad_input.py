@@ -96,7 +96,8 @@ def test_shapes_at_the_edge(shape, lowering, eager):
     out = torch.compile(Stack(), backend=backend)(x)
     assert out.shape == shape
     torch.testing.assert_close(out.double(), expected(x, config), atol=2e-5, rtol=0)
-    assert len(backend.report.triangle()) == 1
+    # One row is a decode step, which stays as it is.
+    assert len(backend.report.triangle()) == (shape[2] > 1)
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 1, 16), (0, 2, N, 16)], ids=["one token", "batch 0"])
@@ -105,7 +106,7 @@ def test_shapes_at_the_edge_compiled(shape):
     x, backend = random(*shape), tmx_backend(config, strict=True)
     out = torch.compile(Stack(), backend=backend)(x)
     torch.testing.assert_close(out.double(), expected(x, config), atol=2e-5, rtol=0)
-    assert len(backend.report.triangle()) == 1
+    assert len(backend.report.triangle()) == (shape[2] > 1)
 
 
 @pytest.mark.parametrize("n", [1, 2])
