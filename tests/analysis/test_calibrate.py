@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from tests.analysis.explicit import Decoder, GatedModel, middle_mask, one_gate
+from tests.analysis.runs import Runs
 from tmx_compile import TriangleMixConfig, TriangleMixInferenceConfig, calibrate, tmx_backend
-from tmx_compile.analysis import CapturedModel, Inputs, Sample
+from tmx_compile.analysis import Inputs, Sample
 from tmx_compile.analysis.direct import DirectMeasurement
 from tmx_compile.analysis.samples import final_logits, samples_of
 
@@ -31,22 +32,6 @@ def batches(count=3, batch=1, n=N):
 
 def run(*args, **kwargs):
     return calibrate(*args, **({"config": CONFIG, "progress": False} | kwargs))
-
-
-class Runs:
-    """Counts the calls of the captured model, and stops after some."""
-
-    def __init__(self, monkeypatch, most=10**9):
-        self.count, self.most = 0, most
-        original = CapturedModel._run
-
-        def counted(captured, *args):
-            if self.count == self.most:
-                raise KeyboardInterrupt
-            self.count += 1
-            return original(captured, *args)
-
-        monkeypatch.setattr(CapturedModel, "_run", counted)
 
 
 # The gradient estimator.

@@ -8,9 +8,10 @@ import statistics
 import pytest
 import torch
 
+from tests.analysis.runs import Runs
 from tests.support import attended, tiny_qwen3
 from tmx_compile import TriangleMixConfig, calibrate
-from tmx_compile.analysis import CapturedModel, Choice, Evaluation, candidates, evaluate, read_ranking
+from tmx_compile.analysis import Choice, Evaluation, candidates, evaluate, read_ranking
 from tmx_compile.analysis.evaluation import METRICS
 from tmx_compile.analysis.intervals import interval
 from tmx_compile.bench.layer_times import AttentionShape
@@ -186,22 +187,6 @@ def test_a_file_that_is_none_is_refused(measured, tmp_path, break_it, message):
 
 
 # Going on.
-
-
-class Runs:
-    """Counts the calls of the captured model, and stops after some."""
-
-    def __init__(self, monkeypatch, most=10**9):
-        self.count, self.most = 0, most
-        original = CapturedModel._run
-
-        def counted(captured, *args):
-            if self.count == self.most:
-                raise KeyboardInterrupt
-            self.count += 1
-            return original(captured, *args)
-
-        monkeypatch.setattr(CapturedModel, "_run", counted)
 
 
 def test_an_interrupted_evaluation_goes_on(monkeypatch, tmp_path, measured):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache, StaticLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, StaticCache, StaticLayer
 
 from tmx_compile.cache.layer import StreamingLayer
 from tmx_compile.cache.ring import RingLayer
@@ -22,7 +22,23 @@ _IMPLEMENTATIONS = ("sdpa", "eager")
 _CACHE_NAMES = ("past_key_values", "layer_past")
 
 
-class StreamingCache(DynamicCache):
+class _Streaming:
+    """What both caches tell about themselves."""
+
+    layers: list[Any]
+
+    @property
+    def streaming_layers(self) -> tuple[int, ...]:
+        """The layers that keep sinks and window only, in a :class:`StreamingCache` once decoding has begun."""
+        return tuple(i for i, layer in enumerate(self.layers) if isinstance(layer, (StreamingLayer, RingLayer)))
+
+    def memory_bytes(self) -> tuple[int, ...]:
+        """Bytes that each layer's keys and values hold on to right now, whole storages counted."""
+        held = [[x for x in (layer.keys, layer.values) if x is not None] for layer in self.layers]
+        return tuple(sum(x.untyped_storage().nbytes() for x in tensors) for tensors in held)
+
+
+class StreamingCache(_Streaming, DynamicCache):
     """A ``DynamicCache`` whose triangle layers keep everything for the prompt, then sinks and window only.
 
     ``model.generate(**inputs, past_key_values=StreamingCache(model, config))``, compiled or not, on any device. The
@@ -64,20 +80,11 @@ class StreamingCache(DynamicCache):
                 self.layers[index] = StreamingLayer(
                     effective.num_sink_tokens, effective.sliding_window_size, prompt_tokens
                 )
-        _attach(model, _streaming(self))
-        warnings.warn(streaming_message(len(_streaming(self)), len(self.layers), effective), stacklevel=2)
-
-    @property
-    def streaming_layers(self) -> tuple[int, ...]:
-        """The layers that keep sinks and window only once decoding has begun."""
-        return _streaming(self)
-
-    def memory_bytes(self) -> tuple[int, ...]:
-        """Bytes that each layer's keys and values hold on to right now, whole storages counted."""
-        return _memory(self)
+        _attach(model, self.streaming_layers)
+        warnings.warn(streaming_message(len(self.streaming_layers), len(self.layers), effective), stacklevel=2)
 
 
-class StaticStreamingCache(StaticCache):
+class StaticStreamingCache(_Streaming, StaticCache):
     """A ``StaticCache`` whose triangle layers are rings of sinks and window, for compiled decoding.
 
     The prompt comes in one call (a triangle layer's rows see all of it), then one token a call, in tensors whose sizes
@@ -106,17 +113,8 @@ class StaticStreamingCache(StaticCache):
             # Where the ring would be no shorter there is nothing to leave out either.
             if type(self.layers[index]) is StaticLayer and sink + window + 1 < max_cache_len:
                 self.layers[index] = RingLayer(max_cache_len, sink, window)
-        _attach(model, _streaming(self))
-        warnings.warn(streaming_message(len(_streaming(self)), len(self.layers), effective), stacklevel=2)
-
-    @property
-    def streaming_layers(self) -> tuple[int, ...]:
-        """The layers that keep sinks and window only."""
-        return _streaming(self)
-
-    def memory_bytes(self) -> tuple[int, ...]:
-        """Bytes that each layer's keys and values hold on to right now, whole storages counted."""
-        return _memory(self)
+        _attach(model, self.streaming_layers)
+        warnings.warn(streaming_message(len(self.streaming_layers), len(self.layers), effective), stacklevel=2)
 
 
 def _wanted(
@@ -140,15 +138,6 @@ def _wanted(
     if beyond:
         raise ValueError(f"the configuration names layers {beyond}, and the model has layers 0-{layers - 1}")
     return effective, wanted
-
-
-def _streaming(cache: Cache) -> tuple[int, ...]:
-    return tuple(i for i, layer in enumerate(cache.layers) if isinstance(layer, (StreamingLayer, RingLayer)))
-
-
-def _memory(cache: Cache) -> tuple[int, ...]:
-    held = [[x for x in (layer.keys, layer.values) if x is not None] for layer in cache.layers]
-    return tuple(sum(x.untyped_storage().nbytes() for x in tensors) for tensors in held)
 
 
 def _attach(model: nn.Module, layers: tuple[int, ...]) -> None:
