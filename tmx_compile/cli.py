@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -22,35 +23,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(prog="tmx", description="Tools of tmx_compile.")
     commands = parser.add_subparsers(dest="command", required=True)
-    bench = commands.add_parser(
+    add_command = functools.partial(commands.add_parser, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    bench = add_command(
         "bench",
         help="time one attention layer: dense against each lowering, and the floor",
         description="Time one attention layer: dense by its best backend against each lowering, and the floor.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     _bench_arguments(bench)
-    calibration = commands.add_parser(
+    calibration = add_command(
         "calibrate",
         help="measure which layers of a model can go sparse, and save them as a profile",
         description="Measure which layers of a Transformers model need the Middle section of their attention least, on "
         "plain text, and save a profile for TriangleMixConfig.from_profile.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     calibrate_command.arguments(calibration)
-    evaluation = commands.add_parser(
+    evaluation = add_command(
         "evaluate",
         help="measure what sparse layers cost a model, against dense attention",
         description="Measure what sparse layers cost a Transformers model on plain text: next-token divergence and "
         "perplexity against dense attention, by layers, how many, and geometry.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     quality_command.evaluate_arguments(evaluation)
-    advice = commands.add_parser(
+    advice = add_command(
         "advise",
         help="the fastest of the evaluated choices within a budget of quality",
         description="Choose among the evaluated sparse layers and geometries: within a budget of quality, those that "
         "save most attention time at a prompt length. Prints the choice as code; exits with 1 where nothing fits.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     quality_command.advise_arguments(advice)
     options = parser.parse_args(given)
