@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import docs_ascend, docs_operator, docs_quality, docs_throughput, docs_ttft, plots
+from benchmarks import docs_ascend, docs_operator, docs_quality, docs_recall, docs_throughput, docs_ttft, plots
 from benchmarks.common import RESULTS
 from benchmarks.plots import Picture
 from benchmarks.tables import Fields, slashed, spans, table, times
@@ -61,8 +61,25 @@ def generate_quality(folder: Path) -> tuple[str, list[Picture]] | None:
     if file is None:
         return None
     result = _load(folder / file)
-    parts = [docs_quality.INTRO, f"{_origin(result, file)}\n", f"{docs_quality.sections(result)}\n"]
-    return "\n".join(parts), docs_quality.pictures(result)
+    more: list[str] = []
+    last: list[str] = []
+    pictures = docs_quality.pictures(result)
+    if (folder / docs_recall.FILE).is_file():
+        recall, training = _load(folder / docs_recall.FILE), _training(folder / docs_recall.TRAINING)
+        depth = training["shape"]["layers"]
+        more.append(docs_recall.short(recall["records"], depth))
+        origin = _origin(recall, docs_recall.FILE)
+        last.append(f"## {docs_recall.TITLE}\n\n{origin}\n\n{docs_recall.section(recall, training)}\n")
+        pictures.append(docs_recall.picture(recall, depth))
+    parts = [docs_quality.INTRO, f"{_origin(result, file)}\n", f"{docs_quality.sections(result, more)}\n", *last]
+    return "\n".join(parts), pictures
+
+
+def _training(path: Path) -> Fields:
+    """The record that the training left."""
+    if not path.is_file():
+        raise ValueError(f"{path.name} is missing: python -m benchmarks.recall_model writes it")
+    return Fields(json.loads(path.read_text(encoding="utf-8")), path.name)
 
 
 def _load(path: Path) -> Fields:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.plots import Picture
+from benchmarks.plots import Picture, grid
 from benchmarks.tables import Fields, slashed, table
 
 PAGE = "quality.md"
@@ -44,7 +44,7 @@ class Results:
     @property
     def plain(self) -> list[Fields]:
         """Cells with dense decoding, ablations apart."""
-        return [r for r in self.records if r["decode"] == "dense" and not r["part"].endswith("/ablations")]
+        return [r for r in self.records if r["decode"] == "dense" and not r["part"].endswith(("/ablations", "/turns"))]
 
     def where(self, **wanted: Any) -> list[Fields]:
         """The plain cells with these fields."""
@@ -56,16 +56,17 @@ class Results:
         return list(dict.fromkeys((r["prompt"], tuple(r["geometry"])) for r in self.plain))
 
 
-def sections(result: Fields) -> str:
-    """Everything below the origin of the numbers."""
+def sections(result: Fields, more: Sequence[str] = ()) -> str:
+    """Everything below the origin of the numbers; ``more``: lines for its summary."""
     found = Results.of(result)
     parts: list[tuple[str, Callable[[Results], str]]] = [
-        ("In short", short),
+        ("In short", lambda found: "\n".join([short(found), *(f"- {line}" for line in more)])),
         ("Which layers", _which),
         ("How many layers are free", _free),
         ("What sinks, window and last rows buy", _ablations),
         ("Where it breaks: retrieval and copying", _tasks),
         ("The price of streaming decode", _streaming),
+        ("Continued conversations", _turns),
         ("How it was measured", _method),
     ]
     return "\n\n".join(f"## {title}\n\n{text}" for title, part in parts if (text := part(found)))
@@ -287,6 +288,35 @@ def _streaming(found: Results) -> str:
     )
 
 
+def _turns(found: Results) -> str:
+    cells = [r for r in found.records if r["part"].endswith("/turns")]
+    if not cells:
+        return ""
+    names = {"sparse": "turn, sparse", "dense": "turn, dense"}
+    rows = [
+        [
+            f"{r['prompt']:,}",
+            slashed(r["geometry"]),
+            str(r["count"]),
+            f"{r['turn']:,}" if r["turn"] else "",
+            names[r["rows"]] if r["turn"] else "one prompt",
+            figure(r["ppl_final"]),
+            figure(r["ppl_following"]),
+            f"{r['needle'][0]:.0%} of {r['needle_dense']:.0%}",
+            f"{r['copy'][0]:.0%} of {r['copy_dense']:.0%}",
+        ]
+        for r in cells
+    ]
+    head = ["tokens", "geometry", "layers", "new turn", "rows", "perplexity, last tokens", "perplexity after"]
+    return (
+        "The same tokens as one prompt, and as a conversation whose last tokens are a new turn "
+        "([serving.md](serving.md#continued-conversations)). *Sparse*: `prefill(total_tokens=...)` with the tokens of "
+        "the whole conversation, so that the new rows see sinks and window, and the last of them everything. *Dense*: "
+        "the new rows see everything. The deepest layers are sparse.\n\n"
+        f"{table([*head, 'needle', 'copy'], rows)}"
+    )
+
+
 def _method(found: Results) -> str:
     s = found.settings
     return (
@@ -312,21 +342,8 @@ def pictures(result: Fields) -> list[Picture]:
     return [Picture(PICTURES[0], panels, _draw_divergence), Picture(PICTURES[1], tasks, _draw_tasks)]
 
 
-def _panels(drawn: Any, panels: dict[str, Any]) -> Iterable[tuple[Any, Any]]:
-    columns = min(3, len(panels))
-    rows = -(-len(panels) // columns)
-    drawn.set_size_inches(3.4 * columns + 0.4, 2.8 * rows)
-    for i, (title, lines) in enumerate(panels.items()):
-        axes = drawn.add_subplot(rows, columns, i + 1)
-        axes.set_title(title, fontsize=8)
-        axes.set_xlabel("sparse layers")
-        axes.grid(alpha=0.3)
-        yield axes, lines
-        axes.legend(fontsize=7)
-
-
 def _draw_divergence(drawn: Any, panels: dict[str, dict[str, list[list[float]]]]) -> None:
-    for axes, lines in _panels(drawn, panels):
+    for axes, lines in grid(drawn, panels):
         for name, points in lines.items():
             style = "kx" if name == "random" else "-o"
             axes.plot(*zip(*sorted(points), strict=True), style, label=name, markersize=3)
@@ -335,7 +352,7 @@ def _draw_divergence(drawn: Any, panels: dict[str, dict[str, list[list[float]]]]
 
 
 def _draw_tasks(drawn: Any, panels: dict[str, dict[str, list[list[float]]]]) -> None:
-    for axes, lines in _panels(drawn, panels):
+    for axes, lines in grid(drawn, panels):
         for name, points in lines.items():
             axes.plot(*zip(*sorted(points), strict=True), "-o", label=name, markersize=3)
         axes.set_ylim(-0.02, 1.02)

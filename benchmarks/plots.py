@@ -9,7 +9,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,20 @@ class Picture:
         # The library leaves blanks at the ends of lines.
         text = "\n".join(line.rstrip() for line in drawn.getvalue().splitlines()) + "\n"
         (folder / self.file).write_text(text, encoding="utf-8")
+
+
+def grid(drawn: Any, panels: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
+    """Axes for each panel of numbers of sparse layers, with what it holds; three in a row."""
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    drawn.set_size_inches(3.4 * columns + 0.4, 2.8 * rows)
+    for i, (title, lines) in enumerate(panels.items()):
+        axes = drawn.add_subplot(rows, columns, i + 1)
+        axes.set_title(title, fontsize=8)
+        axes.set_xlabel("sparse layers")
+        axes.grid(alpha=0.3)
+        yield axes, lines
+        axes.legend(fontsize=7)
 
 
 def operator(result: Any, file: str) -> Picture:

@@ -3,7 +3,8 @@
 ``python -m benchmarks.run quality`` measures part by part, each into the result file as soon as it is known; ``--only
 'prompt-2048/*'``, ``--missing`` and ``--minutes`` choose a piece. The rankings come first: they calibrate the model for
 each geometry. Then, for every prompt length and geometry, ``ranked`` holds the policies that begin deep, with dense and
-with streaming decode, and ``contrast`` those that do not; ``ablations`` changes one count of the geometry at a time.
+with streaming decode, and ``contrast`` those that do not; ``ablations`` changes one count of the geometry at a time, and
+``turns`` takes the end of the prompt as a new turn of a conversation.
 
 The model runs as calibration captures it (``tmx_compile.analysis.compare``): nothing is compiled per cell, and only the
 layers from the first sparse one on run again.
@@ -26,7 +27,7 @@ from benchmarks.models import smollm2
 from benchmarks.quality_tasks import CUE, DIGITS, FOLLOWING, LISTED, Item, continuations, copies, digest, needles
 from benchmarks.texts import CALIBRATION, EVALUATION, token_stream
 from tmx_compile import TriangleMixConfig, calibrate
-from tmx_compile.analysis import CapturedModel, Change, Choice, compare
+from tmx_compile.analysis import CapturedModel, Change, Choice, Continued, compare
 from tmx_compile.analysis.intervals import interval
 from tmx_compile.analysis.language_model import call_arguments, sample_at
 
@@ -50,6 +51,10 @@ FULL: dict[str, Any] = {
     # At one number of deepest layers: what sinks, window and last rows each buy.
     "ablations": [[8, 64, 128], [0, 64, 128], [8, 0, 128], [8, 64, 0], [8, 64, 16], [8, 256, 128], [64, 64, 128]],
     "ablation_count": 15,
+    # Deepest layers, and how long the new turn of a conversation is.
+    "turn_geometries": [[8, 64, 128], [8, 512, 128]],
+    "turn_counts": [9, 15],
+    "turns": [256, 1024],
     "following": FOLLOWING,
     "calibration": {"tokens": 2048, "gradient": 16, "greedy": 15},
 }
@@ -63,6 +68,9 @@ QUICK: dict[str, Any] = {
     "streaming_counts": [1],
     "ablations": [[4, 16, 0]],
     "ablation_count": 2,
+    "turn_geometries": [[4, 16, 64]],
+    "turn_counts": [2],
+    "turns": [96],
     "texts": 2,
     "needles": 2,
     "copies": 2,
@@ -97,7 +105,7 @@ def names(quick: bool) -> list[str]:
     for prompt in plan["prompts"]:
         for geometry in plan["geometries"]:
             found += [f"prompt-{prompt}/{_slug(geometry)}/{group}" for group in ("ranked", "contrast")]
-        found.append(f"prompt-{prompt}/ablations")
+        found += [f"prompt-{prompt}/ablations", f"prompt-{prompt}/turns"]
     return found
 
 
@@ -116,6 +124,8 @@ def settings(quick: bool) -> dict[str, Any]:
         "ppl": "perplexity over dense perplexity less 1, of the same tokens",
         "following_by": "teacher forcing; with decode 'dense' the rows after the prompt attend to all of it, with "
         "'streaming' to sinks and window alone in the sparse layers",
+        "turns_are": "the prompt's last tokens as a new turn, what comes before as a prompt of its own: with the mask of "
+        "the whole conversation ('sparse') or with dense attention in the turn's rows ('dense')",
         "interval": "95%, bootstrap over items (2,000 draws), paired with dense",
     }
 
@@ -125,12 +135,22 @@ def settings(quick: bool) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Cell:
-    """The geometry, the policy, the number of sparse layers, and how they decode."""
+    """The geometry, the policy, the number of sparse layers, how they decode, and what the prompt's last turn is.
+
+    ``turn``: tokens of a new turn, 0 for one prompt; its rows are "sparse" or "dense" in the sparse layers.
+    """
 
     geometry: Geometry
     policy: str
     count: int
     decode: str = "dense"
+    turn: int = 0
+    rows: str = "sparse"
+
+    def choice(self, depth: int) -> Choice:
+        """What is compared with dense attention."""
+        common = (self.geometry, self.layers(depth), self.decode == "streaming")
+        return Continued(*common, self.turn, self.rows == "dense") if self.turn else Choice(*common)
 
     def layers(self, depth: int) -> tuple[int, ...]:
         """The sparse layers."""
@@ -154,6 +174,10 @@ def cells(plan: dict[str, Any], name: str) -> tuple[int, list[Cell]]:
     tokens = int(prompt.removeprefix("prompt-"))
     if rest == ["ablations"]:
         return tokens, [Cell(tuple(g), "deepest", plan["ablation_count"]) for g in plan["ablations"]]
+    if rest == ["turns"]:
+        ways = [(0, "sparse"), *((turn, rows) for turn in plan["turns"] for rows in ("sparse", "dense"))]
+        deepest = [(tuple(g), "deepest", n) for g in plan["turn_geometries"] for n in plan["turn_counts"]]
+        return tokens, [Cell(*common, turn=turn, rows=rows) for common in deepest for turn, rows in ways]
     geometry = _geometry(rest[0])
     if rest[1] == "ranked":
         policies = [policy for policy in RANKED if policy != "direct" or list(geometry) in plan["direct_for"]]
@@ -218,7 +242,7 @@ class Lab:
     def evaluate(self, prompt: int, wanted: Sequence[Cell]) -> Records:
         """All tasks at one prompt length, with the layers of each cell sparse, against dense."""
         depth = self.plan["layers"]
-        choices = [Choice(cell.geometry, cell.layers(depth), cell.decode == "streaming") for cell in wanted]
+        choices = [cell.choice(depth) for cell in wanted]
         # Policies may agree on the layers.
         different = list(dict.fromkeys(choices))
         items = self.items(prompt)
@@ -235,6 +259,7 @@ class Lab:
                 "policy": cell.policy,
                 "count": cell.count,
                 "decode": cell.decode,
+                **({"turn": cell.turn, "rows": cell.rows} if any(each.turn for each in wanted) else {}),
                 "indices": list(choice.layers),
                 "items": digest(items),
                 **summary(found[choice]),

@@ -57,7 +57,10 @@ def training(batch: int, tokens: int, generator: torch.Generator) -> Batch:
         ValueError: ``tokens`` is no multiple of four, or too few for a group and a list.
     """
     body = _body_slots(tokens, 2 * (LISTED // SLOT + 1))
-    groups = max(1, min(body // 16, NAMES // HOPS))
+    # From few to as many as fit. With few a guess among the values that are there is often right, and a model learns
+    # to guess before it learns to look up; with many alone it is slow to learn anything.
+    least, most = (max(1, min(body // each, NAMES // HOPS)) for each in (16, 2 * HOPS + 1))
+    groups = int(torch.randint(least, most + 1, (1,), generator=generator, device=generator.device))
     slots, order = _noise(batch, tokens, body, generator)
     places = order[:, : groups * 2 * HOPS].reshape(batch, groups, 2 * HOPS).sort(-1).values
     names, values = _named(batch, groups, generator)

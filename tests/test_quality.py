@@ -134,6 +134,38 @@ def test_figures_are_those_of_prefill_and_decoding(lab, decode):
     assert record["kl_final"][1] <= record["kl_final"][0] <= record["kl_final"][2]
 
 
+@pytest.mark.parametrize("decode", ["dense", "streaming"])
+@pytest.mark.parametrize("rows", ["sparse", "dense"])
+def test_a_new_turn_is_a_prompt_of_its_own_rows(lab, rows, decode):
+    """Earlier turns keep their own last rows; the new one counts its own from its end, or sees everything."""
+    (sink, window, last), layers, prompt, turn = (2, 5, 4), (1, 2), 130, 10
+    [one, record] = lab.evaluate(
+        prompt, [Cell((2, 5, 4), "deepest", 2, decode), Cell((2, 5, 4), "deepest", 2, decode, turn, rows)]
+    )
+    assert (record["turn"], record["rows"]) == (turn, rows)
+    kls = []
+    for item in lab.items(prompt)[:2]:
+        total = item.ids.shape[1]
+        causal = torch.ones(total, total, dtype=torch.bool).tril()
+        mask = decoded_mask(total, prompt, (sink, window, last), decode == "streaming")
+        mask[prompt - turn - last : prompt - turn] = causal[prompt - turn - last : prompt - turn]
+        if rows == "dense":
+            mask[prompt - turn : prompt] = causal[prompt - turn : prompt]
+        dense, sparse = (
+            with_masks(lab.model, item.ids, dict.fromkeys(layers, m))[0].log_softmax(-1) for m in (causal, mask)
+        )
+        final = slice(prompt - 9, prompt - 1)
+        kls.append(float((dense[final].exp() * (dense[final] - sparse[final])).sum(-1).mean()))
+    assert record["kl_final"][0] == pytest.approx(statistics.fmean(kls), rel=1e-3)
+    assert abs(record["kl_final"][0] / one["kl_final"][0] - 1) > 0.01
+
+
+def test_a_turn_that_is_no_part_of_the_prompt_is_refused(lab):
+    for turn in (130, -1):
+        with pytest.raises(ValueError, match=f"turn must be .* got {turn}"):
+            lab.evaluate(130, [Cell((2, 5, 4), "deepest", 2, turn=turn)])
+
+
 def test_a_cell_is_the_same_beside_others(lab):
     """Cells share a dense run, and begin where they differ from it."""
     wanted = [Cell((2, 5, 4), "deepest", 1), Cell((2, 5, 4), "first", 2, "streaming"), Cell((1, 9, 0), "all", 3)]

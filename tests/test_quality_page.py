@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from benchmarks import docs, docs_quality, quality
+from benchmarks import docs, docs_quality, quality, recall
 from benchmarks.common import RESULTS
 from tmx_compile.price import STREAMING_COST
 
@@ -50,6 +50,9 @@ RECORDS = [
     cell("gradient", 9, 0.05, G2),
     cell("gradient", 9, 0.11, decode="streaming"),
     cell("deepest", 15, 0.07, [0, 64, 128], part="prompt-2048/ablations"),
+    cell("deepest", 9, 0.0035, part="prompt-2048/turns", turn=0, rows="sparse"),
+    cell("deepest", 9, 0.045, part="prompt-2048/turns", turn=256, rows="sparse"),
+    cell("deepest", 9, 0.0255, part="prompt-2048/turns", turn=256, rows="dense"),
 ]
 
 
@@ -85,12 +88,23 @@ def test_the_page_tells_the_answers(page):
     assert "needle retrieval falls most from 100% to 12% (deepest, 2,048 tokens with 8/64/128)" in text
     assert "| 2,048 | 8/64/128 | gradient | 9 (30%) | 29% | +0.4% (+0.3% to +0.5%) | +11.0% (+10.9% to" in text
     assert "| 2,048 | 0/64/128 | +7.0% (+6.9% to +7.1%) |" in text
+    assert "| 2,048 | 8/64/128 | 9 |  | one prompt | +0.4% (" in text
+    assert "| 2,048 | 8/64/128 | 9 | 256 | turn, sparse | +4.5% (" in text
+    assert "| 2,048 | 8/64/128 | 9 | 256 | turn, dense | +2.5% (" in text
     assert "All 30 layers sparse: perplexity +90.0% (+89.9% to +90.1%)" in text
 
 
 def test_what_was_not_measured_is_not_told(page):
     text = page([cell("deepest", 9, 0.001)])
-    for absent in ("gradient have", "streaming decode\n", "What sinks", "published presets", "All 30 layers"):
+    for absent in (
+        "gradient have",
+        "Continued conversations",
+        "trained to recall",
+        "streaming decode\n",
+        "What sinks",
+        "published presets",
+        "All 30 layers",
+    ):
         assert absent not in text
     assert re.search(r"within 0.3% perplexity .*: 9 of 30 at 2,048 tokens with 8/64/128 \(deepest\)", text)
 
@@ -99,6 +113,71 @@ def test_noise_does_not_pass_for_free(page):
     """A mean within the budget whose interval is not."""
     text = page([cell("deepest", 9, 0.0025, ppl_final=[0.0025, -0.01, 0.004])])
     assert "within 0.3% perplexity (upper ends of the intervals): nothing" in text
+
+
+def recalled(policy, count, *accuracy, tokens=8192, geometry=G1, dense=(1.0, 0.99)):
+    return {
+        "part": "8192/8-64-128",
+        "tokens": tokens,
+        "geometry": geometry,
+        "policy": policy,
+        "count": count,
+        "indices": list(range(count)),
+        "accuracy": dict(zip(("0 hops", "copy"), accuracy, strict=True)),
+        "dense": dict(zip(("0 hops", "copy"), dense, strict=True)),
+    }
+
+
+RECALL = [
+    recalled("dense", 0, 1.0, 0.99),
+    *(recalled("deepest", n, *scores) for n, scores in ((1, (1.0, 0.99)), (2, (0.5, 0.98)), (3, (1.0, 0.99)))),
+    *(recalled("gradient", n, *scores) for n, scores in ((1, (1.0, 0.985)), (2, (0.995, 0.98)), (3, (0.25, 0.99)))),
+    recalled("first", 1, 0.125, 0.25),
+    recalled("deepest", 4, 0.0625, 0.5),
+    recalled("dense", 0, 0.875, 0.75, tokens=1024, dense=(0.875, 0.75)),
+    recalled("first", 1, 0.8, 0.75, tokens=1024, dense=(0.875, 0.75)),
+    recalled("gradient", 2, 0.875, 0.75, tokens=1024, dense=(0.875, 0.75)),
+    recalled("deepest", 2, 0.875, 0.75, tokens=1024, dense=(0.875, 0.75)),
+]
+TRAINED = {
+    "command": "python -m benchmarks.recall_model --minutes 3",
+    "shape": {"layers": 4, "hidden": 192, "heads": 6},
+    "parameters": 3_140_000,
+    "seed": 1,
+    "hardware": {"gpu": "a GPU"},
+    "log": [{"step": 100, "minutes": 0.4}, {"step": 1200, "minutes": 2.9}],
+}
+
+
+def with_recall(tmp_path, records):
+    stored = json.loads((RESULTS / "first_n.json").read_text(encoding="utf-8"))
+    content = {**stored, "case": "recall", "settings": recall.settings(False), "records": records}
+    (tmp_path / "recall.json").write_text(json.dumps(content), encoding="utf-8")
+    (tmp_path / "recall").mkdir(exist_ok=True)
+    (tmp_path / "recall" / "recall-model.json").write_text(json.dumps(TRAINED), encoding="utf-8")
+
+
+def test_the_model_that_recalls(page, tmp_path):
+    with_recall(tmp_path, RECALL)
+    text = page(RECORDS)
+    # Gradient keeps two layers free, deepest one: its third is good again, behind one that is not.
+    assert (
+        "- A model trained to recall, at 8,192 tokens: with 8/64/128 2 of 4 layers (gradient) lose at most 1%" in text
+    )
+    assert "half of them cost up to 50% (deepest, 0 hops: 100% to 50%)." in text
+    assert "| 8,192 | 8/64/128 | 2 (gradient) | 2 | 1 | 0 |" in text
+    # There the counts do not begin at one.
+    assert "| 1,024 | 8/64/128 | none | 0 | 0 | 0 |" in text
+    assert "| 1,024 | 87.5% | 75.0% |" in text
+    assert "| 8,192 | 8/64/128 | gradient | 0, 1 | 99.5% | 98.0% |" in text
+    assert "3.1 million parameters (4 layers, hidden size 192, 6 heads), trained from seed 1 for 3 minutes" in text
+
+
+def test_a_model_without_the_record_of_its_training_is_refused(page, tmp_path):
+    with_recall(tmp_path, RECALL)
+    (tmp_path / "recall" / "recall-model.json").unlink()
+    with pytest.raises(ValueError, match=r"recall-model\.json is missing"):
+        page(RECORDS)
 
 
 def test_there_is_no_page_without_results(tmp_path):

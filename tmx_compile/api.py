@@ -287,21 +287,32 @@ def explain(
     lowering: str = "auto",
     strict: bool = False,
     assume_causal: bool = False,
+    decode: str = "dense",
+    chunked_prefill: bool = False,
     **kwargs: Any,
 ) -> Report:
     """The report for one call of ``model(*args, **kwargs)``, without running it.
 
     Dynamo traces the call; wherever a graph would run, zeros of the right shapes stand in for its results. No kernel
-    of the model runs and nothing is compiled.
+    of the model runs and nothing is compiled. A cache among the arguments is given such zeros too: pass a copy of it.
+    The options are those of :func:`tmx_backend`.
 
     Raises:
         ValueError: bad arguments, or a result whose shape is known only by running.
     """
-    backend = TmxBackend(config, lowering=lowering, strict=strict, assume_causal=assume_causal)
+    backend = TmxBackend(
+        config,
+        lowering=lowering,
+        strict=strict,
+        assume_causal=assume_causal,
+        decode=decode,
+        chunked_prefill=chunked_prefill,
+    )
 
     def trace_only(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         if backend.config is not None:
-            plan = plan_graph(gm, Options(backend.config, lowering, strict, assume_causal), example_inputs)
+            wanted = Options(backend.config, lowering, strict, assume_causal, decode, chunked_prefill)
+            plan = plan_graph(gm, wanted, example_inputs)
             done = plan if plan.prompt is Prompt.SHORT else rewrite_graph(plan).plan
             backend.report.add_graph(records(done, backend.report.graphs), plan.notes)
         return _zeros_of(gm)

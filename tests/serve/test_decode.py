@@ -10,7 +10,7 @@ from support import Case, oracle, tiny_qwen3, tolerance
 from torch import nn
 from transformers import DynamicCache, StaticCache
 
-from tmx_compile import StrictModeError, TriangleMixConfig, tmx_backend
+from tmx_compile import StrictModeError, TriangleMixConfig, explain, tmx_backend
 from tmx_compile.cache import StaticStreamingCache, StreamingCache
 from tmx_compile.lowering.decode import decode_attention
 
@@ -70,6 +70,19 @@ def test_streaming_decode_equals_the_oracle(static, starts, eager):
     assert {site.lowering for site in backend.report if site.decision == "streaming"} == {"decode"}
     few = [site for site in backend.report if site.decision == "streaming"]
     assert few[0].attended_pairs == SINK + WINDOW + 1
+
+
+@pytest.mark.parametrize(("decode", "decision"), [("dense", "dense"), ("streaming", "streaming")])
+def test_explain_takes_what_the_backend_takes(decode, decision):
+    model, ids = tiny_qwen3(3), prompt(1)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        report = explain(model, ids[:, :1], config=CONFIG, decode=decode, past_key_values=cache)
+        chunks = explain(model, ids, config=CONFIG, chunked_prefill=True, use_cache=False)
+    assert {site.decision for site in report if site.layer in CONFIG.layers()} == {decision}
+    assert {site.lowering for site in chunks.triangle()} == {"chunked"}
+    assert explain(model, ids, config=CONFIG, use_cache=False).triangle()[0].lowering != "chunked"
 
 
 def test_one_compile_for_all_lengths(eager):

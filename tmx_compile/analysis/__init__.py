@@ -5,7 +5,7 @@ from __future__ import annotations
 from tmx_compile.analysis.advise import Advice, Candidate, advise
 from tmx_compile.analysis.calibration import Calibration
 from tmx_compile.analysis.capture import CapturedModel, Inputs, Trace
-from tmx_compile.analysis.compare import Change, Choice, compare
+from tmx_compile.analysis.compare import Change, Choice, Continued, compare
 from tmx_compile.analysis.estimate import calibrate
 from tmx_compile.analysis.evaluate import candidates, evaluate, read_ranking
 from tmx_compile.analysis.evaluation import Evaluation, Record
@@ -20,6 +20,7 @@ __all__ = [
     "CapturedModel",
     "Change",
     "Choice",
+    "Continued",
     "Evaluation",
     "Inputs",
     "Interval",

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Interpreter, Node
 
-from tmx_compile.analysis.sections import SectionSums
+from tmx_compile.analysis.sections import Piece, SectionSums
 from tmx_compile.analysis.switch import Switchboard, SwitchedAttention, install
 from tmx_compile.config import TriangleMixConfig
 from tmx_compile.errors import TriangleMixError
@@ -47,6 +47,7 @@ class Trace:
     inputs: Inputs
     sparse: frozenset[int]
     geometry: tuple[int, int, int]
+    pieces: tuple[Piece, ...]
     graph: _Graph
     states: Mapping[int, dict[Node, Any]]
 
@@ -102,13 +103,17 @@ class CapturedModel:
         return {layer: list(calls) for layer, calls in self._board.shapes.items()}
 
     @contextlib.contextmanager
-    def streaming(self, rows: int) -> Iterator[None]:
-        """Inside, the last ``rows`` rows of every call are decode steps, which stream in sparse layers."""
-        self._board.streamed = rows
+    def pieces(self, pieces: Sequence[Piece]) -> Iterator[None]:
+        """Inside, a sparse layer sees a call as several prompts, one after the other, not as one.
+
+        Each is (end, (sinks, window, last rows)): the rows up to ``end``, over the keys before ``end``. A turn of a
+        conversation is one; so are decode steps that stream, without last rows. They have to cover the call.
+        """
+        self._board.pieces = tuple(pieces)
         try:
             yield
         finally:
-            self._board.streamed = 0
+            self._board.pieces = ()
 
     def run(self, inputs: Inputs, sparse: Collection[int] = ()) -> Any:
         """The model's output with triangle attention in the layers ``sparse`` and dense attention in the others.
@@ -125,7 +130,7 @@ class CapturedModel:
         """:meth:`run`, and a trace of it. ``since``: begin where this trace of the same inputs differs."""
         output, replay = self._run(inputs, frozenset(sparse), self._from(since, sparse, keep=True))
         assert replay is not None
-        return output, Trace(inputs, frozenset(sparse), self.geometry, replay.graph, replay.states)
+        return output, Trace(inputs, frozenset(sparse), self.geometry, self._board.pieces, replay.graph, replay.states)
 
     def rerun(self, trace: Trace, sparse: Collection[int]) -> Any:
         """The output for the inputs of a trace with other sparse layers: only what comes after the first that differs.
@@ -138,7 +143,8 @@ class CapturedModel:
         """A run that begins where a trace differs. With another geometry every sparse layer does."""
         changed = frozenset(sparse)
         if trace is not None:
-            changed = changed | trace.sparse if trace.geometry != self.geometry else changed ^ trace.sparse
+            same = (trace.geometry, trace.pieces) == (self.geometry, self._board.pieces)
+            changed = changed ^ trace.sparse if same else changed | trace.sparse
         return _Replay(changed, trace, keep=keep)
 
     def gradients(

@@ -16,7 +16,9 @@ from torch import Tensor
 from tmx_compile.analysis.capture import CapturedModel, Inputs
 from tmx_compile.analysis.direct import divergence
 from tmx_compile.analysis.language_model import call_arguments
+from tmx_compile.analysis.sections import Piece
 from tmx_compile.config import as_count
+from tmx_compile.ops import ALL_ROWS
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,20 @@ class Choice:
     geometry: tuple[int, int, int]
     layers: tuple[int, ...]
     streaming: bool = False
+
+
+@dataclass(frozen=True)
+class Continued(Choice):
+    """A choice for a prompt whose last tokens are a new turn of a conversation: what came before was a prompt itself.
+
+    Attributes:
+        turn: tokens of the new turn.
+        dense_turn: whether its rows attend to everything in the sparse layers too; otherwise the turn has the mask of
+            the whole conversation at its own rows: sinks, window, and last rows at its end.
+    """
+
+    turn: int = 0
+    dense_turn: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,7 +98,7 @@ def compare(
         following: T, tokens.
 
     Raises:
-        ValueError: counts that ``ids`` does not hold, or logits that are not finite.
+        ValueError: counts that ``ids`` does not hold, a turn that is no part of the prompt, or logits that are not finite.
     """
     final, following = as_count("final", final, minimum=1), as_count("following", following, minimum=1)
     if ids.dim() != 2 or ids.shape[0] != 1 or ids.shape[1] <= final + following:
@@ -97,12 +113,25 @@ def compare(
         output, trace = captured.trace(inputs)
         dense = _outcome(output, ids, final, following)
         for choice in choices:
-            sink, window, last = choice.geometry
-            # Rows that decode densely attend to everything, as last rows do.
-            captured.geometry = (sink, window, last if choice.streaming else last + following)
-            with captured.streaming(following if choice.streaming else 0):
+            captured.geometry = choice.geometry
+            with captured.pieces(_pieces(choice, ids.shape[1] - following, following)):
                 output = captured.rerun(trace, choice.layers)
             yield _change(dense, _outcome(output, ids, final, following))
+
+
+def _pieces(choice: Choice, prompt: int, following: int) -> list[Piece]:
+    sink, window, last = choice.geometry
+    found: list[Piece] = []
+    if isinstance(choice, Continued):
+        turn = as_count("turn", choice.turn, minimum=1)
+        if turn >= prompt:
+            raise ValueError(f"turn must be less than the prompt's {prompt} tokens, got {turn}")
+        found.append((prompt - turn, choice.geometry))
+        last = ALL_ROWS if choice.dense_turn else last
+    if choice.streaming:
+        return [*found, (prompt, (sink, window, last)), (prompt + following, (sink, window, 0))]
+    # Rows that decode densely attend to everything, as last rows do.
+    return [*found, (prompt + following, (sink, window, min(ALL_ROWS, last + following)))]
 
 
 def _outcome(output: object, ids: Tensor, final: int, following: int) -> Outcome:

@@ -197,7 +197,8 @@ def _choices(choices: Mapping[str, Choice]) -> dict[str, Choice]:
         raise ValueError(f"choices must be a mapping of names to Choice with at least one, got {choices!r}")
     found = {}
     for name, choice in choices.items():
-        if not isinstance(name, str) or not isinstance(choice, Choice):
+        # A continued conversation would be stored without its turn.
+        if not isinstance(name, str) or type(choice) is not Choice:
             raise ValueError(f"choices must be a mapping of names to Choice, got {name!r}: {choice!r}")
         try:
             sink, window, last = choice.geometry

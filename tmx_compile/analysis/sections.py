@@ -16,7 +16,7 @@ The signed sums also follow from two results and their log-sum-exps (:func:`midd
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,8 +24,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tmx_compile.lowering.base import AttentionCall
+from tmx_compile.lowering.triton.lowering import attend as triton_attention
 from tmx_compile.ops import ALL_ROWS, documents, kernel, triangle_attention
 from tmx_compile.ops.kernel import Geometry
+
+Piece = tuple[int, tuple[int, int, int]]
+"""Rows up to an end, and the sinks, window and last rows of the prompt that ends there."""
 
 MEASURES = ("signed", "absolute", "renormalized", "renormalized_absolute")
 """The sums over the Middle section, in the order of :attr:`SectionSums.sums`."""
@@ -71,23 +76,34 @@ class AttentionInputs:
             reach=self.reach,
         )
 
-    def streamed(self, geometry: tuple[int, int, int], rows: int) -> Tensor:
-        """Triangle attention of a prompt and, in the last ``rows`` rows, streaming decode: (B, H, Sq, Dv).
+    def sparse(self, geometry: tuple[int, int, int]) -> Tensor:
+        """Triangle attention alone, (B, H, Sq, Dv), by the purpose-built kernel where there is a GPU for it."""
+        if self.query.is_cuda:
+            q, k, v, key_mask = self.query, self.key, self.value, self.key_mask
+            needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+            out = triton_attention(AttentionCall(q, k, v, key_mask, *geometry, self.scale, needs_grad, self.reach))
+            if isinstance(out, Tensor):
+                return out
+        return self.triangle(geometry)[0]
 
-        The prompt ends where those rows begin, and with it what its last rows are.
+    def in_pieces(self, pieces: Sequence[Piece]) -> Tensor:
+        """Triangle attention, piece by piece: (B, H, Sq, Dv). Every row is a key of its own call (Sq = Skv).
+
+        The rows up to a piece's end are the queries of a prompt that ends there, over all keys before it: a turn of a
+        conversation, or decode steps.
         """
-        if rows == 0:
-            return self.triangle(geometry)[0]
-        sink, window, _ = geometry
-        prompt = replace(
-            self,
-            query=self.query[:, :, :-rows],
-            key=self.key[:, :, :-rows],
-            value=self.value[:, :, :-rows],
-            key_mask=None if self.key_mask is None else self.key_mask[:, :-rows],
-        )
-        steps = replace(self, query=self.query[:, :, -rows:])
-        return torch.cat([prompt.triangle(geometry)[0], steps.triangle((sink, window, 0))[0]], 2)
+        outs, begin = [], 0
+        for end, geometry in pieces:
+            part = replace(
+                self,
+                query=self.query[:, :, begin:end],
+                key=self.key[:, :, :end],
+                value=self.value[:, :, :end],
+                key_mask=None if self.key_mask is None else self.key_mask[:, :end],
+            )
+            outs.append(part.sparse(geometry))
+            begin = end
+        return torch.cat(outs, 2)
 
 
 @dataclass(frozen=True)

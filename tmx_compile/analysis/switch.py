@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from tmx_compile.analysis.sections import AttentionInputs, RecordMiddle, SectionSums
+from tmx_compile.analysis.sections import AttentionInputs, Piece, RecordMiddle, SectionSums
 from tmx_compile.graph import nodes
 from tmx_compile.graph.layer import layer_path
 from tmx_compile.ops import OPERATOR
@@ -26,7 +26,8 @@ class Switchboard:
     Attributes:
         geometry: sinks, window and last rows of a sparse layer.
         sparse: the layers with triangle attention; the others are dense.
-        streamed: how many rows at the end of a call are decode steps that see sinks and window alone in sparse layers.
+        pieces: what the rows of a sparse layer's call are, one after the other, each with its end and geometry; empty:
+            the call is one prompt with the geometry above.
         recorder: gets the layer and the sums of its Middle section when the gradient passes; None: nothing is recorded.
         visited: the layers that have run.
         shapes: what each call of the last run's layers had: query heads, key heads, head dim, head dim of values, and
@@ -36,7 +37,7 @@ class Switchboard:
 
     geometry: tuple[int, int, int]
     sparse: frozenset[int] = frozenset()
-    streamed: int = 0
+    pieces: tuple[Piece, ...] = ()
     recorder: Callable[[int, SectionSums], None] | None = None
     visited: set[int] = field(default_factory=set)
     shapes: dict[int, list[tuple[int, int, int, int, int | None]]] = field(default_factory=dict)
@@ -49,7 +50,7 @@ class Switchboard:
         _, kv_heads, _, value_dim = inputs.value.shape
         self.shapes.setdefault(layer, []).append((heads, kv_heads, dim, value_dim, inputs.reach))
         if layer in self.sparse:
-            return inputs.streamed(self.geometry, self.streamed)
+            return inputs.in_pieces(self.pieces) if self.pieces else inputs.sparse(self.geometry)
         recorder = self.recorder
         if recorder is None:
             return inputs.dense()

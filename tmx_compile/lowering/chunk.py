@@ -22,9 +22,7 @@ from tmx_compile.graph.substitute import FIRST_ROW
 from tmx_compile.lowering import rows
 from tmx_compile.lowering.base import AttentionCall, Operands, Writer, length
 from tmx_compile.lowering.blocked import Blocked, blocked_attention
-from tmx_compile.lowering.triton import Triton
-from tmx_compile.lowering.triton.lowering import extents
-from tmx_compile.lowering.triton.op import TRITON_OPERATOR
+from tmx_compile.lowering.triton.lowering import attend as triton_attention
 from tmx_compile.ops import ALL_ROWS, OPERATOR
 from tmx_compile.report import Accepted, Reason, Rejected
 
@@ -161,13 +159,11 @@ class _Part:
         """Triangle attention (B, H, Sq, Dv) of a call whose rows end at the last key."""
         call = AttentionCall(q, k, v, key_mask, self.sink, self.window, last, self.scale, False, self.reach)
         if self.lowering == "triton" or (self.lowering == "auto" and q.is_cuda):
-            answer = Triton().supports(call)
-            if isinstance(answer, Accepted):
-                extent = None if key_mask is None else extents(key_mask, k.shape[2])
-                out: Tensor = TRITON_OPERATOR(q, k, v, key_mask, extent, *call.geometry, self.scale, self.reach)
+            out = triton_attention(call)
+            if isinstance(out, Tensor):
                 return out
             if self.lowering == "triton":
-                raise LoweringError(f"lowering 'triton' cannot take this chunk: {answer.detail}")
+                raise LoweringError(f"lowering 'triton' cannot take this chunk: {out.detail}")
         if self.lowering != "operator":
             if last >= q.shape[2] and q.shape[2] * k.shape[2] <= _DENSE_CELLS:
                 return _dense(call)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import Proxy
 
 from tmx_compile.lowering import rows
@@ -66,6 +67,18 @@ class Triton:
             *(() if call.reach is None else (call.reach,)),
         )
         return out
+
+
+def attend(call: AttentionCall) -> Tensor | Rejected:
+    """The attention (B, H, Sq, Dv) of a call of real tensors, or why the kernels cannot take it."""
+    answer = Triton().supports(call)
+    if isinstance(answer, Rejected):
+        return answer
+    extent = None if call.key_mask is None else extents(call.key_mask, call.key.shape[2])
+    out: Tensor = TRITON_OPERATOR(
+        call.query, call.key, call.value, call.key_mask, extent, *call.geometry, call.scale, call.reach
+    )
+    return out
 
 
 def extents(key_mask: Any, kv_len: Any) -> Any:

@@ -1,0 +1,179 @@
+"""docs/quality.md, the part on the model that was trained to recall."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from benchmarks.plots import Picture, grid
+from benchmarks.recall_tasks import HOPS
+from benchmarks.tables import Fields, slashed, table
+
+FILE, TRAINING = "recall.json", "recall/recall-model.json"
+PICTURE = "quality-recall.svg"
+TITLE = "A model where damage shows"
+KEPT = 0.01
+"""Accuracy, of 1, that a task may lose for its layers to count as free."""
+_PLAIN = ("gradient", "deepest", "first")
+
+Place = tuple[int, tuple[int, ...]]
+
+
+def section(result: Fields, training: Fields) -> str:
+    """Everything below the origin of the numbers."""
+    records = result["records"]
+    tasks = list(records[0]["dense"])
+    depth = training["shape"]["layers"]
+    parts = [_model(training, result["settings"]), _dense(records, tasks), _free(records, tasks, depth)]
+    parts += [_halves(records, tasks, depth), f"![accuracy by number of sparse layers]({PICTURE})"]
+    return "\n\n".join(parts)
+
+
+def short(records: Sequence[Fields], depth: int) -> str:
+    """The answer in a sentence, from the longest prompts."""
+    tasks = list(records[0]["dense"])
+    longest = max(r["tokens"] for r in records)
+    said = []
+    for place in places(records):
+        if place[0] != longest:
+            continue
+        found = _most(records, place, tasks)
+        free = (
+            f"{found[0]} of {depth} layers ({found[1]}) lose at most {KEPT:.0%}"
+            if found[0]
+            else "not one layer is free"
+        )
+        worst = [
+            (_loss(r, task), r["policy"], task, r)
+            for r in _at(records, place)
+            if r["count"] == depth // 2 and r["policy"] in ("gradient", "deepest")
+            for task in tasks
+        ]
+        loss, policy, task, record = max(worst, key=lambda item: item[0])
+        half = (
+            f"half of them cost up to {loss:.0%} ({policy}, {task}: {record['dense'][task]:.0%} to "
+            f"{record['accuracy'][task]:.0%})"
+            if loss > 0
+            else "half of them cost nothing"
+        )
+        said.append(f"with {slashed(place[1])} {free}, {half}")
+    return f"A model trained to recall, at {longest:,} tokens: {'; '.join(said)}."
+
+
+def _loss(record: Fields, task: str) -> float:
+    """Accuracy lost, of 1. Rounded: a loss of exactly what is allowed is no more than that."""
+    return round(float(record["dense"][task] - record["accuracy"][task]), 9)
+
+
+def _model(training: Fields, settings: Fields) -> str:
+    shape, last = training["shape"], training["log"][-1]
+    answers = settings["sequences"] * settings["questions"]
+    copied = settings["sequences"] * (settings["listed"] - 1)
+    return (
+        f"A Llama of {training['parameters'] / 1e6:.1f} million parameters ({shape['layers']} layers, hidden size "
+        f"{shape['hidden']}, {shape['heads']} heads), trained from seed {training['seed']} for {last['minutes']:.0f} "
+        f"minutes, {last['step']:,} steps, on one {training['hardware']['gpu']} by `{training['command']}`; its weights are in the repository. It reads "
+        "names that are given values, names for names, and a list, in noise, and is asked for values "
+        f"{_hops()} away and for the list. All questions stand among the last rows: what is lost was lost in the "
+        f"middle. Each figure is the accuracy over {answers:,} answers, {copied:,} for the list; the same sequences "
+        "for every choice of layers."
+    )
+
+
+def _hops() -> str:
+    return ", ".join(map(str, range(HOPS - 1))) + f" or {HOPS - 1} hops"
+
+
+def places(records: Iterable[Fields]) -> list[Place]:
+    """The (tokens, geometry) pairs in order."""
+    return list(dict.fromkeys((r["tokens"], tuple(r["geometry"])) for r in records))
+
+
+def _at(records: Iterable[Fields], place: Place) -> list[Fields]:
+    return [r for r in records if (r["tokens"], tuple(r["geometry"])) == place]
+
+
+def _dense(records: Sequence[Fields], tasks: Sequence[str]) -> str:
+    rows = []
+    for tokens in dict.fromkeys(r["tokens"] for r in records):
+        dense = next(r["dense"] for r in records if r["tokens"] == tokens)
+        rows.append([f"{tokens:,}", *(f"{dense[task]:.1%}" for task in tasks)])
+    return f"Dense attention:\n\n{table(['tokens', *tasks], rows)}"
+
+
+def _most(records: Sequence[Fields], place: Place, tasks: Sequence[str]) -> tuple[int, str]:
+    """The most layers of a policy up to which every task keeps its accuracy, and the policy."""
+    found = []
+    for policy in dict.fromkeys(r["policy"] for r in records):
+        own = {r["count"]: r for r in _at(records, place) if r["policy"] == policy and r["count"]}
+        count = 0
+        while count + 1 in own and all(_loss(own[count + 1], task) <= KEPT for task in tasks):
+            count += 1
+        found.append((count, policy))
+    # The first policy of those with the most.
+    return max(found, key=lambda item: item[0])
+
+
+def _free(records: Sequence[Fields], tasks: Sequence[str], depth: int) -> str:
+    rows = []
+    for place in places(records):
+        count, policy = _most(records, place, tasks)
+        row = [f"{place[0]:,}", slashed(place[1]), f"{count} ({policy})" if count else "none"]
+        for name in _PLAIN:
+            own = [r for r in _at(records, place) if r["policy"] == name]
+            row.append(str(_most(own, place, tasks)[0]) if own else "")
+        rows.append(row)
+    head = ["tokens", "geometry", f"free of {depth}", *_PLAIN]
+    return (
+        f"Layers that can go sparse, one after the other, before any task loses more than {KEPT:.0%}: by the best "
+        f"policy, and by three of them.\n\n{table(head, rows)}"
+    )
+
+
+def _halves(records: Sequence[Fields], tasks: Sequence[str], depth: int) -> str:
+    rows = []
+    for place in places(records):
+        for r in _at(records, place):
+            if r["count"] == depth // 2:
+                indices = ", ".join(map(str, r["indices"]))
+                rows.append(
+                    [
+                        f"{place[0]:,}",
+                        slashed(place[1]),
+                        r["policy"],
+                        indices,
+                        *(f"{r['accuracy'][task]:.1%}" for task in tasks),
+                    ]
+                )
+    head = ["tokens", "geometry", "policy", "layers", *tasks]
+    return f"Half of the layers sparse:\n\n{table(head, rows)}"
+
+
+def picture(result: Fields, depth: int) -> Picture:
+    """The worst task's accuracy by number of layers, for every place of the two longest lengths."""
+    records = result["records"]
+    lengths = sorted({r["tokens"] for r in records})[-2:]
+    panels: dict[str, dict[str, list[list[float]]]] = {}
+    for place in places(records):
+        if place[0] not in lengths:
+            continue
+        own = _at(records, place)
+        dense = min(own[0]["dense"].values())
+        everything = [min(r["accuracy"].values()) for r in own if r["count"] == depth]
+        lines = panels.setdefault(f"{place[0]:,} tokens, {slashed(place[1])}", {})
+        for r in own:
+            if 0 < r["count"] < depth:
+                line = lines.setdefault(r["policy"], [[0, dense]])
+                line.append([r["count"], min(r["accuracy"].values())])
+        for line in lines.values():
+            line += [[depth, worst] for worst in everything]
+    return Picture(PICTURE, panels, _draw)
+
+
+def _draw(drawn: Any, panels: dict[str, dict[str, list[list[float]]]]) -> None:
+    for axes, lines in grid(drawn, panels):
+        for name, points in lines.items():
+            style = ":" if name.startswith("random") else "-o"
+            axes.plot(*zip(*sorted(points), strict=True), style, label=name, markersize=3)
+        axes.set_ylabel("accuracy of the worst task")
+        axes.set_ylim(-0.02, 1.02)
