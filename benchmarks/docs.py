@@ -95,6 +95,9 @@ def _load(path: Path) -> Fields:
     return result
 
 
+_MOST_COMMANDS = 4
+
+
 def _origin(result: Fields, file: str) -> str:
     machine, version = result["hardware"], result["versions"]
     telling = [flag for flag in machine["flags"] if flag in ("avx2", "avx512f", "avx512_bf16", "avx512_fp16")]
@@ -104,7 +107,12 @@ def _origin(result: Fields, file: str) -> str:
     sources = [version["tmx_compile_sources"]]
     sources += [run["tmx_compile_sources"] for run in result.get("runs", {}).values()]
     # A file in parts: the last command is only one of those that made it.
-    said = ", ".join(f"`{command}`" for command in dict.fromkeys(commands[1:] or commands))
+    different = list(dict.fromkeys(commands[1:] or commands))
+    if len(different) > _MOST_COMMANDS:
+        whole = " ".join(different[0].split()[:4])
+        said = f"`{whole}` in {len(different)} calls (`--only`; the file names the call of each part)"
+    else:
+        said = ", ".join(f"`{command}`" for command in different)
     return (
         f"{gpu}{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, {machine['memory_gib']} GiB, "
         f"{', '.join([*telling, *amx])}. Python {version['python']}, torch {version['torch']}, "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,15 +79,21 @@ def figure(value: Figure, form: str = "+.1%") -> str:
 
 
 def short(found: Results) -> str:
-    lines = [_duels(found)]
+    lines = [_duels(found, "gradient"), _duels(found, "direct")]
     for budget in BUDGETS:
-        best = [(place, _most(found, place, budget)) for place in found.places]
-        said = [f"{n} of {_layers(found)} at {_at(place)} ({policy})" for place, (n, policy) in best if n]
-        none = [_at(place) for place, (n, _) in best if not n]
-        text = f"Free within {budget:.1%} perplexity (upper ends of the intervals): " + (", ".join(said) or "nothing")
-        lines.append(text + (f"; not even {min(found.settings['counts'])} at {', '.join(none)}." if none else "."))
+        said = []
+        for geometry in dict.fromkeys(geometry for _, geometry in found.places):
+            most = {p: _most(found, (p, g), budget)[0] for p, g in found.places if g == geometry}
+            said.append(f"{slashed(geometry)}: {_list(most.values())} at {_list(f'{p:,}' for p in most)} tokens")
+        text = f"Free within {budget:.1%} perplexity (upper ends of the intervals), of {_layers(found)} layers"
+        lines.append(f"{text}, with {'; '.join(said)}.")
     lines += [_presets(found), _worst(found)]
     return "\n".join(f"- {line}" for line in lines if line)
+
+
+def _list(items: Iterable[object]) -> str:
+    *most, last = map(str, items)
+    return f"{', '.join(most)} and {last}" if most else last
 
 
 def _layers(found: Results) -> int:
@@ -99,12 +105,22 @@ def _at(place: tuple[int, tuple[int, ...]]) -> str:
     return f"{prompt:,} tokens with {slashed(geometry)}"
 
 
-def _duels(found: Results) -> str:
-    """How often the gradient's choice loses less than each other policy, where the layers are not the same."""
+_RIVALS = {
+    "gradient": (("first n", ("first",)), ("deepest n", ("deepest",)), ("direct", ("direct",)), ("", _RANDOM)),
+    "direct": (("first n", ("first",)), ("deepest n", ("deepest",)), ("", _RANDOM)),
+}
+_CHOSEN = {
+    "gradient": "Layers chosen by gradient have a lower divergence (KL, last tokens), where the choices differ, than",
+    "direct": "Layers chosen by their own divergence (`direct`) have a lower one than",
+}
+
+
+def _duels(found: Results, policy: str) -> str:
+    """How often a policy's choice loses less than each other policy's, where the layers are not the same."""
     said = []
-    for name, rivals in (("first n", ("first",)), ("deepest n", ("deepest",)), ("direct", ("direct",)), ("", _RANDOM)):
+    for name, rivals in _RIVALS[policy]:
         wins = total = 0
-        for r in found.where(policy="gradient"):
+        for r in found.where(policy=policy):
             like = {key: r[key] for key in ("prompt", "geometry", "count")}
             others = [x for p in rivals for x in found.where(policy=p, **like) if x["indices"] != r["indices"]]
             if others:
@@ -112,8 +128,7 @@ def _duels(found: Results) -> str:
                 wins += r["kl_final"][0] < statistics.fmean(x["kl_final"][0] for x in others)
         if total:
             said.append(f"{name or 'the mean of three random draws'} in {wins} of {total}")
-    rule = "Layers chosen by gradient have a lower divergence (KL, last tokens), where the choices differ, than "
-    return f"{rule}{', '.join(said)} comparisons." if said else ""
+    return f"{_CHOSEN[policy]} {', '.join(said)} comparisons." if said else ""
 
 
 def _most(found: Results, place: tuple[int, tuple[int, ...]], budget: float) -> tuple[int, str]:
@@ -133,21 +148,26 @@ def _presets(found: Results) -> str:
     """A calibrated choice of the share of layers that the published presets have, beside the layers they take."""
     count = round(0.3 * _layers(found))
     said = []
-    for prompt, geometry in found.places:
-        like = {"prompt": prompt, "geometry": list(geometry), "count": count}
-        cells = {p: found.where(policy=p, **like) for p in ("gradient", "first", "deepest")}
-        if all(cells.values()):
-            costs = ", ".join(f"{name} {cells[p][0]['ppl_final'][0]:+.1%}" for p, name in _NAMES if p in cells)
-            said.append(f"{_at((prompt, geometry))}: {costs}")
+    for geometry in dict.fromkeys(geometry for _, geometry in found.places):
+        like = {"geometry": list(geometry), "count": count}
+        costs = {name: [r["ppl_final"][0] for r in found.where(policy=p, **like)] for p, name in _NAMES}
+        if all(costs.values()):
+            spans = (f"{name} {_span(own)}" for name, own in costs.items())
+            said.append(f"{slashed(geometry)}: {', '.join(spans)}")
     if not said:
         return ""
     return (
         f"The published presets make about 30% of the layers sparse, and `num_triangle_layers` takes the first ones. "
-        f"Perplexity with {count} of {_layers(found)}: " + "; ".join(said) + "."
+        f"Perplexity with {count} of {_layers(found)}, over the lengths, with " + "; ".join(said) + "."
     )
 
 
-_NAMES = (("gradient", "calibrated"), ("deepest", "deepest"), ("first", "first"))
+def _span(values: Sequence[float]) -> str:
+    low, high = f"{min(values):+.1%}", f"{max(values):+.1%}"
+    return low if low == high else f"{low} to {high}"
+
+
+_NAMES = (("gradient", "by gradient"), ("direct", "by divergence"), ("deepest", "deepest"), ("first", "first"))
 
 
 def _worst(found: Results) -> str:

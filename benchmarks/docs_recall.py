@@ -72,8 +72,9 @@ def _model(training: Fields, settings: Fields) -> str:
     return (
         f"A Llama of {training['parameters'] / 1e6:.1f} million parameters ({shape['layers']} layers, hidden size "
         f"{shape['hidden']}, {shape['heads']} heads), trained from seed {training['seed']} for {last['minutes']:.0f} "
-        f"minutes, {last['step']:,} steps, on one {training['hardware']['gpu']} by `{training['command']}`; its weights are in the repository. It reads "
-        "names that are given values, names for names, and a list, in noise, and is asked for values "
+        f"minutes, {last['step']:,} steps, on one {training['hardware']['gpu']} by `{training['command']}`; its "
+        "weights are in the repository. It reads names that are given values, names for names, and a list, in noise, "
+        "and is asked for values "
         f"{_hops()} away and for the list. All questions stand among the last rows: what is lost was lost in the "
         f"middle. Each figure is the accuracy over {answers:,} answers, {copied:,} for the list; the same sequences "
         "for every choice of layers."

@@ -3,8 +3,8 @@
 ``python -m benchmarks.run quality`` measures part by part, each into the result file as soon as it is known; ``--only
 'prompt-2048/*'``, ``--missing`` and ``--minutes`` choose a piece. The rankings come first: they calibrate the model for
 each geometry. Then, for every prompt length and geometry, ``ranked`` holds the policies that begin deep, with dense and
-with streaming decode, and ``contrast`` those that do not; ``ablations`` changes one count of the geometry at a time, and
-``turns`` takes the end of the prompt as a new turn of a conversation.
+with streaming decode, and ``contrast`` those that do not; ``ablations`` changes one count of the geometry at a time,
+and ``turns`` takes the end of the prompt as a new turn of a conversation.
 
 The model runs as calibration captures it (``tmx_compile.analysis.compare``): nothing is compiled per cell, and only the
 layers from the first sparse one on run again.
@@ -124,8 +124,8 @@ def settings(quick: bool) -> dict[str, Any]:
         "ppl": "perplexity over dense perplexity less 1, of the same tokens",
         "following_by": "teacher forcing; with decode 'dense' the rows after the prompt attend to all of it, with "
         "'streaming' to sinks and window alone in the sparse layers",
-        "turns_are": "the prompt's last tokens as a new turn, what comes before as a prompt of its own: with the mask of "
-        "the whole conversation ('sparse') or with dense attention in the turn's rows ('dense')",
+        "turns_are": "the prompt's last tokens as a new turn, what comes before as a prompt of its own: with the mask "
+        "of the whole conversation ('sparse') or with dense attention in the turn's rows ('dense')",
         "interval": "95%, bootstrap over items (2,000 draws), paired with dense",
     }
 
@@ -195,7 +195,8 @@ def _geometry(slug: str) -> Geometry:
 
 def profile_path(geometry: Geometry, estimator: str, depth: int) -> Path:
     """The profile of a geometry; one of fewer layers is for trying out and stays out of the results."""
-    folder = PROFILES if depth == FULL["layers"] else PROFILES / "quick"
+    folder = PROFILES / "cuda" if _device().type == "cuda" else PROFILES
+    folder = folder if depth == FULL["layers"] else PROFILES / "quick"
     return folder / f"smollm2-135m-{_slug(geometry)}-{estimator}.json"
 
 

@@ -26,13 +26,13 @@ from tmx_compile.report import Report
 from tmx_compile.standalone import Program, rewrite_program
 from tmx_compile.version import __version__, package_fingerprint
 
-# Measured by benchmarks/first_n.py: benchmarks/results/first_n.json.
+# SmolLM2-135M, the last tokens of prompts of 4,096: benchmarks/results/quality_cuda.json, docs/quality.md.
 _FIRST_N_WARNING = (
     "num_triangle_layers={n} makes the first {n} layers sparse, which is the worst choice: on SmolLM2-135M (9 of 30 "
     "layers, 4/32/64) it costs {first:.0%} perplexity, the deepest 9 layers {deepest:.1%}. "
     "Use TriangleMixConfig.deepest({n}, num_layers=...) or triangle_layer_indices."
 )
-_FIRST_N_COST = {"first": 0.252, "deepest": -0.0084}
+_FIRST_N_COST = {"first": 0.284, "deepest": 0.012}
 _ANALYSIS_WARNING = (
     "use_gradient_analysis asks for layers chosen by gradients, and none are chosen yet: run "
     "tmx_compile.calibrate(model, batches, config=config) and compile with its .apply(config)"

@@ -98,7 +98,8 @@ def compare(
         following: T, tokens.
 
     Raises:
-        ValueError: counts that ``ids`` does not hold, a turn that is no part of the prompt, or logits that are not finite.
+        ValueError: counts that ``ids`` does not hold, a turn that is no part of the prompt, or logits that are not
+            finite.
     """
     final, following = as_count("final", final, minimum=1), as_count("following", following, minimum=1)
     if ids.dim() != 2 or ids.shape[0] != 1 or ids.shape[1] <= final + following:
