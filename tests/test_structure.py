@@ -34,8 +34,8 @@ FREE = {
     "deploy": {*ORDER, "api"},
     "testing": set(ORDER),
     "modules": {"config", "plan", "ops"},
-    # To advise, a layer has to be timed; what it computes is never taken from there.
-    "analysis": {*ORDER, "bench"} - {"always", "standalone", "lowering"},
+    # To advise, a layer has to be timed; what it computes is never taken from bench.
+    "analysis": {*ORDER, "bench"} - {"always", "standalone"},
     "bench": {"version", "config", "plan", "lowering", "api"},
     "price": {"config"},
     "cache": {"config", "price"},
