@@ -44,6 +44,26 @@ def test_any_set_of_sparse_layers_from_one_capture(impl):
     assert captured.report.graphs == 1
 
 
+@pytest.mark.parametrize("ends", [(20,), (20, N + 1), (30, 20, N), (0, N), (20, 20, N)])
+def test_pieces_that_do_not_cover_the_call_are_refused(ends):
+    captured = CapturedModel(tiny_qwen3(layers=2), CONFIG)
+    with (
+        pytest.raises(ValueError, match=rf"rising rows up to {N}, got ends \[{ends[0]}"),
+        captured.pieces([(end, GEOMETRY) for end in ends]),
+    ):
+        captured.run(call(token_ids()), (1,))
+
+
+def test_a_trace_with_other_pieces_is_not_taken_up():
+    """Nothing of a sparse layer's run is reused where its rows were other prompts."""
+    captured, inputs = CapturedModel(tiny_qwen3(layers=3), CONFIG), call(token_ids())
+    _, trace = captured.trace(inputs, (1,))
+    with captured.pieces([(20, GEOMETRY), (N, GEOMETRY)]):
+        again, whole = captured.rerun(trace, (1, 2)).logits, captured.run(inputs, (1, 2)).logits
+    assert torch.equal(again, whole)
+    assert not torch.equal(again, captured.run(inputs, (1, 2)).logits)
+
+
 def test_a_rerun_from_a_trace_is_the_run():
     model = tiny_qwen3(layers=4)
     captured, inputs = CapturedModel(model, CONFIG), call(token_ids())

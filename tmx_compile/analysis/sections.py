@@ -91,7 +91,13 @@ class AttentionInputs:
 
         The rows up to a piece's end are the queries of a prompt that ends there, over all keys before it: a turn of a
         conversation, or decode steps.
+
+        Raises:
+            ValueError: ends that do not rise to the number of rows.
         """
+        ends = [end for end, _ in pieces]
+        if ends != sorted({*ends}) or ends[0] < 1 or ends[-1] != self.query.shape[2]:
+            raise ValueError(f"pieces must end at rising rows up to {self.query.shape[2]}, got ends {ends}")
         outs, begin = [], 0
         for end, geometry in pieces:
             part = replace(
