@@ -9,7 +9,7 @@ import torch
 import transformers
 from streaming import CONFIG, SETTINGS, check_generated, left_padded, oracle_logits, prompt
 from support import tiny_qwen3
-from transformers import DynamicCache
+from transformers import CompileConfig, DynamicCache
 
 from tmx_compile import TriangleMixConfig, TriangleMixInferenceConfig
 from tmx_compile.cache import StaticStreamingCache, StreamingCache
@@ -315,6 +315,19 @@ def test_a_layer_with_its_own_window_keeps_its_cache():
     assert cache.streaming_layers == (2,)
     model.generate(prompt(1), past_key_values=cache, max_new_tokens=3, **SETTINGS)
     assert columns(cache) == [102, 23, HELD]
+
+
+def test_generate_may_compile_the_steps_of_a_static_cache():
+    """As ``generate`` does by itself on a GPU: one graph, whole, for every step."""
+    compile_config = CompileConfig(backend="eager", mode=None, fullgraph=True)
+    compile_config._compile_all_devices = True
+    model, ids, mask = tiny_qwen3(3), prompt(2), left_padded((0, 40))
+    settings = SETTINGS | dict(max_new_tokens=40, compile_config=compile_config)
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for _ in range(2):
+        out = model.generate(ids, attention_mask=mask, past_key_values=static(model), **settings)
+        check_generated(model, CONFIG, ids, mask, out)
+    assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] - before <= 3
 
 
 def test_the_hook_leaves_other_caches_alone():

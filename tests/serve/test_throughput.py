@@ -181,3 +181,19 @@ def test_the_page_tells_what_failed():
     assert "| 8 x 2,304 | `triangle` | failed |  |  |  |  |" in text
     assert "- `triangle`, 8 x 2,304: RuntimeError: no luck" in text
     assert docs_throughput.section(result(failed=(8, "dense"))).count("33% at") == 1
+
+
+def test_serving_has_the_measured_figures():
+    folder = run.common.RESULTS
+    text = " ".join((folder.parents[1] / "docs" / "serving.md").read_text(encoding="utf-8").split())
+
+    def ratios(file, field):
+        records = json.loads((folder / file).read_text(encoding="utf-8"))["records"]
+        named = [(r["variant"], r[field]) for r in records]
+        return [[x for variant, x in named if variant == wanted] for wanted in ("triangle", "streaming-cache")]
+
+    gpu = ratios("throughput_cuda.json", "ratio")
+    assert f"is read {ratios('throughput_cuda.json', 'prefill_ratio')[0][0]:.2f} times as fast" in text
+    assert f"give {gpu[0][0]:.2f} times the tokens per second, with a `StreamingCache` {gpu[1][0]:.2f} times" in text
+    cpu = [f"{min(values):.2f} to {max(values):.2f} times" for values in ratios("throughput.json", "ratio")]
+    assert f"{cpu[0]}, and {cpu[1]}." in text
