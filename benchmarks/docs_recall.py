@@ -14,7 +14,7 @@ PICTURE = "quality-recall.svg"
 TITLE = "A model where damage shows"
 KEPT = 0.01
 """Accuracy, of 1, that a task may lose for its layers to count as free."""
-_PLAIN = ("gradient", "deepest", "first")
+_PLAIN = ("gradient", "direct", "deepest", "first")
 
 Place = tuple[int, tuple[int, ...]]
 
@@ -46,7 +46,7 @@ def short(records: Sequence[Fields], depth: int) -> str:
         worst = [
             (_loss(r, task), r["policy"], task, r)
             for r in _at(records, place)
-            if r["count"] == depth // 2 and r["policy"] in ("gradient", "deepest")
+            if r["count"] == depth // 2 and r["policy"] in ("gradient", "direct", "deepest")
             for task in tasks
         ]
         loss, policy, task, record = max(worst, key=lambda item: item[0])
@@ -127,7 +127,7 @@ def _free(records: Sequence[Fields], tasks: Sequence[str], depth: int) -> str:
     head = ["tokens", "geometry", f"free of {depth}", *_PLAIN]
     return (
         f"Layers that can go sparse, one after the other, before any task loses more than {KEPT:.0%}: by the best "
-        f"policy, and by three of them.\n\n{table(head, rows)}"
+        f"policy, and by four of them.\n\n{table(head, rows)}"
     )
 
 

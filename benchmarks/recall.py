@@ -15,7 +15,7 @@ import torch
 from benchmarks import recall_model
 from benchmarks.common import RESULTS, Case, Parts, Records, note
 from benchmarks.recall_model import QUESTIONS, TASKS
-from benchmarks.recall_tasks import COPY, HOPS, LISTED, Batch, evaluation
+from benchmarks.recall_tasks import COPY, HOPS, LISTED, SLOT, Batch, evaluation
 from tmx_compile import TriangleMixConfig, calibrate
 from tmx_compile.analysis import CapturedModel, Inputs, Sample
 from tmx_compile.analysis.language_model import call_arguments
@@ -25,7 +25,7 @@ SEED = 20261122
 FULL: dict[str, Any] = {
     "lengths": [1024, 2048, 4096, 8192],
     "geometries": [[4, 32, 64], [8, 64, 128], [8, 512, 128]],
-    "policies": ["gradient", "deepest", "first", "random0", "random1", "random2"],
+    "policies": ["gradient", "direct", "deepest", "first", "random0", "random1", "random2"],
     "sequences": 32,
     "batch": 8,
     "calibration_sequences": 16,
@@ -33,7 +33,7 @@ FULL: dict[str, Any] = {
 QUICK: dict[str, Any] = FULL | {
     "lengths": [512],
     "geometries": [[4, 16, 64]],
-    "policies": ["gradient", "deepest"],
+    "policies": ["gradient", "direct", "deepest"],
     "sequences": 2,
     "batch": 2,
     "calibration_sequences": 2,
@@ -55,7 +55,8 @@ def settings(quick: bool) -> dict[str, Any]:
         "listed": LISTED,
         "seed": SEED,
         "accuracy": "the share of answers that are the most likely token, dense and sparse on the same sequences",
-        "policies_by": "gradient: calibrate() at the same length and geometry on other sequences; random: by seed",
+        "policies_by": "gradient and direct: calibrate() at the same length and geometry, on other sequences; random: by "
+        "seed",
     }
 
 
@@ -85,9 +86,10 @@ class Lab:
         """Every policy, number of layers and task at one length and geometry."""
         self.captured.geometry = geometry
         note(f"recall: ranking layers at {tokens} tokens, {geometry}")
-        ranking = self._ranking(tokens, geometry)
+        policies = [policy for policy in self.plan["policies"] if policy in ("gradient", "direct")]
+        rankings = {policy: self._ranking(tokens, geometry, policy) for policy in policies}
         sets = {
-            (policy, count): self._layers(policy, count, ranking)
+            (policy, count): self._layers(policy, count, rankings)
             for policy in self.plan["policies"]
             for count in range(1, self.depth + 1)
         }
@@ -113,9 +115,9 @@ class Lab:
             for (policy, count), accuracy in found.items()
         ]
 
-    def _layers(self, policy: str, count: int, ranking: tuple[int, ...]) -> tuple[int, ...]:
-        if policy == "gradient":
-            return tuple(sorted(ranking[:count]))
+    def _layers(self, policy: str, count: int, rankings: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
+        if policy in rankings:
+            return tuple(sorted(rankings[policy][:count]))
         if policy == "first":
             return tuple(range(count))
         if policy == "deepest":
@@ -139,9 +141,10 @@ class Lab:
             right.append((likely == batch.targets[:, -keep:])[asked[:, -keep:]])
         return float(torch.cat(right).float().mean())
 
-    def _ranking(self, tokens: int, geometry: tuple[int, int, int]) -> tuple[int, ...]:
-        """Layers by the gradient at a last question, over all tasks in turn."""
-        extra = call_arguments(self.model, 1)
+    def _ranking(self, tokens: int, geometry: tuple[int, int, int], estimator: str) -> tuple[int, ...]:
+        """Layers by the gradient at a last question, or by the divergence of the last tokens, over all tasks in turn."""
+        compared = 1 if estimator == "gradient" else min(SLOT * QUESTIONS, geometry[2])
+        extra = call_arguments(self.model, compared)
         samples = []
         for i in range(self.plan["calibration_sequences"]):
             generator = torch.Generator(self.device).manual_seed(SEED - 1 - i)
@@ -149,7 +152,9 @@ class Lab:
             end = int((batch.targets[0] >= 0).nonzero()[-1])
             inputs = {"input_ids": batch.ids[:, : end + 1].clone(), **extra}
             samples.append(Sample(Inputs(kwargs=inputs), batch.targets[0, end : end + 1].clone()))
-        found = calibrate(self.model, samples, config=TriangleMixConfig(*geometry), progress=False)
+        greedy = {} if estimator == "gradient" else {"greedy": self.depth - 1, "positions": compared}
+        config = TriangleMixConfig(*geometry)
+        found = calibrate(self.model, samples, config=config, estimator=estimator, progress=False, **greedy)
         return tuple(found.ranking)
 
 

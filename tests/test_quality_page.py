@@ -166,9 +166,9 @@ def test_the_model_that_recalls(page, tmp_path):
         "- A model trained to recall, at 8,192 tokens: with 8/64/128 2 of 4 layers (gradient) lose at most 1%" in text
     )
     assert "half of them cost up to 50% (deepest, 0 hops: 100% to 50%)." in text
-    assert "| 8,192 | 8/64/128 | 2 (gradient) | 2 | 1 | 0 |" in text
+    assert "| 8,192 | 8/64/128 | 2 (gradient) | 2 |  | 1 | 0 |" in text
     # There the counts do not begin at one.
-    assert "| 1,024 | 8/64/128 | none | 0 | 0 | 0 |" in text
+    assert "| 1,024 | 8/64/128 | none | 0 |  | 0 | 0 |" in text
     assert "| 1,024 | 87.5% | 75.0% |" in text
     assert "| 8,192 | 8/64/128 | gradient | 0, 1 | 99.5% | 98.0% |" in text
     assert "3.1 million parameters (4 layers, hidden size 192, 6 heads), trained from seed 1 for 3 minutes" in text

@@ -152,13 +152,14 @@ def test_accuracy_with_sparse_layers_is_that_of_their_masks():
 def test_every_choice_is_measured_once(monkeypatch):
     model = recall_model.build(recall_model.QUICK_SHAPE).eval()
     lab = recall.Lab(recall.QUICK, model, torch.device("cpu"))
-    monkeypatch.setattr(lab, "_ranking", lambda tokens, geometry: (0, 1))
+    monkeypatch.setattr(lab, "_ranking", lambda tokens, geometry, estimator: {"gradient": (0, 1), "direct": (1, 0)}[estimator])
     seen = []
     monkeypatch.setattr(lab, "_accuracy", lambda batches, layers: seen.append(layers) or len(layers) / 4)
     records = lab.evaluate(512, (4, 16, 64))
     assert {(r["policy"], r["count"]): r["indices"] for r in records} == {
         ("dense", 0): [],
         ("gradient", 1): [0],
+        ("direct", 1): [1],
         ("deepest", 1): [1],
         ("deepest", 2): [0, 1],
     }
