@@ -55,8 +55,8 @@ def settings(quick: bool) -> dict[str, Any]:
         "listed": LISTED,
         "seed": SEED,
         "accuracy": "the share of answers that are the most likely token, dense and sparse on the same sequences",
-        "policies_by": "gradient and direct: calibrate() at the same length and geometry, on other sequences; random: by "
-        "seed",
+        "policies_by": "gradient and direct: calibrate() at the same length and geometry, on other sequences; random: "
+        "by seed",
     }
 
 
@@ -142,7 +142,7 @@ class Lab:
         return float(torch.cat(right).float().mean())
 
     def _ranking(self, tokens: int, geometry: tuple[int, int, int], estimator: str) -> tuple[int, ...]:
-        """Layers by the gradient at a last question, or by the divergence of the last tokens, over all tasks in turn."""
+        """Layers by the gradient at a last question, or by the divergence of the last tokens; all tasks in turn."""
         compared = 1 if estimator == "gradient" else min(SLOT * QUESTIONS, geometry[2])
         extra = call_arguments(self.model, compared)
         samples = []

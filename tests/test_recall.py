@@ -152,7 +152,8 @@ def test_accuracy_with_sparse_layers_is_that_of_their_masks():
 def test_every_choice_is_measured_once(monkeypatch):
     model = recall_model.build(recall_model.QUICK_SHAPE).eval()
     lab = recall.Lab(recall.QUICK, model, torch.device("cpu"))
-    monkeypatch.setattr(lab, "_ranking", lambda tokens, geometry, estimator: {"gradient": (0, 1), "direct": (1, 0)}[estimator])
+    rankings = {"gradient": (0, 1), "direct": (1, 0)}
+    monkeypatch.setattr(lab, "_ranking", lambda tokens, geometry, estimator: rankings[estimator])
     seen = []
     monkeypatch.setattr(lab, "_accuracy", lambda batches, layers: seen.append(layers) or len(layers) / 4)
     records = lab.evaluate(512, (4, 16, 64))
