@@ -205,8 +205,9 @@ def _first_n(result: Fields) -> str:
         f"{settings['score']}. Compiled by {settings['compiled']}.\n\n"
         + table(head, rows)
         + f"\n\nThe same number of layers costs {first['perplexity_increase']:.0%} perplexity at the front and "
-        f"{deepest['perplexity_increase']:.1%} at the back. This is why `num_triangle_layers`, which takes the first "
-        "n, draws a warning, and why the guides use `TriangleMixConfig.deepest`.\n\n**What limits it.** One small "
+        f"{deepest['perplexity_increase']:.1%} at the back. That is a first look; more texts, lengths, geometries and "
+        "policies are in [quality.md](quality.md), which the warning about `num_triangle_layers` quotes.\n\n"
+        "**What limits it.** One small "
         f"model and {settings['texts'] * settings['scored']:,} scored tokens rank the choices; they do not tell what "
         "your model loses."
     )

@@ -111,7 +111,7 @@ _RIVALS = {
 }
 _CHOSEN = {
     "gradient": "Layers chosen by gradient have a lower divergence (KL, last tokens), where the choices differ, than",
-    "direct": "Layers chosen by their own divergence (`direct`) have a lower one than",
+    "direct": "Layers chosen by their own divergence (`direct`) have a lower one, where the choices differ, than",
 }
 
 

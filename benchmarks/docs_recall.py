@@ -37,7 +37,7 @@ def short(records: Sequence[Fields], depth: int) -> str:
     for place in places(records):
         if place[0] != longest:
             continue
-        found = _most(records, place, tasks)
+        found = _most(_at(records, place), tasks, depth)
         free = (
             f"{found[0]} of {depth} layers ({found[1]}) lose at most {KEPT:.0%}"
             if found[0]
@@ -102,32 +102,39 @@ def _dense(records: Sequence[Fields], tasks: Sequence[str]) -> str:
     return f"Dense attention:\n\n{table(['tokens', *tasks], rows)}"
 
 
-def _most(records: Sequence[Fields], place: Place, tasks: Sequence[str]) -> tuple[int, str]:
-    """The most layers of a policy up to which every task keeps its accuracy, and the policy."""
-    found = []
-    for policy in dict.fromkeys(r["policy"] for r in records):
-        own = {r["count"]: r for r in _at(records, place) if r["policy"] == policy and r["count"]}
-        count = 0
-        while count + 1 in own and all(_loss(own[count + 1], task) <= KEPT for task in tasks):
-            count += 1
-        found.append((count, policy))
-    # The first policy of those with the most.
-    return max(found, key=lambda item: item[0])
+def _kept(here: Sequence[Fields], policy: str, tasks: Sequence[str], depth: int) -> int | None:
+    """The most layers of a policy up to which every task keeps its accuracy; None: it was not measured.
+
+    All layers are those of every policy.
+    """
+    if not any(r["policy"] == policy for r in here):
+        return None
+    own = {r["count"]: r for r in here if r["policy"] == policy or r["count"] == depth}
+    count = 0
+    while count + 1 in own and all(_loss(own[count + 1], task) <= KEPT for task in tasks):
+        count += 1
+    return count
+
+
+def _most(here: Sequence[Fields], tasks: Sequence[str], depth: int) -> tuple[int, str]:
+    """The most that any policy keeps, and the first that does. Random draws differ for every number: none to go by."""
+    kept = [(_kept(here, policy, tasks, depth), policy) for policy in _PLAIN]
+    return max(((count, policy) for count, policy in kept if count is not None), key=lambda pair: pair[0])
 
 
 def _free(records: Sequence[Fields], tasks: Sequence[str], depth: int) -> str:
     rows = []
     for place in places(records):
-        count, policy = _most(records, place, tasks)
+        here = _at(records, place)
+        count, policy = _most(here, tasks, depth)
         row = [f"{place[0]:,}", slashed(place[1]), f"{count} ({policy})" if count else "none"]
-        for name in _PLAIN:
-            own = [r for r in _at(records, place) if r["policy"] == name]
-            row.append(str(_most(own, place, tasks)[0]) if own else "")
+        kept = (_kept(here, name, tasks, depth) for name in _PLAIN)
+        row += ["" if count is None else str(count) for count in kept]
         rows.append(row)
     head = ["tokens", "geometry", f"free of {depth}", *_PLAIN]
     return (
-        f"Layers that can go sparse, one after the other, before any task loses more than {KEPT:.0%}: by the best "
-        f"policy, and by four of them.\n\n{table(head, rows)}"
+        f"Layers that can go sparse, one after the other, before any task loses more than {KEPT:.0%}: by the best of "
+        f"four policies, and by each.\n\n{table(head, rows)}"
     )
 
 

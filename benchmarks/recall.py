@@ -15,7 +15,7 @@ import torch
 from benchmarks import recall_model
 from benchmarks.common import RESULTS, Case, Parts, Records, note
 from benchmarks.recall_model import QUESTIONS, TASKS
-from benchmarks.recall_tasks import COPY, HOPS, LISTED, SLOT, Batch, evaluation
+from benchmarks.recall_tasks import COPY, HOPS, LISTED, Batch, evaluation
 from tmx_compile import TriangleMixConfig, calibrate
 from tmx_compile.analysis import CapturedModel, Inputs, Sample
 from tmx_compile.analysis.language_model import call_arguments
@@ -28,7 +28,7 @@ FULL: dict[str, Any] = {
     "policies": ["gradient", "direct", "deepest", "first", "random0", "random1", "random2"],
     "sequences": 32,
     "batch": 8,
-    "calibration_sequences": 16,
+    "calibration_sequences": 32,
 }
 QUICK: dict[str, Any] = FULL | {
     "lengths": [512],
@@ -142,9 +142,11 @@ class Lab:
         return float(torch.cat(right).float().mean())
 
     def _ranking(self, tokens: int, geometry: tuple[int, int, int], estimator: str) -> tuple[int, ...]:
-        """Layers by the gradient at a last question, or by the divergence of the last tokens; all tasks in turn."""
-        compared = 1 if estimator == "gradient" else min(SLOT * QUESTIONS, geometry[2])
-        extra = call_arguments(self.model, compared)
+        """Layers by the gradient or by the divergence at a last question, all tasks in turn.
+
+        There alone: the model was never trained on what follows other tokens.
+        """
+        extra = call_arguments(self.model, 1)
         samples = []
         for i in range(self.plan["calibration_sequences"]):
             generator = torch.Generator(self.device).manual_seed(SEED - 1 - i)
@@ -152,7 +154,7 @@ class Lab:
             end = int((batch.targets[0] >= 0).nonzero()[-1])
             inputs = {"input_ids": batch.ids[:, : end + 1].clone(), **extra}
             samples.append(Sample(Inputs(kwargs=inputs), batch.targets[0, end : end + 1].clone()))
-        greedy = {} if estimator == "gradient" else {"greedy": self.depth - 1, "positions": compared}
+        greedy = {} if estimator == "gradient" else {"greedy": self.depth - 1, "positions": 1}
         config = TriangleMixConfig(*geometry)
         found = calibrate(self.model, samples, config=config, estimator=estimator, progress=False, **greedy)
         return tuple(found.ranking)

@@ -95,7 +95,8 @@ def _loss(model: Any, layers: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     logits = model.lm_head(hidden).float()
     targets = batch.targets[asked]
     of_task = F.one_hot(batch.kind[asked], len(TASKS)).float()
-    right = (logits.argmax(-1) == targets).float() @ of_task / of_task.sum(0)
+    # No matrix product: autocast would round it to bfloat16.
+    right = ((logits.argmax(-1) == targets)[:, None] * of_task).sum(0) / of_task.sum(0)
     return F.cross_entropy(logits, targets), right
 
 

@@ -36,7 +36,7 @@ CPU: dict[str, Any] = {
     "variants": ["dense", "triangle", "streaming-cache"],
     # batch, tokens of each prompt, timed rounds
     "workloads": [[1, 4096, 3], [2, 4096, 3], [4, 3072, 3], [8, 3072, 3]],
-    "sizes": "12 of 30 layers, and shorter prompts and fewer rounds from batch 4 on, so that two cores take minutes, "
+    "sizes": "12 of 30 layers, and shorter prompts from batch 4 on, so that two cores take minutes, "
     "not an hour; prompts stay above min_seq_len, below which all variants are dense",
 }
 CUDA: dict[str, Any] = {

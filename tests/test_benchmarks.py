@@ -11,7 +11,6 @@ import torch
 
 from benchmarks import common, docs, operator, peers, shapes, ttft
 from benchmarks.account import account, floor_limit, kernel_class
-from tmx_compile import api
 from tmx_compile.bench.floor import Ceilings, Shape, attended_pairs, causal_pairs
 from tmx_compile.lowering.base import AttentionCall
 from tmx_compile.lowering.select import preference
@@ -93,13 +92,6 @@ def test_auto_prefers_what_was_measured_fastest():
         if of[chosen] > 1.15 * min(of.values()):
             wrong.append((dtype, geometry, n, chosen, of))
     assert not wrong
-
-
-def test_the_warning_about_the_first_layers_quotes_the_measured_cost():
-    records = {r["layers"]: r for r in stored("first_n.json")["records"]}
-    measured = {name: records[name]["perplexity_increase"] for name in ("first", "deepest")}
-    text = api._FIRST_N_WARNING
-    assert text.format(n=9, **api._FIRST_N_COST) == text.format(n=9, **measured)
 
 
 def test_a_quick_run_writes_valid_records(tmp_path):

@@ -295,7 +295,7 @@ def explain(
 
     Dynamo traces the call; wherever a graph would run, zeros of the right shapes stand in for its results. No kernel
     of the model runs and nothing is compiled. A cache among the arguments is given such zeros too: pass a copy of it.
-    The options are those of :func:`tmx_backend`.
+    ``lowering``, ``strict``, ``assume_causal``, ``decode`` and ``chunked_prefill`` are those of :func:`tmx_backend`.
 
     Raises:
         ValueError: bad arguments, or a result whose shape is known only by running.

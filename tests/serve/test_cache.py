@@ -367,7 +367,8 @@ def test_the_price_is_on_the_label():
         StreamingCache(tiny_qwen3(3), CONFIG)
     (text,) = [str(w.message) for w in caught]
     assert "in 2 of 3 layers generated tokens attend to 21 keys" in text
-    assert "quality" in text
+    assert "copied right instead of 82%" in text
+    assert "docs/serving.md" in text
 
 
 def test_the_package_imports_without_transformers():

@@ -197,3 +197,5 @@ def test_serving_has_the_measured_figures():
     assert f"give {gpu[0][0]:.2f} times the tokens per second, with a `StreamingCache` {gpu[1][0]:.2f} times" in text
     cpu = [f"{min(values):.2f} to {max(values):.2f} times" for values in ratios("throughput.json", "ratio")]
     assert f"{cpu[0]}, and {cpu[1]}." in text
+    decode = ratios("throughput.json", "decode_ratio")[0]
+    assert f"came out {min(decode):.2f} to {max(decode):.2f} times as fast" in text
