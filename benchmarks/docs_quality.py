@@ -55,6 +55,11 @@ class Results:
         """The (prompt, geometry) pairs of the plain cells, in order."""
         return list(dict.fromkeys((r["prompt"], tuple(r["geometry"])) for r in self.plain))
 
+    @property
+    def geometries(self) -> list[tuple[int, ...]]:
+        """The geometries of the plain cells, in order."""
+        return list(dict.fromkeys(geometry for _, geometry in self.places))
+
 
 def sections(result: Fields, more: Sequence[str] = ()) -> str:
     """Everything below the origin of the numbers; ``more``: lines for its summary."""
@@ -78,11 +83,15 @@ def figure(value: Figure, form: str = "+.1%") -> str:
     return f"{mean:{form}} ({low:{form}} to {high:{form}})"
 
 
+def _of_dense(record: Fields, task: str) -> str:
+    return f"{record[task][0]:.0%} of {record[f'{task}_dense']:.0%}"
+
+
 def short(found: Results) -> str:
     lines = [_duels(found, "gradient"), _duels(found, "direct")]
     for budget in BUDGETS:
         said = []
-        for geometry in dict.fromkeys(geometry for _, geometry in found.places):
+        for geometry in found.geometries:
             most = {p: _most(found, (p, g), budget)[0] for p, g in found.places if g == geometry}
             said.append(f"{slashed(geometry)}: {_list(most.values())} at {_list(f'{p:,}' for p in most)} tokens")
         text = f"Free within {budget:.1%} perplexity (upper ends of the intervals), of {_layers(found)} layers"
@@ -148,7 +157,7 @@ def _presets(found: Results) -> str:
     """A calibrated choice of the share of layers that the published presets have, beside the layers they take."""
     count = round(0.3 * _layers(found))
     said = []
-    for geometry in dict.fromkeys(geometry for _, geometry in found.places):
+    for geometry in found.geometries:
         like = {"geometry": list(geometry), "count": count}
         costs = {name: [r["ppl_final"][0] for r in found.where(policy=p, **like)] for p, name in _NAMES}
         if all(costs.values()):
@@ -241,8 +250,8 @@ def _ablations(found: Results) -> str:
             slashed(r["geometry"]),
             figure(r["ppl_final"]),
             figure(r["ppl_following"]),
-            f"{r['needle'][0]:.0%} of {r['needle_dense']:.0%}",
-            f"{r['copy'][0]:.0%} of {r['copy_dense']:.0%}",
+            _of_dense(r, "needle"),
+            _of_dense(r, "copy"),
         ]
         for r in cells
     ]
@@ -262,9 +271,9 @@ def _tasks(found: Results) -> str:
                 r["policy"],
                 str(r["count"]),
                 figure(r["ppl_following"]),
-                f"{r['needle'][0]:.0%} of {r['needle_dense']:.0%}",
+                _of_dense(r, "needle"),
                 f"{r['needle_nll'][0]:+.3f}",
-                f"{r['copy'][0]:.0%} of {r['copy_dense']:.0%}",
+                _of_dense(r, "copy"),
                 f"{r['copy_nll'][0]:+.3f}",
             ]
         )
@@ -295,8 +304,8 @@ def _streaming(found: Results) -> str:
                 f"{saved:.0%}",
                 figure(dense[0]["ppl_following"]) if dense else "",
                 figure(r["ppl_following"]),
-                f"{r['needle'][0]:.0%} of {r['needle_dense']:.0%}",
-                f"{r['copy'][0]:.0%} of {r['copy_dense']:.0%}",
+                _of_dense(r, "needle"),
+                _of_dense(r, "copy"),
             ]
         )
     head = ["tokens", "geometry", "policy", "layers", "cache saved", "perplexity, decoded densely", "streaming"]
@@ -312,18 +321,17 @@ def _turns(found: Results) -> str:
     cells = [r for r in found.records if r["part"].endswith("/turns")]
     if not cells:
         return ""
-    names = {"sparse": "turn, sparse", "dense": "turn, dense"}
     rows = [
         [
             f"{r['prompt']:,}",
             slashed(r["geometry"]),
             str(r["count"]),
             f"{r['turn']:,}" if r["turn"] else "",
-            names[r["rows"]] if r["turn"] else "one prompt",
+            f"turn, {r['rows']}" if r["turn"] else "one prompt",
             figure(r["ppl_final"]),
             figure(r["ppl_following"]),
-            f"{r['needle'][0]:.0%} of {r['needle_dense']:.0%}",
-            f"{r['copy'][0]:.0%} of {r['copy_dense']:.0%}",
+            _of_dense(r, "needle"),
+            _of_dense(r, "copy"),
         ]
         for r in cells
     ]

@@ -1,5 +1,6 @@
 """docs/quality.md says what a result file says, and nothing where the file says nothing."""
 
+import functools
 import json
 import re
 
@@ -59,13 +60,17 @@ RECORDS = [
 ]
 
 
+def store(folder, case, settings, records):
+    """A result file of a case, from the machine of another."""
+    stored = json.loads((RESULTS / "first_n.json").read_text(encoding="utf-8"))
+    content = {**stored, "case": case, "settings": settings, "records": records}
+    (folder / f"{case}.json").write_text(json.dumps(content), encoding="utf-8")
+
+
 @pytest.fixture
 def page(tmp_path):
     def write(records):
-        settings = {**quality.settings(False), **quality._ITEMS["cpu"]}
-        stored = json.loads((RESULTS / "first_n.json").read_text(encoding="utf-8"))
-        content = {**stored, "case": "quality", "settings": settings, "records": records}
-        (tmp_path / "quality.json").write_text(json.dumps(content), encoding="utf-8")
+        store(tmp_path, "quality", {**quality.settings(False), **quality._ITEMS["cpu"]}, records)
         text, pictures = docs.generate_quality(tmp_path)
         for picture in pictures:
             picture.write(tmp_path)
@@ -150,9 +155,7 @@ TRAINED = {
 
 
 def with_recall(tmp_path, records):
-    stored = json.loads((RESULTS / "first_n.json").read_text(encoding="utf-8"))
-    content = {**stored, "case": "recall", "settings": recall.settings(False), "records": records}
-    (tmp_path / "recall.json").write_text(json.dumps(content), encoding="utf-8")
+    store(tmp_path, "recall", recall.settings(False), records)
     (tmp_path / "recall").mkdir(exist_ok=True)
     (tmp_path / "recall" / "recall-model.json").write_text(json.dumps(TRAINED), encoding="utf-8")
 
@@ -204,6 +207,7 @@ def test_the_same_layers_are_no_comparison(page):
     assert "Layers chosen by gradient" not in text
 
 
+@functools.cache
 def measured():
     content = json.loads((RESULTS / "quality_cuda.json").read_text(encoding="utf-8"))
     return [r for r in content["records"] if not r["part"].startswith("ranking/")]
@@ -282,7 +286,6 @@ def test_guide_and_readme_have_the_measured_figures():
     assert f"30% cost {cost('deepest', small, 9)} and {cost('deepest', wide, 9)}." in guide
     streamed = [cost(policy, wide, 9, "streaming") for policy in ("gradient", "deepest")]
     assert f"30% of the layers: {streamed[0]}, the deepest {streamed[1]}" in guide
-    assert the("direct", wide, 9)["indices"] == the("deepest", wide, 9)["indices"]
     assert f"first 9 change it by {cost('first', small, 9)}, the deepest 9 by {cost('deepest', small, 9)}" in readme
     assert f"with 8/512/128 the same layers cost {cost('first', wide, 9)} and {cost('deepest', wide, 9)}" in readme
     assert f"deepest half {cost('deepest', wide, 15)}" in readme

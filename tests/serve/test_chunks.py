@@ -234,16 +234,18 @@ def test_the_operator_equals_the_oracle(name, lowering):
     case = CASES[name]
     if lowering == "triton" and case.dtype == torch.bfloat16 and not torch.cuda.is_available():
         lowering = "blocked"
-    q, k, v, key_mask = case.tensors()
-    for first in (0, 59, 60, 61, 75, 89, 90, _NO_LAST):
-        host = torch.full((case.batch,), first)
-        got = CHUNK(q, k, v, key_mask, host, case.sink, case.window, 5, case.scale, case.reach, lowering)
-        want = oracle(q, k, v, key_mask, case.sink, case.window, max(0, case.kv_len - first), case.scale, case.reach)[0]
-        torch.testing.assert_close(got.double(), want, atol=tolerance(case.dtype), rtol=0)
-    host = torch.full((case.batch,), OWN_END)
-    got = CHUNK(q, k, v, key_mask, host, case.sink, case.window, 5, case.scale, case.reach, lowering)
-    want = oracle(q, k, v, key_mask, case.sink, case.window, 5, case.scale, case.reach)[0]
-    torch.testing.assert_close(got.double(), want, atol=tolerance(case.dtype), rtol=0)
+    check_operator(case, lowering, "cpu", tolerance(case.dtype))
+
+
+def check_operator(case, lowering, device, allowed):
+    q, k, v, key_mask = case.tensors(device=device)
+    host = [x if x is None else x.cpu() for x in (q, k, v, key_mask)]
+    for first in (0, 59, 60, 61, 75, 89, 90, _NO_LAST, OWN_END):
+        last = 5 if first == OWN_END else max(0, case.kv_len - first)
+        where = torch.full((case.batch,), first)
+        got = CHUNK(q, k, v, key_mask, where, case.sink, case.window, 5, case.scale, case.reach, lowering)
+        want = oracle(*host, case.sink, case.window, last, case.scale, case.reach)[0]
+        torch.testing.assert_close(got.cpu().double(), want, atol=allowed, rtol=0)
 
 
 def test_the_operators_pass_opcheck():

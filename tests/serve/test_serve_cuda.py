@@ -6,19 +6,18 @@ On a GPU: ``python -m pytest tests/serve/test_serve_cuda.py -n 8``.
 import pytest
 import torch
 from streaming import CONFIG, SETTINGS, check_generated, left_padded, oracle_logits, prompt
-from support import oracle, tiny_qwen3, tolerance
-from test_chunks import CASES, SIZES, feed, fixed, growing
+from support import tiny_qwen3, tolerance
+from test_cache import HELD, KINDS, static
+from test_chunks import CASES, SIZES, check_operator, feed, fixed, growing
 from transformers import DynamicCache, StaticCache
 
 from tmx_compile import TriangleMixConfig, prefill, tmx_backend
-from tmx_compile.cache import StaticStreamingCache, StreamingCache
-from tmx_compile.lowering.chunk import CHUNK, OWN_END
+from tmx_compile.cache import StreamingCache
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
     pytest.mark.filterwarnings("ignore:streaming decode"),
 ]
-SINK, WINDOW, _ = CONFIG.geometry
 # Through a model of three layers; fused float32 kernels split their products into narrower ones.
 ALLOWED = 5e-4
 
@@ -66,15 +65,8 @@ def test_chunks_equal_one_pass(make, starts, lowering):
 @pytest.mark.parametrize("name", CASES)
 def test_the_operator_equals_the_oracle(name, lowering):
     case = CASES[name]
-    q, k, v, key_mask = case.tensors(device="cuda")
-    host = [x.cpu() for x in (q, k, v)] + [None if key_mask is None else key_mask.cpu()]
     allowed = 1e-4 if case.dtype == torch.float32 else tolerance(case.dtype)
-    for first in (0, 59, 60, 61, 75, 89, 90, 2**62, OWN_END):
-        last = 5 if first == OWN_END else max(0, case.kv_len - first)
-        where = torch.full((case.batch,), first)
-        got = CHUNK(q, k, v, key_mask, where, case.sink, case.window, 5, case.scale, case.reach, lowering)
-        want = oracle(*host, case.sink, case.window, last, case.scale, case.reach)[0]
-        torch.testing.assert_close(got.cpu().double(), want, atol=allowed, rtol=0)
+    check_operator(case, lowering, "cuda", allowed)
 
 
 def test_a_long_prompt_in_chunks():
@@ -110,15 +102,7 @@ def test_streaming_decode(static, starts):
     assert {site.lowering for site in backend.report if site.decision == "streaming"} == {"decode"}
 
 
-def dynamic(model):
-    return StreamingCache(model, CONFIG)
-
-
-def ring(model):
-    return StaticStreamingCache(model, CONFIG, max_cache_len=256)
-
-
-@pytest.mark.parametrize("make", [dynamic, ring])
+@KINDS
 @pytest.mark.parametrize("starts", [None, (0, 30, 75), (0, 92, 99)])
 @pytest.mark.parametrize("how", ["as it is", "generate", "backend"])
 def test_caches(make, starts, how):
@@ -126,14 +110,14 @@ def test_caches(make, starts, how):
     model, same = on_gpu()
     ids, mask = prompt(3), None if starts is None else left_padded(starts)
     if how == "backend":
-        model.compile(backend=tmx_backend(CONFIG, strict=True, assume_causal=make is ring), dynamic=True)
+        model.compile(backend=tmx_backend(CONFIG, strict=True, assume_causal=make is static), dynamic=True)
     for _ in range(2):
         cache = make(model)
         out = generated(model, ids, mask, past_key_values=cache, max_new_tokens=40, disable_compile=how != "generate")
         triangle = [(0, 100)] if how == "backend" else None
         check_generated(same, CONFIG, ids, mask, out, atol=ALLOWED, triangle=triangle)
         assert unlike_dense(out, same, ids, mask)
-        assert [layer.keys.shape[2] for layer in cache.layers][1:] == [SINK + WINDOW + 1] * 2
+        assert [layer.keys.shape[2] for layer in cache.layers][1:] == [HELD] * 2
         assert all(layer.keys.is_cuda for layer in cache.layers)
 
 

@@ -79,9 +79,8 @@ class AttentionInputs:
     def sparse(self, geometry: tuple[int, int, int]) -> Tensor:
         """Triangle attention alone, (B, H, Sq, Dv), by the purpose-built kernel where there is a GPU for it."""
         if self.query.is_cuda:
-            q, k, v, key_mask = self.query, self.key, self.value, self.key_mask
-            needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-            out = triton_attention(AttentionCall(q, k, v, key_mask, *geometry, self.scale, needs_grad, self.reach))
+            operands = (self.query, self.key, self.value, self.key_mask)
+            out = triton_attention(AttentionCall(*operands, *geometry, self.scale, False, self.reach))
             if isinstance(out, Tensor):
                 return out
         return self.triangle(geometry)[0]
