@@ -25,7 +25,8 @@ def section(result: Fields, training: Fields) -> str:
     tasks = list(records[0]["dense"])
     depth = training["shape"]["layers"]
     parts = [_model(training, result["settings"]), _dense(records, tasks), _free(records, tasks, depth)]
-    parts += [_halves(records, tasks, depth), f"![accuracy by number of sparse layers]({PICTURE})"]
+    parts += [_breaks(records, tasks, depth), _halves(records, tasks, depth)]
+    parts.append(f"![accuracy by number of sparse layers]({PICTURE})")
     return "\n\n".join(parts)
 
 
@@ -51,13 +52,25 @@ def short(records: Sequence[Fields], depth: int) -> str:
         ]
         loss, policy, task, record = max(worst, key=lambda item: item[0])
         half = (
-            f"half of them cost up to {loss:.0%} ({policy}, {task}: {record['dense'][task]:.0%} to "
-            f"{record['accuracy'][task]:.0%})"
+            f"half of them cost up to {loss:.0%} ({policy}, {task}: {_from_to(record, task)})"
             if loss > 0
             else "half of them cost nothing"
         )
-        said.append(f"with {slashed(place[1])} {free}, {half}")
+        said.append(f"with {slashed(place[1])} {free}, {half}{_first(_at(records, place), tasks, depth // 2)}")
     return f"A model trained to recall, at {longest:,} tokens: {'; '.join(said)}."
+
+
+def _first(here: Sequence[Fields], tasks: Sequence[str], count: int) -> str:
+    """What the first layers lose, where that was measured."""
+    found = next((r for r in here if (r["policy"], r["count"]) == ("first", count)), None)
+    if found is None:
+        return ""
+    task = max(tasks, key=lambda name: _loss(found, name))
+    return f", the first {count} layers {_loss(found, task):.0%} ({task}: {_from_to(found, task)})"
+
+
+def _from_to(record: Fields, task: str) -> str:
+    return f"{record['dense'][task]:.0%} to {record['accuracy'][task]:.0%}"
 
 
 def _loss(record: Fields, task: str) -> float:
@@ -73,8 +86,9 @@ def _model(training: Fields, settings: Fields) -> str:
         f"A Llama of {training['parameters'] / 1e6:.1f} million parameters ({shape['layers']} layers, hidden size "
         f"{shape['hidden']}, {shape['heads']} heads), trained from seed {training['seed']} for {last['minutes']:.0f} "
         f"minutes, {last['step']:,} steps, on one {training['hardware']['gpu']} by `{training['command']}`; its "
-        "weights are in the repository. It reads names that are given values, names for names, and a list, in noise, "
-        "and is asked for values "
+        "weights are in the repository. Heads begin as ones that look back by a token or find their like: from the "
+        "usual random weights it does not learn to look up in that time. It reads names that are given values, names "
+        "for names, and a list, in noise, and is asked for values "
         f"{_hops()} away and for the list. All questions stand among the last rows: what is lost was lost in the "
         f"middle. Each figure is the accuracy over {answers:,} answers, {copied:,} for the list; the same sequences "
         "for every choice of layers."
@@ -138,23 +152,36 @@ def _free(records: Sequence[Fields], tasks: Sequence[str], depth: int) -> str:
     )
 
 
+def _breaks(records: Sequence[Fields], tasks: Sequence[str], depth: int) -> str:
+    halves = [r for r in records if r["count"] == depth // 2]
+    said = []
+    for task in tasks:
+        worst = max(halves, key=lambda r: _loss(r, task))
+        where = f"{worst['policy']}, {worst['tokens']:,} tokens, {slashed(worst['geometry'])}"
+        fall = f"{_loss(worst, task):.0%} ({_from_to(worst, task)}; {where})"
+        said.append(f"{task} {fall if _loss(worst, task) > 0 else 'nothing'}")
+    return (
+        "What breaks is what is looked up while the prompt is read: a value one or two names away needs rows of the "
+        "middle that see far back. Most that any choice of half of the layers loses, by task: "
+        f"{', '.join(said)}."
+    )
+
+
 def _halves(records: Sequence[Fields], tasks: Sequence[str], depth: int) -> str:
-    rows = []
+    rows: dict[tuple[Any, ...], list[str]] = {}
     for place in places(records):
         for r in _at(records, place):
             if r["count"] == depth // 2:
                 indices = ", ".join(map(str, r["indices"]))
-                rows.append(
-                    [
-                        f"{place[0]:,}",
-                        slashed(place[1]),
-                        r["policy"],
-                        indices,
-                        *(f"{r['accuracy'][task]:.1%}" for task in tasks),
-                    ]
-                )
+                scores = [f"{r['accuracy'][task]:.1%}" for task in tasks]
+                # Policies often choose the same layers.
+                rows.setdefault((place, indices, *scores), []).append(r["policy"])
+    lines = [
+        [f"{tokens:,}", slashed(geometry), ", ".join(policies), indices, *scores]
+        for ((tokens, geometry), indices, *scores), policies in rows.items()
+    ]
     head = ["tokens", "geometry", "policy", "layers", *tasks]
-    return f"Half of the layers sparse:\n\n{table(head, rows)}"
+    return f"Half of the layers sparse:\n\n{table(head, lines)}"
 
 
 def picture(result: Fields, depth: int) -> Picture:

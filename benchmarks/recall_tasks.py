@@ -24,7 +24,7 @@ from torch import Tensor
 SLOT = 4
 HOPS = 3
 DEF, ASK, LIST, STOP = 0, 1, 2, 3
-NAMES, VALUES, NOISE = 512, 256, 64
+NAMES, VALUES, NOISE = 192, 64, 32
 _FIRST_NAME = 4
 _FIRST_VALUE = _FIRST_NAME + NAMES
 _FIRST_NOISE = _FIRST_VALUE + VALUES
@@ -50,25 +50,30 @@ class Batch:
 COPY = HOPS
 
 
-def training(batch: int, tokens: int, generator: torch.Generator) -> Batch:
-    """Questions all over the sequence, one of each number of hops for every group, and a list at the end of each.
+def training(batch: int, tokens: int, generator: torch.Generator, names: int = HOPS, room: int = 16) -> Batch:
+    """Questions all over the sequence, one for every name of every group, and a list at the end of each.
+
+    A group has ``names`` of the three names, and on average up to ``room`` slots of the sequence for itself.
 
     Raises:
-        ValueError: ``tokens`` is no multiple of four, or too few for a group and a list.
+        ValueError: ``tokens`` is no multiple of four, or too few for a group and a list; or ``names`` is not 1 to 3.
     """
+    if not 1 <= names <= HOPS:
+        raise ValueError(f"names must be 1 to {HOPS}, got {names}")
     body = _body_slots(tokens, 2 * (LISTED // SLOT + 1))
-    # From few to as many as fit. With few a guess among the values that are there is often right, and a model learns
-    # to guess before it learns to look up; with many alone it is slow to learn anything.
-    least, most = (max(1, min(body // each, NAMES // HOPS)) for each in (16, 2 * HOPS + 1))
+    # Of few groups one is easily guessed, and a model learns to guess, by elimination too, before it looks up.
+    most = min(body // (2 * names), NAMES // HOPS)
+    least = max(1, min(body // room, most))
     groups = int(torch.randint(least, most + 1, (1,), generator=generator, device=generator.device))
     slots, order = _noise(batch, tokens, body, generator)
-    places = order[:, : groups * 2 * HOPS].reshape(batch, groups, 2 * HOPS).sort(-1).values
-    names, values = _named(batch, groups, generator)
+    places = order[:, : groups * 2 * names].reshape(batch, groups, 2 * names).sort(-1).values
+    named, values = _named(batch, groups, generator)
+    named = named[..., :names]
     kind = torch.full_like(slots, -1)
-    _define(slots, places[..., :HOPS], names, values)
+    _define(slots, places[..., :names], named, values)
     # Which hop each later slot of a group asks: a permutation of all.
-    hop = torch.rand(batch, groups, HOPS, generator=generator, device=slots.device).argsort(-1)
-    _ask(slots, kind, places[..., HOPS:], names.gather(2, hop), values, hop)
+    hop = torch.rand(batch, groups, names, generator=generator, device=slots.device).argsort(-1)
+    _ask(slots, kind, places[..., names:], named.gather(2, hop), values, hop)
     return _finished(slots, kind, batch, tokens, body, generator)
 
 

@@ -138,6 +138,8 @@ RECALL = [
     *(recalled("deepest", n, *scores) for n, scores in ((1, (1.0, 0.99)), (2, (0.5, 0.98)), (3, (1.0, 0.99)))),
     *(recalled("gradient", n, *scores) for n, scores in ((1, (1.0, 0.985)), (2, (0.995, 0.98)), (3, (0.25, 0.99)))),
     recalled("first", 1, 0.125, 0.25),
+    recalled("first", 2, 0.0625, 0.3),
+    recalled("random0", 2, 0.0625, 0.3),
     recalled("deepest", 4, 0.0625, 0.5),
     recalled("dense", 0, 0.875, 0.75, tokens=1024, dense=(0.875, 0.75)),
     recalled("first", 1, 0.8, 0.75, tokens=1024, dense=(0.875, 0.75)),
@@ -167,12 +169,15 @@ def test_the_model_that_recalls(page, tmp_path):
     assert (
         "- A model trained to recall, at 8,192 tokens: with 8/64/128 2 of 4 layers (gradient) lose at most 1%" in text
     )
-    assert "half of them cost up to 50% (deepest, 0 hops: 100% to 50%)." in text
+    assert "half of them cost up to 50% (deepest, 0 hops: 100% to 50%), " in text
+    assert "50%), the first 2 layers 94% (0 hops: 100% to 6%)." in text
+    assert "by task: 0 hops 94% (100% to 6%; first, 8,192 tokens, 8/64/128), copy 69% (99% to 30%; first, " in text
     assert "| 8,192 | 8/64/128 | 2 (gradient) | 2 |  | 1 | 0 |" in text
     # There the counts do not begin at one.
     assert "| 1,024 | 8/64/128 | none | 0 |  | 0 | 0 |" in text
     assert "| 1,024 | 87.5% | 75.0% |" in text
     assert "| 8,192 | 8/64/128 | gradient | 0, 1 | 99.5% | 98.0% |" in text
+    assert "| 8,192 | 8/64/128 | first, random0 | 0, 1 | 6.2% | 30.0% |" in text
     assert "3.1 million parameters (4 layers, hidden size 192, 6 heads), trained from seed 1 for 3 minutes" in text
 
 
@@ -269,6 +274,24 @@ def test_serving_tells_what_streaming_costs():
         for prompt in (2048, 4096, 7680)
     ]
     assert f"every choice of 30% costs {min(small):.0%} or more" in text.replace("\n", " ")
+
+
+def test_guide_has_the_figures_of_the_model_that_recalls():
+    guide = " ".join((DOCS / "guide.md").read_text(encoding="utf-8").split())
+    records = json.loads((RESULTS / "recall.json").read_text(encoding="utf-8"))["records"]
+    longest = {(r["policy"], tuple(r["geometry"]), r["count"]): r for r in records if r["tokens"] == 8192}
+    wide, small = (8, 512, 128), (4, 32, 64)
+
+    def answered(policy, geometry):
+        return f"{longest[policy, geometry, 3]['accuracy']['1 hops']:.1%}"
+
+    dense = longest["dense", wide, 0]["accuracy"]["1 hops"]
+    assert f"answers {dense:.1%} of the questions one name away at 8,192 tokens" in guide
+    assert f"sparse by `direct` it answers {answered('direct', wide)}" in guide
+    assert f"deepest three {answered('deepest', wide)}, with the first three {answered('first', wide)}" in guide
+    assert f"at 8/512/128, and {answered('first', small)} at 4/32/64" in guide
+    halves = [r for r in records if r["count"] == 3]
+    assert all(r["dense"][task] - r["accuracy"][task] < 0.005 for r in halves for task in ("0 hops", "copy"))
 
 
 def test_guide_and_readme_have_the_measured_figures():

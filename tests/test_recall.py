@@ -47,8 +47,9 @@ def expected(ids):
 
 
 @pytest.mark.parametrize("tokens", [128, 1024, 4096])
-def test_training_asks_what_was_said(tokens):
-    batch = training(3, tokens, torch.Generator().manual_seed(tokens))
+@pytest.mark.parametrize(("names", "room"), [(1, 4), (2, 8), (3, 16)])
+def test_training_asks_what_was_said(tokens, names, room):
+    batch = training(3, tokens, torch.Generator().manual_seed(tokens), names, room)
     assert batch.ids.shape == batch.targets.shape == batch.kind.shape == (3, tokens)
     assert 0 <= int(batch.ids.min()) <= int(batch.ids.max()) < tasks.VOCABULARY
     for row in range(3):
@@ -56,7 +57,9 @@ def test_training_asks_what_was_said(tokens):
         assert torch.equal(batch.targets[row], targets)
         assert torch.equal(batch.kind[row], kind)
         counts = [int((kind == hops).sum()) for hops in range(HOPS)]
-        assert counts[0] == counts[1] == counts[2] >= 1
+        assert counts == [counts[0]] * names + [0] * (HOPS - names)
+        body = tokens // SLOT - 2 * (LISTED // SLOT + 1)
+        assert counts[0] >= min(max(body // room, 1), tasks.NAMES // HOPS)
     assert len({tuple(row.tolist()) for row in batch.ids}) == 3
 
 
@@ -84,6 +87,8 @@ def test_a_seed_gives_the_same_sequences():
     [
         (lambda g: training(1, 130, g), "multiple of 4 and at least 96, got 130"),
         (lambda g: training(1, 64, g), "multiple of 4 and at least 96, got 64"),
+        (lambda g: training(1, 256, g, names=0), "names must be 1 to 3, got 0"),
+        (lambda g: training(1, 256, g, names=4), "names must be 1 to 3, got 4"),
         (lambda g: evaluation(1, 1024, 8, 4, g), "hops must be 0 to 3, got 4"),
         (lambda g: evaluation(1, 256, 100, 0, g), "at least 424, got 256"),
         (lambda g: evaluation(1, 8192, 200, 0, g), "too few for 200 questions"),
@@ -109,6 +114,26 @@ def test_accuracy_counts_only_what_is_asked():
             return hidden
 
     assert recall_model.accuracy(Knows(), batch) == 0.5
+
+
+def test_heads_of_a_fresh_model_look_back():
+    torch.manual_seed(3)
+    model = recall_model.build()
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        first = model(training(2, 256, torch.Generator().manual_seed(3)).ids, output_attentions=True).attentions[0]
+    rows = torch.arange(64, 256)
+    for head, back in enumerate((1, 2, 3)):
+        assert float(first[:, head, rows, rows - back].mean()) > 0.7
+    assert float(first[:, 3, rows, rows - 4].mean()) < 0.1
+
+
+def test_the_kept_model_is_near_perfect():
+    """The committed weights, on sequences that training and the benchmark never drew."""
+    model = recall_model.load(recall.FOLDER).float()
+    for hops in (*range(HOPS), COPY):
+        batch = evaluation(8, 1024, recall_model.QUESTIONS, hops, torch.Generator().manual_seed(97 + hops))
+        assert recall_model.accuracy(model, batch) > 0.98
 
 
 def test_training_leaves_weights_that_load_and_say_the_same(tmp_path):

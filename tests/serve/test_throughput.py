@@ -193,7 +193,9 @@ def test_serving_has_the_measured_figures():
         return [[x for variant, x in named if variant == wanted] for wanted in ("triangle", "streaming-cache")]
 
     gpu = ratios("throughput_cuda.json", "ratio")
-    assert f"is read {ratios('throughput_cuda.json', 'prefill_ratio')[0][0]:.2f} times as fast" in text
+    prefill = ratios("throughput_cuda.json", "prefill_ratio")[0]
+    assert f"is read {prefill[0]:.2f} times as fast" in text
+    assert f"at once: {prefill[1]:.2f}, {gpu[0][1]:.2f} and {gpu[1][1]:.2f} times." in text
     assert f"give {gpu[0][0]:.2f} times the tokens per second, with a `StreamingCache` {gpu[1][0]:.2f} times" in text
     cpu = [f"{min(values):.2f} to {max(values):.2f} times" for values in ratios("throughput.json", "ratio")]
     assert f"{cpu[0]}, and {cpu[1]}." in text
