@@ -158,7 +158,8 @@ def _breaks(records: Sequence[Fields], tasks: Sequence[str], depth: int) -> str:
     for task in tasks:
         worst = max(halves, key=lambda r: _loss(r, task))
         where = f"{worst['policy']}, {worst['tokens']:,} tokens, {slashed(worst['geometry'])}"
-        fall = f"{_loss(worst, task):.0%} ({_from_to(worst, task)}; {where})"
+        dense, sparse = (f"{worst[key][task]:.1%}" for key in ("dense", "accuracy"))
+        fall = f"{_loss(worst, task):.1%} ({dense} to {sparse}; {where})"
         said.append(f"{task} {fall if _loss(worst, task) > 0 else 'nothing'}")
     return (
         "What breaks is what is looked up while the prompt is read: a value one or two names away needs rows of the "

@@ -171,7 +171,7 @@ def test_the_model_that_recalls(page, tmp_path):
     )
     assert "half of them cost up to 50% (deepest, 0 hops: 100% to 50%), " in text
     assert "50%), the first 2 layers 94% (0 hops: 100% to 6%)." in text
-    assert "by task: 0 hops 94% (100% to 6%; first, 8,192 tokens, 8/64/128), copy 69% (99% to 30%; first, " in text
+    assert "task: 0 hops 93.8% (100.0% to 6.2%; first, 8,192 tokens, 8/64/128), copy 69.0% (99.0% to 30.0%; " in text
     assert "| 8,192 | 8/64/128 | 2 (gradient) | 2 |  | 1 | 0 |" in text
     # There the counts do not begin at one.
     assert "| 1,024 | 8/64/128 | none | 0 |  | 0 | 0 |" in text
