@@ -213,3 +213,7 @@ def _draw(drawn: Any, panels: dict[str, dict[str, list[list[float]]]]) -> None:
             axes.plot(*zip(*sorted(points), strict=True), style, label=name, markersize=3)
         axes.set_ylabel("accuracy of the worst task")
         axes.set_ylim(-0.02, 1.02)
+    # The lines are the same in every panel, and fall to the right, where a legend would cover them.
+    for axes in drawn.axes:
+        axes.get_legend().remove()
+    drawn.axes[0].legend(fontsize=7, loc="lower left")

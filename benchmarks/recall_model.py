@@ -29,8 +29,8 @@ TASKS = {**{f"{hops} hops": hops for hops in range(HOPS)}, "copy": COPY}
 QUESTIONS = 12
 """Asked at the end of an evaluated sequence: 48 tokens, within any number of last rows that is recommended."""
 WEIGHTS, RECORD = "recall-model.safetensors", "recall-model.json"
-QUICK_SHAPE = {"layers": 2, "hidden": 96, "heads": 3, "kv_heads": 3, "head_dim": 32}
-_SHAPE = {"layers": 6, "hidden": 128, "heads": 4, "kv_heads": 4, "head_dim": 64}
+QUICK_SHAPE = {"layers": 2, "hidden": 96, "heads": 3, "head_dim": 32}
+_SHAPE = {"layers": 6, "hidden": 128, "heads": 4, "head_dim": 64}
 # (tokens, names of a group, slots for it, accuracy of the worst task from which the next stage is worth its cost). To
 # look up at all is learnt from many names and no chains, chains from single names, long sequences from short ones.
 _CURRICULUM = (
@@ -65,7 +65,7 @@ def build(shape: dict[str, int] | None = None) -> nn.Module:
         intermediate_size=shape["hidden"] * 8 // 3 // 32 * 32,
         num_hidden_layers=shape["layers"],
         num_attention_heads=shape["heads"],
-        num_key_value_heads=shape["kv_heads"],
+        num_key_value_heads=shape["heads"],
         head_dim=shape["head_dim"],
         max_position_embeddings=16384,
         rope_parameters={"rope_type": "default", "rope_theta": _THETA},
