@@ -276,7 +276,7 @@ def test_serving_tells_what_streaming_costs():
     assert f"every choice of 30% costs {min(small):.0%} or more" in text.replace("\n", " ")
 
 
-def test_guide_has_the_figures_of_the_model_that_recalls():
+def test_guide_and_readme_have_the_figures_of_the_model_that_recalls():
     guide = " ".join((DOCS / "guide.md").read_text(encoding="utf-8").split())
     records = json.loads((RESULTS / "recall.json").read_text(encoding="utf-8"))["records"]
     longest = {(r["policy"], tuple(r["geometry"]), r["count"]): r for r in records if r["tokens"] == 8192}
@@ -290,6 +290,10 @@ def test_guide_has_the_figures_of_the_model_that_recalls():
     assert f"sparse by `direct` it answers {answered('direct', wide)}" in guide
     assert f"deepest three {answered('deepest', wide)}, with the first three {answered('first', wide)}" in guide
     assert f"at 8/512/128, and {answered('first', small)} at 4/32/64" in guide
+    readme = " ".join((DOCS.parent / "README.md").read_text(encoding="utf-8").split())
+    deepest, first = answered("deepest", wide), answered("first", wide)
+    assert f"{deepest} of the questions one name away with the deepest half of its layers sparse at 8/512/128" in readme
+    assert f"and {first} with the first half" in readme
     halves = [r for r in records if r["count"] == 3]
     assert all(r["dense"][task] - r["accuracy"][task] < 0.005 for r in halves for task in ("0 hops", "copy"))
 
