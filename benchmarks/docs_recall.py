@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from benchmarks.plots import Picture, grid
-from benchmarks.recall_tasks import HOPS
+from benchmarks.recall_tasks import HOPS, VALUES
 from benchmarks.tables import Fields, slashed, table
 
 FILE, TRAINING = "recall.json", "recall/recall-model.json"
@@ -52,7 +52,7 @@ def short(records: Sequence[Fields], depth: int) -> str:
         ]
         loss, policy, task, record = max(worst, key=lambda item: item[0])
         half = (
-            f"half of them cost up to {loss:.0%} ({policy}, {task}: {_from_to(record, task)})"
+            f"half of them cost up to {loss:.1%} ({policy}, {task}: {_from_to(record, task)})"
             if loss > 0
             else "half of them cost nothing"
         )
@@ -66,11 +66,11 @@ def _first(here: Sequence[Fields], tasks: Sequence[str], count: int) -> str:
     if found is None:
         return ""
     task = max(tasks, key=lambda name: _loss(found, name))
-    return f", the first {count} layers {_loss(found, task):.0%} ({task}: {_from_to(found, task)})"
+    return f", the first {count} layers {_loss(found, task):.1%} ({task}: {_from_to(found, task)})"
 
 
 def _from_to(record: Fields, task: str) -> str:
-    return f"{record['dense'][task]:.0%} to {record['accuracy'][task]:.0%}"
+    return f"{record['dense'][task]:.1%} to {record['accuracy'][task]:.1%}"
 
 
 def _loss(record: Fields, task: str) -> float:
@@ -85,13 +85,13 @@ def _model(training: Fields, settings: Fields) -> str:
     return (
         f"A Llama of {training['parameters'] / 1e6:.1f} million parameters ({shape['layers']} layers, hidden size "
         f"{shape['hidden']}, {shape['heads']} heads), trained from seed {training['seed']} for {last['minutes']:.0f} "
-        f"minutes, {last['step']:,} steps, on one {training['hardware']['gpu']} by `{training['command']}`; its "
-        "weights are in the repository. Heads begin as ones that look back by a token or find their like: from the "
-        "usual random weights it does not learn to look up in that time. It reads names that are given values, names "
+        f"minutes, compilation included, {last['step']:,} steps, on one {training['hardware']['gpu']} by "
+        f"`{training['command']}`; its weights are in the repository. Three heads of the first layer begin looking one, two and three tokens back, "
+        "those of later layers looking for tokens like their own. It reads names that are given values, names "
         "for names, and a list, in noise, and is asked for values "
         f"{_hops()} away and for the list. All questions stand among the last rows: what is lost was lost in the "
         f"middle. Each figure is the accuracy over {answers:,} answers, {copied:,} for the list; the same sequences "
-        "for every choice of layers."
+        f"for every choice of layers. A guess among the {VALUES} values is right in {1 / VALUES:.1%}."
     )
 
 
@@ -158,8 +158,7 @@ def _breaks(records: Sequence[Fields], tasks: Sequence[str], depth: int) -> str:
     for task in tasks:
         worst = max(halves, key=lambda r: _loss(r, task))
         where = f"{worst['policy']}, {worst['tokens']:,} tokens, {slashed(worst['geometry'])}"
-        dense, sparse = (f"{worst[key][task]:.1%}" for key in ("dense", "accuracy"))
-        fall = f"{_loss(worst, task):.1%} ({dense} to {sparse}; {where})"
+        fall = f"{_loss(worst, task):.1%} ({_from_to(worst, task)}; {where})"
         said.append(f"{task} {fall if _loss(worst, task) > 0 else 'nothing'}")
     return (
         "What breaks is what is looked up while the prompt is read: a value one or two names away needs rows of the "
@@ -213,7 +212,8 @@ def _draw(drawn: Any, panels: dict[str, dict[str, list[list[float]]]]) -> None:
             axes.plot(*zip(*sorted(points), strict=True), style, label=name, markersize=3)
         axes.set_ylabel("accuracy of the worst task")
         axes.set_ylim(-0.02, 1.02)
-    # The lines are the same in every panel, and fall to the right, where a legend would cover them.
+    # The lines are the same in every panel; inside one a legend would cover points.
     for axes in drawn.axes:
         axes.get_legend().remove()
-    drawn.axes[0].legend(fontsize=7, loc="lower left")
+    handles, labels = drawn.axes[0].get_legend_handles_labels()
+    drawn.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=7)

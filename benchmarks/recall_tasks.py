@@ -53,7 +53,8 @@ COPY = HOPS
 def training(batch: int, tokens: int, generator: torch.Generator, names: int = HOPS, room: int = 16) -> Batch:
     """Questions all over the sequence, one for every name of every group, and a list at the end of each.
 
-    A group has ``names`` of the three names, and on average up to ``room`` slots of the sequence for itself.
+    A group has ``names`` of the three names, and on average about ``room`` slots of the sequence or fewer; more where
+    names run out.
 
     Raises:
         ValueError: ``tokens`` is no multiple of four, or too few for a group and a list; or ``names`` is not 1 to 3.

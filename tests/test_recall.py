@@ -126,6 +126,10 @@ def test_heads_of_a_fresh_model_look_back():
     for head, back in enumerate((1, 2, 3)):
         assert float(first[:, head, rows, rows - back].mean()) > 0.7
     assert float(first[:, 3, rows, rows - 4].mean()) < 0.1
+    for layer in model.model.layers:
+        assert torch.equal(layer.self_attn.o_proj.weight, layer.self_attn.v_proj.weight.T)
+    for layer in model.model.layers[1:]:
+        assert torch.equal(layer.self_attn.k_proj.weight, layer.self_attn.q_proj.weight)
 
 
 def test_the_kept_model_is_near_perfect():
@@ -157,7 +161,7 @@ def test_accuracy_with_sparse_layers_is_that_of_their_masks():
     torch.manual_seed(1)
     model = recall_model.build(recall_model.QUICK_SHAPE).eval()
     for layer in model.model.layers:
-        # Untrained attention adds next to nothing to the embedding.
+        # Attention outweighs the embedding: what a row sees decides its answer.
         layer.self_attn.o_proj.weight.data.mul_(50)
     lab = recall.Lab(recall.QUICK, model, torch.device("cpu"))
     lab.captured.geometry = geometry = (2, 6, 12)
