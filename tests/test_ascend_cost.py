@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 from hypothesis import given, settings
@@ -136,12 +137,11 @@ def test_the_page_has_the_tables_of_the_stored_file(tmp_path):
 
 
 def test_a_stale_page_is_told(tmp_path):
-    for file in RESULTS.glob("*.json"):
-        (tmp_path / file.name).write_text(file.read_text(encoding="utf-8"), encoding="utf-8")
-    out = tmp_path / "docs"
+    results, out = tmp_path / "results", tmp_path / "docs"
+    shutil.copytree(RESULTS, results)
     out.mkdir()
     (out / docs_ascend.PAGE).write_text(f"{docs_ascend.BEGIN}\n{docs_ascend.END}\n")
-    arguments = ["--results", str(tmp_path), "--out", str(out / "page.md")]
+    arguments = ["--results", str(results), "--out", str(out / "page.md")]
     docs.main(arguments)
     docs.main([*arguments, "--check"])
     text = (out / docs_ascend.PAGE).read_text()
