@@ -38,35 +38,32 @@ def short(records: Sequence[Fields], depth: int) -> str:
     for place in places(records):
         if place[0] != longest:
             continue
-        found = _most(_at(records, place), tasks, depth)
+        here = _at(records, place)
+        found = _most(here, tasks, depth)
         free = (
             f"{found[0]} of {depth} layers ({found[1]}) lose at most {KEPT:.0%}"
             if found[0]
             else "not one layer is free"
         )
-        worst = [
-            (_loss(r, task), r["policy"], task, r)
-            for r in _at(records, place)
-            if r["count"] == depth // 2 and r["policy"] in ("gradient", "direct", "deepest")
-            for task in tasks
-        ]
-        loss, policy, task, record = max(worst, key=lambda item: item[0])
+        halves = [r for r in here if r["count"] == depth // 2]
+        record, task = _worst([r for r in halves if r["policy"] in ("gradient", "direct", "deepest")], tasks)
+        loss = _loss(record, task)
         half = (
-            f"half of them cost up to {loss:.1%} ({policy}, {task}: {_from_to(record, task)})"
+            f"half of them cost up to {loss:.1%} ({record['policy']}, {task}: {_from_to(record, task)})"
             if loss > 0
             else "half of them cost nothing"
         )
-        said.append(f"with {slashed(place[1])} {free}, {half}{_first(_at(records, place), tasks, depth // 2)}")
+        # Where it was measured.
+        for first in (r for r in halves if r["policy"] == "first"):
+            _, task = _worst([first], tasks)
+            half += f", the first {depth // 2} layers {_loss(first, task):.1%} ({task}: {_from_to(first, task)})"
+        said.append(f"with {slashed(place[1])} {free}, {half}")
     return f"A model trained to recall, at {longest:,} tokens: {'; '.join(said)}."
 
 
-def _first(here: Sequence[Fields], tasks: Sequence[str], count: int) -> str:
-    """What the first layers lose, where that was measured."""
-    found = next((r for r in here if (r["policy"], r["count"]) == ("first", count)), None)
-    if found is None:
-        return ""
-    task = max(tasks, key=lambda name: _loss(found, name))
-    return f", the first {count} layers {_loss(found, task):.1%} ({task}: {_from_to(found, task)})"
+def _worst(records: Iterable[Fields], tasks: Sequence[str]) -> tuple[Fields, str]:
+    """The record and the task that lose most, the first of equals."""
+    return max(((r, task) for r in records for task in tasks), key=lambda pair: _loss(*pair))
 
 
 def _from_to(record: Fields, task: str) -> str:
@@ -156,7 +153,7 @@ def _breaks(records: Sequence[Fields], tasks: Sequence[str], depth: int) -> str:
     halves = [r for r in records if r["count"] == depth // 2]
     said = []
     for task in tasks:
-        worst = max(halves, key=lambda r: _loss(r, task))
+        worst, _ = _worst(halves, [task])
         where = f"{worst['policy']}, {worst['tokens']:,} tokens, {slashed(worst['geometry'])}"
         fall = f"{_loss(worst, task):.1%} ({_from_to(worst, task)}; {where})"
         said.append(f"{task} {fall if _loss(worst, task) > 0 else 'nothing'}")

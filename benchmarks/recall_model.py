@@ -135,7 +135,7 @@ def accuracy(model: Any, batch: Batch) -> float:
 def _loss(model: Any, layers: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """Cross entropy of the targets alone, few positions have one; and the share that is right, of each task (T,).
 
-    1 for a task that is not asked.
+    NaN for a task that is not asked.
     """
     asked = batch.targets >= 0
     hidden = layers(input_ids=batch.ids, use_cache=False).last_hidden_state[asked]
@@ -144,7 +144,7 @@ def _loss(model: Any, layers: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     of_task = F.one_hot(batch.kind[asked], len(TASKS)).float()
     # No matrix product: autocast would round it to bfloat16.
     right = ((logits.argmax(-1) == targets)[:, None] * of_task).sum(0) / of_task.sum(0)
-    return F.cross_entropy(logits, targets), right.nan_to_num(1.0)
+    return F.cross_entropy(logits, targets), right
 
 
 def train(model: Any, minutes: float, device: torch.device, quick: bool) -> list[dict[str, Any]]:
@@ -174,9 +174,8 @@ def train(model: Any, minutes: float, device: torch.device, quick: bool) -> list
         step += 1
         if step % (2 if quick else 100):
             continue
-        # Only what this stage asks: the others count as right.
-        asked = [hops < names or hops == COPY for hops in TASKS.values()]
-        each = {task: share for task, share, told in zip(TASKS, recent.tolist(), asked, strict=True) if told}
+        # Only what this stage asks.
+        each = {task: share for task, share in zip(TASKS, recent.tolist(), strict=True) if not math.isnan(share)}
         at = {"step": step, "tokens": tokens, "names": names}
         log.append({**at, "loss": float(loss.detach()), "accuracy": each, "minutes": spent})
         said = ", ".join(f"{task} {value:.3f}" for task, value in each.items())

@@ -215,6 +215,11 @@ def test_the_same_layers_are_no_comparison(page):
     assert "Layers chosen by gradient" not in text
 
 
+def prose(path):
+    """A document on one line, so that a sentence is found wherever it breaks."""
+    return " ".join(path.read_text(encoding="utf-8").split())
+
+
 @functools.cache
 def measured():
     content = json.loads((RESULTS / "quality_cuda.json").read_text(encoding="utf-8"))
@@ -249,7 +254,7 @@ def test_the_warning_of_the_first_layers_has_the_measured_figures():
 def test_serving_tells_what_a_new_turn_costs():
     """The ranges over all lengths, geometries and layers, and the needles."""
     turns = [r for r in measured() if r["part"].endswith("/turns")]
-    text = " ".join((DOCS / "serving.md").read_text(encoding="utf-8").split())
+    text = prose(DOCS / "serving.md")
 
     def span(key, rows):
         values = [r[key][0] for r in turns if (rows == "one" and not r["turn"]) or (r["turn"] and r["rows"] == rows)]
@@ -280,7 +285,7 @@ def test_serving_tells_what_streaming_costs():
 
 
 def test_guide_and_readme_have_the_figures_of_the_model_that_recalls():
-    guide = " ".join((DOCS / "guide.md").read_text(encoding="utf-8").split())
+    guide, readme = prose(DOCS / "guide.md"), prose(DOCS.parent / "README.md")
     records = json.loads((RESULTS / "recall.json").read_text(encoding="utf-8"))["records"]
     longest = {(r["policy"], tuple(r["geometry"]), r["count"]): r for r in records if r["tokens"] == 8192}
 
@@ -290,7 +295,6 @@ def test_guide_and_readme_have_the_figures_of_the_model_that_recalls():
     assert f"answers {answered('dense', '2 hops', 0)} of the questions two names away at 8,192 tokens" in guide
     assert f"sparse at 8/512/128 it answers {answered('direct', '2 hops')} where `direct` chose them" in guide
     assert f"{answered('deepest', '2 hops')} with the deepest three and {answered('first', '2 hops')} with" in guide
-    readme = " ".join((DOCS.parent / "README.md").read_text(encoding="utf-8").split())
     deepest, first = answered("deepest", "1 hops"), answered("first", "1 hops")
     assert deepest == answered("dense", "1 hops", 0)
     assert f"{deepest} of the questions one name away with the deepest half of its layers sparse at 8/512/128" in readme
@@ -300,9 +304,7 @@ def test_guide_and_readme_have_the_figures_of_the_model_that_recalls():
 
 
 def test_guide_and_readme_have_the_measured_figures():
-    guide, readme = (
-        " ".join(p.read_text(encoding="utf-8").split()) for p in (DOCS / "guide.md", DOCS.parent / "README.md")
-    )
+    guide, readme = prose(DOCS / "guide.md"), prose(DOCS.parent / "README.md")
 
     def cost(policy, geometry, count, decode="dense"):
         key = "ppl_final" if decode == "dense" else "ppl_following"

@@ -144,7 +144,7 @@ def test_training_leaves_weights_that_load_and_say_the_same(tmp_path):
     recall_model.main(["--quick", "--out", str(tmp_path)])
     record = json.loads((tmp_path / recall_model.RECORD).read_text(encoding="utf-8"))
     assert record["quick"]
-    assert record["log"]
+    assert [list(line["accuracy"]) for line in record["log"]] == [["0 hops", "copy"], list(recall_model.TASKS)]
     model = recall_model.load(tmp_path)
     again = recall_model.evaluate(model, torch.device("cpu"), quick=True)
     assert again == record["accuracy"]
