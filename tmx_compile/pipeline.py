@@ -21,6 +21,7 @@ from tmx_compile.graph.find import find_attention
 from tmx_compile.graph.layer import LayerPath, layer_path
 from tmx_compile.graph.prove import Prover
 from tmx_compile.graph.site import AttentionSite
+from tmx_compile.graph.storages import Storages
 from tmx_compile.graph.substitute import Substituter, Substitution
 from tmx_compile.graph.terms import size_of
 from tmx_compile.lengths import LengthInput, Prompt, decide, find_length_input, has_fixed_range, known
@@ -74,7 +75,8 @@ class GraphPlan:
 
     ``limit`` is the length up to which prompts stay dense. ``fixed_length`` is the prompt's length where the user fixed
     its range, so that no guard may narrow it; ``length`` is where the graph's inputs tell it, for a graph that serves
-    both sides. ``known`` are the inputs whose values the proofs rest on. ``gm`` is the graph ``source`` with its child
+    both sides. ``known`` are the inputs whose values the proofs rest on;
+    ``storages`` tells when the graph writes to its tensors. ``gm`` is the graph ``source`` with its child
     graphs laid open, or ``source`` itself.
     """
 
@@ -87,6 +89,7 @@ class GraphPlan:
     fixed_length: torch.SymInt | None = None
     notes: list[str] = field(default_factory=list)
     known: tuple[KnownTensor, ...] = ()
+    storages: Storages | None = None
     source: GraphModule | None = None
 
     @property
@@ -111,11 +114,11 @@ def plan_graph(gm: GraphModule, options: Options, example_inputs: Sequence[Any] 
     """
     source, gm = gm, flatten(gm)
     wanted = frozenset(options.config.layers())
-    written = nodes.written_nodes(gm.graph)
+    storages = Storages(gm.graph)
     prover: Prover | None = None
     sites: list[SitePlan] = []
     limit = options.config.min_seq_len
-    for found in find_attention(gm):
+    for found in find_attention(gm, storages):
         node = found.node
         assert node is not None
         layer = layer_path(node)
@@ -125,7 +128,7 @@ def plan_graph(gm: GraphModule, options: Options, example_inputs: Sequence[Any] 
             continue
         prover = prover or Prover.of(
             found.fake("query"),
-            written,
+            storages,
             assume_causal=options.assume_causal,
             constants=known_tensors(gm, example_inputs),
         )
@@ -137,7 +140,7 @@ def plan_graph(gm: GraphModule, options: Options, example_inputs: Sequence[Any] 
         proven = proof if isinstance(proof, Proof) else None
         sites.append(SitePlan(node, layer, found, proven, verdict, selected))
     sites = _one_stack(sites)
-    plan = GraphPlan(gm, options, sites, Prompt.SHORT, limit, source=source)
+    plan = GraphPlan(gm, options, sites, Prompt.SHORT, limit, storages=storages, source=source)
     if plan.triangle:
         _decide_length(plan)
     if options.strict:
@@ -305,7 +308,8 @@ def rewrite_graph(plan: GraphPlan) -> Rewritten:
         for node in gm.graph.nodes
         if node.op in ("placeholder", "get_attr")
     )
-    substituter = Substituter(gm, fake_mode)
+    assert plan.storages is not None
+    substituter = Substituter(gm, fake_mode, plan.storages)
     chosen: list[tuple[Node, AttentionCall, Lowering]] = []
     sites: list[SitePlan] = []
     replaced: list[AttentionSite] = []

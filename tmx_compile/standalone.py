@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from tmx_compile.always import no_guard_added
 from tmx_compile.errors import LoweringError, VerificationError
 from tmx_compile.graph import nodes
+from tmx_compile.graph.erase import erase_dead
 from tmx_compile.graph.nodes import INSERTED, op_name, tensor_of, value_of
 from tmx_compile.pipeline import GraphPlan, Options, Rewritten, SitePlan, plan_graph, rewrite_graph
 from tmx_compile.report import Reason, Rejected
@@ -127,7 +128,7 @@ _ORIGINAL = "tmx_original"
 def _drop_unread(gm: GraphModule) -> None:
     """Erase entries of a tuple that nothing reads; they would keep the attention call that they belong to."""
     names = ("getitem", "detach", "alias")
-    nodes.erase_dead(gm.graph, [n for n in gm.graph.nodes if not n.users and op_name(n) in names])
+    erase_dead(gm.graph, [n for n in gm.graph.nodes if not n.users and op_name(n) in names])
 
 
 def _attempt(plan: GraphPlan) -> tuple[Rewritten, str]:

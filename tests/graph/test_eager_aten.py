@@ -9,7 +9,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from tmx_compile.graph.conclude import Proof
 from tmx_compile.graph.find import find_attention
-from tmx_compile.graph.nodes import fake_mode_of, value_of, written_nodes
+from tmx_compile.graph.nodes import fake_mode_of, value_of
+from tmx_compile.graph.storages import Storages
 from tmx_compile.graph.prove import Prover
 from tmx_compile.graph.site import AttentionSite
 from tmx_compile.graph.substitute import Substituter, Substitution
@@ -41,9 +42,10 @@ def substituted(gm, inputs):
     """The result of a graph whose one site is replaced by the operator."""
     (site,) = find_attention(gm)
     assert isinstance(site, AttentionSite), site
-    proof = Prover.of(site.fake("query"), written_nodes(gm.graph)).prove(site)
+    storages = Storages(gm.graph)
+    proof = Prover.of(site.fake("query"), storages).prove(site)
     assert isinstance(proof, Proof), proof
-    substituter = Substituter(gm, fake_mode_of(gm))
+    substituter = Substituter(gm, fake_mode_of(gm), storages)
     node = substituter.substitute(Substitution(site, proof, *CONFIG.geometry))
     substituter.clean([site])
     assert squares(gm) == []

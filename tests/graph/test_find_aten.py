@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from tmx_compile.graph.conclude import Proof
 from tmx_compile.graph.find import find_attention
 from tmx_compile.graph.find.aten import ATEN_TARGETS
-from tmx_compile.graph.nodes import written_nodes
+from tmx_compile.graph.storages import Storages
 from tmx_compile.graph.prove import Prover
 from tmx_compile.graph.site import AttentionSite
 from tmx_compile.report import Reason, Rejected
@@ -53,7 +53,7 @@ def only_site(gm):
 
 def proof_of(gm):
     site = only_site(gm)
-    return Prover.of(site.fake("query"), written_nodes(gm.graph)).prove(site)
+    return Prover.of(site.fake("query"), Storages(gm.graph)).prove(site)
 
 
 # Exported programs ---------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from reading import Record, proven_mask
 
 from tmx_compile.graph.conclude import Proof
 from tmx_compile.graph.find import find_attention
-from tmx_compile.graph.nodes import written_nodes
+from tmx_compile.graph.storages import Storages
 from tmx_compile.graph.prove import Prover
 from tmx_compile.report import Rejected
 from tmx_compile.testing import captured_graphs
@@ -222,7 +222,7 @@ def judged(seed, errors):
     (site,) = find_attention(gm)
     if isinstance(site, Rejected):
         return program, site
-    proof = Prover.of(site.fake("query"), written_nodes(gm.graph)).prove(site)
+    proof = Prover.of(site.fake("query"), Storages(gm.graph)).prove(site)
     if isinstance(proof, Proof):
         recorded = Record(gm)
         placeholders = gm.graph.find_nodes(op="placeholder")

@@ -10,7 +10,8 @@ from reading import Record, evaluate
 from tmx_compile.graph import terms as t
 from tmx_compile.graph.conclude import BATCH, KEY, Proof
 from tmx_compile.graph.find import find_attention
-from tmx_compile.graph.nodes import tensor_of, written_nodes
+from tmx_compile.graph.nodes import tensor_of
+from tmx_compile.graph.storages import Storages
 from tmx_compile.graph.prove import Prover
 from tmx_compile.graph.read import MaskReader
 from tmx_compile.graph.rules import RULES
@@ -34,7 +35,7 @@ def verdict(mask_of, n=24, batch=2, kv_len=None, dynamic=False, inputs=(), grow=
     (gm,) = captured_graphs(call, q, k, *inputs, dynamic=None if dynamic else False)
     (site,) = find_attention(gm)
     assert not isinstance(site, Rejected), site
-    return Prover.of(site.fake("query"), written_nodes(gm.graph)).prove(site)
+    return Prover.of(site.fake("query"), Storages(gm.graph)).prove(site)
 
 
 def rows(x):
@@ -203,7 +204,7 @@ def test_is_causal_with_more_keys_than_rows_is_top_left():
         torch._dynamo.reset()
         (gm,) = captured_graphs(call, torch.randn(1, 2, 24, 8), torch.randn(1, 2, kv_len, 8))
         (site,) = find_attention(gm)
-        answer = Prover.of(site.fake("query"), frozenset()).prove(site)
+        answer = Prover.of(site.fake("query"), Storages(gm.graph)).prove(site)
         assert (answer.reason if isinstance(answer, Rejected) else None) is want
 
 

@@ -20,9 +20,9 @@ from tmx_compile.analysis.sections import Piece, SectionSums
 from tmx_compile.analysis.switch import Switchboard, SwitchedAttention, install
 from tmx_compile.config import TriangleMixConfig
 from tmx_compile.errors import TriangleMixError
-from tmx_compile.graph import nodes
 from tmx_compile.graph.children import flatten
 from tmx_compile.graph.constants import watched
+from tmx_compile.graph.effects import Effects
 from tmx_compile.graph.find import find_attention
 from tmx_compile.graph.layer import layer_path
 from tmx_compile.pipeline import Options, plan_graph, records, rewrite_graph
@@ -233,11 +233,16 @@ class _Graph:
                 self.switches.setdefault(module.layer, place)
         for child in gm.modules():
             nested |= child is not gm and isinstance(child, GraphModule)
-        self.can_skip = bool(self.switches) and not nested and not nodes.written_nodes(gm.graph)
+        self.can_skip = bool(self.switches) and not nested and not self._writes()
         last_use = {source: node for node in self.order for source in node.all_input_nodes}
         self._dies: dict[Node, list[Node]] = {}
         for source, node in last_use.items():
             self._dies.setdefault(node, []).append(source)
+
+    def _writes(self) -> bool:
+        """Whether anything but a switch may write to a tensor."""
+        effects = Effects()
+        return any(effects.of(node).writes for node in self.order if node.op != "call_module")
 
     def forward(self, args: Sequence[Any]) -> Any:
         """The whole graph."""

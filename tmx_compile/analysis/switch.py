@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from tmx_compile.analysis.sections import AttentionInputs, Piece, RecordMiddle, SectionSums
-from tmx_compile.graph import nodes
+from tmx_compile.graph.erase import erase_dead
 from tmx_compile.graph.layer import layer_path
 from tmx_compile.ops import OPERATOR
 
@@ -121,4 +121,4 @@ def _switch(gm: GraphModule, node: Node, board: Switchboard, layer: int) -> None
         call.meta = dict(user.meta)
         user.replace_all_uses_with(call)
         gm.graph.erase_node(user)
-    nodes.erase_dead(gm.graph, [node])
+    erase_dead(gm.graph, [node])

@@ -41,7 +41,8 @@ def check_blocks(emit: Emitter, site: AttentionSite, proof: Proof, key_mask: Nod
     plan = site.block_plan
     if plan is None:
         return
-    full: tuple[Any, Any] = (None, None) if plan.full is None else plan.full
+    partial = map(emit.source, plan.partial)
+    full: tuple[Any, Any] = (None, None) if plan.full is None else tuple(map(emit.source, plan.full))
     q_len, kv_len = emit.q_len(), emit.kv_len()
     if proof.offset is None:
         first_row = emit.arithmetic(operator.sub, kv_len, q_len)
@@ -49,7 +50,7 @@ def check_blocks(emit: Emitter, site: AttentionSite, proof: Proof, key_mask: Nod
         first_row = emit.expression(proof.offset.const)
     holds = emit.call(
         PLAN_HOLDS,
-        *plan.partial,
+        *partial,
         *full,
         key_mask,
         q_len,

@@ -21,7 +21,8 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from tmx_compile.graph import terms as t
-from tmx_compile.graph.nodes import dead_ends, value_of
+from tmx_compile.graph.erase import dead_ends
+from tmx_compile.graph.nodes import value_of
 
 _FRESH = frozenset({torch.ops.aten.zeros_like.default, torch.zeros_like})
 

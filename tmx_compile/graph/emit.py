@@ -15,8 +15,9 @@ from torch.fx import GraphModule, Node
 from tmx_compile.errors import VerificationError
 from tmx_compile.graph import terms as t
 from tmx_compile.graph.conclude import BATCH, KEY
-from tmx_compile.graph.nodes import INSERTED, on_fakes, tensor_of, value_of, written_nodes
+from tmx_compile.graph.nodes import INSERTED, on_fakes, tensor_of, value_of
 from tmx_compile.graph.site import AttentionSite, Operand
+from tmx_compile.graph.storages import Storages
 from tmx_compile.graph.terms import AllOf, AnyOf, Element, Lin, Negation, NonNegative, Size, Truth, Truthy, Zero
 from tmx_compile.ops import FIRST_POSITION
 
@@ -24,12 +25,12 @@ from tmx_compile.ops import FIRST_POSITION
 class Emitter:
     """Inserts nodes before a site: plain calls, and index terms over the batch (dim 0) and the keys (dim 1)."""
 
-    def __init__(self, gm: GraphModule, fake_mode: Any) -> None:
+    def __init__(self, gm: GraphModule, fake_mode: Any, storages: Storages) -> None:
         self._gm = gm
         self._fake_mode = fake_mode
         self._like: Node | None = None
-        self._written = written_nodes(gm.graph)
-        self._saved: dict[Node, Node] = {}
+        self._storages = storages
+        self._saved: dict[tuple[Node, int], Node] = {}
         self._symbols: dict[Any, tuple[Node, int | None]] | None = None
         self._site: AttentionSite | None = None
 
@@ -135,14 +136,17 @@ class Emitter:
             return self.call(torch.full, (1, 1), const, dtype=torch.int64, device=self._device)
         return total if const == 0 else self.call(torch.add, total, const)
 
-    def source(self, node: Node) -> Node:
-        """A tensor that a mask was built from, as it was then: a copy where the graph writes to it later."""
-        if node not in self._written:
+    def source(self, node: Node, version: int | None = None) -> Node:
+        """A tensor of the graph as it was in a version (None: the site's own): itself, or a copy saved in time."""
+        assert self._site is not None
+        if version is None:
+            version = self._site.versions.get(node)
+        if version is None or version == self._storages.version(node, self._site.node):
             return node
-        if node not in self._saved:
-            with self._gm.graph.inserting_before(self._written[node]):
-                self._saved[node] = self.call(torch.clone, node)
-        return self._saved[node]
+        if (node, version) not in self._saved:
+            with self._gm.graph.inserting_before(self._storages.end_of(node, version)):
+                self._saved[node, version] = self.call(torch.clone, node)
+        return self._saved[node, version]
 
     def _element(self, element: Element) -> Node:
         """Read by position, which keeps the original's out-of-range error."""
@@ -154,7 +158,7 @@ class Emitter:
                 index.append(self._sequences())
             else:
                 index.append(int(term.const) if term.is_number else self.number(term))
-        source = self.source(element.node)
+        source = self.source(element.node, element.version)
         read = self.call(operator.getitem, source, tuple(index)) if index else source
         fake = tensor_of(read)
         assert fake is not None
@@ -164,7 +168,7 @@ class Emitter:
         """The position of row 0 of a tensor of row positions, whose others are checked to follow it when it runs."""
         fake = tensor_of(first.node)
         assert fake is not None
-        node = self.source(first.node)
+        node = self.source(first.node, first.version)
         if fake.dim() > 1:
             node = self.call(operator.getitem, node, (*(int(i.const) for i in first.index[:-1]), slice(None)))
         return self.call(FIRST_POSITION, node)

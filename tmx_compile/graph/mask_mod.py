@@ -8,7 +8,7 @@ from typing import Any
 from torch.fx import Node
 
 from tmx_compile.graph import terms as t
-from tmx_compile.graph.nodes import is_in_place, op_name, tensor_of
+from tmx_compile.graph.nodes import op_name, tensor_of
 from tmx_compile.graph.read import (
     INTEGERS,
     MaskReader,
@@ -30,12 +30,13 @@ _ARGUMENTS = (3, 2, 1, 0)
 _APART = 1 << 10
 
 
-def read_mask_mod(reader: MaskReader, mod: MaskMod) -> Truth:
+def read_mask_mod(reader: MaskReader, mod: MaskMod, versions: Mapping[Node, int]) -> Truth:
     """Where a ``mask_mod`` lets a row attend, as a truth of the four coordinates.
 
     Args:
         reader: the reader of the graph that ``mod.buffers`` belong to.
         mod: the child graph and what it captures.
+        versions: the version in which each captured tensor is read.
 
     Raises:
         NotUnderstood: something in it is not understood. (A number that is not understood has no coordinates that
@@ -44,7 +45,7 @@ def read_mask_mod(reader: MaskReader, mod: MaskMod) -> Truth:
     placeholders = list(mod.graph.graph.find_nodes(op="placeholder"))
     if len(placeholders) != len(_ARGUMENTS) + len(mod.buffers):
         raise NotUnderstood
-    inside = _NumberReader(reader, dict(zip(placeholders[4:], mod.buffers, strict=True)))
+    inside = _NumberReader(reader, dict(zip(placeholders[4:], mod.buffers, strict=True)), versions)
     for node, coordinate in zip(placeholders, _ARGUMENTS, strict=False):
         inside.name(node, coordinate)
     return inside.truth_of(mod.graph.graph.output_node().args[0])
@@ -53,10 +54,11 @@ def read_mask_mod(reader: MaskReader, mod: MaskMod) -> Truth:
 class _NumberReader(MaskReader):
     """Reads nodes whose elements depend on named numbers beside their own coordinates."""
 
-    def __init__(self, outer: MaskReader, captured: Mapping[Node, Any]) -> None:
+    def __init__(self, outer: MaskReader, captured: Mapping[Node, Any], versions: Mapping[Node, int]) -> None:
         super().__init__({**RULES, **dict.fromkeys(("getitem", "index"), _index)}, outer.is_index)
         self._outer = outer
         self._captured = captured
+        self._versions = versions
 
     def name(self, node: Node, coordinate: int) -> None:
         """A 0-d node is a number of its own."""
@@ -76,10 +78,11 @@ class _NumberReader(MaskReader):
         """The view of a tensor node, or :class:`NotUnderstood`."""
         if node not in self._views:
             if node in self._captured:
-                self._views[node] = self._outer.read(self._captured[node])
+                captured = self._captured[node]
+                self._views[node] = self._outer.at(captured, self._versions.get(captured))
             else:
                 rule = self._rules.get(op_name(node)) if node.op in ("call_function", "call_method") else None
-                if rule is None or is_in_place(node):
+                if rule is None:
                     raise NotUnderstood
                 self._views[node] = View(shape_of(node), rule(self, node))
         return self._views[node]

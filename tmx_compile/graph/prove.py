@@ -14,7 +14,7 @@ that only the run can tell is accepted too, and checked when the compiled model 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +32,7 @@ from tmx_compile.graph.nodes import shape_env_of, tensor_of
 from tmx_compile.graph.read import MaskReader, NotUnderstood, View, as_truth, opaque
 from tmx_compile.graph.rules import RULES
 from tmx_compile.graph.site import AttentionSite, MaskMod, MaskPart
+from tmx_compile.graph.storages import Storages
 from tmx_compile.graph.terms import AllOf, AnyOf, Choice, Element, Lin, NonNegative, Size, Term, Truth, Truthy
 from tmx_compile.ops import MASKED
 from tmx_compile.report import Reason, Rejected
@@ -43,31 +44,40 @@ class Prover:
 
     Attributes:
         shape_env: the graph's shape environment, None where every length is static.
-        written: nodes whose storage an in-place call may change, and the first such call; masks that read them after
-            it are refused.
+        storages: when the graph writes to its tensors: a mask is read as it was when the site read it.
         assume_causal: the user's promise: masks and row positions that cannot be read are causal and consecutive.
         constants: tensors of the graph whose values are known.
+        known: the constants that the proofs rest on, and what they were read as.
     """
 
     shape_env: Any
-    written: Mapping[Node, Node]
+    storages: Storages
     assume_causal: bool = False
     constants: Mapping[Node, torch.Tensor] = field(default_factory=dict)
     _proofs: dict[Any, Proof | Rejected] = field(default_factory=dict)
+    known: dict[Node, Term] = field(default_factory=dict)
     _at_least_0: set[Size] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self._reader = MaskReader({**RULES, **ATEN_RULES}, self._is_index, self.constants)
+        # What the graph itself writes to is state, and no constant, whatever it holds now.
+        constants = {node: value for node, value in self.constants.items() if not self.storages.is_state(node)}
+        # A small buffer is rather state that somebody sets between calls (a position, lengths): values are relied on
+        # only where no proof does without.
+        tables = {node: value for node, value in constants.items() if sum(size > 1 for size in value.shape) > 1}
+        choices = [{}, *([tables] if tables else []), *([constants] if len(constants) > len(tables) else [])]
+        self._attempts = [(False, self._reader(choice, self._is_index)) for choice in choices]
+        if self.assume_causal:
+            # The promise is for what cannot be read: a table of positions can.
+            choices = [*choices[1:], choices[0]]
+            self._attempts += [(True, self._reader(choice, self._is_promised_index)) for choice in choices]
+
+    def _reader(self, constants: Mapping[Node, torch.Tensor], is_index: Callable[[Lin], bool]) -> MaskReader:
+        return MaskReader({**RULES, **ATEN_RULES}, is_index, constants, self.storages)
 
     @classmethod
-    def of(cls, fake: torch.Tensor | None, written: Mapping[Node, Node], **settings: Any) -> Prover:
+    def of(cls, fake: torch.Tensor | None, storages: Storages, **settings: Any) -> Prover:
         """A prover for the graph that a fake tensor comes from."""
-        return cls(shape_env_of(fake) if fake is not None else None, written, **settings)
-
-    @property
-    def known(self) -> dict[Node, Term]:
-        """The constants that masks were read from, and what they were read as."""
-        return self._reader.known
+        return cls(shape_env_of(fake) if fake is not None else None, storages, **settings)
 
     def prove(self, site: AttentionSite, *, ordered: bool = False, own_key: str = "") -> Proof | Rejected:
         """The proof for one site, or why there is none.
@@ -95,45 +105,77 @@ class Prover:
         heads = site.fake("query").shape[1]
         batch = t.size_of(site.fake("query").shape[0])
         sizes = {KEY: t.size_of(_as_in_mask(site, kv_len)), ROW: t.size_of(q_len), HEAD: t.size_of(heads), BATCH: batch}
-        shared = (site.masks, own_key, *sizes.items())
+        # The same tensor at another time is another mask.
+        leaves = [leaf for part in site.masks for leaf in _leaves(part)]
+        shared = (site.masks, tuple(map(site.versions.get, leaves)), own_key, *sizes.items())
         if shared not in self._proofs:
-            self._proofs[shared] = self._prove_masks(site.masks, sizes, site.node, own_key)
+            self._proofs[shared] = self._prove_masks(site, sizes, own_key)
         proof = self._proofs[shared]
         return proof if isinstance(proof, Rejected) else checkable(site, proof) or proof
 
-    def _prove_masks(
-        self, masks: tuple[MaskPart | MaskMod, ...], sizes: Sizes, node: Node, own_key: str
+    def _prove_masks(self, site: AttentionSite, sizes: Sizes, own_key: str) -> Proof | Rejected:
+        """The first proof: without the values of constants if possible, and without the promise."""
+        refused: Rejected | None = None
+        for promised, reader in self._attempts:
+            proof = self._prove_with(reader, site, sizes, own_key, promised)
+            if isinstance(proof, Proof):
+                self.known |= _under(site, reader.known)
+                return proof
+            # Of several refusals, the one that knew most says what is wrong with the mask.
+            refused = proof
+        assert refused is not None
+        return self._written(site) or refused
+
+    def _prove_with(
+        self, reader: MaskReader, site: AttentionSite, sizes: Sizes, own_key: str, promised: bool
     ) -> Proof | Rejected:
         attended: list[Truth] = []
-        for part in masks:
-            read = self._part(part, sizes, node)
+        for part in site.masks:
+            read = self._part(reader, part, sizes, site)
             if isinstance(read, Rejected):
                 return read
             attended.append(read)
         truth = self._decide(t.all_of(*attended), sizes)
-        where = next((part.node for part in masks if isinstance(part, MaskPart)), node)
+        where = next((part.node for part in site.masks if isinstance(part, MaskPart)), site.node)
         ranges = Ranges(sizes, lambda lin: self._at_least(lin, sizes, 0))
-        return conclude(truth, ranges, where, self._reader.runs, assume_causal=self.assume_causal, own_key=own_key)
+        return conclude(truth, ranges, where, reader.runs, assume_causal=promised, own_key=own_key)
 
-    def _part(self, part: MaskPart | MaskMod, sizes: Sizes, node: Node) -> Truth | Rejected:
-        for source in (part.node,) if isinstance(part, MaskPart) else part.buffers:
-            stale = _read_after_write(source, node, self.written) if isinstance(source, Node) else None
-            if stale is not None:
-                return Rejected(Reason.WRITTEN_IN_PLACE, f"{stale.name}", stale)
+    def _part(
+        self, reader: MaskReader, part: MaskPart | MaskMod, sizes: Sizes, site: AttentionSite
+    ) -> Truth | Rejected:
         if isinstance(part, MaskMod):
             try:
-                return read_mask_mod(self._reader, part)
+                return read_mask_mod(reader, part, site.versions)
             except NotUnderstood:
-                return Rejected(Reason.MASK_UNKNOWN, "an operation in mask_mod is not understood", node)
-        view = self._reader.read(part.node)
+                return Rejected(Reason.MASK_UNKNOWN, "an operation in mask_mod is not understood", site.node)
+        view = reader.at(part.node, site.versions.get(part.node))
         for coordinate, size in enumerate(reversed(view.shape)):
             if coordinate > BATCH or (size != 1 and size != sizes[coordinate]):
                 return Rejected(Reason.LAYOUT, f"mask of shape {view.shape}", part.node)
         return _attended(part, view)
 
+    def _written(self, site: AttentionSite) -> Rejected | None:
+        """The refusal of a mask that something below was read from after it had been written."""
+        for part in site.masks:
+            for leaf in _leaves(part):
+                version = site.versions.get(leaf)
+                if version is not None and version != self.storages.version(leaf):
+                    write = self.storages.end_of(leaf, self.storages.version(leaf))
+                    return Rejected(Reason.WRITTEN_IN_PLACE, f"{write.name} writes to {leaf.name}", write)
+                stale = self._attempts[-1][1].stale_below(leaf)
+                if stale is not None:
+                    write, source = stale
+                    what = f"{write.name} writes to {source.name}" if write is not source else write.name
+                    return Rejected(Reason.WRITTEN_IN_PLACE, what, write)
+        return None
+
     def _is_index(self, lin: Lin) -> bool:
-        """Whether an index can never be negative; row positions are taken to be so under the promise."""
-        if lin.atoms and self.assume_causal and all(factor > 0 for _, factor in lin.atoms):
+        """Whether an index can never be negative."""
+        return self._at_least(lin, {}, 0)
+
+    def _is_promised_index(self, lin: Lin) -> bool:
+        """Whether an index can never be negative if row positions are consecutive from 0 or later."""
+        if all(factor > 0 for _, factor in lin.atoms):
             lin = Lin(lin.const, lin.factors)
         return self._at_least(lin, {}, 0)
 
@@ -207,27 +249,28 @@ def _attended(part: MaskPart, view: View) -> Truth | Rejected:
             if odd:
                 return Rejected(Reason.FLOAT_BIAS, f"adds {odd[0]:g} to scores", part.node)
             return truth
-        case Element(node, index):
+        case Element(node):
             coordinates = t.coordinates(view.term)
-            if {ROW, KEY} <= coordinates and HEAD not in coordinates and view == opaque(part.node):
+            if {ROW, KEY} <= coordinates and HEAD not in coordinates and view == opaque(part.node, view.term.version):
                 # It may be a mask in floating point: the promise decides, see ``conclude``.
-                return t.Negation(Truthy(Element(node, index)))
+                return t.Negation(Truthy(view.term))
             return Rejected(Reason.FLOAT_BIAS, f"a float tensor from {origin(node)}", part.node)
         case _:
             return Rejected(Reason.FLOAT_BIAS, "adds a function of the positions", part.node)
 
 
-def _read_after_write(node: Node, reader: Node, written: Mapping[Node, Node]) -> Node | None:
-    """The first node in the cone of ``node`` that is read after an in-place call may have written it."""
-    if not written:
-        return None
-    seen: set[tuple[Node, Node]] = set()
-    stack = [(node, reader)]
-    while stack:
-        current, user = stack.pop()
-        if current in written and not user < written[current]:
-            return current
-        if (current, user) not in seen:
-            seen.add((current, user))
-            stack.extend((source, current) for source in current.all_input_nodes)
-    return None
+def _leaves(part: MaskPart | MaskMod) -> list[Node]:
+    """The tensors of the graph that a mask is read from."""
+    return [part.node] if isinstance(part, MaskPart) else [x for x in part.buffers if isinstance(x, Node)]
+
+
+def _under(site: AttentionSite, known: Mapping[Node, Term]) -> dict[Node, Term]:
+    """Those constants that the masks of a site were built from."""
+    seen: set[Node] = set()
+    stack = [leaf for part in site.masks for leaf in _leaves(part)]
+    while stack and known:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            stack.extend(node.all_input_nodes)
+    return {node: term for node, term in known.items() if node in seen}

@@ -17,6 +17,7 @@ from torch.fx import Node
 from tmx_compile.graph import terms as t
 from tmx_compile.graph.constants import recognise
 from tmx_compile.graph.nodes import op_name, tensor_of, value_of
+from tmx_compile.graph.storages import Storages
 from tmx_compile.graph.terms import Choice, Const, Element, Lin, Size, Term, Truth
 
 INTEGERS = frozenset({torch.int64, torch.int32})
@@ -49,6 +50,7 @@ class MaskReader:
         rules: what each operation does, by its name (:data:`tmx_compile.graph.rules.RULES`).
         known_non_negative: decides ``lin >= 0`` over all coordinates (each at least 0) without adding a guard.
         constants: tensors of the graph whose values are known.
+        storages: when the graph writes to tensors; None: never.
     """
 
     def __init__(
@@ -56,16 +58,45 @@ class MaskReader:
         rules: Mapping[str, Rule],
         known_non_negative: Callable[[Lin], bool],
         constants: Mapping[Node, torch.Tensor] | None = None,
+        storages: Storages | None = None,
     ) -> None:
         self._rules = rules
+        self._storages = storages
+        # The calls whose rules are at work, the innermost last: what an operand was, it was when that call read it.
+        self._readers: list[Node] = []
+        # Tensors that some rule read after the call named here had written to them.
+        self._stale: dict[Node, Node] = {}
         self._constants = constants or {}
         self.known: dict[Node, Term] = {}
         self.runs: dict[Node, Lin] = {}
         self._views: dict[Node, View] = {}
         self._known_non_negative = known_non_negative
 
+    def at(self, node: Node, version: int | None) -> View:
+        """The view of a tensor node in a version of its storage: what it computed, or else its own element."""
+        if self._storages is None or version is None or version == self._storages.version(node):
+            return self.read(node)
+        self._stale[node] = self._storages.end_of(node, self._storages.version(node))
+        return opaque(node, version)
+
+    def stale_below(self, node: Node) -> tuple[Node, Node] | None:
+        """A write, and the tensor that it changed, in what a node was built from; None where there is none."""
+        seen: set[Node] = set()
+        stack = [node] if self._storages is not None and self._storages.any_writes else []
+        while stack:
+            current = stack.pop()
+            if current in seen:
+                continue
+            seen.add(current)
+            if current in self._stale:
+                return self._stale[current], current
+            if self._storages is not None and self._storages.writes(current):
+                return current, current
+            stack.extend(current.all_input_nodes)
+        return None
+
     def read(self, node: Node) -> View:
-        """The view of a tensor node."""
+        """The view of what a tensor node computed."""
         if node not in self._views and node in self._constants:
             term = recognise(self._constants[node])
             if term is not None:
@@ -76,9 +107,13 @@ class MaskReader:
             try:
                 if rule is None:
                     raise NotUnderstood
-                view = View(shape_of(node), self._normal(node, rule(self, node)))
+                self._readers.append(node)
+                try:
+                    view = View(shape_of(node), self._normal(node, rule(self, node)))
+                finally:
+                    self._readers.pop()
             except NotUnderstood:
-                view = opaque(node)
+                view = opaque(node, 0 if self._storages is None else self._storages.version(node))
             self._views[node] = view
         return self._views[node]
 
@@ -91,10 +126,19 @@ class MaskReader:
     def operand(self, arg: Any) -> Term:
         """The term of an argument: a tensor node, a symbolic or plain number."""
         if isinstance(arg, Node) and tensor_of(arg) is not None:
-            return self.read(arg).term
+            return self._operand(arg).term
         if isinstance(arg, bool):
             return Const(arg)
         return Lin.of(integer(arg))
+
+    def _operand(self, node: Node) -> View:
+        """A tensor as the call whose rule is at work reads it."""
+        if self._storages is None or not self._readers:
+            return self.read(node)
+        if self._storages.is_reshaped(node):
+            self._stale[node] = node
+            raise NotUnderstood
+        return self.at(node, self._storages.version(node, self._readers[-1]))
 
     def number(self, arg: Any) -> Lin:
         """An operand that must be affine; a known truth value counts as 0 or 1."""
@@ -148,12 +192,12 @@ def as_constants(term: Term) -> float | Choice:
             return Choice(term, 1.0, 0.0)
 
 
-def opaque(node: Node) -> View:
-    """The view of a node that is not understood: its own element."""
+def opaque(node: Node, version: int) -> View:
+    """The view of a node that is not understood: its own element, in a version of its storage."""
     shape = shape_of(node)
     last = len(shape) - 1
     index = tuple(Lin(0) if size == 1 else Lin.of(0, {last - d: 1}) for d, size in enumerate(shape))
-    element = Element(node, index)
+    element = Element(node, index, version)
     match dtype_of(node):
         case torch.bool:
             return View(shape, t.Truthy(element))

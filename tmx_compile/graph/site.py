@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -86,6 +87,7 @@ class AttentionSite:
         result_order: how (B, H, Sq, Dv) is permuted to ``node``'s dimensions; None: not at all.
         effects: calls with an effect that have no meaning without the site, such as writing a mask into its scores.
         block_plan: blocks that must be shown to agree with ``masks`` before the site may be replaced, or None.
+        versions: how often each tensor named here had been written when the graph read it (``graph/versions.py``).
     """
 
     node: Node
@@ -100,6 +102,7 @@ class AttentionSite:
     result_order: tuple[int, ...] | None = None
     block_plan: BlockPlan | None = None
     effects: tuple[Node, ...] = ()
+    versions: Mapping[Node, int] = field(default_factory=dict, compare=False)
 
     def fake(self, name: Literal["query", "key", "value"]) -> Tensor:
         """The fake tensor of an operand, as (batch, heads, tokens, head_dim)."""

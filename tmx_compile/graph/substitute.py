@@ -15,8 +15,10 @@ from tmx_compile.graph import terms as t
 from tmx_compile.graph.block_check import check_blocks
 from tmx_compile.graph.conclude import Proof
 from tmx_compile.graph.emit import Emitter
-from tmx_compile.graph.nodes import dead_ends, erase_dead, tensor_of
+from tmx_compile.graph.erase import dead_ends, erase_dead
+from tmx_compile.graph.nodes import tensor_of
 from tmx_compile.graph.site import AttentionSite, Operand
+from tmx_compile.graph.storages import Storages
 from tmx_compile.graph.terms import Lin, Truthy
 from tmx_compile.ops import CHECK_MASK, OPERATOR
 
@@ -38,9 +40,9 @@ class Substitution:
 class Substituter:
     """Substitutes sites of one graph. Sites with the same padding share one key mask."""
 
-    def __init__(self, gm: GraphModule, fake_mode: Any) -> None:
+    def __init__(self, gm: GraphModule, fake_mode: Any, storages: Storages) -> None:
         self._gm = gm
-        self._emit = Emitter(gm, fake_mode)
+        self._emit = Emitter(gm, fake_mode, storages)
         self._keys: dict[Any, _Keys] = {}
         self._checked: set[Any] = set()
 
@@ -57,7 +59,8 @@ class Substituter:
             # Under autocast SDPA takes mixed dtypes; its result tells which one it computes in.
             operands = [self._operand(x, out.dtype) for x in (site.query, site.key, site.value)]
             if site.factor is not None:
-                operands[0] = self._cast(emit.call(torch.mul, operands[0], site.factor), out.dtype)
+                factor = emit.source(site.factor)
+                operands[0] = self._cast(emit.call(torch.mul, operands[0], factor), out.dtype)
             operands[1:] = [keys.of(emit, operand) for operand in operands[1:]]
             reach = () if item.proof.reach is None else (item.proof.reach,)
             both = emit.call(OPERATOR, *operands, keys.mask, item.sink, item.window, item.last, site.scale, *reach)
@@ -80,7 +83,7 @@ class Substituter:
         self._gm.recompile()
 
     def _operand(self, operand: Operand, dtype: torch.dtype) -> Node:
-        node = operand.node
+        node = self._emit.source(operand.node)
         if operand.order is not None:
             node = self._emit.call(torch.Tensor.permute, node, operand.order)
         return self._cast(node, dtype)
@@ -173,7 +176,7 @@ def _promised(emit: Emitter, promised: Truthy | t.Negation, mask: Node | None) -
     """The valid keys and the first row's position of a mask that is promised to be causal, checked when it runs."""
     truth = promised if isinstance(promised, Truthy) else promised.term
     assert isinstance(truth, Truthy)
-    both = emit.call(CHECK_MASK, emit.source(truth.element.node), emit.q_len(), emit.kv_len())
+    both = emit.call(CHECK_MASK, emit.source(truth.element.node, truth.element.version), emit.q_len(), emit.kv_len())
     valid = emit.call(operator.getitem, both, 0)
     if mask is not None:
         valid = emit.call(torch.logical_and, valid, mask)

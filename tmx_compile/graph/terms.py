@@ -74,10 +74,14 @@ def _canonical(expr: sympy.Expr) -> Size:
 
 @dataclass(frozen=True)
 class Element:
-    """The element of ``node``'s tensor at ``index`` (one affine term per dimension, left to right)."""
+    """The element of ``node``'s tensor at ``index`` (one affine term per dimension, left to right).
+
+    ``version`` is how often the tensor's storage had been written when it was read.
+    """
 
     node: Node
     index: tuple[Lin, ...]
+    version: int = 0
 
 
 @dataclass(frozen=True)
@@ -262,8 +266,8 @@ def substitute(term: Term, new: Mapping[int, Lin]) -> Term:
     match term:
         case Lin():
             return substitute_lin(term, new)
-        case Element(node, index):
-            return Element(node, tuple(substitute_lin(i, new) for i in index))
+        case Element(node, index, version):
+            return Element(node, tuple(substitute_lin(i, new) for i in index), version)
         case Choice(condition, yes, no):
             yes, no = (_substitute_choice(x, new) for x in (yes, no))
             return Choice(substitute_truth(condition, new), yes, no)
@@ -315,7 +319,7 @@ def coordinates(term: Term | float) -> frozenset[int]:
     match term:
         case Lin(_, factors, atoms):
             return frozenset(c for c, _ in factors).union(*(coordinates(e) for e, _ in atoms))
-        case Element(_, index):
+        case Element(_, index, _):
             return frozenset().union(*(coordinates(i) for i in index))
         case Choice(condition, yes, no):
             return coordinates(condition) | coordinates(yes) | coordinates(no)

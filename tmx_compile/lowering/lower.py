@@ -11,7 +11,8 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from tmx_compile.errors import VerificationError
-from tmx_compile.graph.nodes import erase_dead, tensor_of
+from tmx_compile.graph.erase import erase_dead
+from tmx_compile.graph.nodes import tensor_of
 from tmx_compile.graph.terms import size_of
 from tmx_compile.lowering.base import AttentionCall, Lowering, Operands, Writer
 

@@ -7,6 +7,7 @@ call of its form cannot become one. The graph is walked once, whatever the numbe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from torch._higher_order_ops.flex_attention import flex_attention
 from torch._ops import HigherOrderOperator
@@ -19,6 +20,8 @@ from tmx_compile.graph.find.flex import find_flex
 from tmx_compile.graph.find.sdpa import find_sdpa
 from tmx_compile.graph.nodes import op_name
 from tmx_compile.graph.site import AttentionSite
+from tmx_compile.graph.storages import Storages
+from tmx_compile.graph.versions import with_versions
 from tmx_compile.report import Reason, Rejected
 
 __all__ = ["FINDERS", "find_attention"]
@@ -47,11 +50,21 @@ FINDERS: tuple[Callable[[Node], AttentionSite | Rejected | None], ...] = (
 )
 
 
-def find_attention(gm: GraphModule) -> Iterator[AttentionSite | Rejected]:
-    """Every attention call of the graph in order: a site, or why it cannot become one."""
+def find_attention(gm: GraphModule, storages: Storages | None = None) -> Iterator[AttentionSite | Rejected]:
+    """Every attention call of the graph in order: a site, or why it cannot become one.
+
+    Args:
+        gm: the graph.
+        storages: of the graph; read here where a site is found if not given.
+    """
     for node in gm.graph.nodes:
         for find in FINDERS:
             found = find(node)
+            if isinstance(found, AttentionSite):
+                storages = storages or Storages(gm.graph)
+                timed = with_versions(found, storages)
+                yield replace(timed, node=node) if isinstance(timed, Rejected) else timed
+                break
             if found is not None:
                 yield found
                 break

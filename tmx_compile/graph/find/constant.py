@@ -12,7 +12,7 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils._sympy.symbol import SymT, symbol_is_type
 
-from tmx_compile.graph.nodes import is_written, op_name, tensor_of, value_of
+from tmx_compile.graph.nodes import op_name, tensor_of, value_of
 
 # Where a call that fills a tensor has its number: the position and the name of the argument, or the number itself.
 _FILLED: dict[str, tuple[int, str] | float] = {
@@ -73,7 +73,7 @@ def _plain(value: Any) -> float | None:
 
 def _of_tensor(node: Node, depth: int) -> float | None:
     name = op_name(node)
-    if depth == 0 or node.op not in ("call_function", "call_method") or is_written(node):
+    if depth == 0 or node.op not in ("call_function", "call_method"):
         return None
     if name in _FILLED:
         where = _FILLED[name]

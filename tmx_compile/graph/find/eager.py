@@ -17,7 +17,7 @@ from tmx_compile.graph.find.operand import IDENTITY, Found, operands
 from tmx_compile.graph.find.product import Product, factors_of, is_product, product_of
 from tmx_compile.graph.find.repeat import divides, same
 from tmx_compile.graph.find.scores import SOFTMAX, NotAttention, Scores, refuse
-from tmx_compile.graph.nodes import is_in_place, op_name, storage_of, tensor_of
+from tmx_compile.graph.nodes import op_name, tensor_of
 from tmx_compile.graph.site import AttentionSite
 from tmx_compile.report import Reason, Rejected
 
@@ -136,7 +136,7 @@ def _read(node: Node, operand: Node, scores_path: list[Node], weights_path: list
     scale = scores.scale * query.scale * key.scale
     if not math.isfinite(scale):
         refuse(Reason.SCALE, f"a scale of {scale:g}", node)
-    _check_unwritten(result, first.node, (query, key, value), scores)
+    _check_gradient_mode(result, first.node)
     return AttentionSite(
         result,
         query.operand,
@@ -264,24 +264,10 @@ def _check_dtypes(node: Node, product: Node, query: Found, key: Found) -> None:
         refuse(Reason.FORM, f"scores of {inputs[0]} and {inputs[1]} operands for a result of {out}", node)
 
 
-def _check_unwritten(result: Node, product: Node, found: Sequence[Found], scores: Scores) -> None:
-    """What the site reads is read later than the graph reads it: nothing may write to it in between.
-
-    Nor to what was seen through: what is below it would not have what was written.
-    """
-    reads = [(item.reader, {item.operand.node, *item.between}) for item in found]
-    if scores.factor is not None and scores.factor_reader is not None:
-        reads.append((scores.factor_reader, {scores.factor}))
-    waiting = [(reader, {storage_of(x) for x in tensors}) for reader, tensors in reads]
-    inside = True
+def _check_gradient_mode(result: Node, product: Node) -> None:
+    """One operator computes with or without gradients as a whole."""
     node = result
-    while (waiting or inside) and node.op != "root":
-        if is_in_place(node) and node not in scores.effects:
-            written = storage_of(node)
-            if any(written in storages for _, storages in waiting):
-                refuse(Reason.WRITTEN_IN_PLACE, f"{node.name} writes to an operand", node)
-        if inside and op_name(node) in _GRAD_MODES:
+    while node is not product and node.op != "root":
+        if op_name(node) in _GRAD_MODES:
             refuse(Reason.FORM, f"{node.name} changes the gradient mode inside", node)
-        inside = inside and node is not product
-        waiting = [(reader, storages) for reader, storages in waiting if reader is not node]
         node = node.prev

@@ -9,9 +9,10 @@ import torch
 from torch._higher_order_ops.flex_attention import flex_attention
 from torch.fx import GraphModule, Node
 
+from tmx_compile.graph.erase import dead_ends
 from tmx_compile.graph.find.repeat import divides, same, unrepeated
 from tmx_compile.graph.find.sdpa import scale_of
-from tmx_compile.graph.nodes import INSERTED, dead_ends, op_name, tensor_of, value_of
+from tmx_compile.graph.nodes import INSERTED, op_name, tensor_of, value_of
 from tmx_compile.graph.site import AttentionSite, BlockPlan, MaskMod, Operand
 from tmx_compile.report import Reason, Rejected
 
