@@ -19,6 +19,7 @@ from tmx_compile.graph.constants import KnownTensor, known_tensors
 from tmx_compile.graph.decode import own_key
 from tmx_compile.graph.find import find_attention
 from tmx_compile.graph.layer import LayerPath, layer_path
+from tmx_compile.graph.layout import memory_order, permuted
 from tmx_compile.graph.prove import Prover
 from tmx_compile.graph.site import AttentionSite
 from tmx_compile.graph.substitute import Substituter, Substitution
@@ -196,6 +197,9 @@ def _verdict(
         return Rejected(Reason.NOT_CAUSAL, "one row, and its own key is not shown to join the keys", site.node)
     if proof.reach is not None and proof.reach <= config.sliding_window_size:
         return Rejected(Reason.WINDOWED, f"{proof.reach + 1} keys", site.node)
+    if memory_order(site.node) is None:
+        out = nodes.tensor_of(site.node)
+        return Rejected(Reason.LAYOUT, f"the result has strides {None if out is None else out.stride()}", site.node)
     return None
 
 
@@ -334,6 +338,7 @@ def rewrite_graph(plan: GraphPlan) -> Rewritten:
     for node, call, lowering in chosen:
         if lowering is not select.OPERATOR:
             lowerer.lower(node, call, lowering)
+    lowerer.settle()
     restore(gm)
     gm.graph.lint()
     gm.recompile()
@@ -356,8 +361,10 @@ def _target(item: SitePlan, options: Options) -> tuple[int, int, int] | None:
     if item.verdict is None:
         return options.config.geometry
     # A FlexAttention call with a block plan forms no mask: it stays the user's choice. On NPUs SDPA has no graph form.
-    written = item.site is not None and (item.site.masks or options.target == select.ASCEND.name)
-    if item.proof is not None and item.proof.plain and item.site is not None and written:
+    if item.site is None or memory_order(item.site.node) is None:
+        return None
+    written = item.site.masks or options.target == select.ASCEND.name
+    if item.proof is not None and item.proof.plain and written:
         return (0, 0, ALL_ROWS) if item.site.block_plan is None else None
     return None
 
@@ -393,7 +400,9 @@ def _call(
             dtype = torch.bool if proof.documents is None else torch.int64
             key_mask = key.new_empty(query.shape[0], key.shape[2], dtype=dtype)
     dense_up_to = options.config.min_seq_len if options.every_length else None
-    return AttentionCall(query, key, value, key_mask, *target, site.scale, needs_grad, proof.reach, dense_up_to)
+    order = memory_order(site.node)
+    layout = None if order is None else permuted(order, site.result_order)
+    return AttentionCall(query, key, value, key_mask, *target, site.scale, needs_grad, proof.reach, dense_up_to, layout)
 
 
 def _as_substituted(planned: AttentionCall, both: Node) -> AttentionCall:

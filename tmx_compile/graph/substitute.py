@@ -15,6 +15,7 @@ from tmx_compile.graph import terms as t
 from tmx_compile.graph.block_check import check_blocks
 from tmx_compile.graph.conclude import Proof
 from tmx_compile.graph.emit import Emitter
+from tmx_compile.graph.layout import NAME, laid_out, memory_order, permuted
 from tmx_compile.graph.nodes import dead_ends, erase_dead, tensor_of
 from tmx_compile.graph.site import AttentionSite, Operand
 from tmx_compile.graph.terms import Lin, Truthy
@@ -62,10 +63,8 @@ class Substituter:
             reach = () if item.proof.reach is None else (item.proof.reach,)
             both = emit.call(OPERATOR, *operands, keys.mask, item.sink, item.window, item.last, site.scale, *reach)
             both.meta[FIRST_ROW] = keys.first_row
-            result = emit.call(operator.getitem, both, 0)
-            if site.result_order is not None:
-                result = emit.call(torch.Tensor.permute, result, site.result_order)
-        site.node.replace_all_uses_with(result)
+            result = self._laid_out(emit.call(operator.getitem, both, 0), site)
+        self._emit.replace(site.node, result)
         _check_same(result, out)
         return both
 
@@ -78,6 +77,15 @@ class Substituter:
         erase_dead(self._gm.graph, [*ends, *effects, *(site.node for site in sites)], effects)
         self._gm.graph.lint()
         self._gm.recompile()
+
+    def _laid_out(self, result: Node, site: AttentionSite) -> Node:
+        """The result as the site's users know it: its dimensions, their order in memory, its name."""
+        order = memory_order(site.node)
+        if order is None:
+            raise VerificationError(f"{site.node.name}: no dense tensor has the layout of what is to be replaced")
+        placed = self._emit.call(laid_out, result, permuted(order, site.result_order), site.result_order)
+        placed.meta[NAME] = site.node.name
+        return placed
 
     def _operand(self, operand: Operand, dtype: torch.dtype) -> Node:
         node = operand.node
