@@ -18,12 +18,13 @@ from tmx_compile.graph.conclude import Proof
 from tmx_compile.graph.constants import KnownTensor, known_tensors
 from tmx_compile.graph.decode import own_key
 from tmx_compile.graph.find import find_attention
-from tmx_compile.graph.layer import LayerPath, layer_path
+from tmx_compile.graph.layer import LayerPath, layer_paths
 from tmx_compile.graph.layout import memory_order, permuted
 from tmx_compile.graph.prove import Prover
 from tmx_compile.graph.site import AttentionSite
 from tmx_compile.graph.substitute import Substituter, Substitution
 from tmx_compile.graph.terms import size_of
+from tmx_compile.graph.transform import transforms
 from tmx_compile.lengths import LengthInput, Prompt, decide, find_length_input, has_fixed_range, known
 from tmx_compile.lowering import select
 from tmx_compile.lowering.base import AttentionCall, Lowering
@@ -32,6 +33,9 @@ from tmx_compile.lowering.worth import least_length
 from tmx_compile.ops import ALL_ROWS
 from tmx_compile.plan import Grid, Window, dense_section, pair_count, triangle
 from tmx_compile.report import Reason, Rejected, SiteRecord
+
+# The one transform that takes any operator with a backward.
+_GRAD = ("grad",)
 
 
 @dataclass(frozen=True)
@@ -116,11 +120,18 @@ def plan_graph(gm: GraphModule, options: Options, example_inputs: Sequence[Any] 
     prover: Prover | None = None
     sites: list[SitePlan] = []
     limit = options.config.min_seq_len
-    for found in find_attention(gm):
+    around = transforms(gm.graph)
+    found_sites = list(find_attention(gm))
+    layers = layer_paths(found.node for found in found_sites)
+    for found, layer in zip(found_sites, layers, strict=True):
         node = found.node
         assert node is not None
-        layer = layer_path(node)
         selected = layer.index in wanted
+        if isinstance(found, AttentionSite) and around.get(node, _GRAD) != _GRAD:
+            # No operand is what it seems: it may be batched.
+            why = Rejected(Reason.UNDER_TRANSFORM, " in ".join(reversed(around[node])), node)
+            sites.append(SitePlan(node, layer, None, None, why, selected))
+            continue
         if isinstance(found, Rejected):
             sites.append(SitePlan(node, layer, None, None, found, selected))
             continue
@@ -304,6 +315,7 @@ def rewrite_graph(plan: GraphPlan) -> Rewritten:
     """Substitute and lower the planned sites, in the graph itself (:func:`copy_graph` keeps the original)."""
     gm = plan.gm
     fake_mode = nodes.fake_mode_of(gm)
+    around = transforms(gm.graph)
     needs_grad = torch.is_grad_enabled() and any(
         isinstance(value := nodes.value_of(node), torch.Tensor) and value.requires_grad
         for node in gm.graph.nodes
@@ -321,7 +333,7 @@ def rewrite_graph(plan: GraphPlan) -> Rewritten:
         site = item.site
         assert site is not None
         assert item.proof is not None
-        planned = _call(site, item.proof, target, needs_grad, fake_mode, plan.options)
+        planned = _call(site, item.proof, target, needs_grad or site.node in around, fake_mode, plan.options)
         lowering = _lowering(planned, plan, stays_dense=item.verdict is not None)
         if isinstance(lowering, Rejected):
             sites.append(_refused(item, lowering, plan.options))
@@ -329,7 +341,7 @@ def rewrite_graph(plan: GraphPlan) -> Rewritten:
         if lowering is None:
             sites.append(item)
             continue
-        both = substituter.substitute(Substitution(site, item.proof, *target))
+        both = substituter.substitute(Substitution(site, item.proof, *target, item.layer.index))
         chosen.append((both, _as_substituted(planned, both), lowering))
         replaced.append(site)
         sites.append(replace(item, lowering=lowering.name))

@@ -45,12 +45,13 @@ def _gapped_order(x: Tensor) -> Order | None:
     """The order of a tensor of known strides whose elements do not overlap."""
     if not all(isinstance(n, int) for n in (*x.shape, *x.stride())):
         return None
-    order = sorted(range(x.dim()), key=lambda dim: (-x.stride(dim), dim))
+    strides = x.stride()
+    order = sorted(range(x.dim()), key=lambda dim: (-strides[dim], dim))
     end = 0
     for dim in reversed(order):
-        if x.shape[dim] > 1 and x.stride(dim) <= end:
+        if x.shape[dim] > 1 and strides[dim] <= end:
             return None
-        end += (x.shape[dim] - 1) * x.stride(dim)
+        end += (x.shape[dim] - 1) * strides[dim]
     return tuple(order)
 
 

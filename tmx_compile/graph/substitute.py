@@ -24,6 +24,9 @@ from tmx_compile.ops import CHECK_MASK, OPERATOR
 FIRST_ROW = "tmx_first_row"
 """Metadata of an operator's node: the node of row 0's position before the keys were moved to the end, or None."""
 
+LAYER = "tmx_layer"
+"""Metadata of an operator's node: the number of its layer."""
+
 
 @dataclass(frozen=True)
 class Substitution:
@@ -34,6 +37,7 @@ class Substitution:
     sink: int
     window: int
     last: int
+    layer: int | None = None
 
 
 class Substituter:
@@ -62,7 +66,7 @@ class Substituter:
             operands[1:] = [keys.of(emit, operand) for operand in operands[1:]]
             reach = () if item.proof.reach is None else (item.proof.reach,)
             both = emit.call(OPERATOR, *operands, keys.mask, item.sink, item.window, item.last, site.scale, *reach)
-            both.meta[FIRST_ROW] = keys.first_row
+            both.meta[FIRST_ROW], both.meta[LAYER] = keys.first_row, item.layer
             result = self._laid_out(emit.call(operator.getitem, both, 0), site)
         self._emit.replace(site.node, result)
         _check_same(result, out)
