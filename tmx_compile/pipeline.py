@@ -18,12 +18,14 @@ from tmx_compile.graph.conclude import Proof
 from tmx_compile.graph.constants import KnownTensor, known_tensors
 from tmx_compile.graph.decode import own_key
 from tmx_compile.graph.find import find_attention
-from tmx_compile.graph.layer import LayerPath, layer_path
+from tmx_compile.graph.layer import LayerPath, layer_paths
+from tmx_compile.graph.layout import memory_order, permuted
 from tmx_compile.graph.prove import Prover
 from tmx_compile.graph.site import AttentionSite
 from tmx_compile.graph.storages import Storages
 from tmx_compile.graph.substitute import Substituter, Substitution
 from tmx_compile.graph.terms import size_of
+from tmx_compile.graph.transform import transforms
 from tmx_compile.lengths import LengthInput, Prompt, decide, find_length_input, has_fixed_range, known
 from tmx_compile.lowering import select
 from tmx_compile.lowering.base import AttentionCall, Lowering
@@ -32,6 +34,9 @@ from tmx_compile.lowering.worth import least_length
 from tmx_compile.ops import ALL_ROWS
 from tmx_compile.plan import Grid, Window, dense_section, pair_count, triangle
 from tmx_compile.report import Reason, Rejected, SiteRecord
+
+# The one transform that takes any operator with a backward.
+_GRAD = ("grad",)
 
 
 @dataclass(frozen=True)
@@ -118,11 +123,18 @@ def plan_graph(gm: GraphModule, options: Options, example_inputs: Sequence[Any] 
     prover: Prover | None = None
     sites: list[SitePlan] = []
     limit = options.config.min_seq_len
-    for found in find_attention(gm, storages):
+    around = transforms(gm.graph)
+    found_sites = list(find_attention(gm, storages))
+    layers = layer_paths(found.node for found in found_sites)
+    for found, layer in zip(found_sites, layers, strict=True):
         node = found.node
         assert node is not None
-        layer = layer_path(node)
         selected = layer.index in wanted
+        if isinstance(found, AttentionSite) and around.get(node, _GRAD) != _GRAD:
+            # No operand is what it seems: it may be batched.
+            why = Rejected(Reason.UNDER_TRANSFORM, " in ".join(reversed(around[node])), node)
+            sites.append(SitePlan(node, layer, None, None, why, selected))
+            continue
         if isinstance(found, Rejected):
             sites.append(SitePlan(node, layer, None, None, found, selected))
             continue
@@ -199,6 +211,9 @@ def _verdict(
         return Rejected(Reason.NOT_CAUSAL, "one row, and its own key is not shown to join the keys", site.node)
     if proof.reach is not None and proof.reach <= config.sliding_window_size:
         return Rejected(Reason.WINDOWED, f"{proof.reach + 1} keys", site.node)
+    if memory_order(site.node) is None:
+        out = nodes.tensor_of(site.node)
+        return Rejected(Reason.LAYOUT, f"the result has strides {None if out is None else out.stride()}", site.node)
     return None
 
 
@@ -303,6 +318,7 @@ def rewrite_graph(plan: GraphPlan) -> Rewritten:
     """Substitute and lower the planned sites, in the graph itself (:func:`copy_graph` keeps the original)."""
     gm = plan.gm
     fake_mode = nodes.fake_mode_of(gm)
+    around = transforms(gm.graph)
     needs_grad = torch.is_grad_enabled() and any(
         isinstance(value := nodes.value_of(node), torch.Tensor) and value.requires_grad
         for node in gm.graph.nodes
@@ -321,7 +337,7 @@ def rewrite_graph(plan: GraphPlan) -> Rewritten:
         site = item.site
         assert site is not None
         assert item.proof is not None
-        planned = _call(site, item.proof, target, needs_grad, fake_mode, plan.options)
+        planned = _call(site, item.proof, target, needs_grad or site.node in around, fake_mode, plan.options)
         lowering = _lowering(planned, plan, stays_dense=item.verdict is not None)
         if isinstance(lowering, Rejected):
             sites.append(_refused(item, lowering, plan.options))
@@ -329,7 +345,7 @@ def rewrite_graph(plan: GraphPlan) -> Rewritten:
         if lowering is None:
             sites.append(item)
             continue
-        both = substituter.substitute(Substitution(site, item.proof, *target))
+        both = substituter.substitute(Substitution(site, item.proof, *target, item.layer.index))
         chosen.append((both, _as_substituted(planned, both), lowering))
         replaced.append(site)
         sites.append(replace(item, lowering=lowering.name))
@@ -338,6 +354,7 @@ def rewrite_graph(plan: GraphPlan) -> Rewritten:
     for node, call, lowering in chosen:
         if lowering is not select.OPERATOR:
             lowerer.lower(node, call, lowering)
+    lowerer.settle()
     restore(gm)
     gm.graph.lint()
     gm.recompile()
@@ -360,8 +377,10 @@ def _target(item: SitePlan, options: Options) -> tuple[int, int, int] | None:
     if item.verdict is None:
         return options.config.geometry
     # A FlexAttention call with a block plan forms no mask: it stays the user's choice. On NPUs SDPA has no graph form.
-    written = item.site is not None and (item.site.masks or options.target == select.ASCEND.name)
-    if item.proof is not None and item.proof.plain and item.site is not None and written:
+    if item.site is None or memory_order(item.site.node) is None:
+        return None
+    written = item.site.masks or options.target == select.ASCEND.name
+    if item.proof is not None and item.proof.plain and written:
         return (0, 0, ALL_ROWS) if item.site.block_plan is None else None
     return None
 
@@ -397,7 +416,9 @@ def _call(
             dtype = torch.bool if proof.documents is None else torch.int64
             key_mask = key.new_empty(query.shape[0], key.shape[2], dtype=dtype)
     dense_up_to = options.config.min_seq_len if options.every_length else None
-    return AttentionCall(query, key, value, key_mask, *target, site.scale, needs_grad, proof.reach, dense_up_to)
+    order = memory_order(site.node)
+    layout = None if order is None else permuted(order, site.result_order)
+    return AttentionCall(query, key, value, key_mask, *target, site.scale, needs_grad, proof.reach, dense_up_to, layout)
 
 
 def _as_substituted(planned: AttentionCall, both: Node) -> AttentionCall:

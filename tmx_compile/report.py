@@ -41,6 +41,7 @@ class Reason(enum.Enum):
     FEW_KEYS = "sinks and window hold every key: nothing would be saved"
     FLOAT_BIAS = "the mask adds values other than 0 and minus infinity to the scores"
     WRITTEN_IN_PLACE = "the mask, the scores or an operand is modified in place"
+    UNDER_TRANSFORM = "the call is inside torch.vmap or another transform of torch.func"
     NO_LOWERING = "no lowering supports the call"
     NO_DISPATCH = "one graph has to serve lengths on both sides of min_seq_len, and nothing in it tells which"
 

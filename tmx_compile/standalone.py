@@ -8,8 +8,7 @@ traced into them.
 from __future__ import annotations
 
 import copy
-import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -19,16 +18,15 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tmx_compile.always import no_guard_added
 from tmx_compile.errors import LoweringError, VerificationError
 from tmx_compile.graph import nodes
 from tmx_compile.graph.erase import erase_dead
-from tmx_compile.graph.nodes import INSERTED, op_name, tensor_of, value_of
-from tmx_compile.pipeline import GraphPlan, Options, Rewritten, SitePlan, plan_graph, rewrite_graph
-from tmx_compile.report import Reason, Rejected
+from tmx_compile.graph.layout import NAME
+from tmx_compile.graph.nodes import INSERTED, op_name, value_of
+from tmx_compile.pipeline import GraphPlan, Options, Rewritten, plan_graph, rewrite_graph
 
 Program = TypeVar("Program", GraphModule, ExportedProgram)
 
@@ -79,10 +77,7 @@ def _check_values(gm: GraphModule) -> None:
 def _plan(source: GraphModule, options: Options) -> GraphPlan:
     gm = _copy(source)
     _drop_unread(gm)
-    plan = plan_graph(gm, options)
-    if _is_aten(gm.graph):
-        plan.sites[:] = [_with_known_layout(item) for item in plan.sites]
-    return plan
+    return plan_graph(gm, options)
 
 
 def _refresh(graph: Graph) -> None:
@@ -139,8 +134,6 @@ def _attempt(plan: GraphPlan) -> tuple[Rewritten, str]:
     mode = nodes.fake_mode_of(gm)
     with no_guard_added(mode) as asked:
         _refresh(gm.graph)
-        if is_aten:
-            _mark_results(gm, plan.sites)
         rewritten = rewrite_graph(plan)
         if is_aten:
             rewritten = replace(rewritten, gm=_Retracer(gm, composite).run())
@@ -208,59 +201,6 @@ def _exported(program: ExportedProgram, gm: GraphModule) -> ExportedProgram:
     )
 
 
-# The layout of results -----------------------------------------------------------------------------------------------
-
-
-def _with_known_layout(item: SitePlan) -> SitePlan:
-    """What follows a site in an operator graph may rely on its strides (a ``view``): they must be reproducible."""
-    out = None if item.site is None else tensor_of(item.site.node)
-    if out is None or item.verdict is not None or _order(out) is not None:
-        return item
-    return replace(item, verdict=Rejected(Reason.LAYOUT, f"the result has strides {out.stride()}", item.node))
-
-
-def _order(x: Tensor) -> tuple[int, ...] | None:
-    """The order of dimensions in which a tensor is contiguous, or None."""
-    for order in itertools.permutations(range(x.dim())):
-        expected: Any = 1
-        for dim in reversed(order):
-            if not statically_known_true(x.shape[dim] == 1) and not statically_known_true(x.stride(dim) == expected):
-                break
-            expected = expected * x.shape[dim]
-        else:
-            return order
-    return None
-
-
-def _laid_out(x: Tensor, order: tuple[int, ...]) -> Tensor:
-    """``x`` with its dimensions in memory in this order."""
-    if _order(x) == order:
-        return x
-    back = sorted(range(len(order)), key=order.__getitem__)
-    return x.permute(order).contiguous().permute(back)
-
-
-def _mark_results(gm: GraphModule, sites: Iterable[SitePlan]) -> None:
-    """Put a node that keeps the layout (and the name) after each site that may be replaced."""
-    for item in sites:
-        if item.site is None or item.proof is None:
-            continue
-        node = item.site.node
-        out = tensor_of(node)
-        assert out is not None
-        order = _order(out)
-        if order is None:
-            continue
-        with gm.graph.inserting_after(node):
-            mark = gm.graph.call_function(_laid_out, (node, order))
-        mark.meta = dict(node.meta) | {INSERTED: True, _NAME: node.name}
-        for user in [user for user in node.users if user is not mark]:
-            user.replace_input_with(node, mark)
-
-
-_NAME = "tmx_name"
-
-
 # Back to operators ---------------------------------------------------------------------------------------------------
 
 
@@ -303,7 +243,7 @@ class _Retracer:
         for node in self._gm.graph.nodes:
             if INSERTED in node.meta:
                 run.append(node)
-            if run and (INSERTED not in node.meta or _NAME in node.meta):
+            if run and (INSERTED not in node.meta or NAME in node.meta):
                 self._retrace(_Run(run))
                 run = []
             if INSERTED not in node.meta:
@@ -319,10 +259,6 @@ class _Retracer:
 
     def _retrace(self, run: _Run) -> None:
         inputs, outputs = run.inputs, run.outputs
-        # A site that stayed as it was has a mark and nothing else.
-        if len(run.nodes) == 1 and _NAME in run.nodes[0].meta and INSERTED not in inputs[0].meta:
-            self._moved[run.nodes[0]] = self._moved[inputs[0]]
-            return
 
         def body(*values: Any) -> list[Any]:
             known = dict(zip(inputs, values, strict=True))
@@ -332,7 +268,7 @@ class _Retracer:
 
         with nodes.on_fakes(self._fake_mode):
             traced = make_fx(body, pre_dispatch=self._composite)(*map(value_of, inputs))
-        names = {id(node): node.meta[_NAME] for node in outputs if _NAME in node.meta}
+        names = {id(node): node.meta[NAME] for node in outputs if NAME in node.meta}
         self._inline(traced, run, names)
 
     def _call(self, node: Node, known: dict[Node, Any]) -> Any:

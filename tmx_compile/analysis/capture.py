@@ -24,7 +24,7 @@ from tmx_compile.graph.children import flatten
 from tmx_compile.graph.constants import watched
 from tmx_compile.graph.effects import Effects
 from tmx_compile.graph.find import find_attention
-from tmx_compile.graph.layer import layer_path
+from tmx_compile.graph.layer import layer_paths
 from tmx_compile.pipeline import Options, plan_graph, records, rewrite_graph
 from tmx_compile.report import Rejected, Report
 
@@ -201,8 +201,13 @@ class CapturedModel:
 
     def _capture(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """The backend: substitute, install the switches, and hand the graph back to be run as it is."""
-        sites = [found for found in find_attention(flatten(gm)) if not isinstance(found, Rejected)]
-        layers = {layer for site in sites if (layer := layer_path(site.node).index) is not None}
+        sites = list(find_attention(flatten(gm)))
+        paths = layer_paths(site.node for site in sites)
+        layers = {
+            path.index
+            for site, path in zip(sites, paths, strict=True)
+            if path.index is not None and not isinstance(site, Rejected)
+        }
         config = self.config.replace(triangle_layer_indices=layers)
         plan = plan_graph(gm, replace(self._options, config=config), example_inputs)
         wanted = frozenset(site.layer.index for site in plan.triangle if site.layer.index is not None)

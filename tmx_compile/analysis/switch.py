@@ -15,7 +15,7 @@ from torch.fx import GraphModule, Node
 
 from tmx_compile.analysis.sections import AttentionInputs, Piece, RecordMiddle, SectionSums
 from tmx_compile.graph.erase import erase_dead
-from tmx_compile.graph.layer import layer_path
+from tmx_compile.graph.substitute import LAYER
 from tmx_compile.ops import OPERATOR
 
 
@@ -88,7 +88,9 @@ class SwitchedAttention(nn.Module):
         reach: int | None = None,
     ) -> Tensor:
         """Operands as :func:`tmx_compile.ops.triangle_attention` takes them; (B, H, Sq, Dv)."""
-        return self.board.attend(self.layer, AttentionInputs(query, key, value, key_mask, scale, reach))
+        out = self.board.attend(self.layer, AttentionInputs(query, key, value, key_mask, scale, reach))
+        # The memory of the operator's result: what follows may view it.
+        return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def install(gm: GraphModule, board: Switchboard, layers: frozenset[int]) -> set[int]:
@@ -100,7 +102,7 @@ def install(gm: GraphModule, board: Switchboard, layers: frozenset[int]) -> set[
     found: set[int] = set()
     for child in [module for module in gm.modules() if isinstance(module, GraphModule)]:
         for node in list(child.graph.nodes):
-            layer = layer_path(node).index if node.target is OPERATOR else None
+            layer = node.meta.get(LAYER) if node.target is OPERATOR else None
             if layer is None or layer not in layers:
                 continue
             _switch(child, node, board, layer)

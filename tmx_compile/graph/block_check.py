@@ -42,7 +42,9 @@ def check_blocks(emit: Emitter, site: AttentionSite, proof: Proof, key_mask: Nod
     if plan is None:
         return
     partial = map(emit.source, plan.partial)
-    full: tuple[Any, Any] = (None, None) if plan.full is None else tuple(map(emit.source, plan.full))
+    full: tuple[Any, Any] = (
+        (None, None) if plan.full is None else (emit.source(plan.full[0]), emit.source(plan.full[1]))
+    )
     q_len, kv_len = emit.q_len(), emit.kv_len()
     if proof.offset is None:
         first_row = emit.arithmetic(operator.sub, kv_len, q_len)

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._higher_order_ops.flex_attention import flex_attention
 from torch._functorch import predispatch
+from torch._higher_order_ops.flex_attention import flex_attention
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
@@ -135,7 +135,7 @@ def _writes_inputs(child: GraphModule, effects: Effects) -> bool:
     return any(effects.of(node).writes or effects.of(node).attributes for node in child.graph.nodes)
 
 
-# One run ---------------------------------------------------------------------------------------------------------------
+# One run --------------------------------------------------------------------------------------------------------------
 
 
 def _key(node: Node) -> Any:

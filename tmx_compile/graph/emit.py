@@ -33,6 +33,7 @@ class Emitter:
         self._saved: dict[tuple[Node, int], Node] = {}
         self._symbols: dict[Any, tuple[Node, int | None]] | None = None
         self._site: AttentionSite | None = None
+        self._replaced: dict[Node, Node] = {}
 
     @contextlib.contextmanager
     def before(self, site: AttentionSite) -> Iterator[Emitter]:
@@ -41,8 +42,21 @@ class Emitter:
         with self._gm.graph.inserting_before(site.node):
             yield self
 
+    def replace(self, node: Node, by: Node) -> None:
+        """Give the users of a node another one, in the graph and in every call that is still to be written."""
+        node.replace_all_uses_with(by)
+        self._replaced[node] = by
+
+    def _current(self, node: Node) -> Node:
+        return self._replaced.get(node, node)
+
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
-        """A call with the origin of the site and an example value."""
+        """A call with the origin of the site and an example value; of nodes that were replaced, it reads the new ones.
+
+        A site is described by nodes of the graph as it was. Its operands, or what masks it, may be results of sites
+        that have been replaced since.
+        """
+        args, kwargs = torch.fx.node.map_arg((args, kwargs), self._current)
         name = getattr(target, "__name__", "")
         if getattr(torch.Tensor, name, None) is target:
             node = self._gm.graph.call_method(name, args, kwargs)

@@ -7,12 +7,17 @@ every graph of a model, whatever breaks or other towers surround it.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 from torch.fx import Node
 
-_INDEX = re.compile(r"(?:^|\.)(\d+)(?=[.\[]|$)|\._modules\['(\d+)'\]|\.(?:\w+)\[(\d+)\](?=[.\[]|$)")
-_ROOT = re.compile(r"^(?:L\['self'\]|L\['(?P<name>\w+)'\])\.?")
+# How a module is reached is written in several ways: x.3, x[3], x._modules['3'], getattr(x, '3').
+_GETATTR = re.compile(r"getattr\(([^()]*), (['\"])(\w+)\2\)")
+_ROOT = re.compile(r"^[LG]\[(['\"])(?P<name>\w+)\1\]")
+# A function's own variables are no modules on the way.
+_CLOSURE = re.compile(r"\.__closure__\[\d+\]\.cell_contents")
+_PART = re.compile(r"\[(['\"])(?P<key>.*?)\1\]|\[(?P<index>\d+)\]|(?P<name>[^.\[\]]+)")
 
 
 @dataclass(frozen=True)
@@ -27,16 +32,51 @@ class LayerPath:
 
 def layer_path(node: Node) -> LayerPath:
     """Read the innermost recorded module path of a node; ``index`` is None when it does not name one layer."""
-    stack = node.meta.get("nn_module_stack")
+    return layer_paths([node])[0]
+
+
+def layer_paths(nodes: Iterable[Node | None]) -> list[LayerPath]:
+    """The layers of all sites of one graph.
+
+    Where a path has several indices (``layers.3.0``: layers that are pairs of modules), the layer's is the one that
+    varies among the paths of this form, if it is the only one.
+    """
+    paths = [_parts(node) for node in nodes]
+    forms: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
+    for parts in paths:
+        forms.setdefault(_form(parts), []).append(parts)
+    varying = {form: _varying(alike) for form, alike in forms.items()}
+    return [_placed(parts, varying[_form(parts)]) for parts in paths]
+
+
+def _parts(node: Node | None) -> tuple[str, ...]:
+    """The names from the root to the innermost recorded module; a root other than ``self`` is the first."""
+    stack = None if node is None else node.meta.get("nn_module_stack")
     if not stack:
-        return LayerPath("")
-    raw = str(next(reversed(stack.values()))[0])
-    found = list(_INDEX.finditer(raw))
-    path = _ROOT.sub(lambda m: f"{m['name']}." if m["name"] else "", raw).rstrip(".")
-    path = re.sub(r"\._modules\['(\w+)'\]|\[(\d+)\]", lambda m: f".{m[1] or m[2]}", path)
-    if len(found) != 1:
-        return LayerPath(path, indices=len(found))
-    match = found[0]
-    digits = next(group for group in match.groups() if group is not None)
-    before = raw[: match.start()] + (raw[match.start() : match.end()].split("[")[0] if match[3] else "")
-    return LayerPath(path, _ROOT.sub("", before), int(digits), 1)
+        return ()
+    raw, changed = str(next(reversed(stack.values()))[0]), 1
+    while changed:
+        raw, changed = _GETATTR.subn(r"\1.\3", raw)
+    raw = _CLOSURE.sub("", raw)
+    raw = _ROOT.sub(lambda m: "" if m["name"] == "self" else m["name"], raw)
+    parts = [m["key"] or m["index"] or m["name"] for m in _PART.finditer(raw)]
+    return tuple(part for part in parts if part != "_modules")
+
+
+def _form(parts: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple("*" if part.isdecimal() else part for part in parts)
+
+
+def _varying(alike: list[tuple[str, ...]]) -> int | None:
+    """The place of the layer's index in paths that differ in indices alone, or None."""
+    places = [i for i, part in enumerate(alike[0]) if part.isdecimal()]
+    if len(places) > 1:
+        places = [i for i in places if len({parts[i] for parts in alike}) > 1]
+    return places[0] if len(places) == 1 else None
+
+
+def _placed(parts: tuple[str, ...], place: int | None) -> LayerPath:
+    found = LayerPath(".".join(parts), indices=sum(part.isdecimal() for part in parts))
+    if place is None:
+        return found
+    return replace(found, stack=".".join(parts[:place]), index=int(parts[place]))

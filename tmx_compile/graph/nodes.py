@@ -93,30 +93,6 @@ _IN_PLACE_OPERATORS = frozenset(
 )
 
 
-def is_in_place(node: Node) -> bool:
-    """Whether a call writes to its first argument."""
-    if "out" in node.kwargs:
-        return True
-    if node.op not in ("call_method", "call_function"):
-        return False
-    target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        return target._schema.is_mutable
-    name = target if isinstance(target, str) else getattr(target, "__name__", "")
-    if target is operator.setitem or name == "__setitem__":
-        return True
-    if name.startswith("__i") and name not in ("__invert__", "__index__"):
-        return True
-    if getattr(operator, name, None) is target and name in _IN_PLACE_OPERATORS:
-        return True
-    return name.endswith("_") and not name.endswith("__") and name not in ("and_", "or_", "not_", "is_")
-
-
-_IN_PLACE_OPERATORS = frozenset(
-    "iadd isub imul itruediv ifloordiv imod ipow iand ior ixor ilshift irshift iconcat imatmul".split()  # noqa: SIM905
-)
-
-
 def fake_mode_of(gm: GraphModule) -> Any:
     """The fake tensor mode that the graph's example values belong to; None in a graph without fake tensors."""
     for node in gm.graph.nodes:

@@ -16,14 +16,18 @@ from tmx_compile.graph.block_check import check_blocks
 from tmx_compile.graph.conclude import Proof
 from tmx_compile.graph.emit import Emitter
 from tmx_compile.graph.erase import dead_ends, erase_dead
+from tmx_compile.graph.layout import NAME, laid_out, memory_order, permuted
 from tmx_compile.graph.nodes import tensor_of
-from tmx_compile.graph.site import AttentionSite, Operand
+from tmx_compile.graph.site import AttentionSite, BlockPlan, Operand
 from tmx_compile.graph.storages import Storages
 from tmx_compile.graph.terms import Lin, Truthy
 from tmx_compile.ops import CHECK_MASK, OPERATOR
 
 FIRST_ROW = "tmx_first_row"
 """Metadata of an operator's node: the node of row 0's position before the keys were moved to the end, or None."""
+
+LAYER = "tmx_layer"
+"""Metadata of an operator's node: the number of its layer."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Substitution:
     sink: int
     window: int
     last: int
+    layer: int | None = None
 
 
 class Substituter:
@@ -53,9 +58,10 @@ class Substituter:
         assert out is not None
         with self._emit.before(site) as emit:
             keys = self._shared(item)
-            if (site.block_plan, item.proof) not in self._checked:
+            checked = (site.block_plan, item.proof, tuple(map(emit.source, _tensors(site.block_plan))))
+            if checked not in self._checked:
                 check_blocks(emit, site, item.proof, keys.mask)
-                self._checked.add((site.block_plan, item.proof))
+                self._checked.add(checked)
             # Under autocast SDPA takes mixed dtypes; its result tells which one it computes in.
             operands = [self._operand(x, out.dtype) for x in (site.query, site.key, site.value)]
             if site.factor is not None:
@@ -64,11 +70,9 @@ class Substituter:
             operands[1:] = [keys.of(emit, operand) for operand in operands[1:]]
             reach = () if item.proof.reach is None else (item.proof.reach,)
             both = emit.call(OPERATOR, *operands, keys.mask, item.sink, item.window, item.last, site.scale, *reach)
-            both.meta[FIRST_ROW] = keys.first_row
-            result = emit.call(operator.getitem, both, 0)
-            if site.result_order is not None:
-                result = emit.call(torch.Tensor.permute, result, site.result_order)
-        site.node.replace_all_uses_with(result)
+            both.meta[FIRST_ROW], both.meta[LAYER] = keys.first_row, item.layer
+            result = self._laid_out(emit.call(operator.getitem, both, 0), site)
+        self._emit.replace(site.node, result)
         _check_same(result, out)
         return both
 
@@ -81,6 +85,15 @@ class Substituter:
         erase_dead(self._gm.graph, [*ends, *effects, *(site.node for site in sites)], effects)
         self._gm.graph.lint()
         self._gm.recompile()
+
+    def _laid_out(self, result: Node, site: AttentionSite) -> Node:
+        """The result as the site's users know it: its dimensions, their order in memory, its name."""
+        order = memory_order(site.node)
+        if order is None:
+            raise VerificationError(f"{site.node.name}: no dense tensor has the layout of what is to be replaced")
+        placed = self._emit.call(laid_out, result, permuted(order, site.result_order), site.result_order)
+        placed.meta[NAME] = site.node.name
+        return placed
 
     def _operand(self, operand: Operand, dtype: torch.dtype) -> Node:
         node = self._emit.source(operand.node)
@@ -100,6 +113,10 @@ class Substituter:
         if shared not in self._keys:
             self._keys[shared] = _keys(self._emit, item)
         return self._keys[shared]
+
+
+def _tensors(plan: BlockPlan | None) -> tuple[Node, ...]:
+    return () if plan is None else (*plan.partial, *(plan.full or ()))
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node, Proxy
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.proxy import GraphAppendingTracer
 
+from tmx_compile.graph.layout import Order
 from tmx_compile.graph.nodes import INSERTED, on_fakes, value_of
 from tmx_compile.report import Accepted, Rejected
 
@@ -24,7 +25,8 @@ class AttentionCall:
 
     Shapes are those of :func:`tmx_compile.ops.triangle_attention`. ``needs_grad`` tells that the compiled graph will be
     differentiated. ``dense_up_to`` is set for a graph that serves every length from 1 on and whose guards nobody
-    checks: a prompt of at most that many rows is attended densely.
+    checks: a prompt of at most that many rows is attended densely. ``layout`` is the order of ``out``'s dimensions in
+    memory, outermost first, that is made of whatever a lowering writes: writing it so saves a copy.
     """
 
     query: Tensor
@@ -38,6 +40,7 @@ class AttentionCall:
     needs_grad: bool
     reach: int | None = None
     dense_up_to: int | None = None
+    layout: Order | None = None
 
     @property
     def documents(self) -> bool:

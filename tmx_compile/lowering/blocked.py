@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch.fx import Proxy
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from tmx_compile.graph.layout import Order
 from tmx_compile.lowering import rows
 from tmx_compile.lowering.base import AttentionCall, Operands, Writer, arange, example, first_position, length, symbol
 from tmx_compile.report import Accepted, Reason, Rejected
@@ -47,7 +48,14 @@ class Blocked:
     def emit(self, write: Writer, call: AttentionCall, operands: Operands) -> Proxy:
         """See :func:`blocked_attention`."""
         out: Proxy = blocked_attention(
-            operands.query, operands.key, operands.value, operands.key_mask, *call.geometry, call.scale, call.reach
+            operands.query,
+            operands.key,
+            operands.value,
+            operands.key_mask,
+            *call.geometry,
+            call.scale,
+            call.reach,
+            call.layout,
         )
         return out
 
@@ -69,6 +77,7 @@ def blocked_attention(
     last: int,
     scale: float,
     reach: int | None = None,
+    layout: Order | None = None,
 ) -> Any:
     """Triangle attention, out (B, H, Sq, Dv), from tensors or proxies of the operator's shapes."""
     q_len, kv_len = length(q, 2), length(k, 2)
@@ -81,7 +90,7 @@ def blocked_attention(
     out = _streaming(q, k, v, key_mask, where, sink, window, scale, reach)
     if last > 0:
         final = rows.last_rows(q, k, v, key_mask, where, last, scale, reach)
-        out = rows.join(out, final, q, k, key_mask, where, last)
+        out = rows.join(out, final, q, k, key_mask, where, last, layout)
     if key_mask is not None:
         out = rows.zero_empty(out, q, k, key_mask, where, sink, window, last, reach)
     return out

@@ -77,7 +77,7 @@ class Flex:
         out = _streaming(write, contiguous, key_mask, where, sink, window, call)
         if last > 0:
             final = rows.last_rows(q, k, v, key_mask, where, last, call.scale, call.reach)
-            out = rows.join(out, final, q, k, key_mask, where, last)
+            out = rows.join(out, final, q, k, key_mask, where, last, call.layout)
         if key_mask is not None:
             out = rows.zero_empty(out, q, k, key_mask, where, sink, window, last, call.reach)
         return out

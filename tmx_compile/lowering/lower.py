@@ -12,6 +12,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from tmx_compile.errors import VerificationError
 from tmx_compile.graph.erase import erase_dead
+from tmx_compile.graph.layout import NAME, laid_out
 from tmx_compile.graph.nodes import tensor_of
 from tmx_compile.graph.terms import size_of
 from tmx_compile.lowering.base import AttentionCall, Lowering, Operands, Writer
@@ -64,6 +65,26 @@ class Lowerer:
             graph.erase_node(user)
         erase_dead(graph, [node])
 
+    def settle(self) -> None:
+        """Write out the layouts that the substitution asked for: nothing where a result already has its own.
+
+        Call it after the last :meth:`lower`, which decides in what layout a result is.
+        """
+        for node in self._gm.graph.find_nodes(op="call_function", target=laid_out):
+            expected = tensor_of(node)
+            result, order, result_order = node.args
+            assert isinstance(result, Node)
+            assert expected is not None
+            with self._gm.graph.inserting_before(node):
+                write = Writer(self._gm, self._fake_mode, node)
+                placed = laid_out(write.proxy(result), order, result_order).node
+            got = tensor_of(placed)
+            if got is None or not _same_shape(got, expected) or not _same_strides(got, expected):
+                raise VerificationError(f"{node.name}: {got} has another layout than {expected}")
+            placed.meta[NAME] = node.meta[NAME]
+            node.replace_all_uses_with(placed)
+            self._gm.graph.erase_node(node)
+
     def _emit(self, node: Node, call: AttentionCall, lowering: Lowering) -> _Emission:
         before = node.prev
         write = Writer(self._gm, self._fake_mode, node)
@@ -114,6 +135,16 @@ def _describe(call: AttentionCall) -> Any:
 
 def _same_shape(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.dim() == b.dim() and all(statically_known_true(x == y) for x, y in zip(a.shape, b.shape, strict=True))
+
+
+def _same_strides(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors of one shape have the same strides, wherever there is more than one element."""
+    if any(statically_known_true(size == 0) for size in a.shape):
+        return True
+    return all(
+        statically_known_true(size == 1) or statically_known_true(x == y)
+        for size, x, y in zip(a.shape, a.stride(), b.stride(), strict=True)
+    )
 
 
 def merged_options(calls: Iterable[tuple[AttentionCall, Lowering]]) -> Mapping[str, Any]:

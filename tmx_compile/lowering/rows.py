@@ -12,10 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from tmx_compile.graph.layout import Order, inverse
 from tmx_compile.lowering.base import arange, first_position, length, symbol
 
 MAX_LAST_ROWS = 4096
 """More last rows than this would make their (rows, Skv) mask the very thing that is to be avoided."""
+
+_AS_IT_IS = (0, 1, 2, 3)
 
 
 @dataclass(frozen=True)
@@ -86,13 +89,21 @@ def last_rows(
     )
 
 
-def join(stream: Any, rows: Any, q: Any, k: Any, key_mask: Any, where: Extent, last: int) -> Any:
-    """Put the last rows over the streaming rows: (B, H, Sq, Dv); rows outside their sequence become 0."""
+def join(
+    stream: Any, rows: Any, q: Any, k: Any, key_mask: Any, where: Extent, last: int, layout: Order | None = None
+) -> Any:
+    """Put the last rows over the streaming rows: (B, H, Sq, Dv); rows outside their sequence become 0.
+
+    ``layout`` is the order in memory in which parts are put together.
+    """
     q_len = length(q, 2)
     offset = first_position(q, k)
     if key_mask is None:
         if _fits(q_len, last):
-            return torch.cat([stream[:, :, : q_len - last], rows], 2)
+            parts = [stream[:, :, : q_len - last], rows]
+            if layout in (None, _AS_IT_IS):
+                return torch.cat(parts, 2)
+            return torch.cat([x.permute(layout) for x in parts], layout.index(2)).permute(inverse(layout))
         row = arange(q, q_len)
         chosen = rows.index_select(2, (row - (q_len - last)).clamp(min=0))
         return torch.where((row >= q_len - last)[:, None], chosen, stream)

@@ -49,7 +49,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """:func:`tmx_compile.ops.kernel.forward` over documents."""
     b, h, q_len, _ = query.shape
-    out = query.new_zeros(b, h, q_len, value.shape[3])
+    out = query.new_zeros(b, q_len, h, value.shape[3]).transpose(1, 2)
     lse = query.new_full((b, h, q_len), float("-inf"), dtype=torch.float32)
     for document in split(numbers, q_len):
         s, rows, keys = document.sequence, document.rows, document.keys

@@ -176,7 +176,8 @@ def forward(
     """Attention output (B, H, Sq, Dv) in the inputs' dtype and log-sum-exp (B, H, Sq) in float32."""
     b, h, q_len, _ = query.shape
     dtype = accumulation_dtype(query.dtype)
-    out = query.new_zeros(b, h, q_len, value.shape[3])
+    # The memory of SDPA's results, (B, Sq, H, Dv): what follows most often views them as rows of all heads.
+    out = query.new_zeros(b, q_len, h, value.shape[3]).transpose(1, 2)
     lse = query.new_full((b, h, q_len), float("-inf"), dtype=torch.float32)
     p = problem(query, key, key_mask, geometry)
     for block in blocks(p, h):

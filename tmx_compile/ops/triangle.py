@@ -117,7 +117,8 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     check(query, key, value, key_mask, sink, window, last, reach)
     b, h, q_len, _ = query.shape
-    return query.new_empty(b, h, q_len, value.shape[3]), query.new_empty(b, h, q_len, dtype=torch.float32)
+    out = query.new_empty(b, q_len, h, value.shape[3]).transpose(1, 2)
+    return out, query.new_empty(b, h, q_len, dtype=torch.float32)
 
 
 @torch.library.custom_op("tmx::triangle_attention_backward", mutates_args=())
@@ -212,8 +213,8 @@ def triangle_attention(
         reach: how far back any row sees, sinks and last rows included: a layer's own sliding window. None: all keys.
 
     Returns:
-        out (B, H, Sq, Dv) in query's dtype, 0 on a row that attends to nothing; lse (B, H, Sq) float32, the natural
-        log of the sum of exponentials, -inf on such a row.
+        out (B, H, Sq, Dv) in query's dtype, (B, Sq, H, Dv) in memory, 0 on a row that attends to nothing; lse
+        (B, H, Sq) float32, the natural log of the sum of exponentials, -inf on such a row.
 
     Raises:
         ValueError: shapes, dtypes, devices or counts that do not fit, naming the argument and its value.

@@ -42,7 +42,8 @@ def forward(
     mask = functools.cache(lambda: compressed_mask(query, arange))
     calls = Calls(run, mask, query.shape[1], key.shape[1], scale, with_lse=True)
     done = attention(query, key, value, key_mask, Geometry(sink, window, last), calls)
-    return done.out.contiguous(), done.lse[..., 0].contiguous()
+    # (B, Sq, H, Dv) in memory, as the operator's fake kernel says.
+    return done.out.transpose(1, 2).contiguous().transpose(1, 2), done.lse[..., 0].contiguous()
 
 
 _KERNELS = torch.library.Library("tmx", "IMPL", "PrivateUse1")  # type: ignore[no-untyped-call]
