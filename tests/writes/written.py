@@ -94,7 +94,7 @@ VIEWS = (
     (2, "{t}.swapaxes(0, -1)"),
     (2, "{t}.moveaxis(-1, 0)"),
     (2, "{t}.movedim(-1, -2)"),
-    (2, "{t}.permute(*range({t}.dim() - 1, -1, -1))"),
+    (2, "{t}.permute({p})"),
     (2, "{t}.diagonal(dim1=-2, dim2=-1)"),
     (2, "torch.diagonal({t}, -1, -2, -1)"),
     (2, "{t}.unbind(-1)[{i}]"),
@@ -218,7 +218,8 @@ def draw_write(rng: random.Random, var: Var, name: str) -> Write | None:
         if least > len(shape) or (template == "{t}.view(torch.uint8)" and kind != "bool"):
             continue
         index = _index(rng, shape, -1)
-        made = template.format(t="t", i=index)
+        order = ", ".join(map(str, reversed(range(len(shape)))))
+        made = template.format(t="t", i=index, p=order)
         try:
             view = eval(made, {"t": torch.zeros(shape, dtype=DTYPES[kind]), "torch": torch, "F": F, "self": _Self()})
         except Exception:
@@ -229,7 +230,7 @@ def draw_write(rng: random.Random, var: Var, name: str) -> Write | None:
             kind, constant = "int", rng.choice(("0", "1"))
         elif template == "{t}.float()":
             kind, constant = "float", "0.5"
-        expression = template.format(t=expression, i=index)
+        expression = template.format(t=expression, i=index, p=order)
         through.append(template)
         shape = tuple(view.shape)
     if kind == "int" and var.kind == "bool":
