@@ -10,65 +10,15 @@ from __future__ import annotations
 
 import linecache
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from .function import Function
+from .masks import LEAST, ROOM, Masks
 from .watch import WATCH
-from .written import Var, draw_write
-
-ROOM = 700
-LEAST = 130
-
-
-@dataclass
-class Line:
-    """A line of a function, what it makes, and whether it belongs to the line above."""
-
-    text: str
-    makes: tuple[Var, ...] = ()
-    glued: bool = False
-
-
-@dataclass
-class Function:
-    """The lines of one function and the tensors in scope where it starts."""
-
-    scope: tuple[Var, ...]
-    lines: list[Line] = field(default_factory=list)
-
-    def add(self, text: str, *makes: Var, glued: bool = False) -> None:
-        self.lines.append(Line(text, makes, glued))
-
-    def write(self, rng: random.Random, name: str) -> str | None:
-        """Insert one random write; its description, or None where the draw came to nothing."""
-        places = [i for i, line in enumerate(self.lines) if not line.glued]
-        place = rng.choice(places)
-        scope = {var.name: var for var in self.scope}
-        born = dict.fromkeys(scope, 0)
-        for i, line in enumerate(self.lines[:place]):
-            for var in line.makes:
-                scope[var.name], born[var.name] = var, i + 1
-        if not scope:
-            return None
-        pool = list(scope.values())
-        var = rng.choices(pool, [v.weight for v in pool])[0]
-        write = draw_write(rng, var, name)
-        if write is None:
-            return None
-        made = [Line(write.statement)]
-        if write.view and rng.random() < 0.25:
-            # The view is taken at one time and written at another.
-            early = rng.choice([i for i in places if born[var.name] <= i <= place])
-            self.lines.insert(place, made[0])
-            self.lines.insert(early, Line(write.view))
-        else:
-            self.lines[place:place] = ([Line(write.view)] if write.view else []) + made
-        return " | ".join((write.target, write.through, write.operator))
-
-    def text(self) -> list[str]:
-        return ["        " + line.text for line in self.lines]
+from .written import Var
 
 
 @dataclass(frozen=True)
@@ -125,7 +75,7 @@ class Program:
         return torch.randn(self.batch, self.lengths[call], self.dim, generator=generator)
 
 
-class Draw:
+class Draw(Masks):
     """Draws one program."""
 
     def __init__(self, seed: str, *, inductor: bool) -> None:
@@ -149,146 +99,6 @@ class Draw:
         self.buffers: list[str] = []
         self.model = Function(())
         self.shared: list[Var] = []
-
-    def var(self, name: str, kind: str, shape: tuple[int, ...], role: str = "", weight: int = 2) -> Var:
-        return Var(name, kind, shape, role or name, weight)
-
-    # The mask -------------------------------------------------------------------------------------------------------
-
-    def build_mask(self) -> None:
-        if self.mask in ("none", "cache"):
-            if self.mask == "cache":
-                self.cache_mask()
-            return
-        self.causal()
-        mask = self.float_mask
-        if self.mask == "padding":
-            self.padding()
-        if not mask and self.rng.random() < 0.25:
-            self.to_float()
-        if self.rng.random() < 0.25:
-            by = self.rng.choice(("mask[None, None]", "mask.unsqueeze(0)", "mask.expand(b, 1, n, n)", "mask.clone()"))
-            if len(self.mask_shape) == 4:
-                by = "mask.contiguous()"
-            shape = {"mask[None, None]": (1, 1), "mask.unsqueeze(0)": (1,), "mask.expand(b, 1, n, n)": (self.batch, 1)}
-            if by == "mask.unsqueeze(0)" and self.batch > 1:
-                by = "mask[None, None]"
-            self.mask_shape = (*shape.get(by, ()), *self.mask_shape)
-            self.line(f"mask = {by}", "mask", "float" if self.float_mask else "bool", self.mask_shape, "mask", 6)
-
-    def line(self, text: str, name: str, kind: str, shape: tuple[int, ...], role: str = "", weight: int = 2) -> Var:
-        var = self.var(name, kind, shape, role, weight)
-        self.model.add(text, var)
-        return var
-
-    def causal(self) -> None:
-        rng, n = self.rng, (LEAST, LEAST)
-        if self.mask == "buffer":
-            name = rng.choice(("causal", "square"))
-            made = "torch.ones(256, 256, dtype=torch.bool).tril()"
-            if rng.random() < 0.4:
-                self.float_mask, made = True, "torch.full((256, 256), -math.inf).triu(1)"
-            kind = "float" if self.float_mask else "bool"
-            self.buffers.append(f'self.register_buffer("{name}", {made})')
-            self.model.scope = (*self.model.scope, self.var(f"self.{name}", kind, (256, 256), "mask buffer", 3))
-            self.line(f"mask = self.{name}[:n, :n]", "mask", kind, n, "mask", 6)
-            return
-        if self.float_mask:
-            form = rng.randrange(5)
-            if form < 2:
-                how = ("torch.full((n, n), -math.inf).triu(1)", "torch.triu(torch.full((n, n), -math.inf), diagonal=1)")
-                self.line(f"mask = {how[form]}", "mask", "float", n, "mask", 6)
-            elif form == 2:
-                self.line("future = torch.ones(n, n, dtype=torch.bool).triu(1)", "future", "bool", n, "source", 3)
-                fill = rng.choice(("-math.inf", "-1e9", "torch.finfo(torch.float32).min"))
-                self.line(f"mask = torch.zeros(n, n).masked_fill(future, {fill})", "mask", "float", n, "mask", 6)
-            elif form == 3:
-                self.line("future = torch.ones(n, n, dtype=torch.bool).triu(1)", "future", "bool", n, "source", 3)
-                self.line("mask = torch.zeros(n, n)", "mask", "float", n, "mask", 2)
-                self.line("mask.masked_fill_(future, -math.inf)", "mask", "float", n, "mask", 6)
-            else:
-                self.line("mask = torch.full((n, n), -math.inf)", "mask", "float", n, "mask", 2)
-                self.line("mask.triu_(1)", "mask", "float", n, "mask", 6)
-            return
-        form = rng.randrange(8)
-        if form == 0:
-            self.line("mask = torch.ones(n, n, dtype=torch.bool).tril()", "mask", "bool", n, "mask", 6)
-        elif form == 1:
-            self.line("place = torch.arange(n)", "place", "int", n[:1], "source", 4)
-            self.line("mask = place[None, :] <= place[:, None]", "mask", "bool", n, "mask", 6)
-        elif form == 2:
-            self.line("row = torch.arange(n)[:, None]", "row", "int", (LEAST, 1), "source", 3)
-            self.line("col = torch.arange(n)[None, :]", "col", "int", (1, LEAST), "source", 3)
-            self.line("mask = row >= col", "mask", "bool", n, "mask", 6)
-        elif form == 3:
-            self.line("future = torch.ones(n, n).triu(1)", "future", "float", n, "source", 4)
-            self.line("mask = future == 0", "mask", "bool", n, "mask", 6)
-        elif form == 4:
-            self.line("ones = torch.ones(n, dtype=torch.long)", "ones", "int", n[:1], "source", 3)
-            self.line("place = ones.cumsum(0) - 1", "place", "int", n[:1], "source", 3)
-            self.line("mask = ~(place[None, :] > place[:, None])", "mask", "bool", n, "mask", 6)
-        elif form == 5:
-            shape = (2, *n)
-            self.line("store = torch.ones(2, n, n, dtype=torch.bool).tril()", "store", "bool", shape, "source", 4)
-            by = rng.choice(("store[1]", "store.unbind(0)[0]", "store.select(0, 1)", "store.chunk(2)[1].squeeze(0)"))
-            self.line(f"mask = {by}", "mask", "bool", n, "mask", 5)
-        elif form == 6:
-            self.buffers.append('self.register_buffer("places", torch.arange(256))')
-            self.model.scope = (*self.model.scope, self.var("self.places", "int", (256,), "places buffer", 3))
-            self.line("place = self.places[:n]", "place", "int", n[:1], "source", 3)
-            self.line("mask = place[:, None].ge(place)", "mask", "bool", n, "mask", 6)
-        else:
-            self.line("mask = torch.zeros(n, n, dtype=torch.bool)", "mask", "bool", n, "mask", 1)
-            self.line("mask.copy_(torch.ones(n, n).tril() > 0)", "mask", "bool", n, "mask", 6)
-
-    def padding(self) -> None:
-        rng, b = self.rng, self.batch
-        four = (b, 1, LEAST, LEAST)
-        if rng.random() < 0.5:
-            given = self.var("attention_mask", "int", (b, LEAST), "attention_mask", 3)
-            by = rng.choice(("attention_mask[:, :n].bool()", "attention_mask[:, :n] != 0", "attention_mask[:, :n] > 0"))
-        else:
-            given = self.var("lengths", "int", (b,), "lengths", 4)
-            by = rng.choice(("torch.arange(n)[None] < lengths[:, None]", "lengths[:, None] > torch.arange(n)"))
-        self.model.scope = (*self.model.scope, given)
-        self.line(f"shown = {by}", "shown", "bool", (b, LEAST), "source", 3)
-        wide = rng.choice(("shown[:, None, None, :]", "shown.view(b, 1, 1, n)", "shown.unsqueeze(1).unsqueeze(1)"))
-        if self.float_mask:
-            join = rng.choice(("mask.masked_fill(~{}, -math.inf)", "mask + torch.where({}, 0.0, -math.inf)"))
-        else:
-            join = rng.choice(("mask & {}", "torch.logical_and(mask, {})", "{} & mask", "mask * {}"))
-        self.mask_shape = four
-        kind = "float" if self.float_mask else "bool"
-        self.line(f"mask = {join.format(wide)}", "mask", kind, four, "mask", 6)
-        self.shared.append(given)
-
-    def to_float(self) -> None:
-        by = ("torch.where(mask, 0.0, -math.inf)", "(1.0 - mask.float()) * -1e9", "mask.logical_not() * -1e9")
-        self.float_mask = True
-        how = self.rng.choice(by)
-        self.line(f"mask = {how}", "mask", "float", self.mask_shape, "mask", 6)
-
-    def cache_mask(self) -> None:
-        rng = self.rng
-        self.position = "position"
-        if rng.random() < 0.5:
-            self.position = "self.position"
-            self.buffers.append('self.register_buffer("position", torch.zeros((), dtype=torch.long))')
-        # Written once on purpose (it is raised), and by chance besides.
-        place = self.var(self.position, "int", (), "position", 3)
-        self.model.scope = (*self.model.scope, place)
-        self.line(f"rows = {self.position} + torch.arange(n)", "rows", "int", (LEAST,), "source", 2)
-        if not self.flex:
-            self.mask_shape = (LEAST, ROOM)
-            by = rng.choice(("torch.arange({r})[None] <= rows[:, None]", "rows[:, None] >= torch.arange({r})"))
-            self.line(f"mask = {by.format(r=ROOM)}", "mask", "bool", self.mask_shape, "mask", 5)
-        self.shared.append(self.var("rows", "int", (LEAST,), "source", 1))
-
-    def raise_position(self) -> str:
-        forms = ["{p}.add_(n)", "{p} += n", "{p}.copy_({p} + n)", "{p}.data.add_(n)", "{p}[...] = {p} + n"]
-        if self.position.startswith("self"):
-            forms.append("{p} = {p} + n")
-        return self.rng.choice(forms).format(p=self.position)
 
     # A layer --------------------------------------------------------------------------------------------------------
 
@@ -370,7 +180,11 @@ class Draw:
     def projected(self, body: Function) -> None:
         d = self.dim
         body.scope = (*body.scope, self.var("x", "float", (self.batch, LEAST, d), "x", 1))
-        for one, heads, name in (("q", self.heads, "query"), ("k", self.kv_heads, "key"), ("v", self.kv_heads, "value")):
+        for one, heads, name in (
+            ("q", self.heads, "query"),
+            ("k", self.kv_heads, "key"),
+            ("v", self.kv_heads, "value"),
+        ):
             by = self.rng.choice((f"view(b, n, {heads}, {d})", f"unflatten(-1, ({heads}, {d}))"))
             var = self.var(name, "float", (self.batch, heads, LEAST, d), name, 3)
             body.add(f"{name} = self.{one}(x).{by}.transpose(1, 2)", var)
@@ -424,7 +238,7 @@ class Draw:
             f"{query} @ {key}.transpose(-1, -2)",
             f"torch.matmul({query}, {key}.mT)",
             f"torch.einsum('bhid,bhjd->bhij', {query}, {key})",
-            f"torch.bmm({query}.flatten(0, 1), {key}.flatten(0, 1).transpose(1, 2)).view(b, {self.heads}, n, {columns})",
+            f"torch.bmm({query}.flatten(0, 1), {key}.flatten(0, 1).mT).view(b, {self.heads}, n, {columns})",
         ))  # fmt: skip
         scores = self.var("scores", "float", shape, "scores", 3)
         body.add(f"scores = {product}", scores)
@@ -491,9 +305,7 @@ class Draw:
             return None
         if len(self.bodies) < self.layers:
             self.bodies = self.bodies * self.layers
-            self.texts = [
-                [line.replace("Layer0", f"Layer{i}") for line in self.texts[0]] for i in range(self.layers)
-            ]
+            self.texts = [[line.replace("Layer0", f"Layer{i}") for line in self.texts[0]] for i in range(self.layers)]
         return self.assembled(writes)
 
     def writes(self) -> tuple[str, ...] | None:

@@ -24,6 +24,8 @@ import tmx_compile
 
 from .judge import FAILURES, Outcome, judge
 
+WAYS = ("eager", "export", "inductor")
+
 
 def main() -> int:
     """Run the command; 1 where a case failed."""
@@ -86,7 +88,9 @@ def recorded(outcomes: list[Outcome], seconds: float) -> dict[str, Any]:
         "cases": len(outcomes),
         "seconds": round(seconds, 1),
         "kinds": dict(Counter(outcome.kind for outcome in outcomes).most_common()),
-        "ways": {way: dict(Counter(o.kind for o in outcomes if o.way == way)) for way in ("eager", "export", "inductor")},
+        "ways": {
+            way: dict(Counter(o.kind for o in outcomes if o.way == way)) for way in ("eager", "export", "inductor")
+        },
         "triangle": {"cases": sparse, "share": round(sparse / max(len(outcomes), 1), 3)},
         "decisions": dict(sites.most_common()),
         "redrawn": sum(outcome.redrawn for outcome in outcomes),
