@@ -15,6 +15,7 @@ from torch.fx import GraphModule
 
 from tmx_compile.chunks import current_chunk
 from tmx_compile.errors import StrictModeError
+from tmx_compile.graph.constants import watched
 from tmx_compile.graph.decode import own_key
 from tmx_compile.graph.nodes import value_of
 from tmx_compile.pipeline import Options, copy_graph, plan_graph, rewrite_graph
@@ -87,7 +88,7 @@ def one_row_chunk(gm: GraphModule, options: Options, example_inputs: Sequence[An
     sizes = {} if expression is None else _sizes(gm, expression.free_symbols)
     if sizes is None:
         expression, sizes = None, {}
-    return OneRow(rewrite_graph(plan).gm.forward, refused, expression, sizes)
+    return OneRow(watched(rewrite_graph(plan).gm.forward, plan.known), refused, expression, sizes)
 
 
 def _sizes(gm: GraphModule, symbols: set[Any]) -> dict[Any, tuple[int, int | None]] | None:

@@ -57,7 +57,10 @@ class Options:
 
 @dataclass(frozen=True)
 class SitePlan:
-    """One attention call with everything known about it. ``verdict`` is None where it may become triangle."""
+    """One attention call with everything known about it. ``verdict`` is None where it may become triangle.
+
+    ``unproven`` is why there is no proof, also where the verdict has an earlier reason.
+    """
 
     node: Node
     layer: LayerPath
@@ -66,6 +69,7 @@ class SitePlan:
     verdict: Rejected | None
     selected: bool
     lowering: str = ""
+    unproven: Rejected | None = None
 
 
 @dataclass
@@ -134,14 +138,13 @@ def plan_graph(gm: GraphModule, options: Options, example_inputs: Sequence[Any] 
         own = own_key(found) if selected and _streams(found, options) else ""
         proof = prover.prove(found, ordered=selected and _settle_order(found, options), own_key=own)
         verdict = _verdict(found, layer, proof, selected, options, limit)
-        proven = proof if isinstance(proof, Proof) else None
-        sites.append(SitePlan(node, layer, found, proven, verdict, selected))
+        proven, unproven = (proof, None) if isinstance(proof, Proof) else (None, proof)
+        sites.append(SitePlan(node, layer, found, proven, verdict, selected, unproven=unproven))
     sites = _one_stack(sites)
     plan = GraphPlan(gm, options, sites, Prompt.SHORT, limit, source=source)
     if plan.triangle:
         _decide_length(plan)
-    if options.strict:
-        _refuse_refusals(plan)
+    check_strict(plan)
     plan.notes.extend(_layer_notes(sites, options.config))
     if prover is not None:
         positions = {node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
@@ -268,18 +271,54 @@ def _side(plan: GraphPlan, site: AttentionSite) -> Prompt | Rejected:
     return side
 
 
-def _refuse_refusals(plan: GraphPlan) -> None:
-    """Strict mode: a site in a triangle layer, or in none that can be told, must not stay dense for a long prompt."""
-    unplaced = (Reason.LAYER_UNKNOWN, Reason.LAYER_AMBIGUOUS)
-    fine = (Reason.SHORT_PROMPT, Reason.NOT_FASTER, Reason.NOT_SELECTED, Reason.FEW_KEYS)
+_FINE = (Reason.SHORT_PROMPT, Reason.NOT_FASTER, Reason.NOT_SELECTED, Reason.FEW_KEYS)
+"""Dense, and nothing is missed: strict mode takes it. Every other reason is an error in a long prompt."""
+
+
+def check_strict(plan: GraphPlan) -> None:
+    """Strict mode: no layer that the configuration names stays dense for a long prompt, whatever the reason.
+
+    A site whose layer cannot be told may be such a layer, unless it is shown to be none: not causal, an encoder's.
+
+    Raises:
+        StrictModeError: a site that does, with its module and reason.
+    """
+    if not plan.options.strict:
+        return
     for item in plan.sites:
-        if item.verdict is None or item.verdict.reason in fine:
+        if item.verdict is None or item.verdict.reason in _FINE:
             continue
-        streams = item.site is not None and _streams(item.site, plan.options)
-        short = item.site is not None and not streams and known(item.site.q_len, plan.limit) is Prompt.SHORT
-        unknown = item.verdict.reason in unplaced and item.proof is not None and bool(plan.options.config.layers())
-        if not short and (item.selected or unknown):
+        named = item.selected
+        if item.layer.index is None and plan.options.config.layers():
+            named = item.unproven is None or item.unproven.reason is not Reason.NOT_CAUSAL
+        if named and not _is_short(item, plan):
             raise StrictModeError(f"{item.layer.path or item.node.name}: {item.verdict}")
+
+
+def _is_short(item: SitePlan, plan: GraphPlan) -> bool:
+    """Whether a site sees short prompts only; one that may be either is settled by a guard where allowed."""
+    options = plan.options
+    if item.site is not None and _streams(item.site, options):
+        return False
+    lengths = _row_counts(item.node) if item.site is None else [item.site.q_len]
+    if options.chunked_prefill:
+        # A chunk's length tells nothing about its prompt's; a decode step is no prompt.
+        return lengths == [1]
+    for length in lengths:
+        side = known(length, plan.limit)
+        if side is None and isinstance(length, torch.SymInt) and length.node.has_hint():
+            side = decide(length, plan.limit, may_guard=not options.standalone)
+        if side is not Prompt.SHORT:
+            return False
+    return bool(lengths)
+
+
+def _row_counts(node: Node) -> list[int | torch.SymInt]:
+    """What may be the number of rows of a call that is not understood: its result's dimensions but the last."""
+    out = nodes.tensor_of(node)
+    if out is None:
+        out = next((x for arg in node.all_input_nodes if (x := nodes.tensor_of(arg)) is not None), None)
+    return [] if out is None else list(out.shape[:-1])
 
 
 def _layer_notes(sites: list[SitePlan], config: TriangleMixConfig) -> list[str]:

@@ -26,7 +26,7 @@ from tmx_compile.always import no_guard_added
 from tmx_compile.errors import LoweringError, VerificationError
 from tmx_compile.graph import nodes
 from tmx_compile.graph.nodes import INSERTED, op_name, tensor_of, value_of
-from tmx_compile.pipeline import GraphPlan, Options, Rewritten, SitePlan, plan_graph, rewrite_graph
+from tmx_compile.pipeline import GraphPlan, Options, Rewritten, SitePlan, check_strict, plan_graph, rewrite_graph
 from tmx_compile.report import Reason, Rejected
 
 Program = TypeVar("Program", GraphModule, ExportedProgram)
@@ -81,6 +81,7 @@ def _plan(source: GraphModule, options: Options) -> GraphPlan:
     plan = plan_graph(gm, options)
     if _is_aten(gm.graph):
         plan.sites[:] = [_with_known_layout(item) for item in plan.sites]
+        check_strict(plan)
     return plan
 
 
@@ -175,7 +176,14 @@ def _copy(gm: GraphModule) -> GraphModule:
     for node in graph.nodes:
         # What an earlier rewriting inserted is part of the graph by now.
         node.meta.pop(INSERTED, None)
+    _keep_names(gm.graph, graph)
     return _with_graph(gm, graph)
+
+
+def _keep_names(before: Graph, after: Graph) -> None:
+    """Give inputs their names back: a copy names none as a builtin (``input``), and signatures go by names."""
+    for old, new in zip(before.find_nodes(op="placeholder"), after.find_nodes(op="placeholder"), strict=True):
+        new.name = old.name
 
 
 def _with_graph(gm: GraphModule, graph: Graph) -> GraphModule:
@@ -307,6 +315,7 @@ class _Retracer:
                 run = []
             if INSERTED not in node.meta:
                 self._moved[node] = self._copied(node)
+        _keep_names(self._gm.graph, self._graph)
         return _with_graph(self._gm, self._graph)
 
     def _copied(self, node: Node) -> Node:
