@@ -15,12 +15,13 @@ from tmx_compile import npu
 from tmx_compile.config import TriangleMixConfig, TriangleMixInferenceConfig
 from tmx_compile.errors import LoweringError
 from tmx_compile.graph.constants import watched
+from tmx_compile.graph.copies import copy_graph
 from tmx_compile.graph.nodes import value_of
 from tmx_compile.guards import RangeGuards
-from tmx_compile.lengths import Prompt, dispatch
+from tmx_compile.lengths import Prompt, dispatch, hint
 from tmx_compile.lowering.select import ASCEND, CHOICES, CHUNK_CHOICES, INDUCTOR, TARGETS
 from tmx_compile.one_row import one_row_chunk
-from tmx_compile.pipeline import GraphPlan, Options, copy_graph, hint, plan_graph, records, rewrite_graph
+from tmx_compile.pipeline import GraphPlan, Options, plan_graph, records, rewrite_graph
 from tmx_compile.price import streaming_message
 from tmx_compile.report import Report
 from tmx_compile.standalone import Program, rewrite_program

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from tmx_compile.config import TriangleMixConfig
@@ -23,7 +23,17 @@ from tmx_compile.graph.prove import Prover
 from tmx_compile.graph.site import AttentionSite
 from tmx_compile.graph.substitute import Substituter, Substitution
 from tmx_compile.graph.terms import size_of
-from tmx_compile.lengths import LengthInput, Prompt, decide, find_length_input, has_fixed_range, known
+from tmx_compile.lengths import (
+    LengthInput,
+    Prompt,
+    all_short,
+    decide,
+    find_length_input,
+    has_fixed_range,
+    hint,
+    known,
+    row_counts,
+)
 from tmx_compile.lowering import select
 from tmx_compile.lowering.base import AttentionCall, Lowering
 from tmx_compile.lowering.lower import Lowerer, merged_options
@@ -300,25 +310,11 @@ def _is_short(item: SitePlan, plan: GraphPlan) -> bool:
     options = plan.options
     if item.site is not None and _streams(item.site, options):
         return False
-    lengths = _row_counts(item.node) if item.site is None else [item.site.q_len]
+    lengths = row_counts(item.node) if item.site is None else [item.site.q_len]
     if options.chunked_prefill:
         # A chunk's length tells nothing about its prompt's; a decode step is no prompt.
         return lengths == [1]
-    for length in lengths:
-        side = known(length, plan.limit)
-        if side is None and isinstance(length, torch.SymInt) and length.node.has_hint():
-            side = decide(length, plan.limit, may_guard=not options.standalone)
-        if side is not Prompt.SHORT:
-            return False
-    return bool(lengths)
-
-
-def _row_counts(node: Node) -> list[int | torch.SymInt]:
-    """What may be the number of rows of a call that is not understood: its result's dimensions but the last."""
-    out = nodes.tensor_of(node)
-    if out is None:
-        out = next((x for arg in node.all_input_nodes if (x := nodes.tensor_of(arg)) is not None), None)
-    return [] if out is None else list(out.shape[:-1])
+    return all_short(lengths, plan.limit, may_guard=not options.standalone)
 
 
 def _layer_notes(sites: list[SitePlan], config: TriangleMixConfig) -> list[str]:
@@ -336,7 +332,7 @@ def _spans(numbers: list[int]) -> str:
 
 
 def rewrite_graph(plan: GraphPlan) -> Rewritten:
-    """Substitute and lower the planned sites, in the graph itself (:func:`copy_graph` keeps the original)."""
+    """Substitute and lower the planned sites, in the graph itself (``copy_graph`` keeps the original)."""
     gm = plan.gm
     fake_mode = nodes.fake_mode_of(gm)
     needs_grad = torch.is_grad_enabled() and any(
@@ -444,17 +440,6 @@ def _as_substituted(planned: AttentionCall, both: Node) -> AttentionCall:
     return replace(planned, query=query, key=key, value=value, key_mask=key_mask)
 
 
-def copy_graph(gm: GraphModule) -> GraphModule:
-    """A copy of the graph that shares parameters and example values with the original."""
-    graph = Graph()
-    moved: dict[Node, Node] = {}
-    output = graph.graph_copy(gm.graph, moved)
-    graph.output(output).meta = dict(gm.graph.output_node().meta)
-    copy = GraphModule(gm, graph)
-    copy.meta = dict(gm.meta)
-    return copy
-
-
 def records(plan: GraphPlan, graph: int) -> list[SiteRecord]:
     """The report's rows for one compiled graph."""
     return [_record(item, plan.options, graph) for item in plan.sites]
@@ -492,10 +477,3 @@ def _record(item: SitePlan, options: Options, graph: int) -> SiteRecord:
         attended_pairs=attended,
         causal_pairs=causal,
     )
-
-
-def hint(size: int | torch.SymInt) -> int:
-    """A length as compilation saw it: itself, or the hint of its symbol (0 where it has none)."""
-    if isinstance(size, int):
-        return size
-    return int(size.node.hint) if size.node.has_hint() else 0
