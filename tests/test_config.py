@@ -438,6 +438,7 @@ def test_for_qwen3_refuses() -> None:
         ({"VLLM_NPU_OPTIMIZATION": "NO"}, {"use_npu_optimization": False}),
         ({"VLLM_NPU_OPTIMIZATION": "off"}, {"use_npu_optimization": False}),
         ({"VLLM_NPU_BLOCK_SIZE": "128"}, {"npu_block_size": 128}),
+        ({"VLLM_TRIANGLEMIX_GRADIENT_ANALYSIS": "yes"}, {"use_gradient_analysis": True}),
         ({"VLLM_TRIANGLEMIX_LAYERS": "12"}, {"num_triangle_layers": 12}),
         ({"VLLM_TRIANGLEMIX_LAYERS": "12,"}, {"triangle_layer_indices": [12]}),
         ({"VLLM_TRIANGLEMIX_LAYERS": "22, 20,21"}, {"triangle_layer_indices": [20, 21, 22]}),

@@ -379,7 +379,7 @@ def test_analyzer_refuses_what_is_no_finite_gradient(gradient: object, reason: s
 def test_analyzer_refuses_bad_counts() -> None:
     with pytest.raises(ValueError, match=r"num_layers must be a positive integer, got 0"):
         TriangleMixAnalyzer(0)
-    with pytest.raises(ValueError, match=r"n must be a non-negative integer, got -1"):
+    with pytest.raises(ValueError, match=r"num_triangle_layers must be a non-negative integer, got -1"):
         TriangleMixAnalyzer(3).get_triangle_layers(-1)
 
 

@@ -15,12 +15,13 @@ from tmx_compile import npu
 from tmx_compile.config import TriangleMixConfig, TriangleMixInferenceConfig
 from tmx_compile.errors import LoweringError
 from tmx_compile.graph.constants import watched
+from tmx_compile.graph.copies import copy_graph
 from tmx_compile.graph.nodes import value_of
 from tmx_compile.guards import RangeGuards
-from tmx_compile.lengths import Prompt, dispatch
+from tmx_compile.lengths import Prompt, dispatch, hint
 from tmx_compile.lowering.select import ASCEND, CHOICES, CHUNK_CHOICES, INDUCTOR, TARGETS
 from tmx_compile.one_row import one_row_chunk
-from tmx_compile.pipeline import GraphPlan, Options, copy_graph, hint, plan_graph, records, rewrite_graph
+from tmx_compile.pipeline import GraphPlan, Options, plan_graph, records, rewrite_graph
 from tmx_compile.price import streaming_message
 from tmx_compile.report import Report
 from tmx_compile.standalone import Program, rewrite_program
@@ -116,15 +117,7 @@ class TmxBackend:
         )
         if self.config is None or not self.config.layers():
             return compiler.compile(gm, example_inputs)
-        wanted = Options(
-            self.config,
-            self.lowering,
-            self.strict,
-            self.assume_causal,
-            self.decode,
-            self.chunked_prefill,
-            target=target,
-        )
+        wanted = self._options(target)
         one_row = one_row_chunk(gm, wanted, example_inputs) if self.chunked_prefill else None
         plan = plan_graph(gm, wanted, example_inputs)
         if plan.prompt is Prompt.SHORT:
@@ -137,7 +130,28 @@ class TmxBackend:
         self.report.add_graph(records(done, self.report.graphs), plan.notes)
         if one_row is not None:
             compiled = one_row.beside(compiled)
-        return watched(compiled, plan.known) if plan.known and done is not plan else compiled
+        return compiled
+
+    def _explain(self, gm: GraphModule, example_inputs: Sequence[Any]) -> None:
+        """Report what compiling one graph would make of it; compiles nothing, and changes the graph."""
+        target = self._target_of(gm, example_inputs)
+        if self.config is None:
+            return
+        plan = plan_graph(gm, self._options(target), example_inputs)
+        done = plan if plan.prompt is Prompt.SHORT else rewrite_graph(plan).plan
+        self.report.add_graph(records(done, self.report.graphs), plan.notes)
+
+    def _options(self, target: str) -> Options:
+        assert self.config is not None
+        return Options(
+            self.config,
+            self.lowering,
+            self.strict,
+            self.assume_causal,
+            self.decode,
+            self.chunked_prefill,
+            target=target,
+        )
 
     def _target_of(self, gm: GraphModule, example_inputs: Sequence[Any]) -> str:
         target = self.target
@@ -158,7 +172,8 @@ class TmxBackend:
         rewritten = rewrite_graph(plan)
         with _cache_tag(self.config):
             compiled = compiler.compile(rewritten.gm, example_inputs, rewritten.inductor_options)
-        return compiled, rewritten.plan
+        # Here, so that no form of a graph is run without asking for what its own proofs rest on.
+        return watched(compiled, rewritten.plan.known), rewritten.plan
 
     def _compile_range(
         self, plan: GraphPlan, compiler: _Compiler, example_inputs: Sequence[Any]
@@ -179,7 +194,7 @@ class TmxBackend:
                 raise LoweringError(f"lowering {name!r} needs {failed}, which the fixed range of lengths forbids")
             # The operator itself guards on nothing.
             guards.forget()
-            again = plan_graph(spare, replace(plan.options, lowering="operator"))
+            again = plan_graph(spare, replace(plan.options, lowering="operator"), example_inputs)
             long, done = self._compile_long(again, compiler, example_inputs)
         if short_gm is None:
             return long, done
@@ -289,16 +304,20 @@ def explain(
     assume_causal: bool = False,
     decode: str = "dense",
     chunked_prefill: bool = False,
+    target: str = "auto",
     **kwargs: Any,
 ) -> Report:
     """The report for one call of ``model(*args, **kwargs)``, without running it.
 
     Dynamo traces the call; wherever a graph would run, zeros of the right shapes stand in for its results. No kernel
     of the model runs and nothing is compiled. A cache among the arguments is given such zeros too: pass a copy of it.
-    ``lowering``, ``strict``, ``assume_causal``, ``decode`` and ``chunked_prefill`` are those of :func:`tmx_backend`.
+    ``lowering``, ``strict``, ``assume_causal``, ``decode``, ``chunked_prefill`` and ``target`` are those of
+    :func:`tmx_backend`, and the report is what that backend would come to.
 
     Raises:
         ValueError: bad arguments, or a result whose shape is known only by running.
+        ImportError: target "ascend" without a torch_npu that loads.
+        LoweringError: as the backend would raise it.
     """
     backend = TmxBackend(
         config,
@@ -307,14 +326,11 @@ def explain(
         assume_causal=assume_causal,
         decode=decode,
         chunked_prefill=chunked_prefill,
+        target=target,
     )
 
     def trace_only(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        if backend.config is not None:
-            wanted = Options(backend.config, lowering, strict, assume_causal, decode, chunked_prefill)
-            plan = plan_graph(gm, wanted, example_inputs)
-            done = plan if plan.prompt is Prompt.SHORT else rewrite_graph(plan).plan
-            backend.report.add_graph(records(done, backend.report.graphs), plan.notes)
+        backend._explain(gm, example_inputs)
         return _zeros_of(gm)
 
     # A compile per call of explain is meant; it must not use up the user's recompiles.

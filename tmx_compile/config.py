@@ -430,6 +430,7 @@ class TriangleMixInferenceConfig:
           or a range it is a *list* of layers counted from 0: ``20,21,22``, ``16-31``, ``0,16-31``, and
           ``12,`` = layer 12 alone.
         - ``VLLM_NPU_BLOCK_SIZE``: a positive integer.
+        - ``VLLM_TRIANGLEMIX_GRADIENT_ANALYSIS``: as the first; ``use_gradient_analysis``.
 
         A variable that is unset or empty leaves the default; a bad value is a ``ValueError`` that names both.
         """

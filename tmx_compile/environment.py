@@ -45,5 +45,6 @@ VARIABLES: dict[str, Callable[[str], tuple[str, Any]]] = {
     "VLLM_TRIANGLEMIX_LAYERS": _env_layers,
     "VLLM_NPU_OPTIMIZATION": lambda text: ("use_npu_optimization", _env_bool(text)),
     "VLLM_NPU_BLOCK_SIZE": lambda text: ("npu_block_size", _env_int(text)),
+    "VLLM_TRIANGLEMIX_GRADIENT_ANALYSIS": lambda text: ("use_gradient_analysis", _env_bool(text)),
 }
 """By variable, what reads its text into the name and the value of a setting; ``ValueError`` for bad text."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import StrictMinMaxConstraint, statically_known_true
 
 from tmx_compile.graph.nodes import value_of
@@ -44,6 +44,24 @@ def decide(q_len: int | torch.SymInt, min_seq_len: int, *, may_guard: bool = Tru
     return Prompt.LONG if bool(q_len > min_seq_len) else Prompt.SHORT
 
 
+def all_short(lengths: Sequence[int | torch.SymInt], min_seq_len: int, *, may_guard: bool) -> bool:
+    """Whether every length is on the short side; what is known of none may be long."""
+    for length in lengths:
+        side = known(length, min_seq_len)
+        if side is None and isinstance(length, torch.SymInt) and length.node.has_hint():
+            side = decide(length, min_seq_len, may_guard=may_guard)
+        if side is not Prompt.SHORT:
+            return False
+    return bool(lengths)
+
+
+def row_counts(node: Node) -> list[int | torch.SymInt]:
+    """What may be the number of rows of a call that is not understood: its result's dimensions but the last."""
+    values = (value_of(x) for x in (node, *node.all_input_nodes))
+    out = next((x for x in values if isinstance(x, torch.Tensor)), None)
+    return [] if out is None else list(out.shape[:-1])
+
+
 def has_fixed_range(length: torch.SymInt) -> bool:
     """Whether the user fixed the range of a length with ``mark_dynamic(min=, max=)``."""
     symbols = length.node.expr.free_symbols
@@ -55,6 +73,13 @@ def has_fixed_range(length: torch.SymInt) -> bool:
             if fixed and isinstance(size, torch.SymInt) and size.node.expr.free_symbols & symbols:
                 return True
     return False
+
+
+def hint(size: int | torch.SymInt) -> int:
+    """A length as compilation saw it: itself, or the hint of its symbol (0 where it has none)."""
+    if isinstance(size, int):
+        return size
+    return int(size.node.hint) if size.node.has_hint() else 0
 
 
 @dataclass(frozen=True)

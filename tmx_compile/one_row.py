@@ -15,9 +15,11 @@ from torch.fx import GraphModule
 
 from tmx_compile.chunks import current_chunk
 from tmx_compile.errors import StrictModeError
+from tmx_compile.graph.constants import watched
+from tmx_compile.graph.copies import copy_graph
 from tmx_compile.graph.decode import own_key
 from tmx_compile.graph.nodes import value_of
-from tmx_compile.pipeline import Options, copy_graph, plan_graph, rewrite_graph
+from tmx_compile.pipeline import Options, plan_graph, rewrite_graph
 from tmx_compile.report import Reason, log
 
 _ELSEWHERE = (Reason.NOT_SELECTED, Reason.FEW_KEYS, Reason.LAYER_UNKNOWN, Reason.LAYER_AMBIGUOUS)
@@ -87,7 +89,7 @@ def one_row_chunk(gm: GraphModule, options: Options, example_inputs: Sequence[An
     sizes = {} if expression is None else _sizes(gm, expression.free_symbols)
     if sizes is None:
         expression, sizes = None, {}
-    return OneRow(rewrite_graph(plan).gm.forward, refused, expression, sizes)
+    return OneRow(watched(rewrite_graph(plan).gm.forward, plan.known), refused, expression, sizes)
 
 
 def _sizes(gm: GraphModule, symbols: set[Any]) -> dict[Any, tuple[int, int | None]] | None:

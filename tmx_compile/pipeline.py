@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from tmx_compile.config import TriangleMixConfig
@@ -26,7 +26,17 @@ from tmx_compile.graph.storages import Storages
 from tmx_compile.graph.substitute import Substituter, Substitution
 from tmx_compile.graph.terms import size_of
 from tmx_compile.graph.transform import transforms
-from tmx_compile.lengths import LengthInput, Prompt, decide, find_length_input, has_fixed_range, known
+from tmx_compile.lengths import (
+    LengthInput,
+    Prompt,
+    all_short,
+    decide,
+    find_length_input,
+    has_fixed_range,
+    hint,
+    known,
+    row_counts,
+)
 from tmx_compile.lowering import select
 from tmx_compile.lowering.base import AttentionCall, Lowering
 from tmx_compile.lowering.lower import Lowerer, merged_options
@@ -63,7 +73,10 @@ class Options:
 
 @dataclass(frozen=True)
 class SitePlan:
-    """One attention call with everything known about it. ``verdict`` is None where it may become triangle."""
+    """One attention call with everything known about it. ``verdict`` is None where it may become triangle.
+
+    ``unproven`` is why there is no proof, also where the verdict has an earlier reason.
+    """
 
     node: Node
     layer: LayerPath
@@ -72,6 +85,7 @@ class SitePlan:
     verdict: Rejected | None
     selected: bool
     lowering: str = ""
+    unproven: Rejected | None = None
 
 
 @dataclass
@@ -149,14 +163,13 @@ def plan_graph(gm: GraphModule, options: Options, example_inputs: Sequence[Any] 
         own = own_key(found) if selected and _streams(found, options) else ""
         proof = prover.prove(found, ordered=selected and _settle_order(found, options), own_key=own)
         verdict = _verdict(found, layer, proof, selected, options, limit)
-        proven = proof if isinstance(proof, Proof) else None
-        sites.append(SitePlan(node, layer, found, proven, verdict, selected))
+        proven, unproven = (proof, None) if isinstance(proof, Proof) else (None, proof)
+        sites.append(SitePlan(node, layer, found, proven, verdict, selected, unproven=unproven))
     sites = _one_stack(sites)
     plan = GraphPlan(gm, options, sites, Prompt.SHORT, limit, storages=storages, source=source)
     if plan.triangle:
         _decide_length(plan)
-    if options.strict:
-        _refuse_refusals(plan)
+    check_strict(plan)
     plan.notes.extend(_layer_notes(sites, options.config))
     if prover is not None:
         positions = {node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
@@ -286,18 +299,40 @@ def _side(plan: GraphPlan, site: AttentionSite) -> Prompt | Rejected:
     return side
 
 
-def _refuse_refusals(plan: GraphPlan) -> None:
-    """Strict mode: a site in a triangle layer, or in none that can be told, must not stay dense for a long prompt."""
-    unplaced = (Reason.LAYER_UNKNOWN, Reason.LAYER_AMBIGUOUS)
-    fine = (Reason.SHORT_PROMPT, Reason.NOT_FASTER, Reason.NOT_SELECTED, Reason.FEW_KEYS)
+_FINE = (Reason.SHORT_PROMPT, Reason.NOT_FASTER, Reason.NOT_SELECTED, Reason.FEW_KEYS)
+"""Dense, and nothing is missed: strict mode takes it. Every other reason is an error in a long prompt."""
+
+
+def check_strict(plan: GraphPlan) -> None:
+    """Strict mode: no layer that the configuration names stays dense for a long prompt, whatever the reason.
+
+    A site whose layer cannot be told may be such a layer, unless it is shown to be none: not causal, an encoder's.
+
+    Raises:
+        StrictModeError: a site that does, with its module and reason.
+    """
+    if not plan.options.strict:
+        return
     for item in plan.sites:
-        if item.verdict is None or item.verdict.reason in fine:
+        if item.verdict is None or item.verdict.reason in _FINE:
             continue
-        streams = item.site is not None and _streams(item.site, plan.options)
-        short = item.site is not None and not streams and known(item.site.q_len, plan.limit) is Prompt.SHORT
-        unknown = item.verdict.reason in unplaced and item.proof is not None and bool(plan.options.config.layers())
-        if not short and (item.selected or unknown):
+        named = item.selected
+        if item.layer.index is None and plan.options.config.layers():
+            named = item.unproven is None or item.unproven.reason is not Reason.NOT_CAUSAL
+        if named and not _is_short(item, plan):
             raise StrictModeError(f"{item.layer.path or item.node.name}: {item.verdict}")
+
+
+def _is_short(item: SitePlan, plan: GraphPlan) -> bool:
+    """Whether a site sees short prompts only; one that may be either is settled by a guard where allowed."""
+    options = plan.options
+    if item.site is not None and _streams(item.site, options):
+        return False
+    lengths = row_counts(item.node) if item.site is None else [item.site.q_len]
+    if options.chunked_prefill:
+        # A chunk's length tells nothing about its prompt's; a decode step is no prompt.
+        return lengths == [1]
+    return all_short(lengths, plan.limit, may_guard=not options.standalone)
 
 
 def _layer_notes(sites: list[SitePlan], config: TriangleMixConfig) -> list[str]:
@@ -315,7 +350,7 @@ def _spans(numbers: list[int]) -> str:
 
 
 def rewrite_graph(plan: GraphPlan) -> Rewritten:
-    """Substitute and lower the planned sites, in the graph itself (:func:`copy_graph` keeps the original)."""
+    """Substitute and lower the planned sites, in the graph itself (``copy_graph`` keeps the original)."""
     gm = plan.gm
     fake_mode = nodes.fake_mode_of(gm)
     around = transforms(gm.graph)
@@ -430,17 +465,6 @@ def _as_substituted(planned: AttentionCall, both: Node) -> AttentionCall:
     return replace(planned, query=query, key=key, value=value, key_mask=key_mask)
 
 
-def copy_graph(gm: GraphModule) -> GraphModule:
-    """A copy of the graph that shares parameters and example values with the original."""
-    graph = Graph()
-    moved: dict[Node, Node] = {}
-    output = graph.graph_copy(gm.graph, moved)
-    graph.output(output).meta = dict(gm.graph.output_node().meta)
-    copy = GraphModule(gm, graph)
-    copy.meta = dict(gm.meta)
-    return copy
-
-
 def records(plan: GraphPlan, graph: int) -> list[SiteRecord]:
     """The report's rows for one compiled graph."""
     return [_record(item, plan.options, graph) for item in plan.sites]
@@ -478,10 +502,3 @@ def _record(item: SitePlan, options: Options, graph: int) -> SiteRecord:
         attended_pairs=attended,
         causal_pairs=causal,
     )
-
-
-def hint(size: int | torch.SymInt) -> int:
-    """A length as compilation saw it: itself, or the hint of its symbol (0 where it has none)."""
-    if isinstance(size, int):
-        return size
-    return int(size.node.hint) if size.node.has_hint() else 0

@@ -169,7 +169,14 @@ def _copy(gm: GraphModule) -> GraphModule:
     for node in graph.nodes:
         # What an earlier rewriting inserted is part of the graph by now.
         node.meta.pop(INSERTED, None)
+    _keep_names(gm.graph, graph)
     return _with_graph(gm, graph)
+
+
+def _keep_names(before: Graph, after: Graph) -> None:
+    """Give inputs their names back: a copy names none as a builtin (``input``), and signatures go by names."""
+    for old, new in zip(before.find_nodes(op="placeholder"), after.find_nodes(op="placeholder"), strict=True):
+        new.name = old.name
 
 
 def _with_graph(gm: GraphModule, graph: Graph) -> GraphModule:
@@ -248,6 +255,7 @@ class _Retracer:
                 run = []
             if INSERTED not in node.meta:
                 self._moved[node] = self._copied(node)
+        _keep_names(self._gm.graph, self._graph)
         return _with_graph(self._gm, self._graph)
 
     def _copied(self, node: Node) -> Node:

@@ -170,3 +170,11 @@ def trained(n: int = 40) -> list[dict[str, Any]]:
     with capture.engine(), contextlib.suppress(Exception):
         torch.compile(Layers(), backend=backend)(x)
     return backend.report.to_dicts()
+
+
+def explained(target: str, n: int = 40) -> list[dict[str, Any]]:
+    """``tmx_compile.explain``: the report."""
+    import tmx_compile
+
+    with torch.no_grad():
+        return tmx_compile.explain(Layers(), tensor(n), config=config(), target=target).to_dicts()

@@ -225,6 +225,13 @@ def test_bad_arguments(npu, name, arguments, message):
     assert message in str(caught.value)
 
 
+def test_explain_tells_what_the_target_gets(npu):
+    for target, lowering in (("ascend", "ascend"), ("inductor", "blocked"), ("auto", "blocked")):
+        report = npu.call(programs.explained, target)
+        assert report[1]["lowering"] == lowering
+        assert report[1]["decision"] == "triangle"
+
+
 def test_a_symbolic_link_is_refused(npu, tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(RemoteError, match="symbolic link"):

@@ -44,21 +44,22 @@ class TriangleMixAnalyzer:
         magnitude = _magnitude(layer_idx, gradient)
         self.middle_qk_gradients.setdefault(layer_idx, []).append(magnitude)
 
-    def get_triangle_layers(self, n: int) -> list[int]:
-        """Return the ``n`` layers with the lowest mean recorded contribution, ascending.
+    def get_triangle_layers(self, num_triangle_layers: int) -> list[int]:
+        """Return the ``num_triangle_layers`` layers with the lowest mean recorded contribution, ascending.
 
         Layers that tie are taken from the deep end, where skipping is known to cost least. A layer never
         recorded is never chosen: asking for more layers than were recorded is a ``ValueError``.
         """
-        n = as_count("n", n)
+        count = as_count("num_triangle_layers", num_triangle_layers)
         # The exact mean: neither the order of the records nor rounding may decide between equal layers.
         means = {layer: statistics.mean(values) for layer, values in self.middle_qk_gradients.items() if values}
-        if n > len(means):
+        if count > len(means):
             raise ValueError(
-                f"n must be at most the number of recorded layers, {len(means)} of {self.num_layers}, got {n}"
+                f"num_triangle_layers must be at most the number of recorded layers, {len(means)} of "
+                f"{self.num_layers}, got {count}"
             )
         ranked = sorted(means, key=lambda layer: (means[layer], -layer))
-        return sorted(ranked[:n])
+        return sorted(ranked[:count])
 
     def reset(self) -> None:
         """Forget every record."""

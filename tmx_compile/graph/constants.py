@@ -124,6 +124,8 @@ class KnownTensor:
 
 def watched(compiled: Callable[..., Any], known: Sequence[KnownTensor]) -> Callable[..., Any]:
     """The compiled graph, run only while the buffers that its masks were read from hold what was read."""
+    if not known:
+        return compiled
 
     def run(*args: Any) -> Any:
         for constant in known:

@@ -1,9 +1,9 @@
 """What one call of a graph does to storage: which tensors it writes, and whose storage its result may share.
 
-No list of names says so. The call is run once, on fake tensors of its arguments' shapes, under a dispatch mode that sees
-every operator below it and whether its schema writes: views of any name, ``out=``, ``_foreach_``, ``inplace=True`` and
-custom operators are all seen the same way. What the run cannot tell is taken at its worst: a call that does not run on
-fakes writes everything that it can reach.
+No list of names says so. The call is run once, on fake tensors of its arguments' shapes, under a dispatch mode that
+sees every operator below it and whether its schema writes: views of any name, ``out=``, ``_foreach_``, ``inplace=True``
+and custom operators are all seen the same way. What the run cannot tell is taken at its worst: a call that does not run
+on fakes writes everything that it can reach.
 """
 
 from __future__ import annotations
@@ -110,7 +110,8 @@ def _is_pure(target: Any) -> bool:
     """
     if not isinstance(target, OpOverload):
         return False
-    if torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), "CompositeImplicitAutograd"):
+    name: str = target.name()  # type: ignore[no-untyped-call]
+    if torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd"):
         return False
     schema = target._schema
     return all(argument.alias_info is None for argument in (*schema.arguments, *schema.returns))
@@ -142,7 +143,7 @@ def _key(node: Node) -> Any:
     """What calls of the same effect have in common, or None where that cannot be told."""
     inputs = {source: i for i, source in enumerate(node.all_input_nodes)}
     leaves, spec = tree_flatten((node.args, node.kwargs))
-    described = []
+    described: list[Any] = []
     for leaf in leaves:
         if isinstance(leaf, Node):
             described.append((inputs[leaf], _described(value_of(leaf))))
@@ -167,11 +168,11 @@ def _described(value: Any) -> Any:
     return value.node.expr if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)) else value
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes which storages are written, and whether anything but copies and views is computed."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.written: set[int] = set()
         self.only_moves = True
 
