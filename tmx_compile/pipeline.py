@@ -94,9 +94,8 @@ class GraphPlan:
 
     ``limit`` is the length up to which prompts stay dense. ``fixed_length`` is the prompt's length where the user fixed
     its range, so that no guard may narrow it; ``length`` is where the graph's inputs tell it, for a graph that serves
-    both sides. ``known`` are the inputs whose values the proofs rest on;
-    ``storages`` tells when the graph writes to its tensors. ``gm`` is the graph ``source`` with its child
-    graphs laid open, or ``source`` itself.
+    both sides. ``known`` are the inputs whose values the proofs rest on; ``storages`` tells when the graph writes to
+    its tensors. ``gm`` is the graph ``source`` with its child graphs laid open, or ``source`` itself.
     """
 
     gm: GraphModule
@@ -126,10 +125,16 @@ class Rewritten:
     inductor_options: Mapping[str, Any]
 
 
-def plan_graph(gm: GraphModule, options: Options, example_inputs: Sequence[Any] = ()) -> GraphPlan:
+def plan_graph(
+    gm: GraphModule,
+    options: Options,
+    example_inputs: Sequence[Any] = (),
+    constants: Mapping[str, torch.Tensor] | None = None,
+) -> GraphPlan:
     """Decide every attention call of a graph. Changes nothing; may guard on which side of the limit the length is.
 
-    ``example_inputs`` tell the values of the model's buffers, where they are real tensors.
+    ``example_inputs`` tell the values of the model's buffers, where they are real tensors; ``constants`` are inputs of
+    the graph, by name, that always have these values.
     """
     source, gm = gm, flatten(gm)
     wanted = frozenset(options.config.layers())
@@ -156,7 +161,7 @@ def plan_graph(gm: GraphModule, options: Options, example_inputs: Sequence[Any] 
             found.fake("query"),
             storages,
             assume_causal=options.assume_causal,
-            constants=known_tensors(gm, example_inputs),
+            constants=known_tensors(gm, example_inputs, constants or {}),
         )
         device = found.fake("query").device
         limit = least_length(options.lowering, device, options.config.min_seq_len, options.config.geometry)

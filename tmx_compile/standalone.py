@@ -8,7 +8,7 @@ traced into them.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, TensorArgument
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -41,23 +42,41 @@ def rewrite_program(program: Program, options: Options) -> tuple[Program, GraphP
     """
     options = replace(options, standalone=True)
     if isinstance(program, ExportedProgram):
-        gm, plan = _rewrite(program.graph_module, options)
+        gm, plan = _rewrite(program.graph_module, options, _constants(program))
         return _exported(program, gm), plan  # type: ignore[return-value]
     if not isinstance(program, GraphModule):
         raise ValueError(f"rewrite takes a torch.fx.GraphModule or a torch.export.ExportedProgram, got {program!r}")
     return _rewrite(program, options)
 
 
-def _rewrite(source: GraphModule, options: Options) -> tuple[GraphModule, GraphPlan]:
+def _constants(program: ExportedProgram) -> dict[str, Tensor]:
+    """What belongs to the program itself: its constants, and buffers that no state dict has and that it never writes.
+
+    Other buffers may be loaded anew, and the rewritten program could not tell.
+    """
+    signature = program.graph_signature
+    written = set(signature.buffers_to_mutate.values())
+    found: dict[str, Tensor] = {}
+    for spec in signature.input_specs:
+        lasting = spec.kind is InputKind.BUFFER and spec.persistent is False and spec.target not in written
+        value = program.constants.get(str(spec.target)) if lasting or spec.kind is InputKind.CONSTANT_TENSOR else None
+        if isinstance(value, Tensor) and isinstance(spec.arg, TensorArgument):
+            found[spec.arg.name] = value
+    return found
+
+
+def _rewrite(
+    source: GraphModule, options: Options, constants: Mapping[str, Tensor] | None = None
+) -> tuple[GraphModule, GraphPlan]:
     _check_values(source)
-    plan = _plan(source, options)
+    plan = _plan(source, options, constants)
     if not plan.triangle:
         return plan.source or plan.gm, plan
     rewritten, failed = _attempt(plan)
     if failed and options.lowering not in ("auto", "operator"):
         raise LoweringError(f"lowering {options.lowering!r} needs {failed}, which cannot be shown for every length")
     if failed:
-        rewritten, failed = _attempt(_plan(source, replace(options, lowering="operator")))
+        rewritten, failed = _attempt(_plan(source, replace(options, lowering="operator"), constants))
     if failed:
         raise VerificationError(f"the rewritten graph needs {failed}, which cannot be shown for every length")
     notes = _notes(rewritten)
@@ -74,10 +93,10 @@ def _check_values(gm: GraphModule) -> None:
             )
 
 
-def _plan(source: GraphModule, options: Options) -> GraphPlan:
+def _plan(source: GraphModule, options: Options, constants: Mapping[str, Tensor] | None) -> GraphPlan:
     gm = _copy(source)
     _drop_unread(gm)
-    return plan_graph(gm, options)
+    return plan_graph(gm, options, constants=constants)
 
 
 def _refresh(graph: Graph) -> None:

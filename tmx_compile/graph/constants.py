@@ -7,7 +7,7 @@ compiled graph asks it about the tensor of each call.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
@@ -22,10 +22,16 @@ from tmx_compile.graph.terms import Choice, Lin, Term
 _MOST_ELEMENTS = 1 << 30
 
 
-def known_tensors(gm: GraphModule, example_inputs: Sequence[Any]) -> dict[Node, Tensor]:
-    """Attributes of a Dynamo graph, and those of its inputs that belong to a module (parameters, buffers, others)."""
-    known: dict[Node, Tensor] = {}
+def known_tensors(
+    gm: GraphModule, example_inputs: Sequence[Any], constants: Mapping[str, Tensor] | None = None
+) -> dict[Node, Tensor]:
+    """Attributes of a Dynamo graph, and those of its inputs that belong to a module (parameters, buffers, others).
+
+    ``constants`` are inputs that are constants of the graph, by name.
+    """
     placeholders = gm.graph.find_nodes(op="placeholder")
+    named = constants or {}
+    known: dict[Node, Tensor] = {node: named[node.name] for node in placeholders if node.name in named}
     for node, value in zip(placeholders, example_inputs, strict=False):
         source = getattr(node.meta.get("grapharg"), "source", None)
         if source is not None and source.guard_source.is_unspecialized_nn_module() and _is_real(value):
