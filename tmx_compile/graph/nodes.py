@@ -11,25 +11,7 @@ import torch
 from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import GraphModule, Node
 
-_OPERATOR_NAMES = {"and_": "and", "or_": "or", "xor": "xor", "invert": "not", "inv": "not", "not_": "not"}
-_METHOD_NAMES = {
-    "bitwise_and": "and",
-    "bitwise_or": "or",
-    "bitwise_xor": "xor",
-    "logical_xor": "xor",
-    "bitwise_not": "not",
-    "logical_and": "and",
-    "logical_or": "or",
-    "logical_not": "not",
-    "less": "lt",
-    "less_equal": "le",
-    "greater": "gt",
-    "greater_equal": "ge",
-    "not_equal": "ne",
-    "subtract": "sub",
-    "multiply": "mul",
-    "negative": "neg",
-}
+from tmx_compile.graph.operators import Operator, attribute_of, method_of, name_of, operator_of
 
 INSERTED = "tmx_inserted"
 """Key in ``node.meta`` of every node that the pass or a lowering wrote."""
@@ -58,22 +40,60 @@ def tensor_of(arg: Any) -> torch.Tensor | None:
 
 
 def op_name(node: Node) -> str:
-    """One name for a call however it was written: ``x + y``, ``torch.add(x, y)``, ``x.add(y)``, ``aten.add.Tensor``."""
-    target = node.target
-    if node.op == "call_method":
-        name = str(target)
-    elif node.op != "call_function":
+    """Which operator a call is, however it is written: ``x + y``, ``torch.add(x, y)``, ``x.add(y)``, ``aten.add.Tensor``.
+
+    What :mod:`tmx_compile.graph.operators` does not know never has the name of something that it knows: it is told by
+    where it comes from, as ``lab::softmax`` or ``torch.masked._ops.softmax``.
+    """
+    known = known_operator(node)
+    if known is not None:
+        return known.name
+    if node.op not in ("call_function", "call_method"):
         return node.op
-    elif isinstance(target, torch._ops.OpOverload):
-        name = target._schema.name.split("::")[-1]
+    odd = next((type(value_of(x)).__name__ for x in node.all_input_nodes if not _is_plain(x)), None)
+    if node.op == "call_function":
+        return name_of(node.target) if odd is None else f"{name_of(node.target)} of a {odd}"
+    kind = type(value_of(node.args[0])) if node.args and isinstance(node.args[0], Node) else type(None)
+    if odd is None and kind in _PLAIN:
+        return name_of(getattr(torch.Tensor, str(node.target), node.target))
+    return f"{odd or kind.__name__}.{node.target}"
+
+
+def known_operator(node: Node) -> Operator | None:
+    """The operator that a call is, of those that rules and finders know.
+
+    A tensor of a class of its own may override any of them, as a function or as a method.
+    """
+    if node.op not in ("call_function", "call_method") or not all(map(_is_plain, node.all_input_nodes)):
+        return None
+    first = node.args[0] if node.args else None
+    if node.op == "call_method":
+        return method_of(str(node.target)) if tensor_of(first) is not None else None
+    if node.target is getattr and tensor_of(first) is not None:
+        return attribute_of(str(node.args[1])) or operator_of(getattr)
+    return operator_of(node.target)
+
+
+def _is_plain(node: Node) -> bool:
+    """Whether a node's tensor, if it is one, is of a class that computes what torch says."""
+    value = value_of(node)
+    return not isinstance(value, torch.Tensor) or type(value) in _PLAIN
+
+
+_PLAIN = (torch.Tensor, torch._subclasses.FakeTensor, torch.nn.Parameter, torch.nn.Buffer)
+
+
+def _is_view(node: Node) -> bool:
+    """Whether a call's result may be a view; told by the bare name alone, since a view too many does no harm."""
+    target = node.target
+    if node.op not in ("call_function", "call_method"):
+        return False
+    if isinstance(target, torch._ops.OpOverload):
+        name = str(target._schema.name.split("::")[-1])
     else:
-        name = getattr(target, "__name__", str(target))
-        if getattr(operator, name, None) is target:
-            name = _OPERATOR_NAMES.get(name, name)
-    if name.startswith("__") and name.endswith("__"):
-        # torch 2.11 records a comparison of tensors as the method ``__eq__``.
-        name = _OPERATOR_NAMES.get(name[2:-2], name[2:-2])
-    return _METHOD_NAMES.get(name, name)
+        name = str(getattr(target, "__name__", target))
+        name = name.strip("_") if name.startswith("__") else name
+    return name in _VIEWS or (target is getattr and op_name(node) != "getattr")
 
 
 def is_in_place(node: Node) -> bool:
@@ -121,19 +141,19 @@ def written_nodes(graph: torch.fx.Graph) -> dict[Node, Node]:
                 continue
             seen.add(node)
             first.setdefault(node, write)
-            if op_name(node) in _VIEWS:
+            if _is_view(node):
                 stack.extend(node.all_input_nodes)
             elif is_in_place(node):
                 stack.append(node.args[0])
             # A view taken of the storage is written through its base, whichever of the two the call names.
-            stack.extend(user for user in node.users if op_name(user) in _VIEWS)
+            stack.extend(user for user in node.users if _is_view(user))
     return first
 
 
 def storage_of(node: Node) -> Node:
     """The node that made the storage which ``node`` is (or may be) a view of."""
     seen: set[Node] = set()
-    while (is_in_place(node) or op_name(node) in _VIEWS) and node.args and isinstance(node.args[0], Node):
+    while (is_in_place(node) or _is_view(node)) and node.args and isinstance(node.args[0], Node):
         if node in seen:
             break
         seen.add(node)
@@ -146,7 +166,7 @@ def is_written(node: Node) -> bool:
     for user in node.users:
         if op_name(user) != "detach_" and is_in_place(user) and storage_of(user) is storage_of(node):
             return True
-        if op_name(user) in _VIEWS and is_written(user):
+        if _is_view(user) and is_written(user):
             return True
     return False
 

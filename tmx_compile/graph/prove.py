@@ -24,7 +24,6 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from tmx_compile.graph import terms as t
-from tmx_compile.graph.aten_rules import ATEN_RULES
 from tmx_compile.graph.block_check import checkable
 from tmx_compile.graph.conclude import BATCH, HEAD, KEY, ROW, Proof, Ranges, Sizes, conclude, origin
 from tmx_compile.graph.mask_mod import read_mask_mod
@@ -57,7 +56,7 @@ class Prover:
     _at_least_0: set[Size] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self._reader = MaskReader({**RULES, **ATEN_RULES}, self._is_index, self.constants)
+        self._reader = MaskReader(RULES, self._is_index, self.constants)
 
     @classmethod
     def of(cls, fake: torch.Tensor | None, written: Mapping[Node, Node], **settings: Any) -> Prover:
@@ -122,7 +121,7 @@ class Prover:
                 return Rejected(Reason.WRITTEN_IN_PLACE, f"{stale.name}", stale)
         if isinstance(part, MaskMod):
             try:
-                return read_mask_mod(self._reader, part)
+                return read_mask_mod(self._reader, part, sizes)
             except NotUnderstood:
                 return Rejected(Reason.MASK_UNKNOWN, "an operation in mask_mod is not understood", node)
         view = self._reader.read(part.node)

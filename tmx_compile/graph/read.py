@@ -15,8 +15,10 @@ import torch
 from torch.fx import Node
 
 from tmx_compile.graph import terms as t
+from tmx_compile.graph.calls import Call, call_of
 from tmx_compile.graph.constants import recognise
-from tmx_compile.graph.nodes import op_name, tensor_of, value_of
+from tmx_compile.graph.exact import fits
+from tmx_compile.graph.nodes import shape_env_of, tensor_of, value_of
 from tmx_compile.graph.terms import Choice, Const, Element, Lin, Size, Term, Truth
 
 INTEGERS = frozenset({torch.int64, torch.int32})
@@ -34,7 +36,7 @@ class NotUnderstood(Exception):
     """Raised inside a rule to fall back to an opaque element."""
 
 
-Rule: TypeAlias = "Callable[[MaskReader, Node], Term]"
+Rule: TypeAlias = "Callable[[MaskReader, Call], Term]"
 
 
 class MaskReader:
@@ -72,15 +74,24 @@ class MaskReader:
                 self.known[node] = term
                 self._views[node] = View(shape_of(node), self._normal(node, term))
         if node not in self._views:
-            rule = self._rules.get(op_name(node)) if node.op in ("call_function", "call_method") else None
             try:
-                if rule is None:
-                    raise NotUnderstood
-                view = View(shape_of(node), self._normal(node, rule(self, node)))
+                view = View(shape_of(node), self._normal(node, self.ruled(node)))
             except NotUnderstood:
                 view = opaque(node)
             self._views[node] = view
         return self._views[node]
+
+    def call(self, arg: Any) -> Call | None:
+        """The call that an argument is; every rule that looks at more than its own node asks here."""
+        return call_of(arg)
+
+    def ruled(self, node: Node) -> Term:
+        """What the rule of a node's operator says."""
+        call = self.call(node)
+        rule = None if call is None else self._rules.get(call.name)
+        if call is None or rule is None:
+            raise NotUnderstood
+        return rule(self, call)
 
     def _normal(self, node: Node, term: Term) -> Term:
         """Drop coordinates of dimensions of size 1: they are always 0."""
@@ -118,6 +129,31 @@ class MaskReader:
     def is_index(self, lin: Lin) -> bool:
         """Whether a term can never be negative; a negative index would count from the end."""
         return self._known_non_negative(lin)
+
+    def first(self, index: Any, size: Size) -> Lin:
+        """An index into a dimension as one from the front: one below 0 counts from the end."""
+        begin = Lin.of(integer(index))
+        if not self.is_index(begin):
+            # A slice that starts before the front starts at the front: only an index surely inside is moved.
+            if not self.is_index(begin.scaled(-1) - Lin(1)):
+                raise NotUnderstood
+            begin = begin + Lin.of(size)
+        if not self.is_index(begin):
+            raise NotUnderstood
+        return begin
+
+    def exact(self, lin: Lin, node: Node, dtype: torch.dtype | None = None) -> Lin:
+        """A term, where a tensor of a node's shape and dtype (or of another dtype) holds it everywhere."""
+        fake = tensor_of(node)
+        assert fake is not None
+        shape = shape_of(node)
+        if not fits(lin, dtype or fake.dtype, lambda c: self.size(c, shape), shape_env_of(fake)):
+            raise NotUnderstood
+        return lin
+
+    def size(self, coordinate: int, shape: tuple[Size, ...]) -> Size:
+        """How many places a coordinate of a tensor has."""
+        return shape[-1 - coordinate] if coordinate < len(shape) else 1
 
 
 def as_truth(term: Term) -> Truth:
@@ -183,22 +219,3 @@ def integer(arg: Any) -> Size:
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise NotUnderstood
     return t.size_of(value)
-
-
-def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
-    """An argument by position or name."""
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
-
-
-def only(node: Node, *keywords: str) -> None:
-    """Refuse keyword arguments that change the meaning and are not handled."""
-    if set(node.kwargs) - {
-        "device",
-        "dtype",
-        "layout",
-        "requires_grad",
-        "pin_memory",
-        "non_blocking",
-        *keywords,
-    }:
-        raise NotUnderstood
