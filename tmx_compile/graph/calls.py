@@ -117,6 +117,33 @@ def _complete(signature: Signature, found: dict[str, Any]) -> dict[str, Any] | N
     return found | dict(signature.fixed)
 
 
+def order_of(call: Call) -> tuple[int, ...] | None:
+    """How a permutation orders its source's axes; None for any other call."""
+    source = tensor_of(call.arguments.get("input"))
+    if source is None:
+        return None
+    rank = source.dim()
+    order = list(range(rank))
+    match call.name:
+        case "permute" | "permute_copy":
+            dims = [d % rank for d in call["dims"] if isinstance(d, int) and -rank <= d < rank]
+            return tuple(dims) if sorted(dims) == order else None
+        case "numpy_T" | "t":
+            return tuple(reversed(order))
+        case "transpose" | "transpose_copy":
+            ends = call["dim0"], call["dim1"]
+        # Of real numbers, the conjugate transpose is the transpose.
+        case "mT" | "mH" | "matrix_H" if not source.dtype.is_complex and rank >= 2:
+            ends = -2, -1
+        case _:
+            return None
+    if not all(isinstance(d, int) and -rank <= d < rank for d in ends):
+        return None
+    a, b = (int(d) % rank for d in ends)
+    order[a], order[b] = order[b], order[a]
+    return tuple(order)
+
+
 def _is_of_kind(parameter: Parameter, arg: Any) -> bool:
     return not parameter.kind or KINDS[parameter.kind](arg)
 

@@ -40,7 +40,7 @@ def tensor_of(arg: Any) -> torch.Tensor | None:
 
 
 def op_name(node: Node) -> str:
-    """Which operator a call is, however it is written: ``x + y``, ``torch.add(x, y)``, ``x.add(y)``, ``aten.add.Tensor``.
+    """Which operator a call is: "add" for ``x + y``, ``torch.add(x, y)``, ``x.add(y)`` and ``aten.add.Tensor``.
 
     What :mod:`tmx_compile.graph.operators` does not know never has the name of something that it knows: it is told by
     where it comes from, as ``lab::softmax`` or ``torch.masked._ops.softmax``.

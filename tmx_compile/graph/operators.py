@@ -334,9 +334,9 @@ def name_of(target: Any) -> str:
         home, _, name = qualified.partition("::")
         return name if home in ("aten", "prims") and name not in _taken() else qualified
     name = str(getattr(target, "__name__", target))
-    home = next((home for home, module in _OWN.items() if getattr(module, name, None) is target), None)
-    if home is not None:
-        return name if name not in _taken() else f"{home}.{name}"
+    homes = [home for home, module in _OWN.items() if getattr(module, name, None) is target]
+    if homes:
+        return name if name not in _taken() else f"{homes[0]}.{name}"
     return f"{getattr(target, '__module__', None) or type(target).__module__}.{name}"
 
 

@@ -280,7 +280,8 @@ def _cat(reader: MaskReader, call: Call) -> Term:
     if not isinstance(parts, (list, tuple)) or len(parts) != 2:
         raise NotUnderstood
     along = coordinate(len(shape_of(call.node)), call["dim"])
-    line = _continued(reader, *parts, along)
+    before, source = parts
+    line = _continued(reader, before, source, along)
     return t.substitute(line, {along: Lin.of(-1, {along: 1})})
 
 
@@ -313,7 +314,9 @@ def _cumsum(reader: MaskReader, call: Call) -> Term:
 def _note_run(reader: MaskReader, call: Call, along: int) -> None:
     """A running count of ``diff(x) != 1`` numbers packed documents: see ``MaskReader.runs``."""
     breaks = reader.call(call["input"])
-    steps = reader.call(breaks["input"]) if breaks is not None and breaks.name == "ne" and breaks["other"] == 1 else None
+    if breaks is None or breaks.name != "ne" or breaks["other"] != 1:
+        return
+    steps = reader.call(breaks["input"])
     if along != 0 or steps is None or steps.name != "diff" or steps["n"] != 1 or steps["append"] is not None:
         return
     before, numbers = steps["prepend"], steps["input"]

@@ -1,7 +1,7 @@
 """Rules of the mask reader that move elements about: broadcasting, reshapes, permutations, indices.
 
-An index expression ``x[a:b, None, i]`` is one call in Dynamo's form, and a chain of ``slice``, ``unsqueeze``, ``select``
-and ``index`` in an exported program or an AOT-traced graph.
+An index expression ``x[a:b, None, i]`` is one call in Dynamo's form. In an exported program or an AOT-traced graph it
+is a chain of ``slice``, ``unsqueeze``, ``select`` and ``index``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 from torch.fx import Node
 
 from tmx_compile.graph import terms as t
-from tmx_compile.graph.calls import Call
+from tmx_compile.graph.calls import Call, order_of
 from tmx_compile.graph.nodes import tensor_of
 from tmx_compile.graph.read import INTEGERS, MaskReader, NotUnderstood, Rule, dtype_of, shape_of
 from tmx_compile.graph.terms import Lin, Term
@@ -53,33 +53,6 @@ def _reshape(reader: MaskReader, call: Call) -> Term:
 
 
 # Permutations ----------------------------------------------------------------------------------------
-
-
-def order_of(call: Call) -> tuple[int, ...] | None:
-    """How a permutation orders its source's dimensions; None for any other call."""
-    source = tensor_of(call.arguments.get("input"))
-    if source is None:
-        return None
-    rank = source.dim()
-    order = list(range(rank))
-    match call.name:
-        case "permute" | "permute_copy":
-            dims = [d % rank for d in call["dims"] if isinstance(d, int) and -rank <= d < rank]
-            return tuple(dims) if sorted(dims) == order else None
-        case "numpy_T" | "t":
-            return tuple(reversed(order))
-        case "transpose" | "transpose_copy":
-            ends = call["dim0"], call["dim1"]
-        # Of real numbers, the conjugate transpose is the transpose.
-        case "mT" | "mH" | "matrix_H" if not source.dtype.is_complex and rank >= 2:
-            ends = -2, -1
-        case _:
-            return None
-    if not all(isinstance(d, int) and -rank <= d < rank for d in ends):
-        return None
-    a, b = (int(d) % rank for d in ends)
-    order[a], order[b] = order[b], order[a]
-    return tuple(order)
 
 
 def _permute(reader: MaskReader, call: Call) -> Term:
