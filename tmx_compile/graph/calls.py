@@ -67,8 +67,7 @@ def bound(signature: Signature, args: Sequence[Any], kwargs: Mapping[str, Any]) 
         if parameter.how == "place":
             found[parameter.name] = rest.pop(0)
         elif parameter.how == "rest":
-            whole = len(rest) == 1 and isinstance(rest[0], (tuple, list))
-            found[parameter.name] = tuple(rest[0] if whole else rest)
+            found[parameter.name] = _sequence(rest[0]) if len(rest) == 1 and _is_sequence(rest[0]) else tuple(rest)
             rest = []
         else:
             break
@@ -78,8 +77,17 @@ def bound(signature: Signature, args: Sequence[Any], kwargs: Mapping[str, Any]) 
         named = next((p for p in signature.parameters if keyword in p.names), None)
         if named is None or named.name in found:
             return None
-        found[named.name] = tuple(value) if named.how == "rest" and isinstance(value, (tuple, list)) else value
+        found[named.name] = _sequence(value) if named.how == "rest" else value
     return _complete(signature, found)
+
+
+def _is_sequence(arg: Any) -> bool:
+    # Under a dynamic length the sizes of another tensor are one node.
+    return isinstance(value_of(arg) if isinstance(arg, Node) else arg, (tuple, list))
+
+
+def _sequence(arg: Any) -> Any:
+    return tuple(arg) if isinstance(arg, (tuple, list)) else arg
 
 
 def schema_arguments(
@@ -99,7 +107,7 @@ def _schema_bound(
     for name, value in schema_arguments(target, args, kwargs).items():
         parameter = next((p for p in signature.parameters if name in p.names), None)
         if parameter is not None:
-            found[parameter.name] = tuple(value) if parameter.how == "rest" and isinstance(value, list) else value
+            found[parameter.name] = _sequence(value) if parameter.how == "rest" else value
         elif isinstance(value, Node) or value != defaults[name]:
             return None
     return _complete(signature, found)
@@ -126,7 +134,8 @@ def order_of(call: Call) -> tuple[int, ...] | None:
     order = list(range(rank))
     match call.name:
         case "permute" | "permute_copy":
-            dims = [d % rank for d in call["dims"] if isinstance(d, int) and -rank <= d < rank]
+            given = call["dims"] if isinstance(call["dims"], tuple) else ()
+            dims = [d % rank for d in given if isinstance(d, int) and -rank <= d < rank]
             return tuple(dims) if sorted(dims) == order else None
         case "numpy_T" | "t":
             return tuple(reversed(order))
@@ -155,7 +164,7 @@ def _is_integer(arg: Any) -> bool:
 
 KINDS: dict[str, Callable[[Any], bool]] = {
     "int": _is_integer,
-    "ints": lambda arg: isinstance(arg, (tuple, list)) and all(map(_is_integer, arg)),
+    "ints": lambda arg: _is_sequence(arg) and all(map(_is_integer, value_of(arg) if isinstance(arg, Node) else arg)),
     "tensor": lambda arg: tensor_of(arg) is not None,
     "scalar": lambda arg: isinstance(
         value_of(arg) if isinstance(arg, Node) else arg, (int, float, torch.SymInt, torch.SymFloat)
