@@ -122,7 +122,8 @@ def test_a_causal_bias_of_torch(more):
 # Where the tensors are not what the numbers would be. Every row has a key.
 OTHERWISE = {
     "int32 that wraps": lambda: (
-        torch.arange(N, dtype=torch.int32)[None] * 40_000_000 <= torch.arange(N, dtype=torch.int32)[:, None] * 40_000_000
+        torch.arange(N, dtype=torch.int32)[None] * 40_000_000
+        <= torch.arange(N, dtype=torch.int32)[:, None] * 40_000_000
     ),
     "int32 wrapped by a sum": lambda: (
         torch.arange(N, dtype=torch.int32)[None] + 2_147_483_600
@@ -146,9 +147,7 @@ OTHERWISE = {
     "compared where it rounds": lambda: (
         (torch.arange(N) + (1 << 24))[None] <= (torch.arange(N) + (1 << 24)).to(torch.float32)[:, None]
     ),
-    "uint8 below 0": lambda: (
-        ones(N, dtype=torch.bool).tril() & (torch.zeros(N, dtype=torch.uint8) - 1 > 0)[None]
-    ),
+    "uint8 below 0": lambda: ones(N, dtype=torch.bool).tril() & (torch.zeros(N, dtype=torch.uint8) - 1 > 0)[None],
     "an upper left bias": lambda: causal_upper_left(N, N + MORE),
 }
 

@@ -193,6 +193,10 @@ class Graphs:
         return self.named.get(arg, arg) if isinstance(arg, str) else arg
 
 
+def each(*names, samples):
+    return dict.fromkeys(names, samples)
+
+
 SHAPED = {"size": (2, 3)}
 TWO = [{"input": "line", "other": 2}, {"input": "line", "other": "twos"}]
 ONE = [{"input": "lower"}]
@@ -200,24 +204,31 @@ NUMBERS = [{"input": "line"}]
 SAMPLES = {
     "arange": [{"end": 5}, {"start": 1, "end": 5, "step": 1}, {"start": 1, "end": 9, "step": 2}],
     "iota": [
-        {"length": 5, "start": 1, "step": 2, "dtype": torch.int64, "device": torch.device("cpu"), "requires_grad": False}
+        {
+            "length": 5,
+            "start": 1,
+            "step": 2,
+            "dtype": torch.int64,
+            "device": torch.device("cpu"),
+            "requires_grad": False,
+        }
     ],
     "tensor": [{"data": 3}],
     "scalar_tensor": [{"s": 3}],
     "full": [{"size": (2, 3), "fill_value": 7}],
     "new_full": [{"input": "line", "size": (2, 3), "fill_value": 7}],
     "full_like": [{"input": "line", "fill_value": 7}],
-    **dict.fromkeys(("ones", "zeros"), [SHAPED]),
-    **dict.fromkeys(("new_ones", "new_zeros"), [{"input": "line", **SHAPED}]),
-    **dict.fromkeys(("ones_like", "zeros_like"), NUMBERS),
-    **dict.fromkeys(("add", "sub", "rsub"), [*TWO, {"input": "line", "other": "twos", "alpha": 1}]),
-    **dict.fromkeys(("mul", "ge", "gt", "le", "lt", "eq", "ne"), TWO),
+    **each("ones", "zeros", samples=[SHAPED]),
+    **each("new_ones", "new_zeros", samples=[{"input": "line", **SHAPED}]),
+    **each("ones_like", "zeros_like", samples=NUMBERS),
+    **each("add", "sub", "rsub", samples=[*TWO, {"input": "line", "other": "twos", "alpha": 1}]),
+    **each("mul", "ge", "gt", "le", "lt", "eq", "ne", samples=TWO),
     "neg": NUMBERS,
-    **dict.fromkeys(("and", "or", "xor"), [{"input": "lower", "other": "upper"}]),
+    **each("and", "or", "xor", samples=[{"input": "lower", "other": "upper"}]),
     "not": ONE,
     "where": [{"condition": "lower", "input": "filled", "other": "floats"}],
     "masked_fill": [{"input": "floats", "mask": "lower", "value": 2.0}],
-    **dict.fromkeys(("tril", "triu"), [{"input": "filled", "diagonal": 1}, {"input": "filled", "diagonal": 0}]),
+    **each("tril", "triu", samples=[{"input": "filled", "diagonal": 1}, {"input": "filled", "diagonal": 0}]),
     "diff": [{"input": "line", "n": 1, "dim": -1, "prepend": "minus one", "append": None}],
     "cat": [{"tensors": ["minus one", "line"], "dim": 0}],
     "cumsum": [{"input": "units", "dim": 0}],
@@ -226,23 +237,23 @@ SAMPLES = {
         {"input": "line", "target": (torch.float32,)},
         {"input": "line", "target": ("cpu", torch.bool)},
     ],
-    **dict.fromkeys(("_to_copy", "convert_element_type", "type"), [{"input": "line", "dtype": torch.float32}]),
+    **each("_to_copy", "convert_element_type", "type", samples=[{"input": "line", "dtype": torch.float32}]),
     "type_as": [{"input": "line", "other": "floats"}],
-    **dict.fromkeys(("bool", "int", "long", "float", "double", "half", "bfloat16"), NUMBERS),
-    **dict.fromkeys(("contiguous", "clone", "detach", "detach_copy", "alias", "alias_copy"), ONE),
-    **dict.fromkeys(("lift_fresh", "lift_fresh_copy"), ONE),
-    **dict.fromkeys(("expand", "expand_copy", "broadcast_to"), [{"input": "line", "size": (3, 4)}]),
+    **each("bool", "int", "long", "float", "double", "half", "bfloat16", samples=NUMBERS),
+    **each("contiguous", "clone", "detach", "detach_copy", "alias", "alias_copy", samples=ONE),
+    **each("lift_fresh", "lift_fresh_copy", samples=ONE),
+    **each("expand", "expand_copy", "broadcast_to", samples=[{"input": "line", "size": (3, 4)}]),
     "expand_as": [{"input": "line", "other": "floats"}],
-    **dict.fromkeys(("view", "view_copy", "_unsafe_view"), [{"input": "lower", "size": (1, 4, 4)}]),
+    **each("view", "view_copy", "_unsafe_view", samples=[{"input": "lower", "size": (1, 4, 4)}]),
     "reshape": [{"input": "lower", "shape": (1, 4, 4)}],
-    **dict.fromkeys(("view_as", "reshape_as"), [{"input": "lower", "other": "unit"}]),
-    **dict.fromkeys(("unsqueeze", "unsqueeze_copy"), [{"input": "lower", "dim": 1}]),
-    **dict.fromkeys(("squeeze", "squeeze_copy"), [{"input": "unit", "dim": 0}, {"input": "unit"}]),
+    **each("view_as", "reshape_as", samples=[{"input": "lower", "other": "unit"}]),
+    **each("unsqueeze", "unsqueeze_copy", samples=[{"input": "lower", "dim": 1}]),
+    **each("squeeze", "squeeze_copy", samples=[{"input": "unit", "dim": 0}, {"input": "unit"}]),
     "flatten": [{"input": "unit", "start_dim": 0, "end_dim": 1}],
     "unflatten": [{"input": "lower", "dim": 0, "sizes": (1, 4)}],
-    **dict.fromkeys(("permute", "permute_copy"), [{"input": "unit", "dims": (2, 0, 1)}]),
-    **dict.fromkeys(("transpose", "transpose_copy"), [{"input": "unit", "dim0": 0, "dim1": -1}]),
-    **dict.fromkeys(("t", "numpy_T", "mT", "mH", "matrix_H"), ONE),
+    **each("permute", "permute_copy", samples=[{"input": "unit", "dims": (2, 0, 1)}]),
+    **each("transpose", "transpose_copy", samples=[{"input": "unit", "dim0": 0, "dim1": -1}]),
+    **each("t", "numpy_T", "mT", "mH", "matrix_H", samples=ONE),
     "getitem": [{"input": "lower", "index": (slice(-2, None), None, slice(1, None, 2))}],
     "slice": [{"input": "lower", "dim": 0, "start": -2, "end": None, "step": 1}],
     "narrow": [{"input": "lower", "dim": 0, "start": 1, "length": 2}],
@@ -343,7 +354,9 @@ def test_every_spelling_is_read_as_what_it_is(name):
                             node.target, node.args = getattr, (*node.args, key.partition("::")[2])
                         agrees(node)
                         read.add(key)
-    missed = {key for known, key, _ in spellings() if known == name and next(targets(key, name), None) is not None} - read
+    missed = {
+        key for known, key, _ in spellings() if known == name and next(targets(key, name), None) is not None
+    } - read
     assert read
     assert not missed, f"no layout of {missed} was taken"
 

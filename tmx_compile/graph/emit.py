@@ -120,7 +120,7 @@ class Emitter:
                 return self.call(torch.full, (1, 1), value, device=self._device)
 
     def _sides(self, lin: Lin) -> tuple[Node, Any]:
-        """Two numbers whose difference is ``lin``: data stand alone where they can, since a sum of theirs may overflow."""
+        """Two numbers whose difference is ``lin``. Data stand alone where they can: a sum of theirs may overflow."""
         plus = Lin.of(0, None, {element: factor for element, factor in lin.atoms if factor > 0})
         minus = Lin.of(0, None, {element: -factor for element, factor in lin.atoms if factor < 0})
         rest = lin - plus + minus
