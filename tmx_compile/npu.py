@@ -18,7 +18,8 @@ from torch.fx import GraphModule
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tmx_compile.errors import TriangleMixError
-from tmx_compile.graph.nodes import op_name, tensor_of, value_of
+from tmx_compile.graph.calls import named
+from tmx_compile.graph.nodes import tensor_of, value_of
 
 _OPERATORS = ("FusedInferAttentionScore", "AttentionUpdate")
 _ABOUT_VERSIONS = (*_OPERATORS, "cann version", "CANN version", "upgrade")
@@ -88,11 +89,12 @@ def _drop_nothing(gm: GraphModule) -> None:
     Hugging Face's new caches begin as one. GE's ConcatV2 knows no such rule.
     """
     for node in gm.graph.nodes:
-        if op_name(node) != "cat" or not node.args or not isinstance(node.args[0], (list, tuple)):
+        call = named(node, "cat")
+        if call is None or not isinstance(call["tensors"], (list, tuple)):
             continue
-        kept = [x for x in node.args[0] if getattr(tensor_of(x), "shape", None) != (0,)]
-        if kept and len(kept) < len(node.args[0]):
-            node.args = (kept, *node.args[1:])
+        kept = [x for x in call["tensors"] if getattr(tensor_of(x), "shape", None) != (0,)]
+        if kept and len(kept) < len(call["tensors"]):
+            node.args, node.kwargs = (kept, call["dim"]), {}
     gm.recompile()
 
 

@@ -58,15 +58,22 @@ class Program:
     # Positions: (rows, 1) and (1, keys), in some dtype, shape and spelling.
 
     def positions(self):
-        dtype = self.pick(torch.int64, torch.int64, torch.int32)
+        dtype = self.pick(torch.int64, torch.int64, torch.int32, torch.float32)
         start = self.pick(0, 0, 3)
         row = torch.arange(start + self.shift, start + self.shift + self.q_len, dtype=dtype)
         if self.shift and self.slip():
             row = torch.arange(start, start + self.q_len, dtype=dtype)
         key = torch.arange(start, start + self.kv_len, dtype=dtype)
-        match self.draw(4):
+        match self.draw(6):
             case 0:
                 return row[:, None], key[None, :]
+            case 3:
+                return torch.meshgrid(row, key, indexing="ij")
+            case 4:
+                key, row = torch.meshgrid(key, row, indexing="xy")
+                return row, key
+            case 5:
+                return torch.unsqueeze(input=row, dim=-1), torch.reshape(input=key, shape=(1, -1))
             case 1:
                 return row.view(-1, 1), key
             case 2:
@@ -81,9 +88,13 @@ class Program:
         a, b = a * by + move, b * by + move - slack * by
         if self.slip():
             b = b + self.pick(by, -by)
-        match self.draw(8):
+        match self.draw(10):
             case 0:
                 return a >= b
+            case 7:
+                return torch.ge(input=torch.sub(other=b, input=a, alpha=1), other=0)
+            case 8:
+                return torch.less_equal(b, other=a)
             case 1:
                 return b <= a
             case 2:
@@ -101,7 +112,13 @@ class Program:
 
     def causal(self, _):
         row, key = self.positions()
-        match self.draw(5):
+        match self.draw(7):
+            case 3:
+                square = torch.ones(size=(self.kv_len, self.kv_len), dtype=torch.bool)
+                return torch.tril(input=square, diagonal=1 if self.slip() else 0)[-self.q_len :]
+            case 4:
+                tall = torch.ones(self.kv_len, self.q_len)
+                return tall.triu(diagonal=-self.shift - (1 if self.slip() else 0)).T.bool()
             case 0:
                 square = torch.ones(self.q_len, self.kv_len, dtype=torch.bool)
                 return square.tril(self.shift + (1 if self.slip() else 0))
@@ -143,7 +160,11 @@ class Program:
 
     def disguise(self, mask):
         """The same truth in other words."""
-        match self.draw(9):
+        match self.draw(11):
+            case 7:
+                return torch.clone(input=mask).type(torch.bool)
+            case 8:
+                return mask.where(condition=mask, other=torch.zeros_like(input=mask))
             case 0:
                 return mask & (torch.arange(self.kv_len) >= 0)
             case 1:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import operator
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -21,10 +20,9 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from tmx_compile.graph import terms as t
+from tmx_compile.graph.calls import named
 from tmx_compile.graph.erase import dead_ends
 from tmx_compile.graph.nodes import value_of
-
-_FRESH = frozenset({torch.ops.aten.zeros_like.default, torch.zeros_like})
 
 
 def _encoder_layer(
@@ -185,7 +183,8 @@ def _is_needed(call: Node, index: int) -> bool:
 
 
 def _takes(user: Node, index: int) -> bool:
-    return user.target is operator.getitem and bool(user.args[1] == index)
+    taken = named(user, "getitem")
+    return taken is not None and bool(taken["index"] == index)
 
 
 def _same(value: object, want: object) -> bool:
@@ -197,10 +196,11 @@ def _same(value: object, want: object) -> bool:
 
 def out_of_place(node: Node) -> None:
     """Write ``zeros_like(x).masked_fill_(...)`` without writing in place: nothing else sees the zeros."""
-    source = node.args[0] if node.args else None
-    if not isinstance(source, Node) or source.target not in _FRESH or len(source.users) > 1:
+    filled = named(node, "masked_fill_")
+    fresh = None if filled is None else named(filled["input"], "zeros_like")
+    if fresh is None or len(fresh.node.users) > 1:
         return
-    if node.op == "call_method" and node.target == "masked_fill_":
+    if node.op == "call_method":
         node.target = "masked_fill"
     elif node.target is torch.ops.aten.masked_fill_.Scalar:
         node.target = torch.ops.aten.masked_fill.Scalar

@@ -17,6 +17,7 @@ from torch.fx import GraphModule, Node
 
 from tmx_compile.errors import TriangleMixError
 from tmx_compile.graph import terms as t
+from tmx_compile.graph.exact import fits
 from tmx_compile.graph.terms import Choice, Lin, Term
 
 _MOST_ELEMENTS = 1 << 30
@@ -74,6 +75,7 @@ def _value(dtype: torch.dtype, value: Any) -> Term:
 
 
 def _affine(x: Tensor) -> Lin | None:
+    dtype, x = x.dtype, x.long()
     last = x.dim() - 1
     base = x[(0,) * x.dim()]
     factors: dict[int, int] = {}
@@ -84,7 +86,10 @@ def _affine(x: Tensor) -> Lin | None:
             factors[last - dim] = int(step)
             places = torch.arange(x.shape[dim], dtype=x.dtype, device=x.device)
             predicted = predicted + (step * places).reshape(-1, *(1,) * (last - dim))
-    return Lin.of(int(base), factors) if torch.equal(predicted, x) else None
+    lin = Lin.of(int(base), factors)
+    # The prediction wraps around where the numbers do.
+    inside = fits(lin, dtype, lambda coordinate: int(x.shape[last - coordinate]), None)
+    return lin if inside and torch.equal(predicted, x) else None
 
 
 def _diagonal(x: Tensor) -> Term | None:

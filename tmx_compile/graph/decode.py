@@ -6,10 +6,10 @@ the two apart. So the graph has to show that the row's own key and value join th
 
 from __future__ import annotations
 
-import torch
 from torch.fx import Node
 
-from tmx_compile.graph.nodes import op_name, tensor_of
+from tmx_compile.graph.calls import named
+from tmx_compile.graph.nodes import tensor_of
 from tmx_compile.graph.site import AttentionSite, Operand
 
 _SAME_TOKENS = ("contiguous", "to", "clone")
@@ -32,19 +32,18 @@ def own_key(site: AttentionSite) -> str:
 
 def _source(operand: Operand) -> Node:
     node = operand.node
-    while op_name(node).split(".")[0] in _SAME_TOKENS and isinstance(node.args[0], Node):
-        node = node.args[0]
+    while (same := named(node, *_SAME_TOKENS)) is not None and isinstance(same["input"], Node):
+        node = same["input"]
     return node
 
 
 def _ends_with_one(operand: Operand, site: Node) -> bool:
     """The result of a concatenation along the tokens whose last part is one token."""
     del site
-    node = _source(operand)
-    if node.op != "call_function" or node.target not in (torch.cat, torch.concat, torch.ops.aten.cat.default):
+    joined = named(_source(operand), "cat")
+    if joined is None:
         return False
-    parts = node.args[0] if node.args else node.kwargs.get("tensors")
-    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    parts, dim = joined["tensors"], joined["dim"]
     if not isinstance(parts, (list, tuple)) or not isinstance(dim, int) or not isinstance(parts[-1], Node):
         return False
     return _is_token(parts[-1], dim, operand)
@@ -53,11 +52,11 @@ def _ends_with_one(operand: Operand, site: Node) -> bool:
 def _takes_one(operand: Operand, site: Node) -> bool:
     """A tensor that one token is copied into (``index_copy_``) before the site."""
     held = _source(operand)
-    node = held if op_name(held) == "index_copy_" else None
-    writes = [node] if node is not None else [user for user in held.users if op_name(user) == "index_copy_"]
-    for write in writes:
-        if len(write.args) == 4 and write < site and (node is not None or write.args[0] is held):
-            _, dim, _, new = write.args
+    written = named(held, "index_copy_")
+    calls = [written] if written is not None else [named(user, "index_copy_") for user in held.users]
+    for call in calls:
+        if call is not None and call.node < site and (written is not None or call["input"] is held):
+            dim, new = call["dim"], call["source"]
             if isinstance(dim, int) and isinstance(new, Node) and _is_token(new, dim, operand):
                 return True
     return False

@@ -51,6 +51,8 @@ class Effect:
 
 NOTHING = Effect()
 
+_LEARNT = "tmx_effect"
+
 
 class Effects:
     """Learns the effects of calls; those of the same call on tensors of the same layout are learnt once."""
@@ -60,7 +62,15 @@ class Effects:
         self._mode: FakeTensorMode | None = None
 
     def of(self, node: Node) -> Effect:
-        """The effect of one node."""
+        """The effect of one node; it is kept in its metadata, for the inputs that it has."""
+        inputs = tuple(node.all_input_nodes)
+        known, effect = node.meta.get(_LEARNT, (None, NOTHING))
+        if known != inputs:
+            effect = self._of(node)
+            node.meta[_LEARNT] = inputs, effect
+        return effect
+
+    def _of(self, node: Node) -> Effect:
         inputs = node.all_input_nodes
         if node.op not in ("call_function", "call_method", "call_module"):
             return NOTHING
@@ -88,6 +98,12 @@ class Effects:
             return _learn(node, self._mode)
         except Exception:
             return Effect(tensors, tensors, tensors, attributes=node.op == "call_module")
+
+
+def writes(node: Node) -> bool:
+    """Whether a call writes to any tensor."""
+    effect = Effects().of(node)
+    return bool(effect.writes) or effect.attributes
 
 
 def _holds_tensor(node: Node) -> bool:

@@ -125,14 +125,25 @@ class Emitter:
             case Negation(inner):
                 return self.call(torch.logical_not, self.truth(inner))
             case NonNegative(lin):
-                return self.call(torch.ge, self.number(lin), 0)
+                return self.call(torch.ge, *self._sides(lin))
             case Zero(lin):
-                return self.call(torch.eq, self.number(lin), 0)
+                return self.call(torch.eq, *self._sides(lin))
             case AllOf(terms) | AnyOf(terms):
                 combine = torch.logical_and if isinstance(term, AllOf) else torch.logical_or
                 return reduce(lambda a, b: self.call(combine, a, b), map(self.truth, sorted(terms, key=str)))
             case t.Const(value):
                 return self.call(torch.full, (1, 1), value, device=self._device)
+
+    def _sides(self, lin: Lin) -> tuple[Node, Any]:
+        """Two numbers whose difference is ``lin``. Data stand alone where they can: a sum of theirs may overflow."""
+        plus = Lin.of(0, None, {element: factor for element, factor in lin.atoms if factor > 0})
+        minus = Lin.of(0, None, {element: -factor for element, factor in lin.atoms if factor < 0})
+        rest = lin - plus + minus
+        if plus.atoms:
+            minus = minus - rest
+        else:
+            plus = rest
+        return self.number(plus), self.number(minus) if minus.factors or minus.atoms else self.expression(minus.const)
 
     def number(self, lin: Lin) -> Node:
         """An affine term of the batch and the key as an integer tensor that broadcasts to (B, Skv)."""
@@ -140,7 +151,7 @@ class Emitter:
         for coordinate, factor in lin.factors:
             assert coordinate in (KEY, BATCH), f"no row or head may be left: {lin}"
             parts.append((self.keys() if coordinate == KEY else self._sequences(), factor))
-        parts += [(self._element(element), factor) for element, factor in sorted(lin.atoms, key=str)]
+        parts += [(self._wide(self._element(element)), factor) for element, factor in sorted(lin.atoms, key=str)]
         total: Any = None
         for node, factor in parts:
             scaled = node if factor == 1 else self.call(torch.mul, node, factor)
@@ -149,6 +160,12 @@ class Emitter:
         if total is None:
             return self.call(torch.full, (1, 1), const, dtype=torch.int64, device=self._device)
         return total if const == 0 else self.call(torch.add, total, const)
+
+    def _wide(self, node: Node) -> Node:
+        """Integers as int64, so that arithmetic on them does not wrap around."""
+        fake = tensor_of(node)
+        assert fake is not None
+        return node if fake.dtype == torch.int64 else self.call(torch.Tensor.to, node, torch.int64)
 
     def source(self, node: Node, version: int | None = None) -> Node:
         """A tensor of the graph as it was in a version (None: the site's own): itself, or a copy saved in time."""

@@ -8,7 +8,8 @@ from typing import Any
 from torch.fx import Node
 
 from tmx_compile.graph import terms as t
-from tmx_compile.graph.nodes import op_name, tensor_of
+from tmx_compile.graph.calls import Call
+from tmx_compile.graph.nodes import tensor_of
 from tmx_compile.graph.read import (
     INTEGERS,
     MaskReader,
@@ -21,7 +22,7 @@ from tmx_compile.graph.read import (
 )
 from tmx_compile.graph.rules import RULES
 from tmx_compile.graph.site import MaskMod
-from tmx_compile.graph.terms import Lin, Term, Truth
+from tmx_compile.graph.terms import Lin, Size, Term, Truth
 
 _ARGUMENTS = (3, 2, 1, 0)
 """The coordinates of (batch, head, row, key) in a (batch, heads, rows, keys) tensor, counted from the right."""
@@ -30,12 +31,13 @@ _ARGUMENTS = (3, 2, 1, 0)
 _APART = 1 << 10
 
 
-def read_mask_mod(reader: MaskReader, mod: MaskMod, versions: Mapping[Node, int]) -> Truth:
+def read_mask_mod(reader: MaskReader, mod: MaskMod, sizes: Mapping[int, Size], versions: Mapping[Node, int]) -> Truth:
     """Where a ``mask_mod`` lets a row attend, as a truth of the four coordinates.
 
     Args:
         reader: the reader of the graph that ``mod.buffers`` belong to.
         mod: the child graph and what it captures.
+        sizes: how many batches, heads, rows and keys there are.
         versions: the version in which each captured tensor is read.
 
     Raises:
@@ -45,7 +47,8 @@ def read_mask_mod(reader: MaskReader, mod: MaskMod, versions: Mapping[Node, int]
     placeholders = list(mod.graph.graph.find_nodes(op="placeholder"))
     if len(placeholders) != len(_ARGUMENTS) + len(mod.buffers):
         raise NotUnderstood
-    inside = _NumberReader(reader, dict(zip(placeholders[4:], mod.buffers, strict=True)), versions)
+    captured = dict(zip(placeholders[4:], mod.buffers, strict=True))
+    inside = _NumberReader(reader, captured, sizes, versions)
     for node, coordinate in zip(placeholders, _ARGUMENTS, strict=False):
         inside.name(node, coordinate)
     return inside.truth_of(mod.graph.graph.output_node().args[0])
@@ -54,10 +57,13 @@ def read_mask_mod(reader: MaskReader, mod: MaskMod, versions: Mapping[Node, int]
 class _NumberReader(MaskReader):
     """Reads nodes whose elements depend on named numbers beside their own coordinates."""
 
-    def __init__(self, outer: MaskReader, captured: Mapping[Node, Any], versions: Mapping[Node, int]) -> None:
+    def __init__(
+        self, outer: MaskReader, captured: Mapping[Node, Any], sizes: Mapping[int, Size], versions: Mapping[Node, int]
+    ) -> None:
         super().__init__({**RULES, **dict.fromkeys(("getitem", "index"), _index)}, outer.is_index)
         self._outer = outer
         self._captured = captured
+        self._sizes = sizes
         self._versions = versions
 
     def name(self, node: Node, coordinate: int) -> None:
@@ -81,11 +87,12 @@ class _NumberReader(MaskReader):
                 captured = self._captured[node]
                 self._views[node] = self._outer.at(captured, self._versions.get(captured))
             else:
-                rule = self._rules.get(op_name(node)) if node.op in ("call_function", "call_method") else None
-                if rule is None:
-                    raise NotUnderstood
-                self._views[node] = View(shape_of(node), rule(self, node))
+                self._views[node] = View(shape_of(node), self.ruled(node))
         return self._views[node]
+
+    def size(self, coordinate: int, shape: tuple[Size, ...]) -> Size:
+        """How many places a coordinate of a tensor has, or a named number."""
+        return self._sizes[coordinate - _APART] if coordinate >= _APART else super().size(coordinate, shape)
 
     def operand(self, arg: Any) -> Term:
         """The term of an argument: a tensor node, a symbolic or plain number, captured or not."""
@@ -94,19 +101,19 @@ class _NumberReader(MaskReader):
         return super().operand(arg)
 
 
-def _index(reader: MaskReader, node: Node) -> Term:
+def _index(reader: MaskReader, call: Call) -> Term:
     """Leading dimensions indexed by numbers; whole dimensions may stand between and after them."""
-    source, items = node.args[:2]
-    if not isinstance(source, Node) or tensor_of(source) is None or node.kwargs:
+    source, items = call["input"], call["index" if call.name == "getitem" else "indices"]
+    if not isinstance(source, Node) or tensor_of(source) is None:
         raise NotUnderstood
     index = list(items) if isinstance(items, (tuple, list)) else [items]
     if not any(isinstance(item, Node) for item in index):
-        return RULES["getitem"](reader, node)
+        return RULES[call.name](reader, call)
     rank = len(shape_of(source))
     if len(index) > rank:
         raise NotUnderstood
     index += [slice(None)] * (rank - len(index))
-    left = len(shape_of(node))
+    left = len(shape_of(call.node))
     new: dict[int, Lin] = {}
     for dim, item in enumerate(index):
         if item == slice(None):

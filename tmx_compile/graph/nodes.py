@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import operator
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,25 +10,7 @@ import torch
 from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import GraphModule, Node
 
-_OPERATOR_NAMES = {"and_": "and", "or_": "or", "xor": "xor", "invert": "not", "inv": "not", "not_": "not"}
-_METHOD_NAMES = {
-    "bitwise_and": "and",
-    "bitwise_or": "or",
-    "bitwise_xor": "xor",
-    "logical_xor": "xor",
-    "bitwise_not": "not",
-    "logical_and": "and",
-    "logical_or": "or",
-    "logical_not": "not",
-    "less": "lt",
-    "less_equal": "le",
-    "greater": "gt",
-    "greater_equal": "ge",
-    "not_equal": "ne",
-    "subtract": "sub",
-    "multiply": "mul",
-    "negative": "neg",
-}
+from tmx_compile.graph.operators import Operator, attribute_of, method_of, name_of, operator_of
 
 INSERTED = "tmx_inserted"
 """Key in ``node.meta`` of every node that the pass or a lowering wrote."""
@@ -51,46 +32,47 @@ def tensor_of(arg: Any) -> torch.Tensor | None:
 
 
 def op_name(node: Node) -> str:
-    """One name for a call however it was written: ``x + y``, ``torch.add(x, y)``, ``x.add(y)``, ``aten.add.Tensor``."""
-    target = node.target
-    if node.op == "call_method":
-        name = str(target)
-    elif node.op != "call_function":
+    """Which operator a call is: "add" for ``x + y``, ``torch.add(x, y)``, ``x.add(y)`` and ``aten.add.Tensor``.
+
+    What :mod:`tmx_compile.graph.operators` does not know never has the name of something that it knows: it is told by
+    where it comes from, as ``lab::softmax`` or ``torch.masked._ops.softmax``.
+    """
+    known = known_operator(node)
+    if known is not None:
+        return known.name
+    if node.op not in ("call_function", "call_method"):
         return node.op
-    elif isinstance(target, torch._ops.OpOverload):
-        name = target._schema.name.split("::")[-1]
-    else:
-        name = getattr(target, "__name__", str(target))
-        if getattr(operator, name, None) is target:
-            name = _OPERATOR_NAMES.get(name, name)
-    if name.startswith("__") and name.endswith("__"):
-        # torch 2.11 records a comparison of tensors as the method ``__eq__``.
-        name = _OPERATOR_NAMES.get(name[2:-2], name[2:-2])
-    return _METHOD_NAMES.get(name, name)
+    odd = next((type(value_of(x)).__name__ for x in node.all_input_nodes if not _is_plain(x)), None)
+    if node.op == "call_function":
+        return name_of(node.target) if odd is None else f"{name_of(node.target)} of a {odd}"
+    kind = type(value_of(node.args[0])) if node.args and isinstance(node.args[0], Node) else type(None)
+    if odd is None and kind in _PLAIN:
+        return name_of(getattr(torch.Tensor, str(node.target), node.target))
+    return f"{odd or kind.__name__}.{node.target}"
 
 
-def is_in_place(node: Node) -> bool:
-    """Whether a call writes to its first argument."""
-    if "out" in node.kwargs:
-        return True
-    if node.op not in ("call_method", "call_function"):
-        return False
-    target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        return target._schema.is_mutable
-    name = target if isinstance(target, str) else getattr(target, "__name__", "")
-    if target is operator.setitem or name == "__setitem__":
-        return True
-    if name.startswith("__i") and name not in ("__invert__", "__index__"):
-        return True
-    if getattr(operator, name, None) is target and name in _IN_PLACE_OPERATORS:
-        return True
-    return name.endswith("_") and not name.endswith("__") and name not in ("and_", "or_", "not_", "is_")
+def known_operator(node: Node) -> Operator | None:
+    """The operator that a call is, of those that rules and finders know.
+
+    A tensor of a class of its own may override any of them, as a function or as a method.
+    """
+    if node.op not in ("call_function", "call_method") or not all(map(_is_plain, node.all_input_nodes)):
+        return None
+    first = node.args[0] if node.args else None
+    if node.op == "call_method":
+        return method_of(str(node.target)) if tensor_of(first) is not None else None
+    if node.target is getattr and tensor_of(first) is not None:
+        return attribute_of(str(node.args[1])) or operator_of(getattr)
+    return operator_of(node.target)
 
 
-_IN_PLACE_OPERATORS = frozenset(
-    "iadd isub imul itruediv ifloordiv imod ipow iand ior ixor ilshift irshift iconcat imatmul".split()  # noqa: SIM905
-)
+def _is_plain(node: Node) -> bool:
+    """Whether a node's tensor, if it is one, is of a class that computes what torch says."""
+    value = value_of(node)
+    return not isinstance(value, torch.Tensor) or type(value) in _PLAIN
+
+
+_PLAIN = (torch.Tensor, torch._subclasses.FakeTensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
 def fake_mode_of(gm: GraphModule) -> Any:

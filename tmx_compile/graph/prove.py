@@ -24,7 +24,6 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from tmx_compile.graph import terms as t
-from tmx_compile.graph.aten_rules import ATEN_RULES
 from tmx_compile.graph.block_check import checkable
 from tmx_compile.graph.conclude import BATCH, HEAD, KEY, ROW, Proof, Ranges, Sizes, conclude, origin
 from tmx_compile.graph.mask_mod import read_mask_mod
@@ -72,7 +71,7 @@ class Prover:
             self._attempts += [(True, self._reader(choice, self._is_promised_index)) for choice in choices]
 
     def _reader(self, constants: Mapping[Node, torch.Tensor], is_index: Callable[[Lin], bool]) -> MaskReader:
-        return MaskReader({**RULES, **ATEN_RULES}, is_index, constants, self.storages)
+        return MaskReader(RULES, is_index, constants, self.storages)
 
     @classmethod
     def of(cls, fake: torch.Tensor | None, storages: Storages, **settings: Any) -> Prover:
@@ -145,7 +144,7 @@ class Prover:
     ) -> Truth | Rejected:
         if isinstance(part, MaskMod):
             try:
-                return read_mask_mod(reader, part, site.versions)
+                return read_mask_mod(reader, part, sizes, site.versions)
             except NotUnderstood:
                 return Rejected(Reason.MASK_UNKNOWN, "an operation in mask_mod is not understood", site.node)
         view = reader.at(part.node, site.versions.get(part.node))

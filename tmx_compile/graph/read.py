@@ -8,15 +8,17 @@ is still exact, and the proof decides whether that matters.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
 from torch.fx import Node
 
 from tmx_compile.graph import terms as t
+from tmx_compile.graph.calls import Call, call_of
 from tmx_compile.graph.constants import recognise
-from tmx_compile.graph.nodes import op_name, tensor_of, value_of
+from tmx_compile.graph.exact import fits
+from tmx_compile.graph.nodes import shape_env_of, tensor_of, value_of
 from tmx_compile.graph.storages import Storages
 from tmx_compile.graph.terms import Choice, Const, Element, Lin, Size, Term, Truth
 
@@ -35,7 +37,7 @@ class NotUnderstood(Exception):
     """Raised inside a rule to fall back to an opaque element."""
 
 
-Rule: TypeAlias = "Callable[[MaskReader, Node], Term]"
+Rule: TypeAlias = "Callable[[MaskReader, Call], Term]"
 
 
 class MaskReader:
@@ -76,13 +78,28 @@ class MaskReader:
         """The view of a tensor node in a version of its storage: what it computed, or else its own element."""
         if self._storages is None or version is None or version == self._storages.version(node):
             return self.read(node)
+        now = self._rewritten(node, version)
+        if now is not None:
+            return self.read(now)
         self._stale[node] = self._storages.end_of(node, self._storages.version(node))
         return opaque(node, version)
+
+    def _rewritten(self, node: Node, version: int) -> Node | None:
+        """The call that gave a tensor a version by computing all of it anew in its place, such as ``tril_``."""
+        assert self._storages is not None
+        write = self._storages.end_of(node, version - 1)
+        target: Any = write
+        while target is not node:
+            call = call_of(target)
+            if call is None or not call.name.endswith("_"):
+                return None
+            target = call.arguments.get("input")
+        return write
 
     def stale_below(self, node: Node) -> tuple[Node, Node] | None:
         """A write, and the tensor that it changed, in what a node was built from; None where there is none."""
         seen: set[Node] = set()
-        stack = [node] if self._storages is not None and self._storages.any_writes else []
+        stack = [node] if self._stale else []
         while stack:
             current = stack.pop()
             if current in seen:
@@ -90,8 +107,6 @@ class MaskReader:
             seen.add(current)
             if current in self._stale:
                 return self._stale[current], current
-            if self._storages is not None and self._storages.writes(current):
-                return current, current
             stack.extend(current.all_input_nodes)
         return None
 
@@ -103,19 +118,42 @@ class MaskReader:
                 self.known[node] = term
                 self._views[node] = View(shape_of(node), self._normal(node, term))
         if node not in self._views:
-            rule = self._rules.get(op_name(node)) if node.op in ("call_function", "call_method") else None
             try:
-                if rule is None:
-                    raise NotUnderstood
-                self._readers.append(node)
-                try:
-                    view = View(shape_of(node), self._normal(node, rule(self, node)))
-                finally:
-                    self._readers.pop()
+                view = View(shape_of(node), self._normal(node, self.ruled(node)))
             except NotUnderstood:
                 view = opaque(node, 0 if self._storages is None else self._storages.version(node))
+                if self._storages is not None and self._storages.writes(node):
+                    self._stale[node] = node
             self._views[node] = view
         return self._views[node]
+
+    def call(self, arg: Any) -> Call | None:
+        """The call that an argument is; every rule that looks at more than its own node asks here.
+
+        None as well where the call does not read what the graph computed for its arguments, as something wrote to them.
+        """
+        call = call_of(arg)
+        if call is not None and self._storages is not None and self._storages.any_writes:
+            for source in call.node.all_input_nodes:
+                if self._storages.changed(source, call.node) is not None:
+                    return None
+        return call
+
+    def ruled(self, node: Node) -> Term:
+        """What the rule of a node's operator says."""
+        # What an operand was when it was read, each operand is asked for itself.
+        call = call_of(node)
+        if call is not None and call.name.endswith("_"):
+            # In place: the result is what the operator gives otherwise.
+            call = replace(call, name=call.name[:-1])
+        rule = None if call is None else self._rules.get(call.name)
+        if call is None or rule is None:
+            raise NotUnderstood
+        self._readers.append(node)
+        try:
+            return rule(self, call)
+        finally:
+            self._readers.pop()
 
     def _normal(self, node: Node, term: Term) -> Term:
         """Drop coordinates of dimensions of size 1: they are always 0."""
@@ -162,6 +200,31 @@ class MaskReader:
     def is_index(self, lin: Lin) -> bool:
         """Whether a term can never be negative; a negative index would count from the end."""
         return self._known_non_negative(lin)
+
+    def first(self, index: Any, size: Size) -> Lin:
+        """An index into a dimension as one from the front: one below 0 counts from the end."""
+        begin = Lin.of(integer(index))
+        if not self.is_index(begin):
+            # A slice that starts before the front starts at the front: only an index surely inside is moved.
+            if not self.is_index(begin.scaled(-1) - Lin(1)):
+                raise NotUnderstood
+            begin = begin + Lin.of(size)
+        if not self.is_index(begin):
+            raise NotUnderstood
+        return begin
+
+    def exact(self, lin: Lin, node: Node, dtype: torch.dtype | None = None) -> Lin:
+        """A term, where a tensor of a node's shape and dtype (or of another dtype) holds it everywhere."""
+        fake = tensor_of(node)
+        assert fake is not None
+        shape = shape_of(node)
+        if not fits(lin, dtype or fake.dtype, lambda c: self.size(c, shape), shape_env_of(fake)):
+            raise NotUnderstood
+        return lin
+
+    def size(self, coordinate: int, shape: tuple[Size, ...]) -> Size:
+        """How many places a coordinate of a tensor has."""
+        return shape[-1 - coordinate] if coordinate < len(shape) else 1
 
 
 def as_truth(term: Term) -> Truth:
@@ -227,22 +290,3 @@ def integer(arg: Any) -> Size:
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise NotUnderstood
     return t.size_of(value)
-
-
-def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
-    """An argument by position or name."""
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
-
-
-def only(node: Node, *keywords: str) -> None:
-    """Refuse keyword arguments that change the meaning and are not handled."""
-    if set(node.kwargs) - {
-        "device",
-        "dtype",
-        "layout",
-        "requires_grad",
-        "pin_memory",
-        "non_blocking",
-        *keywords,
-    }:
-        raise NotUnderstood

@@ -1,11 +1,13 @@
-"""What each operation does to index terms: the rules of the mask reader, by the operation's name.
+"""What each operation does to index terms: the rules of the mask reader, by the operator's name.
 
-A rule gives the term of its node, or raises :class:`~tmx_compile.graph.read.NotUnderstood`, and the node stays opaque.
+A rule gives the term of its call, or raises :class:`~tmx_compile.graph.read.NotUnderstood`, and the node stays opaque.
+What is here makes numbers and truths; :mod:`~tmx_compile.graph.shape_rules` moves them about.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -14,47 +16,48 @@ import torch
 from torch.fx import Node
 
 from tmx_compile.graph import terms as t
-from tmx_compile.graph.nodes import op_name, tensor_of
+from tmx_compile.graph.calls import Call
+from tmx_compile.graph.exact import holds
+from tmx_compile.graph.nodes import tensor_of, value_of
 from tmx_compile.graph.read import (
     INTEGERS,
     MaskReader,
     NotUnderstood,
     Rule,
-    argument,
     as_constants,
     as_truth,
     dtype_of,
     integer,
-    only,
     shape_of,
 )
-from tmx_compile.graph.terms import Choice, Const, Lin, Term, Truth
+from tmx_compile.graph.shape_rules import SHAPE_RULES, coordinate
+from tmx_compile.graph.terms import Choice, Const, Lin, Size, Term, Truth
 
 # Constants and ranges --------------------------------------------------------------------------------
 
 
-def _arange(_: MaskReader, node: Node) -> Term:
-    only(node)
-    if dtype_of(node) not in INTEGERS:
-        raise NotUnderstood
-    numbers = [integer(arg) for arg in node.args]
-    if len(numbers) == 1:
-        return Lin.of(0, {0: 1})
-    step = numbers[2] if len(numbers) == 3 else 1
+def _arange(reader: MaskReader, call: Call) -> Term:
+    step = _whole(call["step"])
     if not isinstance(step, int):
         raise NotUnderstood
-    return Lin.of(numbers[0], {0: step})
+    return reader.exact(Lin.of(_whole(call["start"]), {0: step}), call.node)
+
+
+def _whole(arg: Any) -> Size:
+    """An integer argument, which may be written as a float."""
+    return int(arg) if isinstance(arg, float) and arg.is_integer() else integer(arg)
 
 
 def _filled(reader: MaskReader, node: Node, value: Any) -> Term:
-    dtype = dtype_of(node)
     if isinstance(value, Node):
-        return _as(dtype, reader.operand(value))
-    if dtype == torch.bool:
+        return _as(reader, node, reader.operand(value))
+    if not isinstance(value, (bool, int, float)):
+        raise NotUnderstood
+    if dtype_of(node) == torch.bool:
         return Const(bool(value))
-    if dtype in INTEGERS:
-        return Lin.of(int(value))
-    return _floats(dtype, float(value))
+    if dtype_of(node) in INTEGERS and isinstance(value, int):
+        return reader.exact(Lin.of(int(value)), node)
+    return _as(reader, node, Choice(t.TRUE, float(value), 0.0))
 
 
 def _floats(dtype: torch.dtype, value: float | Choice) -> Term:
@@ -70,63 +73,95 @@ def _leaf(term: Term) -> float | Choice:
     return term.yes if term.condition == t.TRUE else term
 
 
+# Up to here every integer is a float too.
+_WHOLE_FLOATS = 1 << 53
+
+
 @functools.lru_cache(maxsize=256)
 def _rounded(dtype: torch.dtype, value: float) -> float:
     if not dtype.is_floating_point:
+        # An integer that does not fit wraps around.
+        low, high = holds(dtype)
+        if not value.is_integer() or abs(value) > _WHOLE_FLOATS or not low <= value <= high:
+            raise NotUnderstood
         return value
     with torch._subclasses.fake_tensor.unset_fake_temporarily():
         return float(torch.tensor(value, dtype=torch.float64).to(dtype))
 
 
-def _as(dtype: torch.dtype, term: Term) -> Term:
-    """A term converted to a dtype."""
+def _as(reader: MaskReader, node: Node, term: Term) -> Term:
+    """A term converted to the dtype of a node, whose elements it gives."""
+    dtype = dtype_of(node)
     if dtype == torch.bool:
         return as_truth(term)
+    if isinstance(term, Lin) and not term.is_number:
+        return reader.exact(term, node)
     if isinstance(term, Lin) and dtype in INTEGERS:
-        return term
+        return reader.exact(term, node)
     constants = as_constants(term)
     if dtype in INTEGERS and not isinstance(constants, Choice):
-        return Lin.of(int(constants))
+        if not math.isfinite(constants):
+            raise NotUnderstood
+        return reader.exact(Lin.of(math.trunc(constants)), node)
     return _floats(dtype, constants)
 
 
-def _full(reader: MaskReader, node: Node) -> Term:
-    only(node, "fill_value", "size")
-    return _filled(reader, node, argument(node, 2 if op_name(node) == "new_full" else 1, "fill_value"))
+def _full(reader: MaskReader, call: Call) -> Term:
+    return _filled(reader, call.node, call["fill_value"])
 
 
 def _constant(value: int) -> Rule:
-    def rule(reader: MaskReader, node: Node) -> Term:
-        only(node, "size", "memory_format")
-        return _filled(reader, node, value)
+    def rule(reader: MaskReader, call: Call) -> Term:
+        return _filled(reader, call.node, value)
 
     return rule
 
 
-def _scalar(reader: MaskReader, node: Node) -> Term:
-    only(node)
-    if len(node.args) != 1 or not isinstance(node.args[0], (bool, int, float)):
+def _scalar(reader: MaskReader, call: Call) -> Term:
+    value = call["data" if call.name == "tensor" else "s"]
+    if not isinstance(value, (bool, int, float)):
         raise NotUnderstood
-    return _filled(reader, node, node.args[0])
+    return _filled(reader, call.node, value)
 
 
 # Arithmetic, comparison, logic -----------------------------------------------------------------------
 
 
-def _arithmetic(combine: Callable[[Lin, Lin], Lin], numbers: Callable[[float, float], float]) -> Rule:
-    """Affine over integers; over anything else, the same for each of the constants that an operand may be."""
+def _pair(reader: MaskReader, call: Call, dtype: torch.dtype) -> tuple[Lin, Lin] | None:
+    """Both operands as affine terms that are exact in a dtype; None where they are constants of another kind."""
+    terms: list[Term] = []
+    for name in ("input", "other"):
+        arg = call[name]
+        term: Term = Choice(t.TRUE, arg, 0.0) if isinstance(arg, float) else reader.operand(arg)
+        match term:
+            case Const(value):
+                term = Lin(int(value))
+            case Choice(t.TRUE, float(value)) if value.is_integer() and not dtype.is_complex:
+                term = Lin(int(value))
+        terms.append(term)
+    a, b = terms
+    depends = any(isinstance(term, Lin) and not term.is_number for term in terms)
+    if not isinstance(a, Lin) or not isinstance(b, Lin):
+        if depends:
+            raise NotUnderstood
+        return None
+    if not depends and dtype not in INTEGERS:
+        return None
+    return reader.exact(a, call.node, dtype), reader.exact(b, call.node, dtype)
 
-    def rule(reader: MaskReader, node: Node) -> Term:
-        only(node)
-        if len(node.args) != 2:
+
+def _arithmetic(combine: Callable[[Lin, Lin], Lin], numbers: Callable[[float, float], float]) -> Rule:
+    """Affine where an operand is; over anything else, the same for each of the constants that an operand may be."""
+
+    def rule(reader: MaskReader, call: Call) -> Term:
+        dtype = dtype_of(call.node)
+        if call.arguments.get("alpha", 1) != 1 or dtype == torch.bool:
             raise NotUnderstood
-        dtype = dtype_of(node)
-        a, b = (reader.operand(arg) if not isinstance(arg, float) else Choice(t.TRUE, arg, 0.0) for arg in node.args)
-        if dtype in INTEGERS and isinstance(a, (Lin, Const)) and isinstance(b, (Lin, Const)):
-            return combine(reader.number(node.args[0]), reader.number(node.args[1]))
-        if dtype == torch.bool:
-            raise NotUnderstood
-        return _floats(dtype, _each(numbers, as_constants(a), as_constants(b)))
+        pair = _pair(reader, call, dtype)
+        if pair is not None:
+            return reader.exact(combine(*pair), call.node)
+        a, b = (reader.constants(call[name]) for name in ("input", "other"))
+        return _floats(dtype, _each(numbers, a, b))
 
     return rule
 
@@ -149,44 +184,41 @@ def _product(a: Lin, b: Lin) -> Lin:
     raise NotUnderstood
 
 
-def _rsub(reader: MaskReader, node: Node) -> Term:
-    only(node)
-    if len(node.args) != 2:
-        raise NotUnderstood
-    dtype = dtype_of(node)
-    if dtype in INTEGERS:
-        return reader.number(node.args[1]) - reader.number(node.args[0])
-    return _floats(dtype, _each(lambda a, b: b - a, *(reader.constants(arg) for arg in node.args[:2])))
-
-
-def _neg(reader: MaskReader, node: Node) -> Term:
-    term = reader.operand(node.args[0])
-    if dtype_of(node) in INTEGERS and isinstance(term, Lin):
-        return term.scaled(-1)
-    return _floats(dtype_of(node), _each(lambda a, b: a * b, as_constants(term), -1.0))
+def _neg(reader: MaskReader, call: Call) -> Term:
+    term = reader.operand(call["input"])
+    if isinstance(term, Lin):
+        return reader.exact(term.scaled(-1), call.node)
+    return _floats(dtype_of(call.node), _each(lambda a, b: a * b, as_constants(term), -1.0))
 
 
 def _compare(make: Callable[[Lin], Truth], numbers: Callable[[float, float], bool]) -> Rule:
     """A comparison: a truth value of the difference of affine operands, or of each constant that one may be."""
 
-    def rule(reader: MaskReader, node: Node) -> Term:
-        if len(node.args) != 2 or node.kwargs:
-            raise NotUnderstood
-        operands = [arg if isinstance(arg, float) else reader.operand(arg) for arg in node.args]
-        if all(isinstance(x, (Lin, Const)) for x in operands):
-            return make(reader.number(node.args[0]) - reader.number(node.args[1]))
-        a, b = (x if isinstance(x, float) else as_constants(x) for x in operands)
+    def rule(reader: MaskReader, call: Call) -> Term:
+        pair = _pair(reader, call, _common(call["input"], call["other"]))
+        if pair is not None:
+            return make(pair[0] - pair[1])
+        a, b = (reader.constants(call[name]) for name in ("input", "other"))
         outcome = _each(lambda x, y: float(numbers(x, y)), a, b)
         return t.leaves(outcome, lambda number: Const(number != 0))
 
     return rule
 
 
-def _logic(combine: Callable[..., Truth]) -> Rule:
-    def rule(reader: MaskReader, node: Node) -> Term:
-        if dtype_of(node) != torch.bool or node.kwargs:
+def _common(*args: Any) -> torch.dtype:
+    """The dtype that operands are compared in: one that does not hold them would change them first."""
+    values = [value_of(arg) if isinstance(arg, Node) else arg for arg in args]
+    plain = [1 if isinstance(x, torch.SymInt) else 1.0 if isinstance(x, torch.SymFloat) else x for x in values]
+    if not all(isinstance(x, (torch.Tensor, bool, int, float)) for x in plain):
+        raise NotUnderstood
+    return torch.result_type(*plain)
+
+
+def _logic(combine: Callable[..., Truth], *names: str) -> Rule:
+    def rule(reader: MaskReader, call: Call) -> Term:
+        if dtype_of(call.node) != torch.bool:
             raise NotUnderstood
-        return combine(*(reader.truth(arg) for arg in node.args))
+        return combine(*(reader.truth(call[name]) for name in names))
 
     return rule
 
@@ -195,16 +227,12 @@ def _xor(a: Truth, b: Truth) -> Truth:
     return t.select(a, t.negate(b), b)
 
 
-def _where(reader: MaskReader, node: Node) -> Term:
-    if len(node.args) != 3 or node.kwargs:
-        raise NotUnderstood
-    return _chosen(reader, node, reader.truth(node.args[0]), node.args[1], node.args[2])
+def _where(reader: MaskReader, call: Call) -> Term:
+    return _chosen(reader, call.node, reader.truth(call["condition"]), call["input"], call["other"])
 
 
-def _masked_fill(reader: MaskReader, node: Node) -> Term:
-    if len(node.args) != 3 or node.kwargs:
-        raise NotUnderstood
-    return _chosen(reader, node, reader.truth(node.args[1]), node.args[2], node.args[0])
+def _masked_fill(reader: MaskReader, call: Call) -> Term:
+    return _chosen(reader, call.node, reader.truth(call["mask"]), call["value"], call["input"])
 
 
 def _chosen(reader: MaskReader, node: Node, condition: Truth, yes: Any, no: Any) -> Term:
@@ -217,191 +245,97 @@ def _chosen(reader: MaskReader, node: Node, condition: Truth, yes: Any, no: Any)
 def _triangular(sign: int) -> Rule:
     """tril keeps column - row <= diagonal, triu keeps column - row >= diagonal; the rest becomes 0."""
 
-    def rule(reader: MaskReader, node: Node) -> Term:
-        only(node, "diagonal")
-        diagonal = integer(argument(node, 1, "diagonal", 0))
-        kept = t.compare_ge(Lin.of(diagonal, {0: -1, 1: 1}).scaled(sign))
-        if dtype_of(node) == torch.bool:
-            return t.all_of(kept, reader.truth(node.args[0]))
-        return _floats(dtype_of(node), t.choose(kept, reader.constants(node.args[0]), 0.0))
+    def rule(reader: MaskReader, call: Call) -> Term:
+        kept = t.compare_ge(Lin.of(integer(call["diagonal"]), {0: -1, 1: 1}).scaled(sign))
+        if dtype_of(call.node) == torch.bool:
+            return t.all_of(kept, reader.truth(call["input"]))
+        return _floats(dtype_of(call.node), t.choose(kept, reader.constants(call["input"]), 0.0))
 
     return rule
+
+
+def _cast(reader: MaskReader, call: Call) -> Term:
+    source = call["input"]
+    term = reader.operand(source)
+    if isinstance(source, Node) and dtype_of(call.node) == dtype_of(source):
+        return term
+    return _as(reader, call.node, term)
 
 
 # Differences and sums along a dimension --------------------------------------------------------------
 
 
-def _along(node: Node, position: int) -> int:
-    """The coordinate that a ``dim`` argument means."""
-    dim = argument(node, position, "dim", -1)
-    rank = len(shape_of(node))
-    if not isinstance(dim, int) or not -rank <= dim < rank:
+def _diff(reader: MaskReader, call: Call) -> Term:
+    """First difference with one element before it, which continues the line: the constant step."""
+    source, before = call["input"], call["prepend"]
+    if call["n"] != 1 or call["append"] is not None:
         raise NotUnderstood
-    return rank - 1 - (dim % rank)
+    along = coordinate(len(shape_of(call.node)), call["dim"])
+    return reader.exact(Lin.of(_continued(reader, before, source, along).factor(along)), call.node)
 
 
-def _diff(reader: MaskReader, node: Node) -> Term:
-    """First difference with one element prepended: constant where the prepended one continues the line."""
-    only(node, "dim", "n", "prepend")
-    prepend = node.kwargs.get("prepend")
-    if node.kwargs.get("n", 1) != 1 or len(node.args) > 1 or not isinstance(prepend, Node):
+def _cat(reader: MaskReader, call: Call) -> Term:
+    """One element and the affine line that continues it: the line from one step earlier on."""
+    parts = call["tensors"]
+    if not isinstance(parts, (list, tuple)) or len(parts) != 2:
         raise NotUnderstood
-    along = _along(node, 2)
-    line, before = reader.number(node.args[0]), reader.number(prepend)
-    if shape_of(prepend)[-1 - along] != 1:
-        raise NotUnderstood
-    step = line.factor(along)
-    depends = any(along in t.coordinates(element) for element, _ in line.atoms)
-    if depends or t.substitute_lin(line, {along: Lin(0)}) - before != Lin.of(step):
-        raise NotUnderstood
-    return Lin.of(step)
+    along = coordinate(len(shape_of(call.node)), call["dim"])
+    before, source = parts
+    line = _continued(reader, before, source, along)
+    return t.substitute(line, {along: Lin.of(-1, {along: 1})})
 
 
-def _cumsum(reader: MaskReader, node: Node) -> Term:
-    only(node, "dim")
-    along = _along(node, 1)
-    _note_run(reader, node, along)
-    constant = reader.number(node.args[0])
-    if dtype_of(node) not in INTEGERS or not constant.is_number:
+def _continued(reader: MaskReader, before: Any, source: Any, along: int) -> Lin:
+    """The line of ``source``, of which ``before`` is the element at -1."""
+    if not isinstance(before, Node) or not isinstance(source, Node):
+        raise NotUnderstood
+    if dtype_of(before) not in INTEGERS or dtype_of(source) not in INTEGERS or shape_of(before)[-1 - along] != 1:
+        raise NotUnderstood
+    line = reader.number(source)
+    if any(along in t.coordinates(element) for element, _ in line.atoms):
+        raise NotUnderstood
+    if t.substitute_lin(line, {along: Lin(-1)}) != reader.number(before):
+        raise NotUnderstood
+    return line
+
+
+def _cumsum(reader: MaskReader, call: Call) -> Term:
+    along = coordinate(len(shape_of(call.node)), call["dim"])
+    if dtype_of(call.node) not in INTEGERS:
+        raise NotUnderstood
+    _note_run(reader, call, along)
+    constant = reader.number(call["input"])
+    if not constant.is_number:
         raise NotUnderstood
     step = operator.index(constant.const)
-    return Lin.of(step, {along: step})
+    return reader.exact(Lin.of(step, {along: step}), call.node)
 
 
-def _note_run(reader: MaskReader, node: Node, along: int) -> None:
+def _note_run(reader: MaskReader, call: Call, along: int) -> None:
     """A running count of ``diff(x) != 1`` numbers packed documents: see ``MaskReader.runs``."""
-    breaks = node.args[0]
-    if along != 0 or not isinstance(breaks, Node) or op_name(breaks) != "ne" or breaks.args[1:] != (1,):
+    breaks = reader.call(call["input"])
+    if breaks is None or breaks.name != "ne" or breaks["other"] != 1:
         return
-    steps = breaks.args[0]
-    if not isinstance(steps, Node) or op_name(steps) != "diff" or _along(steps, 2) != 0 or len(steps.args) > 1:
+    steps = reader.call(breaks["input"])
+    if along != 0 or steps is None or steps.name != "diff" or steps["n"] != 1 or steps["append"] is not None:
         return
-    before = steps.kwargs.get("prepend")
-    if steps.kwargs.get("n", 1) != 1 or not isinstance(before, Node) or shape_of(before)[-1] != 1:
+    before, numbers = steps["prepend"], steps["input"]
+    if tensor_of(before) is None or shape_of(before)[-1] != 1 or dtype_of(numbers) != torch.int64:
         return
-    reader.runs[node] = reader.number(steps.args[0])
-
-
-# Shapes and indices ----------------------------------------------------------------------------------
-
-
-def _same_term(reader: MaskReader, node: Node) -> Term:
-    """Broadcasting: coordinates count from the right, so the term stays."""
-    return reader.operand(node.args[0])
-
-
-def _cast(reader: MaskReader, node: Node) -> Term:
-    source = node.args[0]
-    term = reader.operand(source)
-    if isinstance(source, Node) and dtype_of(node) == dtype_of(source):
-        return term
-    return _as(dtype_of(node), term)
-
-
-def _reshape(reader: MaskReader, node: Node) -> Term:
-    """A reshape that adds or removes dimensions of size 1, or changes only leading ones that the term ignores."""
-    source = node.args[0]
-    if not isinstance(source, Node):
-        raise NotUnderstood
-    old, new = shape_of(source), shape_of(node)
-    old_dims = [len(old) - 1 - d for d, size in enumerate(old) if size != 1]
-    new_dims = [len(new) - 1 - d for d, size in enumerate(new) if size != 1]
-    pairs = list(zip(reversed(old_dims), reversed(new_dims), strict=False))
-    same = next((i for i, (a, b) in enumerate(pairs) if old[-1 - a] != new[-1 - b]), len(pairs))
-    moved = {a: Lin.of(0, {b: 1}) for a, b in pairs[:same]}
-    term = reader.operand(source)
-    if any(c in old_dims and c not in moved for c in t.coordinates(term)):
-        raise NotUnderstood
-    return t.substitute(term, moved)
-
-
-def _permute(reader: MaskReader, node: Node) -> Term:
-    source = node.args[0]
-    rank = len(shape_of(node))
-    if op_name(node) == "permute":
-        dims = node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:]
-        order = [d % rank for d in dims if isinstance(d, int)]
-    else:
-        order = list(range(rank))
-        pair = node.args[1:3]
-        if len(pair) != 2 or not all(isinstance(d, int) for d in pair):
-            raise NotUnderstood
-        a, b = (operator.index(d) % rank for d in pair)  # type: ignore[arg-type]
-        order[a], order[b] = order[b], order[a]
-    if sorted(order) != list(range(rank)):
-        raise NotUnderstood
-    moved = {rank - 1 - old: Lin.of(0, {rank - 1 - new: 1}) for new, old in enumerate(order)}
-    return t.substitute(reader.operand(source), moved)
-
-
-def _getitem(reader: MaskReader, node: Node) -> Term:
-    """Indexing by None, slices, integers, an ellipsis, and one run of integer tensors."""
-    source, index = node.args
-    if not isinstance(source, Node) or tensor_of(source) is None or tensor_of(node) is None:
-        raise NotUnderstood
-    items = list(index) if isinstance(index, (tuple, list)) else [index]
-    rank, out = len(shape_of(source)), len(shape_of(node))
-    used = sum(item is not None and item is not Ellipsis for item in items)
-    if sum(item is Ellipsis for item in items) > 1:
-        raise NotUnderstood
-    at = next((i for i, item in enumerate(items) if item is Ellipsis), None)
-    missing = [slice(None)] * (rank - used)
-    items = items + missing if at is None else items[:at] + missing + items[at + 1 :]
-    gathers = [i for i, item in enumerate(items) if isinstance(item, Node) and tensor_of(item) is not None]
-    if gathers and (gathers != list(range(gathers[0], gathers[-1] + 1)) or None in items):
-        raise NotUnderstood
-    gathered_rank = max(
-        (len(shape_of(item)) for item in items if isinstance(item, Node) and tensor_of(item) is not None), default=0
-    )
-    # Walk both shapes from the left: `dim` of the source, `place` of the result.
-    dim, place = 0, 0
-    new: dict[int, Lin] = {}
-    for position, item in enumerate(items):
-        old = rank - 1 - dim
-        if item is None:
-            place += 1
-            continue
-        if position in gathers:
-            shift = out - 1 - place - (gathered_rank - 1)
-            new[old] = _index_term(reader, item, shift)
-            place += gathered_rank if position == gathers[-1] else 0
-        elif isinstance(item, slice):
-            if item.step not in (None, 1):
-                raise NotUnderstood
-            begin = Lin.of(0 if item.start is None else integer(item.start))
-            if not reader.is_index(begin):
-                raise NotUnderstood
-            new[old] = begin + Lin.of(0, {out - 1 - place: 1})
-            place += 1
-        else:
-            begin = Lin.of(integer(item))
-            if not reader.is_index(begin):
-                raise NotUnderstood
-            new[old] = begin
-        dim += 1
-    return t.substitute(reader.operand(source), new)
-
-
-def _index_term(reader: MaskReader, item: Any, shift: int) -> Lin:
-    if dtype_of(item) not in INTEGERS:
-        raise NotUnderstood
-    term = reader.operand(item)
-    if not isinstance(term, Lin) or not reader.is_index(term):
-        raise NotUnderstood
-    return t.substitute_lin(term, {c: Lin.of(0, {c + shift: 1}) for c in t.coordinates(term)})
+    if coordinate(len(shape_of(steps.node)), steps["dim"]) == 0:
+        reader.runs[call.node] = reader.number(numbers)
 
 
 RULES: dict[str, Rule] = {
-    "arange": _arange,
+    **SHAPE_RULES,
+    **dict.fromkeys(("arange", "iota"), _arange),
     **dict.fromkeys(("tensor", "scalar_tensor"), _scalar),
-    "full": _full,
-    "new_full": _full,
-    "full_like": _full,
+    **dict.fromkeys(("full", "new_full", "full_like"), _full),
     **dict.fromkeys(("ones", "new_ones", "ones_like"), _constant(1)),
     **dict.fromkeys(("zeros", "new_zeros", "zeros_like"), _constant(0)),
     "add": _arithmetic(operator.add, operator.add),
     "sub": _arithmetic(operator.sub, operator.sub),
-    "rsub": _rsub,
+    "rsub": _arithmetic(lambda a, b: b - a, lambda a, b: b - a),
     "mul": _arithmetic(_product, operator.mul),
     "neg": _neg,
     "ge": _compare(t.compare_ge, operator.ge),
@@ -410,20 +344,17 @@ RULES: dict[str, Rule] = {
     "lt": _compare(lambda d: t.compare_ge(d.scaled(-1) - Lin(1)), operator.lt),
     "eq": _compare(t.compare_eq, operator.eq),
     "ne": _compare(lambda d: t.negate(t.compare_eq(d)), operator.ne),
-    "and": _logic(t.all_of),
-    "or": _logic(t.any_of),
-    "xor": _logic(_xor),
-    "not": _logic(t.negate),
+    "and": _logic(t.all_of, "input", "other"),
+    "or": _logic(t.any_of, "input", "other"),
+    "xor": _logic(_xor, "input", "other"),
+    "not": _logic(t.negate, "input"),
     "where": _where,
     "masked_fill": _masked_fill,
     "tril": _triangular(1),
     "triu": _triangular(-1),
     "diff": _diff,
+    "cat": _cat,
     "cumsum": _cumsum,
-    **dict.fromkeys(("expand", "expand_as", "broadcast_to"), _same_term),
-    **dict.fromkeys(("contiguous", "clone", "detach", "alias"), _same_term),
-    **dict.fromkeys(("to", "type", "bool", "int", "long", "float", "half", "bfloat16", "type_as"), _cast),
-    **dict.fromkeys(("view", "reshape", "unsqueeze", "squeeze", "flatten"), _reshape),
-    **dict.fromkeys(("permute", "transpose", "swapaxes"), _permute),
-    "getitem": _getitem,
+    **dict.fromkeys(("to", "_to_copy", "convert_element_type", "type", "type_as"), _cast),
+    **dict.fromkeys(("bool", "int", "long", "float", "double", "half", "bfloat16"), _cast),
 }

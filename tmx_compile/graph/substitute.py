@@ -160,9 +160,7 @@ def _keys(emit: Emitter, item: Substitution) -> _Keys:
     elif proof.offset is not None and proof.offset.atoms:
         first_row = emit.number(proof.offset)
     if proof.documents is not None:
-        numbers = emit.number(proof.documents)
-        # From 1 on: 0 is the number of a key that nobody attends.
-        numbers = emit.call(torch.add, emit.call(torch.sub, numbers, emit.call(torch.amin, numbers)), 1)
+        numbers = _from_one(emit, emit.number(proof.documents))
         mask = numbers if mask is None else emit.call(torch.mul, numbers, mask)
     if mask is not None:
         mask = emit.call(torch.Tensor.expand, mask, emit.batch(), emit.kv_len())
@@ -174,6 +172,15 @@ def _keys(emit: Emitter, item: Substitution) -> _Keys:
     if mask is not None:
         mask = emit.call(operator.getitem, mask, (slice(None), slice(None, end)))
     return _Keys(mask, end)
+
+
+def _from_one(emit: Emitter, numbers: Node) -> Node:
+    """Document numbers from 1 on, 0 being that of a key that nobody attends.
+
+    Each gets its place among all in order: a difference of any two int64 numbers may overflow.
+    """
+    ordered = emit.call(operator.getitem, emit.call(torch.sort, emit.call(torch.reshape, numbers, (-1,))), 0)
+    return emit.call(torch.add, emit.call(torch.searchsorted, ordered, numbers), 1)
 
 
 def _shifted(emit: Emitter, mask: Node | None, first_row: Node) -> _Keys:

@@ -6,12 +6,10 @@ backward pass; where something reads it, the call cannot be replaced.
 
 from __future__ import annotations
 
-import operator
-from typing import Any
-
 import torch
 from torch.fx import Node
 
+from tmx_compile.graph.calls import named, schema_arguments
 from tmx_compile.graph.find.sdpa import site_of
 from tmx_compile.graph.site import AttentionSite
 from tmx_compile.report import Reason, Rejected
@@ -37,26 +35,19 @@ def find_aten(node: Node) -> AttentionSite | Rejected | None:
         return None
     entries: list[Node] = []
     for user in node.users:
-        if user.target is not operator.getitem or not isinstance(user.args[1], int):
+        taken = named(user, "getitem")
+        if taken is None or not isinstance(taken["index"], int):
             return Rejected(Reason.FORM, f"{user.name} takes the whole tuple", node)
-        if user.args[1] == 0:
+        if taken["index"] == 0:
             entries.append(user)
         elif user.users:
             return Rejected(Reason.FORM, f"{user.name} reads more than the result", node)
     if len(entries) != 1:
         return Rejected(Reason.FORM, f"its result is read {len(entries)} times", node)
-    arguments = _arguments(node)
+    assert isinstance(node.target, torch._ops.OpOverload)
+    arguments = schema_arguments(node.target, node.args, node.kwargs)
     if arguments.pop("dropout_mask", None) is not None:
         return Rejected(Reason.DROPOUT, "a dropout mask", node)
     masks = [mask for name in _MASKS if (mask := arguments.pop(name, None)) is not None]
     kept = {name: value for name, value in arguments.items() if name not in _ONLY_OUTPUTS}
     return site_of(entries[0], kept | {"attn_mask": masks[0] if masks else None}, "aten")
-
-
-def _arguments(node: Node) -> dict[str, Any]:
-    """The arguments by the names of the operator's schema, defaults included."""
-    target = node.target
-    assert isinstance(target, torch._ops.OpOverload)
-    formal = target._schema.arguments
-    given = {a.name: value for a, value in zip(formal, node.args, strict=False)} | dict(node.kwargs)
-    return {a.name: given.get(a.name, a.default_value) for a in formal}

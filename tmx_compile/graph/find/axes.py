@@ -15,8 +15,11 @@ from typing import Any, TypeAlias
 import torch
 from torch.fx import Node
 
+from tmx_compile.graph.calls import Call, call_of
+from tmx_compile.graph.calls import order_of as _order_of
+from tmx_compile.graph.effects import writes
 from tmx_compile.graph.find.repeat import same
-from tmx_compile.graph.nodes import is_in_place, op_name, tensor_of
+from tmx_compile.graph.nodes import tensor_of
 
 Axes: TypeAlias = tuple[str, ...]
 
@@ -31,21 +34,28 @@ _FULL = slice(None, None, None)
 
 
 def source_of(node: Node) -> Node | None:
-    """The tensor that a call is about, where it comes first."""
-    source = node.args[0] if node.args else node.kwargs.get("input", node.kwargs.get("self"))
+    """The tensor that a call is about; None for calls of which nothing is known."""
+    return _source(call_of(node))
+
+
+def _source(call: Call | None) -> Node | None:
+    source = None if call is None else call.arguments.get("input")
     return source if isinstance(source, Node) and tensor_of(source) is not None else None
 
 
 def is_copy(node: Node) -> bool:
     """Whether a call gives the numbers of its first argument in its shape."""
-    name = op_name(node)
-    return name in _COPIES or ((name in _EXPANDS or name == "slice" or _slices(node)) and _keeps_shape(node))
+    call = call_of(node)
+    if call is None:
+        return False
+    return call.name in _COPIES or ((call.name in _EXPANDS or _slices(call)) and _keeps_shape(node))
 
 
 def is_cast(node: Node) -> bool:
     """Whether a call gives its first argument in another floating dtype (or the same) on the same device."""
-    source, fake = tensor_of(source_of(node)), tensor_of(node)
-    if op_name(node) not in _CASTS or source is None or fake is None:
+    call, fake = call_of(node), tensor_of(node)
+    source = tensor_of(_source(call))
+    if call is None or call.name not in _CASTS or source is None or fake is None:
         return False
     return {source.dtype, fake.dtype} <= _FLOATS and source.device == fake.device and _keeps_shape(node)
 
@@ -60,51 +70,32 @@ def is_lossless_cast(node: Node) -> bool:
 
 def is_reshape(node: Node) -> bool:
     """Whether a call is a reshape: the same numbers in the same row-major order."""
-    if op_name(node) not in _RESHAPES or source_of(node) is None:
+    call = call_of(node)
+    source, fake = tensor_of(_source(call)), tensor_of(node)
+    if call is None or call.name not in _RESHAPES or source is None:
         return False
-    source, fake = tensor_of(source_of(node)), tensor_of(node)
-    if op_name(node) == "getitem":
-        index = node.args[1]
+    if call.name == "getitem":
+        index = call["index"]
         items = index if isinstance(index, tuple) else (index,)
         return all(item is None or item is Ellipsis or item == _FULL for item in items)
-    return source is not None and fake is not None and source.dtype == fake.dtype
+    return fake is not None and source.dtype == fake.dtype
 
 
 def is_expand(node: Node) -> bool:
     """Whether a call repeats axes of size 1."""
-    return op_name(node) in _EXPANDS and source_of(node) is not None
+    call = call_of(node)
+    return call is not None and call.name in _EXPANDS and _source(call) is not None
 
 
 def order_of(node: Node) -> tuple[int, ...] | None:
     """How a permutation orders its source's axes; None for any other call."""
-    source = tensor_of(source_of(node))
-    if source is None:
-        return None
-    rank, name = source.dim(), op_name(node)
-    if name == "permute":
-        given: Any = node.kwargs.get("dims", node.args[1:])
-        if len(given) == 1 and isinstance(given[0], (tuple, list)):
-            given = given[0]
-        dims = [d % rank for d in given if isinstance(d, int)]
-        return tuple(dims) if sorted(dims) == list(range(rank)) else None
-    if name in ("transpose", "swapaxes", "swapdims"):
-        pair: dict[str, Any] = dict(zip(("dim0", "dim1"), node.args[1:], strict=False)) | dict(node.kwargs)
-        ends = list(pair.values())
-    elif name == "mT" or (name == "getattr" and node.args[1:] == ("mT",)):
-        ends = [-2, -1]
-    else:
-        return None
-    if len(ends) != 2 or not all(isinstance(d, int) for d in ends):
-        return None
-    order = list(range(rank))
-    a, b = (int(d) % rank for d in ends)
-    order[a], order[b] = order[b], order[a]
-    return tuple(order)
+    call = call_of(node)
+    return None if call is None else _order_of(call)
 
 
 def is_move(node: Node) -> bool:
     """Whether a call changes neither the numbers of its first argument nor how many there are."""
-    if is_in_place(node):
+    if writes(node):
         return False
     return is_copy(node) or is_reshape(node) or order_of(node) is not None
 
@@ -219,9 +210,11 @@ def _split(axis: str, sizes: Sequence[Any], repeats: bool) -> tuple[str, ...] | 
     return tuple(names)
 
 
-def _slices(node: Node) -> bool:
+def _slices(call: Call) -> bool:
     """Whether a call is an index of nothing but slices; where it keeps the shape, it keeps everything."""
-    index = node.args[1] if op_name(node) == "getitem" else None
+    index = call["index"] if call.name == "getitem" else None
+    if call.name == "slice":
+        return True
     return isinstance(index, tuple) and all(isinstance(item, slice) or item is Ellipsis for item in index)
 
 

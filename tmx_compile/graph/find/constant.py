@@ -12,15 +12,14 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils._sympy.symbol import SymT, symbol_is_type
 
-from tmx_compile.graph.nodes import op_name, tensor_of, value_of
+from tmx_compile.graph.calls import call_of
+from tmx_compile.graph.nodes import tensor_of, value_of
 
-# Where a call that fills a tensor has its number: the position and the name of the argument, or the number itself.
-_FILLED: dict[str, tuple[int, str] | float] = {
-    "full": (1, "fill_value"),
-    "full_like": (1, "fill_value"),
-    "new_full": (2, "fill_value"),
-    "scalar_tensor": (0, "s"),
-    "tensor": (0, "data"),
+# Where a call that fills a tensor has its number: the name of the argument, or the number itself.
+_FILLED: dict[str, str | float] = {
+    **dict.fromkeys(("full", "full_like", "new_full"), "fill_value"),
+    "scalar_tensor": "s",
+    "tensor": "data",
     **dict.fromkeys(("ones", "ones_like", "new_ones"), 1.0),
     **dict.fromkeys(("zeros", "zeros_like", "new_zeros"), 0.0),
 }
@@ -35,9 +34,10 @@ _ARITHMETIC: dict[str, Callable[..., float]] = {
     "add": operator.add,
     "sub": operator.sub,
     "div": operator.truediv,
-    "truediv": operator.truediv,
     "pow": operator.pow,
 }
+# What arithmetic may be told beside its operands, where it is told nothing.
+_PLAIN: dict[str, Any] = {"alpha": 1, "rounding_mode": None}
 
 
 def number_of(arg: Any) -> float | None:
@@ -72,24 +72,23 @@ def _plain(value: Any) -> float | None:
 
 
 def _of_tensor(node: Node, depth: int) -> float | None:
-    name = op_name(node)
-    if depth == 0 or node.op not in ("call_function", "call_method"):
+    call = call_of(node)
+    if depth == 0 or call is None:
         return None
-    if name in _FILLED:
-        where = _FILLED[name]
+    if call.name in _FILLED:
+        where = _FILLED[call.name]
         if isinstance(where, float):
             return where
-        position, keyword = where
-        given = node.args[position] if len(node.args) > position else node.kwargs.get(keyword)
+        given = call[where]
         return _plain(value_of(given)) if isinstance(given, Node) else _plain(given)
-    if name in _LIFTED:
-        return _constant(node.args[0])
-    if name in _SAME:
-        return _operand(node.args[0], depth)
-    function = _ARITHMETIC.get(name)
-    if function is None or node.kwargs:
+    if call.name in _LIFTED:
+        return _constant(call["input"])
+    if call.name in _SAME:
+        return _operand(call["input"], depth)
+    function = _ARITHMETIC.get(call.name)
+    if function is None or any(call.arguments.get(name, plain) != plain for name, plain in _PLAIN.items()):
         return None
-    numbers = [_operand(arg, depth) for arg in node.args]
+    numbers = [_operand(arg, depth) for name, arg in call.arguments.items() if name not in _PLAIN]
     try:
         result = function(*numbers) if None not in numbers else None
     except (ArithmeticError, ValueError, TypeError):

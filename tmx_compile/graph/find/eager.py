@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch.fx import Node
 
+from tmx_compile.graph.calls import call_of
 from tmx_compile.graph.find.axes import Axes, complete, forward, is_cast, is_expand, is_move, order_to, source_of
 from tmx_compile.graph.find.operand import IDENTITY, Found, operands
 from tmx_compile.graph.find.product import Product, factors_of, is_product, product_of
@@ -23,7 +24,7 @@ from tmx_compile.report import Reason, Rejected
 
 # How many calls a search may look at: few lie between a softmax and its product, more between the products.
 _WEIGHTS, _SCORES = 16, 64
-_OTHER_WIDTH = frozenset({"cat", "concat", "concatenate", "getitem", "slice", "narrow", "pad", "constant_pad_nd"})
+_OTHER_WIDTH = frozenset({"cat", "getitem", "slice", "narrow", "pad", "constant_pad_nd"})
 _GRAD_MODES = frozenset({"_set_grad_enabled", "set_grad_enabled", "_enter_inference_mode", "_exit_inference_mode"})
 
 
@@ -74,8 +75,9 @@ def _sources(node: Node) -> list[Node]:
     fake = tensor_of(node)
     if node.op not in ("call_function", "call_method") or is_product(node) or _is_softmax(node):
         return []
-    first = node.args[0] if node.args else None
-    if fake is None or (op_name(node) == "getitem" and tensor_of(first) is None):
+    call = call_of(node)
+    if fake is None or (call is not None and call.name == "getitem" and tensor_of(call["input"]) is None):
+        first = call.arguments.get("input") if call is not None else next(iter(node.args), None)
         return [first] if isinstance(first, Node) and first.op != "placeholder" else []
     source = source_of(node)
     if source is not None and (is_move(node) or is_cast(node) or is_expand(node)):
@@ -92,7 +94,7 @@ def _sources(node: Node) -> list[Node]:
 
 
 def _is_softmax(node: Node) -> bool:
-    return node.op in ("call_function", "call_method") and op_name(node) in SOFTMAX
+    return op_name(node) in SOFTMAX
 
 
 def _multiplies_batches(node: Node) -> bool:

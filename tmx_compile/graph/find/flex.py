@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
 from torch._higher_order_ops.flex_attention import flex_attention
 from torch.fx import GraphModule, Node
 
+from tmx_compile.graph.calls import bound, named
 from tmx_compile.graph.erase import dead_ends
 from tmx_compile.graph.find.repeat import divides, same, unrepeated
 from tmx_compile.graph.find.sdpa import scale_of
-from tmx_compile.graph.nodes import INSERTED, op_name, tensor_of, value_of
+from tmx_compile.graph.nodes import INSERTED, tensor_of, value_of
+from tmx_compile.graph.operators import Signature
 from tmx_compile.graph.site import AttentionSite, BlockPlan, MaskMod, Operand
 from tmx_compile.report import Reason, Rejected
 
-_NAMES = (
-    "query",
-    "key",
-    "value",
-    "score_mod",
-    "block_mask",
-    "scale",
-    "kernel_options",
-    "score_mod_other_buffers",
-    "mask_mod_other_buffers",
+_SIGNATURE = Signature.of(
+    "query, key, value, score_mod, block_mask, scale, kernel_options, score_mod_other_buffers=(), "
+    "mask_mod_other_buffers=()"
 )
 # torch's block size for "no block mask".
 _NO_BLOCKS = 1 << 30
@@ -35,8 +29,10 @@ def find_flex(node: Node) -> AttentionSite | Rejected | None:
     """A ``flex_attention`` node. The site's node is its first result, the only one that may be used."""
     if node.op != "call_function" or node.target is not flex_attention or node.meta.get(INSERTED):
         return None
-    given = dict(zip(_NAMES, node.args, strict=False)) | dict(node.kwargs)
-    query, key, value = (given.get(name) for name in ("query", "key", "value"))
+    given = bound(_SIGNATURE, node.args, node.kwargs)
+    if given is None:
+        return Rejected(Reason.FORM, "its arguments are not understood", node)
+    query, key, value = (given[name] for name in ("query", "key", "value"))
     if not (isinstance(query, Node) and isinstance(key, Node) and isinstance(value, Node)):
         return Rejected(Reason.FORM, "an operand is not a tensor of the graph", node)
     q = tensor_of(query)
@@ -45,10 +41,10 @@ def find_flex(node: Node) -> AttentionSite | Rejected | None:
     out = _only_result(node)
     if isinstance(out, Rejected):
         return out
-    factor = _score_factor(_child(node, given.get("score_mod")))
+    factor = _score_factor(_child(node, given["score_mod"]))
     if factor is None:
         return Rejected(Reason.SCORE_CHANGED, "score_mod is more than the score times a number", node)
-    scale = scale_of(given.get("scale"), q)
+    scale = scale_of(given["scale"], q)
     if scale is None:
         return Rejected(Reason.SCALE, f"scale={given.get('scale')} is not known at compile time", node)
     base_key, key_factor = unrepeated(key)
@@ -68,7 +64,8 @@ def find_flex(node: Node) -> AttentionSite | Rejected | None:
 
 def _only_result(node: Node) -> Node | Rejected:
     """The node of the output; log-sum-exp and maxima are not those of the triangle."""
-    results = [user for user in node.users if user.target is operator.getitem and user.args[1] == 0]
+    taken = [(user, named(user, "getitem")) for user in node.users]
+    results = [user for user, call in taken if call is not None and call["index"] == 0]
     if any(dead_ends(user) is None for user in node.users if user not in results):
         return Rejected(Reason.WEIGHTS_USED, "the log-sum-exp or the maximum scores are used", node)
     if len(results) != 1 or tensor_of(results[0]) is None:
@@ -92,11 +89,11 @@ def _mask(
     node: Node, given: dict[str, Any], operands: tuple[Operand, Operand, Operand]
 ) -> tuple[MaskMod, BlockPlan | None] | Rejected:
     """The mask_mod and the block plan. The tuple has 13 entries in torch 2.11 and 17 in 2.13: its ends are the same."""
-    entries = given.get("block_mask")
+    entries = given["block_mask"]
     if not isinstance(entries, (tuple, list)) or len(entries) < 13:
         return Rejected(Reason.FORM, "the block mask is not understood", node)
     child = _child(node, entries[-1])
-    buffers = given.get("mask_mod_other_buffers", ())
+    buffers = given["mask_mod_other_buffers"]
     if child is None or not isinstance(buffers, (tuple, list)):
         return Rejected(Reason.FORM, "mask_mod is no graph", node)
     mod = MaskMod(child, tuple(buffers))
@@ -135,14 +132,15 @@ def _score_factor(score_mod: GraphModule | None) -> float | None:
         if isinstance(result, (tuple, list)) and len(result) == 1:
             result = result[0]
             continue
-        if not isinstance(result, Node) or op_name(result) not in ("mul", "truediv", "div") or len(result.args) != 2:
+        call = named(result, "mul", "div")
+        if call is None or call.arguments.get("rounding_mode") is not None:
             return None
-        left, right = result.args
-        if op_name(result) == "mul" and isinstance(left, (int, float)):
+        left, right = call["input"], call["other"]
+        if call.name == "mul" and isinstance(left, (int, float)):
             left, right = right, left
-        if result.kwargs or isinstance(right, bool) or not isinstance(right, (int, float)) or right == 0:
+        if isinstance(right, bool) or not isinstance(right, (int, float)) or right == 0:
             return None
-        factor = factor * right if op_name(result) == "mul" else factor / right
+        factor = factor * right if call.name == "mul" else factor / right
         result = left
     return factor
 

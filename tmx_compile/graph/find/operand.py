@@ -12,6 +12,8 @@ from typing import Any
 
 from torch.fx import Node
 
+from tmx_compile.graph.calls import named
+from tmx_compile.graph.effects import writes
 from tmx_compile.graph.find.axes import (
     Axes,
     backward,
@@ -27,13 +29,11 @@ from tmx_compile.graph.find.axes import (
 )
 from tmx_compile.graph.find.constant import number_of
 from tmx_compile.graph.find.repeat import same
-from tmx_compile.graph.nodes import is_in_place, op_name, tensor_of
+from tmx_compile.graph.nodes import tensor_of
 from tmx_compile.graph.site import Operand
 
 _STEPS = 24
 IDENTITY = (0, 1, 2, 3)
-MULTIPLICATIONS = frozenset({"mul"})
-DIVISIONS = frozenset({"div", "truediv", "true_divide", "divide"})
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def operands(reader: Node, node: Node, axes: Axes, last: tuple[str, str], *, sca
         order = order_to(axes, last)
         if order is not None:
             yield Found(Operand(node, None if order == IDENTITY else order), scale, reader, between)
-        if node.op not in ("call_function", "call_method") or is_in_place(node):
+        if node.op not in ("call_function", "call_method") or writes(node):
             return
         scaled = scaled_by_number(node) if scales else None
         below: Axes | None
@@ -106,9 +106,9 @@ def _below(node: Node, axes: Axes, *, repeats: bool, order: tuple[int, ...] | No
         return backward(node, axes, repeats) if order is None or repeats else None
     if repeats and is_expand(node):
         return _expanded(node, axes)
-    if repeats and op_name(node) == "repeat_interleave":
-        given = dict(zip(("input", "repeats", "dim"), node.args, strict=False)) | dict(node.kwargs)
-        factor, dim = given.get("repeats"), given.get("dim")
+    repeated = named(node, "repeat_interleave") if repeats else None
+    if repeated is not None:
+        factor, dim = repeated["repeats"], repeated["dim"]
         if isinstance(factor, int) and isinstance(dim, int) and axes[dim] == "h":
             return axes
     return None
@@ -134,21 +134,23 @@ def _expanded(node: Node, axes: Axes) -> Axes | None:
 
 def scaled_by_number(node: Node) -> tuple[Node, float] | None:
     """The tensor that a call multiplies by a number known at compile time, and the number; sizes are kept."""
-    name = op_name(node)
-    if name == "neg":
+    call = named(node, "neg", "mul", "div")
+    if call is None:
+        return None
+    if call.name == "neg":
         negated = source_of(node)
         return None if negated is None else (negated, -1.0)
-    if name not in MULTIPLICATIONS | DIVISIONS or node.kwargs or len(node.args) != 2:
+    if call.arguments.get("rounding_mode") is not None:
         return None
-    for at in (0, 1) if name in MULTIPLICATIONS else (0,):
-        source: Any = node.args[at]
-        number = number_of(node.args[1 - at])
+    pairs = [("input", "other"), ("other", "input")] if call.name == "mul" else [("input", "other")]
+    for scaled, by in pairs:
+        source, number = call[scaled], number_of(call[by])
         if number is None or not isinstance(source, Node):
             continue
         old, new = tensor_of(source), tensor_of(node)
         if old is None or new is None or not same_shape(old.shape, new.shape):
             continue
-        if name in MULTIPLICATIONS:
+        if call.name == "mul":
             return source, number
         return None if number == 0 else (source, 1.0 / number)
     return None

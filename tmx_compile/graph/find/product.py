@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch.fx import Node
 
+from tmx_compile.graph.calls import call_of
+from tmx_compile.graph.effects import writes
 from tmx_compile.graph.find.constant import number_of
-from tmx_compile.graph.nodes import is_in_place, op_name, tensor_of
+from tmx_compile.graph.nodes import op_name, tensor_of
 
 PRODUCTS = frozenset({"matmul", "bmm", "baddbmm", "einsum"})
 _LEADING = "ABCDEFGH"
@@ -54,7 +55,7 @@ class Product:
 
 def is_product(node: Node) -> bool:
     """Whether a call multiplies batches of matrices: three dimensions or more."""
-    if node.op not in ("call_function", "call_method") or op_name(node) not in PRODUCTS:
+    if op_name(node) not in PRODUCTS:
         return False
     fake = tensor_of(node)
     return fake is not None and fake.dim() >= 3
@@ -62,33 +63,35 @@ def is_product(node: Node) -> bool:
 
 def factors_of(node: Node) -> list[Node]:
     """The tensors that a product multiplies, in the order of the call; fewer or more than two for other einsums."""
-    args: Sequence[Any] = node.args
-    if op_name(node) == "baddbmm":
-        names = (("batch1",), ("batch2",))
-        found: list[Any] = [_argument(node, i + 1, *name) for i, name in enumerate(names)]
-    elif op_name(node) == "einsum":
-        given = args[1:]
-        found = list(given[0]) if len(given) == 1 and isinstance(given[0], (list, tuple)) else list(given)
-    else:
-        found = [_argument(node, 0, "input", "self"), _argument(node, 1, "other", "mat2", "tensor2")]
+    call = call_of(node)
+    match None if call is None else call.name:
+        case "baddbmm":
+            names = ["batch1", "batch2"]
+        case "einsum":
+            assert call is not None
+            given = call["operands"]
+            given = given[0] if len(given) == 1 and isinstance(given[0], (list, tuple)) else given
+            return [x for x in given if isinstance(x, Node) and tensor_of(x) is not None]
+        case "bmm":
+            names = ["input", "mat2"]
+        case _:
+            names = ["input", "other"]
+    found = [] if call is None else [call[name] for name in names]
     return [x for x in found if isinstance(x, Node) and tensor_of(x) is not None]
 
 
 def product_of(node: Node) -> Product | None:
     """The product that a node is; None where it has not two operands, or is no sum over one letter."""
-    operands = factors_of(node)
-    if len(operands) != 2 or is_in_place(node):
+    call, operands = call_of(node), factors_of(node)
+    if call is None or len(operands) != 2 or writes(node):
         return None
     left, right = operands
-    axes = _equation(node, left, right) if op_name(node) == "einsum" else _matrix_axes(left, right)
+    axes = _equation(call["equation"], left, right) if call.name == "einsum" else _matrix_axes(left, right)
     if axes is None or not _sums_one(*axes):
         return None
-    if op_name(node) != "baddbmm":
+    if call.name != "baddbmm":
         return Product(node, left, right, *axes)
-    bias, alpha, beta = (
-        node.args[0] if node.args else node.kwargs.get("input"),
-        *(number_of(node.kwargs.get(name, 1)) for name in ("alpha", "beta")),
-    )
+    bias, alpha, beta = call["input"], number_of(call["alpha"]), number_of(call["beta"])
     if not isinstance(bias, Node):
         return None
     return Product(node, left, right, *axes, None if beta == 0 else bias, alpha, beta)
@@ -102,9 +105,8 @@ def _matrix_axes(left: Node, right: Node) -> tuple[str, str, str] | None:
     return f"{leading[0]}il", f"{leading[1]}lj", f"{max(leading, key=len)}ij"
 
 
-def _equation(node: Node, left: Node, right: Node) -> tuple[str, str, str] | None:
+def _equation(equation: Any, left: Node, right: Node) -> tuple[str, str, str] | None:
     """The letters of an einsum; an ellipsis stands for the same axes in both operands."""
-    equation = node.args[0]
     if not isinstance(equation, str) or equation.count("->") != 1:
         return None
     inputs, out = equation.replace(" ", "").split("->")
@@ -129,9 +131,3 @@ def _sums_one(left: str, right: str, out: str) -> bool:
         return False
     lost = (set(left) | set(right)) - set(out)
     return len(lost) == 1 and lost <= set(left) & set(right) and set(out) <= set(left) | set(right)
-
-
-def _argument(node: Node, position: int, *names: str) -> Any:
-    if len(node.args) > position:
-        return node.args[position]
-    return next((node.kwargs[name] for name in names if name in node.kwargs), None)

@@ -8,9 +8,11 @@ import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from tmx_compile.graph.nodes import op_name, tensor_of
+from tmx_compile.graph.calls import Call, named
+from tmx_compile.graph.nodes import tensor_of
 
-_FOLDS = ("reshape", "view", "_unsafe_view", "flatten", "contiguous", "clone")
+_COPIES = ("contiguous", "clone")
+_FOLDS = ("reshape", "view", "_unsafe_view", "flatten", *_COPIES)
 
 
 def unrepeated(node: Node) -> tuple[Node, int]:
@@ -22,43 +24,44 @@ def unrepeated(node: Node) -> tuple[Node, int]:
     fake = tensor_of(node)
     if fake is None:
         return node, 1
-    if op_name(node) == "repeat_interleave":
-        given = dict(zip(("input", "repeats", "dim"), node.args, strict=False)) | dict(node.kwargs)
-        base, factor, dim = (given.get(name) for name in ("input", "repeats", "dim"))
-        source = tensor_of(base)
-        if isinstance(base, Node) and isinstance(factor, int) and dim in (1, -3) and source is not None:
+    repeated = named(node, "repeat_interleave")
+    if repeated is not None:
+        base, factor, source = repeated["input"], repeated["repeats"], tensor_of(repeated["input"])
+        if isinstance(base, Node) and isinstance(factor, int) and repeated["dim"] in (1, -3) and source is not None:
             return base, factor
         return node, 1
     folded = _through(node, _FOLDS, fake.dim() + 1)
     if folded is None:
         return node, 1
-    expanded = _through(folded, ("contiguous", "clone"), 5) if op_name(folded) in ("contiguous", "clone") else folded
-    if expanded is None or op_name(expanded) not in ("expand", "broadcast_to"):
+    copied = named(folded, *_COPIES)
+    expanded = named(folded if copied is None else _through(folded, _COPIES, 5), "expand", "broadcast_to")
+    inserted = None if expanded is None else named(expanded["input"], "getitem", "unsqueeze")
+    if expanded is None or inserted is None:
         return node, 1
-    unit = expanded.args[0]
-    base = unit.args[0] if isinstance(unit, Node) and op_name(unit) in ("getitem", "unsqueeze") else None
-    source, one, wide = tensor_of(base), tensor_of(unit), tensor_of(expanded)
+    base = inserted["input"]
+    source, one, wide = tensor_of(base), tensor_of(inserted.node), tensor_of(expanded.node)
     if not isinstance(base, Node) or source is None or one is None or wide is None or source.dim() != 4:
         return node, 1
     b, heads, tokens, dim = source.shape
     factor = wide.shape[2]
-    adds_unit = _shapes(one, (b, heads, 1, tokens, dim)) and _inserts_axis_2(unit)
+    adds_unit = _shapes(one, (b, heads, 1, tokens, dim)) and _inserts_axis_2(inserted)
     if adds_unit and _shapes(wide, (b, heads, factor, tokens, dim)) and _shapes(fake, (b, heads * factor, tokens, dim)):
         return base, int(factor)
     return node, 1
 
 
 def _through(node: Node, names: tuple[str, ...], dims: int) -> Node | None:
-    source = node.args[0] if op_name(node) in names and node.args else None
+    call = named(node, *names)
+    source = None if call is None else call["input"]
     fake = tensor_of(source)
     return source if isinstance(source, Node) and fake is not None and fake.dim() == dims else None
 
 
-def _inserts_axis_2(node: Any) -> bool:
+def _inserts_axis_2(call: Call) -> bool:
     """Whether a 4-d to 5-d ``unsqueeze`` or ``x[:, :, None]`` puts its new axis at position 2 and keeps the rest."""
-    if op_name(node) == "unsqueeze":
-        return node.args[1:2] in ((2,), (-3,)) or node.kwargs.get("dim") in (2, -3)
-    index = node.args[1]
+    if call.name == "unsqueeze":
+        return call["dim"] in (2, -3)
+    index = call["index"]
     items = index if isinstance(index, tuple) else (index,)
     full = slice(None, None, None)
     return items[:3] == (full, full, None) and all(item in (full, Ellipsis) for item in items[3:])

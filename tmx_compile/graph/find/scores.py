@@ -10,8 +10,11 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
+import torch
 from torch.fx import Node
 
+from tmx_compile.graph.calls import Call, call_of, named
+from tmx_compile.graph.effects import writes
 from tmx_compile.graph.find.axes import (
     Axes,
     backward,
@@ -26,9 +29,8 @@ from tmx_compile.graph.find.axes import (
     source_of,
 )
 from tmx_compile.graph.find.constant import number_of
-from tmx_compile.graph.find.operand import DIVISIONS, MULTIPLICATIONS
 from tmx_compile.graph.find.repeat import same
-from tmx_compile.graph.nodes import is_in_place, op_name, tensor_of
+from tmx_compile.graph.nodes import op_name, tensor_of
 from tmx_compile.graph.site import MaskPart
 from tmx_compile.report import Reason, Rejected
 
@@ -36,11 +38,10 @@ SOFTMAX = frozenset({"softmax", "_softmax", "_safe_softmax"})
 DROPOUT = frozenset({"dropout", "native_dropout"})
 _MAXIMA = frozenset({"amax", "max"})
 _SHAPE_READERS = frozenset(
-    """size sym_size dim ndimension numel getattr ones_like zeros_like full_like empty_like rand_like
+    """size sym_size dim ndimension numel ones_like zeros_like full_like empty_like rand_like
     new_ones new_zeros new_full new_empty _assert_tensor_metadata""".split()  # noqa: SIM905
 )
 _LIKE_ANOTHER = frozenset({"expand_as", "view_as", "reshape_as", "type_as"})
-_IN_PLACE = {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "truediv"}
 ROWS_AND_KEYS = ("q", "k")
 
 
@@ -59,10 +60,7 @@ def refuse(reason: Reason, detail: str, node: Node) -> NoReturn:
 
 def plain_name(node: Node) -> str:
     """:func:`op_name` without the mark of a call that works in place."""
-    name = op_name(node)
-    if not is_in_place(node):
-        return name
-    return _IN_PLACE.get(name, name.rstrip("_"))
+    return op_name(node).rstrip("_") if writes(node) else op_name(node)
 
 
 @dataclass
@@ -109,20 +107,20 @@ class Scores:
         self.chain.append(node)
 
     def _take(self, node: Node) -> None:
-        if is_in_place(node) or node.is_impure():
+        if writes(node) or node.is_impure():
             # Dropout counts as impure even where it does nothing.
             self.effects.append(node)
-        name = plain_name(node)
+        name, call = plain_name(node), call_of(node)
         if name in DROPOUT:
             check_dropout(node)
-        elif name == "getitem" and op_name(self.present) == "native_dropout" and node.args[1] == 0:
+        elif op_name(self.present) == "native_dropout" and call is not None and call.arguments.get("index") == 0:
             pass
         elif is_move(node) or is_cast(node):
             self._move(node)
         elif name in SOFTMAX and not self.weights:
             self._softmax(node)
         elif self.weights:
-            if not (name == "where" and self._clears_empty_rows(node)):
+            if call is None or not (name == "where" and self._clears_empty_rows(call)):
                 refuse(Reason.SCORE_CHANGED, f"{name} after the softmax", node)
         else:
             self._change(node, name)
@@ -148,80 +146,78 @@ class Scores:
     # Softmax ----------------------------------------------------------------------------------------------------------
 
     def _softmax(self, node: Node) -> None:
-        dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+        call = call_of(node)
+        dim = None if call is None else call["dim"]
         if not isinstance(dim, int) or self.axes[dim] != "k":
             refuse(Reason.FORM, f"the softmax is not over the keys (dim={dim})", node)
         self.weights = True
 
-    def _clears_empty_rows(self, node: Node) -> bool:
+    def _clears_empty_rows(self, call: Call) -> bool:
         """``where(not any(not(scores == -inf)), 0, weights)``: SDPA written out gives rows without a key zeros."""
-        if len(node.args) != 3 or node.args[2] is not self.present or number_of(node.args[1]) != 0.0:
+        if call["other"] is not self.present or number_of(call["input"]) != 0.0:
             return False
-        no_key = node.args[0]
-        steps: list[Node] = []
+        no_key = call["condition"]
+        steps: list[Call] = []
         for name in ("not", "any", "not", "eq"):
-            if not isinstance(no_key, Node) or op_name(no_key) != name or not no_key.args:
+            step = named(no_key, name)
+            if step is None:
                 return False
-            steps.append(no_key)
-            no_key = no_key.args[0]
+            steps.append(step)
+            no_key = step["input"]
         _, some, _, equal = steps
-        over_keys = some.args[1:] in ((-1, True), ([-1], True), ((-1,), True))
+        over_keys = some["dim"] in (-1, [-1], (-1,)) and some["keepdim"] is True
         before = source_of(self.present) if op_name(self.present) in SOFTMAX else None
-        if not over_keys or no_key is not before or number_of(equal.args[1]) != -math.inf:
+        if not over_keys or no_key is not before or number_of(equal["other"]) != -math.inf:
             return False
-        self.helpers |= set(steps)
+        self.helpers |= {step.node for step in steps}
         return True
 
     # Scaling and masking ----------------------------------------------------------------------------------------------
 
     def _change(self, node: Node, name: str) -> None:
-        operands = [arg for arg in node.args if arg is self.present]
-        old, new = tensor_of(self.present), tensor_of(node)
+        old, new, call = tensor_of(self.present), tensor_of(node), call_of(node)
         assert old is not None
-        unread = Reason.WRITTEN_IN_PLACE if is_in_place(node) else Reason.SCORE_CHANGED
-        if name in ("cat", "concat", "concatenate"):
+        unread = Reason.WRITTEN_IN_PLACE if writes(node) else Reason.SCORE_CHANGED
+        if name == "cat":
             refuse(Reason.SCORE_CHANGED, "columns are joined to the scores, such as attention sinks", node)
-        if new is None or len(operands) != 1 or "out" in node.kwargs:
+        if new is None or call is None or list(call.arguments.values()).count(self.present) != 1:
             refuse(unread, f"{name} before the softmax", node)
         if not same_shape(old.shape, new.shape):
             refuse(Reason.SCORE_CHANGED, f"{name} changes the shape of the scores", node)
-        if name in MULTIPLICATIONS or name in DIVISIONS or name == "neg":
-            self._multiply(node, name)
-        elif name in ("add", "sub"):
-            self._add(node, name)
+        if name in ("mul", "div", "neg"):
+            self._multiply(call, name)
+        elif name in ("add", "sub", "rsub"):
+            self._add(call, name)
+        elif name in ("maximum", "max", "clamp"):
+            self._clamp(call, name)
         elif name == "masked_fill":
-            mask = node.args[1] if len(node.args) > 1 else node.kwargs.get("mask")
-            value = node.args[2] if len(node.args) > 2 else node.kwargs.get("value")
-            if node.args[0] is not self.present:
+            if call["input"] is not self.present:
                 refuse(Reason.SCORE_CHANGED, "the scores are no scores of their own", node)
-            self._fill(node, mask, "drop", value)
-        elif name == "where" and len(node.args) == 3:
-            condition, yes, no = node.args
-            if node.op == "call_method":
-                condition, yes = yes, condition
-            if yes is self.present:
-                self._fill(node, condition, "keep", no)
-            elif no is self.present:
-                self._fill(node, condition, "drop", yes)
+            self._fill(node, call["mask"], "drop", call["value"])
+        elif name == "where":
+            if call["input"] is self.present:
+                self._fill(node, call["condition"], "keep", call["other"])
+            elif call["other"] is self.present:
+                self._fill(node, call["condition"], "drop", call["input"])
             else:
                 refuse(Reason.SCORE_CHANGED, "the scores are a condition", node)
         else:
             refuse(unread, f"{name} before the softmax", node)
 
-    def _other(self, node: Node) -> Any:
+    def _other(self, call: Call) -> Any:
         """The operand of a call of two that is not the scores."""
-        if len(node.args) != 2:
-            refuse(Reason.SCORE_CHANGED, f"{node.name} has more than two operands", node)
-        return node.args[1] if node.args[0] is self.present else node.args[0]
+        return call["other"] if call["input"] is self.present else call["input"]
 
-    def _multiply(self, node: Node, name: str) -> None:
+    def _multiply(self, call: Call, name: str) -> None:
+        node = call.node
         if name == "neg":
             self.multiply(-1.0, node)
             return
-        other = self._other(node)
-        divides = name in DIVISIONS
-        if node.kwargs or (divides and node.args[0] is not self.present):
-            refuse(Reason.SCORE_CHANGED, f"{name} with {', '.join(node.kwargs) or 'the scores below'}", node)
+        other = self._other(call)
+        divides = name == "div"
+        if divides and (call["input"] is not self.present or call["rounding_mode"] is not None):
+            how = "the scores below" if call["rounding_mode"] is None else "a rounding mode"
+            refuse(Reason.SCORE_CHANGED, f"{name} with {how}", node)
         number = number_of(other)
         if number is not None:
             if divides and number == 0:
@@ -246,11 +242,10 @@ class Scores:
         self.scale *= number
         self.masks = [replace(part, number=part.number * number) for part in self.masks]
 
-    def _add(self, node: Node, name: str) -> None:
-        other = self._other(node)
-        alpha = number_of(node.kwargs.get("alpha", 1))
-        first = node.args[0] is self.present
-        if set(node.kwargs) - {"alpha"} or alpha != 1 or (name == "sub" and not first):
+    def _add(self, call: Call, name: str) -> None:
+        node, other = call.node, self._other(call)
+        alpha = number_of(call["alpha"])
+        if alpha != 1 or name == "rsub" or (name == "sub" and call["input"] is not self.present):
             refuse(Reason.SCORE_CHANGED, f"{name} with alpha={alpha}, or of the scores", node)
         if name == "sub" and self._is_row_maximum(other):
             return
@@ -261,14 +256,13 @@ class Scores:
     def _is_row_maximum(self, node: Any) -> bool:
         """The greatest score of each row: softmax does not see that it is subtracted."""
         steps: list[Node] = []
-        while isinstance(node, Node) and len(steps) < 4:
-            steps.append(node)
-            if op_name(node) in _MAXIMA:
-                given = dict(zip(("dim", "keepdim"), node.args[1:], strict=False)) | dict(node.kwargs)
-                dim = given.get("dim")
+        while (call := call_of(node)) is not None and len(steps) < 4:
+            steps.append(call.node)
+            source = source_of(call.node)
+            if call.name in _MAXIMA:
+                dim = call["dim"]
                 dim = dim[0] if isinstance(dim, (list, tuple)) and len(dim) == 1 else dim
-                source = source_of(node)
-                if source not in self.chain or not isinstance(dim, int) or given.get("keepdim") is not True:
+                if source not in self.chain or not isinstance(dim, int) or call["keepdim"] is not True:
                     return False
                 fake = tensor_of(source)
                 assert fake is not None
@@ -276,12 +270,24 @@ class Scores:
                     return False
                 self.helpers |= set(steps)
                 return True
-            if op_name(node) not in ("getitem", "getattr", "detach", "alias"):
+            values = call.arguments.get("index") == 0 or call.arguments.get("name") == "values"
+            if call.name not in ("detach", "alias") and not (call.name in ("getitem", "getattr") and values):
                 return False
-            if node.args[1:] not in ((0,), ("values",), ()):
-                return False
-            node = node.args[0]
+            node = call["input"]
         return False
+
+    def _clamp(self, call: Call, name: str) -> None:
+        """From below at the dtype's least number: no finite score is lower, and what is masked stays masked."""
+        node, fake = call.node, tensor_of(self.present)
+        assert fake is not None
+        if name == "clamp" and (call["input"] is not self.present or call["max"] is not None):
+            refuse(Reason.SCORE_CHANGED, "the scores are clamped from above", node)
+        low = number_of(call["min"] if name == "clamp" else self._other(call))
+        new = tensor_of(node)
+        assert new is not None
+        if low is None or low > torch.finfo(fake.dtype).min or new.dtype != fake.dtype:
+            refuse(Reason.SCORE_CHANGED, f"{name} of the scores and {low}", node)
+        self.masks = [replace(x, number=max(x.number, low)) if x.how != "add" else x for x in self.masks]
 
     def _fill(self, node: Node, condition: Any, how: Any, value: Any) -> None:
         number = number_of(value)
@@ -315,7 +321,7 @@ class Scores:
             if len(axes) <= 4 and all(name in ("", want) for name, want in zip(axes, wanted, strict=True)):
                 return mask
             source = source_of(mask)
-            if source is None or is_in_place(mask) or not (is_reshape(mask) or is_cast(mask) or order_of(mask)):
+            if source is None or writes(mask) or not (is_reshape(mask) or is_cast(mask) or order_of(mask)):
                 return None
             below = backward(mask, axes)
             if below is None:
@@ -334,29 +340,31 @@ class Scores:
         own = {*self.chain, *self.helpers, *self.effects, last}
         for node in (*self.chain, *self.helpers):
             for user in node.users:
-                if user in own or (self._reads_shape(user, node) and not is_in_place(user)):
+                if user in own or (self._reads_shape(user, node) and not writes(user)):
                     continue
-                if user.users or user.op == "output" or is_in_place(user) or user.is_impure():
+                if user.users or user.op == "output" or writes(user) or user.is_impure():
                     refuse(Reason.WEIGHTS_USED, f"{user.name} reads {node.name}", user)
                 # Nothing needs it, and it would keep the scores.
                 self.effects.append(user)
 
     def _reads_shape(self, user: Node, node: Node) -> bool:
         name = op_name(user)
+        call = call_of(user)
         if name == "getattr":
-            return user.args[1] in ("shape", "dtype", "device", "ndim")
-        return name in _SHAPE_READERS or (name in _LIKE_ANOTHER and user.args[0] is not node)
+            return call is not None and call["name"] in ("shape", "dtype", "device", "ndim")
+        return name in _SHAPE_READERS or (name in _LIKE_ANOTHER and call is not None and call["input"] is not node)
 
 
 def _writes(user: Node, node: Node) -> bool:
-    return is_in_place(user) and bool(user.args) and user.args[0] is node
+    return writes(user) and bool(user.args) and user.args[0] is node
 
 
 def check_dropout(node: Node) -> None:
     """Dropout that does nothing: outside of training, or of probability 0."""
-    names = ("p", "training", "inplace") if op_name(node) != "native_dropout" else ("p", "train")
-    given: dict[str, Any] = {"train": True, "training": True, "p": 0.5}
-    given |= dict(zip(names, node.args[1:], strict=False)) | dict(node.kwargs)
-    training = given["train"] is not False and given["training"] is not False
-    if training and not (isinstance(given["p"], (int, float)) and given["p"] == 0):
-        refuse(Reason.DROPOUT, f"p={given['p']} on the weights", node)
+    call = call_of(node)
+    if call is None:
+        refuse(Reason.DROPOUT, "of arguments that are not understood", node)
+    # Without a word about it, ``native_dropout`` trains.
+    training, p = call["training"] is not False, call["p"]
+    if training and not (isinstance(p, (int, float)) and p == 0):
+        refuse(Reason.DROPOUT, f"p={p} on the weights", node)

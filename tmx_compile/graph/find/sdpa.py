@@ -6,13 +6,15 @@ Keys and values are seen through their repetition.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch.fx import Node
 
+from tmx_compile.graph.calls import call_of, named
 from tmx_compile.graph.find.repeat import divides, same, unrepeated
-from tmx_compile.graph.nodes import op_name, tensor_of, value_of
+from tmx_compile.graph.nodes import tensor_of, value_of
 from tmx_compile.graph.site import AttentionSite, MaskPart, Operand
 from tmx_compile.report import Reason, Rejected
 
@@ -23,18 +25,20 @@ SDPA_TARGETS = frozenset(
         torch.ops.aten.scaled_dot_product_attention.default,
     }
 )
-_NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-_KEYWORDS = frozenset({*_NAMES, "scale", "enable_gqa"})
+_KEYWORDS = frozenset("query key value attn_mask dropout_p is_causal scale enable_gqa".split())  # noqa: SIM905
 
 
 def find_sdpa(node: Node) -> AttentionSite | Rejected | None:
     """A scaled-dot-product attention node."""
     if node.op != "call_function" or node.target not in SDPA_TARGETS:
         return None
-    return site_of(node, dict(zip(_NAMES, node.args, strict=False)) | dict(node.kwargs), "sdpa")
+    call = call_of(node)
+    if call is None:
+        return Rejected(Reason.FORM, "its arguments are not understood", node)
+    return site_of(node, call.arguments, "sdpa")
 
 
-def site_of(node: Node, arguments: dict[str, Any], form: str) -> AttentionSite | Rejected:
+def site_of(node: Node, arguments: Mapping[str, Any], form: str) -> AttentionSite | Rejected:
     """The site whose result is ``node``, from SDPA's arguments by name."""
     unknown = set(arguments) - _KEYWORDS
     if unknown:
@@ -87,7 +91,8 @@ def site_of(node: Node, arguments: dict[str, Any], form: str) -> AttentionSite |
 
 def _effects(node: Node) -> tuple[Node, ...]:
     """The operator itself: for its dropout it counts as random, and dead code of it would stay."""
-    call = node.args[0] if op_name(node) == "getitem" else node
+    taken = named(node, "getitem")
+    call = node if taken is None else taken["input"]
     return (call,) if isinstance(call, Node) and isinstance(call.target, torch._ops.OpOverload) else ()
 
 
