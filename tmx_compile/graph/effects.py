@@ -64,6 +64,7 @@ class Effects:
     def of(self, node: Node) -> Effect:
         """The effect of one node; it is kept in its metadata, for the inputs that it has."""
         inputs = tuple(node.all_input_nodes)
+        effect: Effect
         known, effect = node.meta.get(_LEARNT, (None, NOTHING))
         if known != inputs:
             effect = self._of(node)
