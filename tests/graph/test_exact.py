@@ -1,4 +1,4 @@
-"""Masks whose numbers are exact in their dtype, and those that wrap or round; forms that indices are written in."""
+"""Masks whose numbers are exact in their dtype, and those that wrap around or round; forms of indices."""
 
 import math
 

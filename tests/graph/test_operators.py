@@ -234,6 +234,7 @@ SAMPLES = {
     "cumsum": [{"input": "units", "dim": 0}],
     "to": [
         {"input": "line", "dtype": torch.int32},
+        {"input": "line", "dtype": torch.int32, "layout": torch.strided, "device": "cpu", "pin_memory": False},
         {"input": "line", "target": (torch.float32,)},
         {"input": "line", "target": ("cpu", torch.bool)},
     ],

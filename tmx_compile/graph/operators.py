@@ -101,7 +101,7 @@ ones_like(input, *, memory_format=None, MADE)     ones_like
 zeros_like(input, *, memory_format=None, MADE)    zeros_like
 meshgrid(*tensors, *, indexing=None)              meshgrid
 
-to(input, *target=(), *, device=None, dtype=None, other=None, non_blocking=False, copy=False, memory_format=None) to
+to(input, *target=(), *, other=None, non_blocking=False, copy=False, memory_format=None, MADE) to
 _to_copy(input, *, non_blocking=False, memory_format=None, MADE) _to_copy
 convert_element_type(input, dtype)                prims.convert_element_type
 type(input, dtype, non_blocking=False)            Tensor.type
