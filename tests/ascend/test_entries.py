@@ -59,7 +59,7 @@ def test_export_of_one_length(npu, tmp_path):
         """\
 Data Mul Cast StridedSliceV2 StridedSliceV2 StridedSliceV2 Reshape Transpose Reshape Identity
   Reshape Identity Reshape Identity Range Cast Unsqueeze Unsqueeze Greater FusedInferAttentionScore
-Reshape Transpose Reshape Identity Reshape StridedSliceV2 ConcatV2
+Reshape Transpose Reshape Identity StridedSliceV2 Reshape ConcatV2
 StridedSliceV2 StridedSliceV2 StridedSliceV2 Reshape Transpose Reshape Identity Reshape Identity
   Reshape Identity StridedSliceV2 StridedSliceV2 FusedInferAttentionScore
 FusedInferAttentionScore
@@ -83,7 +83,8 @@ def test_export_of_every_length(npu, tmp_path):
 Data Shape Gather Mul Cast StridedSliceV2 StridedSliceV2 StridedSliceV2 Pack Pack Pack Pack Reshape
   Transpose Pack Reshape PadV3 Pack Reshape PadV3 Pack Reshape PadV3 Range Cast Unsqueeze Unsqueeze
   Greater FusedInferAttentionScore
-StridedSliceV2 Pack Reshape Transpose Pack Reshape Identity Pack Reshape StridedSliceV2 ConcatV2
+StridedSliceV2 Pack Reshape Transpose Pack Reshape Identity Pack StridedSliceV2 Pack Reshape
+  ConcatV2
 StridedSliceV2 StridedSliceV2 StridedSliceV2 Pack Pack Pack Pack Reshape Transpose Pack Reshape
   PadV3 Shape Gather Pack Reshape PadV3 Pack Reshape PadV3 Range Cast Add Range Cast Minimum
   GatherV2 GatherV2 FusedInferAttentionScore
@@ -92,7 +93,7 @@ Reshape Reshape Reshape Reshape AttentionUpdate
 Pack Range Cast Minimum GatherV2 GatherV2 GatherV2 FusedInferAttentionScore
 Range Cast Sub Add ClipByValueV2 GatherV2 FusedInferAttentionScore
 Range Cast Range Cast Add Add GreaterEqual Add Add SelectV2 Cast Less SelectV2 Pack Reshape ConcatV2
-GatherV2 Pack Reshape Transpose Pack Reshape Identity Pack Reshape NetOutput""",
+GatherV2 Pack Reshape Transpose Pack Reshape Identity Pack Pack Reshape NetOutput""",
     )
 
 
@@ -124,7 +125,7 @@ def test_ge_mode(npu):
 Data Shape Gather Data Mul Cast StridedSliceV2 StridedSliceV2 StridedSliceV2 Pack Pack Pack Pack
   Reshape Transpose Pack Reshape Identity Pack Reshape Identity Pack Reshape Identity Range Cast
   Unsqueeze Unsqueeze Greater FusedInferAttentionScore
-Pack Reshape Transpose Pack Reshape Identity Pack Reshape StridedSliceV2 ConcatV2
+Pack Reshape Transpose Pack Reshape Identity Pack StridedSliceV2 Pack Reshape ConcatV2
 StridedSliceV2 StridedSliceV2 StridedSliceV2 Pack Pack Pack Pack Reshape Transpose Pack Reshape
   Identity Pack Reshape Identity Pack Reshape Identity Sub Range Cast Add Range Cast Minimum
   GatherV2 GatherV2 FusedInferAttentionScore
@@ -133,7 +134,7 @@ Reshape Reshape Reshape Reshape AttentionUpdate
 Pack Range Cast Minimum GatherV2 GatherV2 GatherV2 FusedInferAttentionScore
 Range Cast Sub Add ClipByValueV2 GatherV2 FusedInferAttentionScore
 Range Cast Range Cast Add Add GreaterEqual Add Add SelectV2 Cast Less SelectV2 Pack Reshape ConcatV2
-GatherV2 Pack Reshape Transpose Pack Reshape Identity Pack Reshape NetOutput""",
+GatherV2 Pack Reshape Transpose Pack Reshape Identity Pack Pack Reshape NetOutput""",
     )
 
 
@@ -155,8 +156,9 @@ unsqueeze
 unsqueeze
 gt
 npu_fused_infer_attention_score
+permute
 clone
-_unsafe_view
+permute
 slice
 cat
 slice
@@ -180,8 +182,9 @@ slice
 clone
 npu_fused_infer_attention_score
 cat
+permute
 clone
-_unsafe_view""",
+permute""",
     )
 
 

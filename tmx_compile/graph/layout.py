@@ -15,6 +15,7 @@ from torch.fx import Node, Proxy
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from tmx_compile.graph.nodes import op_name, tensor_of, value_of
+from tmx_compile.report import Reason, Rejected
 
 Order = tuple[int, ...]
 
@@ -35,6 +36,14 @@ def memory_order(node: Node) -> Order | None:
     if order is None and not any(op_name(other) == "as_strided" for other in node.graph.nodes):
         order = _gapped_order(out)
     return order
+
+
+def without_layout(node: Node) -> Rejected | None:
+    """Why nothing can take the place of a node in memory, if so."""
+    if memory_order(node) is not None:
+        return None
+    out = tensor_of(node)
+    return Rejected(Reason.LAYOUT, f"the result has strides {None if out is None else out.stride()}", node)
 
 
 def _dense_order(x: Tensor) -> Order | None:
