@@ -27,6 +27,7 @@ from tmx_compile.graph import terms as t
 from tmx_compile.graph.aten_rules import ATEN_RULES
 from tmx_compile.graph.block_check import checkable
 from tmx_compile.graph.conclude import BATCH, HEAD, KEY, ROW, Proof, Ranges, Sizes, conclude, origin
+from tmx_compile.graph.expressions import unwritable
 from tmx_compile.graph.mask_mod import read_mask_mod
 from tmx_compile.graph.nodes import shape_env_of, tensor_of
 from tmx_compile.graph.read import MaskReader, NotUnderstood, View, as_truth, opaque
@@ -113,7 +114,9 @@ class Prover:
         truth = self._decide(t.all_of(*attended), sizes)
         where = next((part.node for part in masks if isinstance(part, MaskPart)), node)
         ranges = Ranges(sizes, lambda lin: self._at_least(lin, sizes, 0))
-        return conclude(truth, ranges, where, self._reader.runs, assume_causal=self.assume_causal, own_key=own_key)
+        runs = self._reader.runs
+        proof = conclude(truth, ranges, where, runs, assume_causal=self.assume_causal, own_key=own_key)
+        return proof if isinstance(proof, Rejected) else unwritable(proof, node) or proof
 
     def _part(self, part: MaskPart | MaskMod, sizes: Sizes, node: Node) -> Truth | Rejected:
         for source in (part.node,) if isinstance(part, MaskPart) else part.buffers:
