@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from tmx_compile.graph.emit import Emitter
 from tmx_compile.graph.nodes import dead_ends, erase_dead, tensor_of
 from tmx_compile.graph.site import AttentionSite, Operand
 from tmx_compile.graph.terms import Lin, Truthy
-from tmx_compile.ops import CHECK_MASK, OPERATOR
+from tmx_compile.ops import CHECK_MASK, KEEP_WINDOW, OPERATOR
 
 FIRST_ROW = "tmx_first_row"
 """Metadata of an operator's node: the node of row 0's position before the keys were moved to the end, or None."""
@@ -63,6 +63,9 @@ class Substituter:
             both = emit.call(OPERATOR, *operands, keys.mask, item.sink, item.window, item.last, site.scale, *reach)
             both.meta[FIRST_ROW] = keys.first_row
             result = emit.call(operator.getitem, both, 0)
+            if keys.shown is not None:
+                arguments = (*operands, keys.mask, keys.shown, item.sink, item.window, item.last, site.scale)
+                result = emit.call(KEEP_WINDOW, result, *arguments, *reach)
             if site.result_order is not None:
                 result = emit.call(torch.Tensor.permute, result, site.result_order)
         site.node.replace_all_uses_with(result)
@@ -108,12 +111,14 @@ class _Keys:
         end: one past the last key that any row may attend; None: all keys.
         index: (Skv,) the key to put at each place, so that the last row's own key is the last; None: as they are.
         first_row: the position of row 0 where ``index`` moves keys.
+        shown: what the check of a promised mask says of its window.
     """
 
     mask: Node | None
     end: Any = None
     index: Node | None = None
     first_row: Node | None = None
+    shown: Node | None = None
 
     def of(self, emit: Emitter, node: Node) -> Node:
         """Keys or values (B, Hkv, Skv, D) as the operator is to get them."""
@@ -129,8 +134,9 @@ def _keys(emit: Emitter, item: Substitution) -> _Keys:
     site, proof = item.site, item.proof
     mask = None if not proof.valid else emit.truths(proof.valid)
     first_row: Any = None
+    shown: Node | None = None
     if proof.promised is not None:
-        mask, first_row = _promised(emit, proof.promised, mask)
+        mask, first_row, shown = _promised(emit, proof.promised, mask)
         if statically_known_true(site.q_len == site.kv_len):
             first_row = None
     elif proof.positions is not None:
@@ -147,9 +153,9 @@ def _keys(emit: Emitter, item: Substitution) -> _Keys:
     if mask is not None:
         mask = emit.call(torch.Tensor.expand, mask, emit.batch(), emit.kv_len())
     if first_row is not None:
-        return _shifted(emit, mask, first_row)
+        return replace(_shifted(emit, mask, first_row), shown=shown)
     if proof.offset is None:
-        return _Keys(mask)
+        return _Keys(mask, shown=shown)
     end = emit.arithmetic(operator.add, emit.expression(proof.offset.const), emit.q_len())
     if mask is not None:
         mask = emit.call(operator.getitem, mask, (slice(None), slice(None, end)))
@@ -169,15 +175,15 @@ def _shifted(emit: Emitter, mask: Node | None, first_row: Node) -> _Keys:
     return _Keys(mask, index=index, first_row=first_row)
 
 
-def _promised(emit: Emitter, promised: Truthy | t.Negation, mask: Node | None) -> tuple[Node, Node]:
-    """The valid keys and the first row's position of a mask that is promised to be causal, checked when it runs."""
+def _promised(emit: Emitter, promised: Truthy | t.Negation, mask: Node | None) -> tuple[Node, Node, Node]:
+    """Of a mask that is promised to be causal, checked when it runs: valid keys, first row's position, its window."""
     truth = promised if isinstance(promised, Truthy) else promised.term
     assert isinstance(truth, Truthy)
-    both = emit.call(CHECK_MASK, emit.source(truth.element.node), emit.q_len(), emit.kv_len())
-    valid = emit.call(operator.getitem, both, 0)
+    checked = emit.call(CHECK_MASK, emit.source(truth.element.node), emit.q_len(), emit.kv_len())
+    valid, first_row, shown = (emit.call(operator.getitem, checked, i) for i in range(3))
     if mask is not None:
         valid = emit.call(torch.logical_and, valid, mask)
-    return valid, emit.call(operator.getitem, both, 1)
+    return valid, first_row, shown
 
 
 def _check_same(result: Node, out: torch.Tensor) -> None:

@@ -120,8 +120,7 @@ def _(
     return query.new_empty(b, h, q_len, value.shape[3]), query.new_empty(b, h, q_len, dtype=torch.float32)
 
 
-@torch.library.custom_op("tmx::triangle_attention_backward", mutates_args=())
-def _backward(
+def plain_backward(
     grad_out: Tensor,
     grad_lse: Tensor,
     query: Tensor,
@@ -135,12 +134,16 @@ def _backward(
     scale: float,
     reach: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of :func:`plain_forward`."""
     geometry = kernel.Geometry(sink, window, last, reach)
     # The caller's autocast reaches in here, and would round the float32 products to bfloat16.
     with torch.autocast(query.device.type, enabled=False):
         if key_mask is not None and key_mask.dtype != torch.bool:
             return documents.backward(grad_out, grad_lse, query, key, value, key_mask, out, geometry, scale)
         return kernel.backward(grad_out, grad_lse, query, key, value, key_mask, out, geometry, scale)
+
+
+_backward = torch.library.custom_op("tmx::triangle_attention_backward", plain_backward, mutates_args=())
 
 
 @_backward.register_fake
