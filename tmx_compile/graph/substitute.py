@@ -18,7 +18,7 @@ from tmx_compile.graph.emit import Emitter
 from tmx_compile.graph.nodes import dead_ends, erase_dead, tensor_of
 from tmx_compile.graph.site import AttentionSite, Operand
 from tmx_compile.graph.terms import Lin, Truthy
-from tmx_compile.ops import CHECK_MASK, KEEP_WINDOW, OPERATOR
+from tmx_compile.ops import CHECK_MASK, FIRST_ROW_INSIDE, KEEP_WINDOW, OPERATOR
 
 FIRST_ROW = "tmx_first_row"
 """Metadata of an operator's node: the node of row 0's position before the keys were moved to the end, or None."""
@@ -145,6 +145,8 @@ def _keys(emit: Emitter, item: Substitution) -> _Keys:
         first_row = emit.call(torch.add, emit.first_position(proof.positions), emit.number(rest))
     elif proof.offset is not None and proof.offset.atoms:
         first_row = emit.number(proof.offset)
+    if first_row is not None and proof.promised is None:
+        first_row = emit.call(FIRST_ROW_INSIDE, first_row, emit.q_len(), emit.kv_len())
     if proof.documents is not None:
         numbers = emit.number(proof.documents)
         # From 1 on: 0 is the number of a key that nobody attends.

@@ -38,14 +38,16 @@ def _causal_key_mask(mask: Tensor, q_len: int, kv_len: int) -> tuple[Tensor, Ten
     first = _first_row(newest - row, kv_len - q_len)
     position = first + row
     own = valid[:, position]
-    # How far back the rows see, and whether some row would see further if it were not for a window.
+    # How far back the rows see (`far`), and whether some row would see further if it were not for a window.
     start = torch.where(valid, key, kv_len).amin(1, keepdim=True)
-    far = torch.where(own, position - oldest, 0).amax()
-    shown = (own & (position - start > far)).any()
+    # A row whose own key is hidden may see nothing; before its sequence, no row has a meaning.
+    exempt = ~own & ((position < start) | (newest < 0))
+    far = torch.where(exempt, 0, position - oldest).amax()
+    shown = (~exempt & (position - start > far)).any()
     good = torch.ones((), dtype=torch.bool, device=mask.device)
-    for block, p, mine in zip(blocks, position.split(step), own.split(step, 1), strict=True):
+    for block, p, free in zip(blocks, position.split(step), exempt.split(step, 1), strict=True):
         causal = valid[:, None, :] & (key <= p[:, None]) & (p[:, None] - key <= far)
-        good = good & ((_attended(block) == causal) | ~mine[:, :, None]).all()
+        good = good & ((_attended(block) == causal) | free[:, :, None]).all()
     # One read of the device: what follows depends on the window, and is said on the host.
     kept, limit, limited = torch.stack([good.long(), far, shown.long()]).tolist()
     if not kept:
@@ -97,6 +99,23 @@ def _(positions: Tensor) -> Tensor:
     return positions.new_empty(())
 
 
+@torch.library.custom_op("tmx::first_row_inside", mutates_args=())
+def _first_row_inside(first: Tensor, q_len: int, kv_len: int) -> Tensor:
+    room = kv_len - q_len
+    message = f"attention rows start at key {{}}, and {q_len} rows among {kv_len} keys start at 0 to {room}"
+    good = ((first >= 0) & (first <= room)).all()
+    if first.device.type != "cpu":
+        torch._assert_async(good, message.format("(a position that the run tells)"))
+    elif not bool(good):
+        raise ValueError(message.format(", ".join(map(str, first.flatten().tolist()))))
+    return first.clone()
+
+
+@_first_row_inside.register_fake
+def _(first: Tensor, q_len: int, kv_len: int) -> Tensor:
+    return torch.empty_like(first)
+
+
 def _check(good: Tensor, what: str) -> None:
     """Raise where that costs nothing; on an accelerator, assert without waiting for it."""
     message = _BROKEN.format(what=what)
@@ -110,9 +129,13 @@ CHECK_MASK = torch.ops.tmx.causal_key_mask.default
 """``(mask, Sq, Skv) -> (valid keys (B or 1, Skv) bool, position of row 0 () int64, (2,) int64 in host memory)``.
 
 The mask is (Sq, >= Skv), (1, Sq, >= Skv) or (B or 1, 1, Sq, >= Skv), bool or float. It must be causal and-ed with the
-valid keys and with at most one window, in every row whose own key is valid. The last result tells how far back the rows
+valid keys and with at most one window; a row whose own key is hidden may be empty, and one before its sequence's first
+key may hold anything. The last result tells how far back the rows
 see, and 1 where that is a window's doing. Raises ``ValueError`` where the mask is anything else. O(block) memory.
 """
 
 FIRST_POSITION = torch.ops.tmx.first_position.default
 """``(positions (Sq,) int) -> position of row 0 ()``; raises ``ValueError`` where they are not consecutive."""
+
+FIRST_ROW_INSIDE = torch.ops.tmx.first_row_inside.default
+"""``(position of row 0, Sq, Skv) -> position of row 0``; raises ``ValueError`` where a row would lie beyond the keys."""
