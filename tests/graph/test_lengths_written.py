@@ -53,10 +53,11 @@ PADDING = {
     "n % k": lambda n, row, key: (key <= row) & (key >= n % 7),
     "sym_min": lambda n, row, key: (key <= row) & (key >= torch.sym_min(n // 2, 100)),
     "sym_max": lambda n, row, key: (key <= row) & (key >= torch.sym_max(n - 400, n % 5)),
+    "behind the keys": lambda n, row, key: (key <= row) & (key < max(n - n % 16, 150)),
     "n * n": lambda n, row, key: (key <= row) & (key * n >= n * n // 4 - key),
     "int(n * 0.3)": lambda n, row, key: (key <= row) & (key >= int(n * 0.3)),
     "sqrt": lambda n, row, key: (key <= row) & (key >= int(n**0.5)),
-    "a number of a hole": lambda n, row, key: (key <= row) & (key != n // 2),
+    "a hole": lambda n, row, key: (key <= row) & (key != n // 2),
     "several": lambda n, row, key: (key <= row) & (key >= max(n % 16, min(n // 9, 20)) + n // 50),
 }
 
@@ -70,16 +71,24 @@ def check(masks, report, model, x, keys):
     assert report.graphs == 1
 
 
-def test_padding_from_a_computed_length():
+def run_padding(names):
+    masks = {name: PADDING[name] for name in names}
     report = Report()
-    model = torch.compile(Model(PADDING.values()), backend=tmx_backend(CONFIG, report=report, lowering="blocked"))
+    model = torch.compile(Model(masks.values()), backend=tmx_backend(CONFIG, report=report, lowering="blocked"))
     for n in LENGTHS:
         x = torch.randn(1, 2, n, 16)
         torch._dynamo.mark_dynamic(x, 2)
-        check(PADDING, report, model, x, x)
+        check(masks, report, model, x, x)
     # A product of lengths with a key is no affine function of the key: it may stay dense, it must not stop.
-    dense_ones = [name for name, site in zip(PADDING, report, strict=True) if site.decision != "triangle"]
-    assert set(dense_ones) <= {"n * n"}
+    assert {name for name, site in zip(masks, report, strict=True) if site.decision != "triangle"} <= {"n * n"}
+
+
+def test_padding_from_a_computed_length(eager):
+    run_padding(PADDING)
+
+
+def test_padding_from_a_computed_length_through_inductor():
+    run_padding(["several", "int(n * 0.3)", "a hole"])
 
 
 OFFSETS = {
@@ -91,9 +100,8 @@ OFFSETS = {
 }
 
 
-@pytest.mark.parametrize("lowering", ["operator", "auto"])
-def test_rows_that_start_at_a_computed_length(lowering):
-    masks = {name: lambda n, row, key, first=first: key <= row + first(n) for name, first in OFFSETS.items()}
+def run_offsets(names, lowering):
+    masks = {name: lambda n, row, key, first=OFFSETS[name]: key <= row + first(n) for name in names}
     report = Report()
     model = torch.compile(Model(masks.values()), backend=tmx_backend(CONFIG, report=report, lowering=lowering))
     for n in LENGTHS:
@@ -101,6 +109,16 @@ def test_rows_that_start_at_a_computed_length(lowering):
         torch._dynamo.mark_dynamic(x, 2, min=129, max=500)
         check(masks, report, model, x, keys)
     assert {site.decision for site in report} == {"triangle"}
+
+
+@pytest.mark.parametrize("lowering", ["operator", "blocked"])
+def test_rows_that_start_at_a_computed_length(lowering, eager):
+    run_offsets(["n // k", "ceil(n / k)", "sym_min", "int(n * 0.5)"], lowering)
+
+
+def test_rows_that_start_at_a_computed_length_through_inductor():
+    # Integer divisions of a symbolic length, in the block plan of FlexAttention too.
+    run_offsets(["n // k"], "flex")
 
 
 class Paired(nn.Module):

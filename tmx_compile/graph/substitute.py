@@ -149,9 +149,11 @@ def _keys(emit: Emitter, item: Substitution) -> _Keys:
         first_row = emit.call(FIRST_ROW_INSIDE, first_row, emit.q_len(), emit.kv_len())
     if proof.documents is not None:
         numbers = emit.number(proof.documents)
-        # From 1 on: 0 is the number of a key that nobody attends.
+        # From 1 on: 0 is no document. The row at a key that nobody attends has a document all the same.
         numbers = emit.call(torch.add, emit.call(torch.sub, numbers, emit.call(torch.amin, numbers)), 1)
-        mask = numbers if mask is None else emit.call(torch.mul, numbers, mask)
+        if mask is not None:
+            numbers = emit.call(torch.where, mask, numbers, emit.call(torch.neg, numbers))
+        mask = numbers
     if mask is not None:
         mask = emit.call(torch.Tensor.expand, mask, emit.batch(), emit.kv_len())
     if first_row is not None:

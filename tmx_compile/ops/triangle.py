@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 from tmx_compile.ops import documents, kernel
-
-ALL_ROWS = 2**31 - 1
-"""``last`` for which every row counts as a last row, so that the mask is causal and padding alone (dense)."""
+from tmx_compile.ops.kernel import ALL_ROWS
 
 _SCHEMA = (
     "(Tensor query, Tensor key, Tensor value, Tensor? key_mask, int sink, int window, int last, float scale,"
@@ -179,6 +177,8 @@ def _autograd(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | No
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
 
+__all__ = ["ALL_ROWS", "OPERATOR", "triangle_attention"]
+
 OPERATOR = torch.ops.tmx.triangle_attention.default
 """The operator as a node target."""
 
@@ -198,8 +198,10 @@ def triangle_attention(
     """Attention under the TriangleMix mask (arXiv 2507.21526), differentiable, O(N) in memory.
 
     Row i stands at absolute position p = Skv - Sq + i. With valid keys in [start, end) (all keys where there is no
-    ``key_mask``) it attends to a valid key j exactly when ``j <= p``, ``start <= p < end`` and one of
-    ``j < start + sink``, ``p - j <= window``, ``p >= end - last`` holds; and ``p - j <= reach`` where there is a reach.
+    ``key_mask``) it attends to a valid key j exactly when ``j <= p`` and one of ``j < start + sink``,
+    ``p - j <= window``, ``end - last <= p < end`` holds; and ``p - j <= reach`` where there is a reach. Whether its own
+    key is valid plays no part: a row before ``start`` has no key, one from ``end`` on is no last row (unless all are:
+    ``last=ALL_ROWS``).
 
     Args:
         query: (B, H, Sq, D), any floating dtype; Sq <= Skv.
@@ -207,7 +209,8 @@ def triangle_attention(
         value: (B, Hkv, Skv, Dv).
         key_mask: (B, Skv) bool, True where a key may be attended, or None. ``start`` is its first True, ``end`` one
             past its last; a False between them is never attended. Or int32 or int64 numbers of packed documents, 0
-            where a key may not be attended: a row attends keys of its own document, which has its own start and end.
+            where there is no document: a row attends keys of its own document, which has its own start and end. -n is
+            a key of document n that may not be attended; the row there belongs to n.
         sink: number of leading keys every row attends to.
         window: how far back a row sees: ``window + 1`` keys, its own included.
         last: number of final rows that attend to all keys.
