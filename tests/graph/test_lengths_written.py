@@ -157,7 +157,9 @@ def test_what_a_graph_tells_and_what_it_does_not():
     x = torch.randn(60)
     torch._dynamo.mark_dynamic(x, 0)
     (gm,) = captured_graphs(sizes, x)
-    (given,) = [node for node in gm.graph.nodes if isinstance(value_of(node), torch.Tensor) and node.op == "placeholder"]
+    (given,) = [
+        node for node in gm.graph.nodes if isinstance(value_of(node), torch.Tensor) and node.op == "placeholder"
+    ]
     symbol = value_of(given).shape[0].node.expr
     lengths, end = Lengths(gm.graph), gm.graph.output_node()
     written = []

@@ -158,5 +158,5 @@ def _sizes(term: Term) -> Iterator[Size]:
         case Negation(inner):
             yield from _sizes(inner)
         case AllOf(terms) | AnyOf(terms):
-            for part in terms:
-                yield from _sizes(part)
+            for inner in terms:
+                yield from _sizes(inner)

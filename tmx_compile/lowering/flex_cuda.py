@@ -97,7 +97,8 @@ def emit(write: Writer, call: AttentionCall, operands: Operands) -> Proxy:
         else:
             # A row that is no last row keeps what it has: it stands for one that does not exist.
             places = index[:, None, :, None].expand(-1, length(q, 1), -1, length(v, 3))
-            final = torch.where((position >= 0)[:, None, :, None], final, out.gather(2, places))
+            kept: Any = out.gather(2, places)
+            final = torch.where((position >= 0)[:, None, :, None], final, kept)
             sequence = arange(q, length(q, 0))[:, None]
             out = write.call(torch.ops.aten.index_put.default, out, [sequence, None, index], final.transpose(1, 2))
     return out
@@ -174,8 +175,8 @@ def _last(
 ) -> tuple[Any, Any, Any]:
     """Attention of the final ``last`` rows over all keys in reach, (B, H, last, Dv), their row numbers and positions.
 
-    The row numbers are (last,), or (B, last) with padding; positions as :func:`_choose` gives them. The query heads of a key head are rows of one head here, so that
-    its keys are read once for all of them.
+    The row numbers are (last,), or (B, last) with padding; positions are those of :func:`_choose`. The query heads of a
+    key head are rows of one head here, so that its keys are read once for all of them.
     """
     q, k, v = qkv
     batch, heads, kv_heads, dim, v_dim = length(q, 0), length(q, 1), length(k, 1), length(q, 3), length(v, 3)

@@ -6,4 +6,13 @@ from tmx_compile.ops.checks import CHECK_MASK, FIRST_POSITION, FIRST_ROW_INSIDE,
 from tmx_compile.ops.promised import KEEP_WINDOW
 from tmx_compile.ops.triangle import ALL_ROWS, OPERATOR, triangle_attention
 
-__all__ = ["ALL_ROWS", "CHECK_MASK", "FIRST_POSITION", "FIRST_ROW_INSIDE", "KEEP_WINDOW", "MASKED", "OPERATOR", "triangle_attention"]
+__all__ = [
+    "ALL_ROWS",
+    "CHECK_MASK",
+    "FIRST_POSITION",
+    "FIRST_ROW_INSIDE",
+    "KEEP_WINDOW",
+    "MASKED",
+    "OPERATOR",
+    "triangle_attention",
+]

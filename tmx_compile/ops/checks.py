@@ -45,7 +45,9 @@ def _causal_key_mask(mask: Tensor, q_len: int, kv_len: int) -> tuple[Tensor, Ten
     far = torch.where(exempt, 0, position - oldest).amax()
     shown = (~exempt & (position - start > far)).any()
     good = torch.ones((), dtype=torch.bool, device=mask.device)
-    for block, p, free in zip(blocks, position.split(step), exempt.split(step, 1), strict=True):
+    for number, block in enumerate(blocks):
+        here = slice(number * step, (number + 1) * step)
+        p, free = position[here], exempt[:, here]
         causal = valid[:, None, :] & (key <= p[:, None]) & (p[:, None] - key <= far)
         good = good & ((_attended(block) == causal) | free[:, :, None]).all()
     # One read of the device: what follows depends on the window, and is said on the host.
@@ -138,4 +140,4 @@ FIRST_POSITION = torch.ops.tmx.first_position.default
 """``(positions (Sq,) int) -> position of row 0 ()``; raises ``ValueError`` where they are not consecutive."""
 
 FIRST_ROW_INSIDE = torch.ops.tmx.first_row_inside.default
-"""``(position of row 0, Sq, Skv) -> position of row 0``; raises ``ValueError`` where a row would lie beyond the keys."""
+"""``(position of row 0, Sq, Skv) -> position of row 0``; raises ``ValueError`` where a row lies beyond the keys."""

@@ -78,11 +78,11 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     other = _other(shown, key.shape[2], reach)
     if other is None:
-        return grad.clone(), *(x.new_zeros(x.shape) for x in (query, key, value))
+        return grad.clone(), query.new_zeros(query.shape), key.new_zeros(key.shape), value.new_zeros(value.shape)
     no_lse = grad.new_zeros(grad.shape[:3], dtype=torch.float32)
     geometry = (sink, window, last, scale, other)
-    grads = plain_backward(grad, no_lse, query, key, value, key_mask, result, *geometry)
-    return grad.new_zeros(grad.shape), *(x.contiguous() for x in grads)
+    d_query, d_key, d_value = plain_backward(grad, no_lse, query, key, value, key_mask, result, *geometry)
+    return torch.zeros_like(grad), d_query.contiguous(), d_key, d_value
 
 
 @_backward.register_fake
@@ -100,7 +100,7 @@ def _(
     scale: float,
     reach: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return torch.empty_like(grad), *(x.new_empty(x.shape) for x in (query, key, value))
+    return torch.empty_like(grad), query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
