@@ -12,7 +12,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from tmx_compile.graph.nodes import fake_mode_of, tensor_of
 from tmx_compile.lowering.base import AttentionCall
 from tmx_compile.lowering.lower import Lowerer
-from tmx_compile.ops import OPERATOR
+from tmx_compile.ops import ALL_ROWS, OPERATOR
 from tmx_compile.report import Rejected
 
 
@@ -23,24 +23,26 @@ def attended(q_len, kv_len, key_mask, sink, window, last, reach=None):
     for b in range(batch):
         documents = [None]
         if key_mask is not None and key_mask.dtype != torch.bool:
-            documents = [number for number in key_mask[b].unique().tolist() if number != 0]
+            documents = [number for number in key_mask[b].unique().tolist() if number > 0]
         for number in documents:
             if key_mask is None:
                 valid = list(range(kv_len))
             else:
                 mine = key_mask[b] if number is None else key_mask[b] == number
+                own = None if number is None else (key_mask[b].abs() == number).nonzero().flatten().tolist()
                 valid = mine.nonzero().flatten().tolist()
             if not valid:
                 continue
             start, end = valid[0], valid[-1] + 1
             for i in range(q_len):
                 p = kv_len - q_len + i
-                if not start <= p < end or (number is not None and p not in valid):
+                if number is not None and p not in own:
                     continue
+                final = p >= end - last and (p < end or last >= ALL_ROWS)
                 for j in valid:
                     near = j < start + sink or p - j <= window
                     seen = reach is None or p - j <= reach
-                    mask[b, i, j] = j <= p and seen and (near or p >= end - last)
+                    mask[b, i, j] = j <= p and seen and (near or final)
     return mask
 
 
@@ -60,7 +62,7 @@ class Case:
     """One operator problem.
 
     ``valid`` gives each sequence's valid keys as (start, end), ``holes`` drops some inside; with ``documents`` the keys
-    are packed documents instead, of random lengths, some 0.
+    are packed documents instead, of random lengths, the first no document; holes hide some of their keys.
     """
 
     q_len: int
@@ -116,8 +118,9 @@ class Case:
 
     def key_mask(self):
         if self.documents:
-            numbers = (torch.rand(self.batch, self.kv_len) < 0.1).long().cumsum(1) - 7
-            return numbers * (torch.rand(self.batch, self.kv_len) < 0.9) if self.holes else numbers
+            numbers = ((torch.rand(self.batch, self.kv_len) < 0.1).long().cumsum(1) - 3).clamp(min=0)
+            hidden = torch.rand(self.batch, self.kv_len) < 0.1
+            return torch.where(hidden, -numbers, numbers) if self.holes else numbers
         if self.valid is None:
             return None
         mask = torch.zeros(self.batch, self.kv_len, dtype=torch.bool)

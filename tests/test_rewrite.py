@@ -26,7 +26,7 @@ from tmx_compile import (
     standalone,
 )
 from tmx_compile.graph.nodes import fake_mode_of, op_name, tensor_of
-from tmx_compile.ops import OPERATOR
+from tmx_compile.ops import ALL_ROWS, OPERATOR
 
 LOW, HIGH = CONFIG.min_seq_len + 1, 256
 LENGTHS = (LOW, 128, 159, HIGH)
@@ -41,8 +41,9 @@ def attended(q_len, kv_len, key_mask, sink, window, last, *rest):
     start = torch.where(valid, key, kv_len).amin(1)[:, None, None]
     end = torch.where(valid, key + 1, 0).amax(1)[:, None, None]
     row = (torch.arange(q_len) + kv_len - q_len)[None, :, None]
-    near = (key < start + sink) | (row - key <= window) | (row >= end - last)
-    return near & (key <= row) & valid[:, None] & (start <= row) & (row < end)
+    final = (row >= end - last) & ((row < end) | (last >= ALL_ROWS))
+    near = (key < start + sink) | (row - key <= window) | final
+    return near & (key <= row) & valid[:, None]
 
 
 @pytest.fixture(autouse=True)

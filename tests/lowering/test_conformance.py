@@ -53,6 +53,10 @@ CASES = {
     "a reach inside the last rows": Case(200, 200, 4, 20, 100, reach=30),
     "padding and a reach": Case(200, 200, 10, 20, 30, batch=2, valid=((0, 200), (60, 190)), holes=True, reach=70),
     "more keys than rows and a reach": Case(90, 240, 40, 20, 8, reach=110),
+    "right padding, window beyond the end": Case(120, 120, 4, 500, 8, batch=2, valid=((0, 120), (0, 70))),
+    "right padding, last rows beyond the end": Case(90, 90, 2, 3, 500, batch=3, valid=((0, 90), (5, 60), (0, 1))),
+    "right padding, all rows are last rows": Case(90, 90, 0, 0, 2**31 - 1, batch=2, valid=((0, 90), (5, 60))),
+    "rows behind the keys": Case(40, 130, 4, 50, 8, batch=3, valid=((0, 130), (7, 80), (0, 95)), holes=True),
     "padding, multi-query": Case(150, 150, 4, 20, 8, batch=2, heads=4, valid=((20, 150), (0, 90))),
 }
 # triton runs in Triton's interpreter here (conftest.py), compiled on a GPU in test_cuda.py.

@@ -6,9 +6,8 @@ compiled graph asks it about the tensor of each call.
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 import torch
@@ -21,6 +20,11 @@ from tmx_compile.graph.exact import fits
 from tmx_compile.graph.terms import Choice, Lin, Term
 
 _MOST_ELEMENTS = 1 << 30
+_DTYPES = frozenset({torch.bool, torch.float64, torch.float32, torch.bfloat16, torch.float16})
+_DTYPES |= {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8}
+# Elements looked at together, and rows at a diagonal: the temporaries of both are a few tens of MiB at most.
+_CELLS = 1 << 22
+_ROWS = 256
 
 
 def known_tensors(
@@ -52,62 +56,119 @@ def recognise(tensor: Tensor) -> Term | None:
     """What one element of a tensor is as a term of its coordinates; None where its values follow no simple rule.
 
     Knows one repeated value, integers that are affine in the coordinates, and two values divided by a diagonal of the
-    last two dimensions.
+    last two dimensions. Reads blocks: no temporary has the size of the tensor.
     """
     with torch._subclasses.fake_tensor.unset_fake_temporarily(), torch.no_grad():
         x = tensor.detach()
-        if not 0 < x.numel() <= _MOST_ELEMENTS or x.is_complex() or x.is_quantized or x.layout != torch.strided:
+        if not 0 < x.numel() <= _MOST_ELEMENTS or x.dtype not in _DTYPES or x.layout != torch.strided:
             return None
-        first = x.reshape(-1)[0]
-        if bool((x == first).all()):
-            return _value(x.dtype, first.item())
-        if x.dtype in (torch.int64, torch.int32):
-            return _affine(x)
-        if x.dim() < 2 or any(size != 1 for size in x.shape[:-2]):
-            return None
-        return _diagonal(x.reshape(x.shape[-2:]))
+        term = _guess(x)
+        return term if term is not None and _matches(x, term) else None
 
 
-def _value(dtype: torch.dtype, value: Any) -> Term:
-    if dtype == torch.bool:
-        return t.Const(bool(value))
-    return Choice(t.TRUE, float(value), 0.0) if dtype.is_floating_point else Lin(int(value))
-
-
-def _affine(x: Tensor) -> Lin | None:
-    dtype, x = x.dtype, x.long()
-    last = x.dim() - 1
-    base = x[(0,) * x.dim()]
-    factors: dict[int, int] = {}
-    predicted = base.expand(x.shape)
-    for dim in range(x.dim()):
-        if x.shape[dim] > 1:
-            step = x.select(dim, 1)[(0,) * last] - base
-            factors[last - dim] = int(step)
-            places = torch.arange(x.shape[dim], dtype=x.dtype, device=x.device)
-            predicted = predicted + (step * places).reshape(-1, *(1,) * (last - dim))
-    lin = Lin.of(int(base), factors)
-    # The prediction wraps around where the numbers do.
-    inside = fits(lin, dtype, lambda coordinate: int(x.shape[last - coordinate]), None)
-    return lin if inside and torch.equal(predicted, x) else None
-
-
-def _diagonal(x: Tensor) -> Term | None:
-    """``low`` where key - row <= d, ``high`` elsewhere."""
-    low, high = x[-1, 0], x[0, -1]
-    # How many elements of row 0 lie on the lower side; none: the diagonal starts further down.
-    in_row, in_column = int((x[0] == low).sum()), int((x[:, 0] == high).sum())
-    diagonal = in_row - 1 if in_row > 0 else -in_column
-    lower = torch.ones(x.shape, dtype=torch.bool, device=x.device).tril(diagonal)
-    if not torch.equal(torch.where(lower, low, high), x):
-        return None
-    condition = t.compare_ge(Lin.of(diagonal, {0: -1, 1: 1}))
+def _guess(x: Tensor) -> Term | None:
+    """The term that fits the first elements of each dimension; the others are still to be looked at."""
+    corner, opposite = (x[(place,) * x.dim()].item() for place in (0, -1))
+    if x.dim() >= 2 and all(size == 1 for size in x.shape[:-2]) and x.dtype not in (torch.int64, torch.int32):
+        x = x.reshape(x.shape[-2:])
+        low, high = x[-1, 0], x[0, -1]
+        if bool(low != high):
+            # How many elements of row 0 lie on the lower side; none: the diagonal starts further down.
+            in_row, in_column = int((x[0] == low).sum()), int((x[:, 0] == high).sum())
+            diagonal = in_row - 1 if in_row > 0 else -in_column
+            condition = t.compare_ge(Lin.of(diagonal, {0: -1, 1: 1}))
+            if x.dtype == torch.bool:
+                return condition if bool(low) else t.negate(condition)
+            return Choice(condition, float(low), float(high))
     if x.dtype == torch.bool:
-        return condition if bool(low) else t.negate(condition)
-    return Choice(condition, float(low), float(high))
+        return t.Const(bool(corner))
+    if x.dtype.is_floating_point:
+        return Choice(t.TRUE, float(corner), 0.0)
+    if x.dtype not in (torch.int64, torch.int32):
+        return Lin(int(corner)) if corner == opposite else None
+    last = x.dim() - 1
+    steps = {last - d: int(x[tuple(int(e == d) for e in range(x.dim()))]) for d in range(x.dim()) if x.shape[d] > 1}
+    lin = Lin.of(int(corner), {coordinate: value - int(corner) for coordinate, value in steps.items()})
+    # Numbers that wrap around are no line.
+    return lin if fits(lin, x.dtype, lambda coordinate: int(x.shape[last - coordinate]), None) else None
 
 
-@dataclass
+def _matches(x: Tensor, term: Term) -> bool:
+    """Whether a tensor has the values of a term that :func:`_guess` gives. One read of it, one wait for its device."""
+    match term:
+        case t.Const(value):
+            parts = [_all_are(block, value) for block, _ in _blocks(x)]
+        case Choice(t.Const(), float(value), _):
+            parts = [_all_are(block, value) for block, _ in _blocks(x)]
+        case Lin(const, factors):
+            parts = [_affine(block, at, int(const), dict(factors)) for block, at in _blocks(x)]
+        case Choice(t.NonNegative(lin), float(low), float(high)):
+            parts = _divided(x, int(lin.const), low, high)
+        case t.NonNegative(lin):
+            below = lin.factor(1) > 0
+            parts = _divided(x, int(lin.const if below else -1 - lin.const), below, not below)
+        case _:
+            return False
+    return bool(torch.stack(parts).all())
+
+
+def _blocks(x: Tensor, dim: int = 0, at: tuple[int, ...] = ()) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
+    """A tensor in parts of at most ``_CELLS`` elements, with the coordinates of each one's first element."""
+    if dim == x.dim():
+        yield x, at
+        return
+    each = x.narrow(dim, 0, 1).numel()
+    size, step = x.shape[dim], max(1, _CELLS // each)
+    for place in range(0, size, step):
+        part = x.narrow(dim, place, min(step, size - place))
+        if each > _CELLS:
+            yield from _blocks(part, dim + 1, (*at, place))
+        else:
+            yield part, (*at, place, *(0,) * (x.dim() - dim - 1))
+
+
+def _all_are(x: Tensor, value: bool | float) -> Tensor:
+    """Whether every element is ``value``; without a temporary of the tensor's size."""
+    if x.numel() == 0:
+        return torch.ones((), dtype=torch.bool, device=x.device)
+    if x.dtype == torch.bool:
+        return x.all() if value else ~x.any()
+    low, high = x.aminmax()
+    return (low == value) & (high == value)
+
+
+def _affine(x: Tensor, at: tuple[int, ...], const: int, factors: dict[int, int]) -> Tensor:
+    last = x.dim() - 1
+    predicted = torch.full((1,) * x.dim(), const, dtype=torch.int64, device=x.device)
+    for coordinate, factor in factors.items():
+        dim = last - coordinate
+        places = torch.arange(at[dim], at[dim] + x.shape[dim], device=x.device)
+        predicted = predicted + (factor * places).reshape(-1, *(1,) * coordinate)
+    return (x == predicted).all()
+
+
+def _divided(x: Tensor, diagonal: int, low: bool | float, high: bool | float) -> list[Tensor]:
+    """Whether elements are ``low`` where key - row <= diagonal, ``high`` elsewhere, for parts of the tensor.
+
+    Most of a block of rows lies on one side; only a square at the diagonal is compared with what it should be.
+    """
+    x = x.reshape(x.shape[-2:])
+    rows, keys = x.shape
+    inner, outer = (torch.tensor(value, dtype=x.dtype, device=x.device) for value in (low, high))
+    parts = []
+    for row in range(0, rows, _ROWS):
+        block = x[row : row + _ROWS]
+        begin = min(max(row + diagonal + 1, 0), keys)
+        end = min(max(row + block.shape[0] + diagonal, 0), keys)
+        near = torch.arange(begin, end, device=x.device) <= torch.arange(len(block), device=x.device)[:, None] + (
+            row + diagonal
+        )
+        middle = (block[:, begin:end] == torch.where(near, inner, outer)).all()
+        parts += [_all_are(block[:, :begin], low), middle, _all_are(block[:, end:], high)]
+    return parts
+
+
+@dataclass(frozen=True)
 class KnownTensor:
     """A tensor that a proof rests on, and what it was read as.
 
@@ -120,17 +181,15 @@ class KnownTensor:
     name: str
     position: int
     term: Term
-    _seen: dict[int, tuple[int, Any]] = field(default_factory=dict)
 
     def holds(self, tensor: Tensor) -> bool:
-        """Whether the tensor of a call is still what was read. Looks at its values only when it was written."""
-        known = self._seen.get(id(tensor))
-        if known is not None and known[0] == tensor._version and known[1]() is tensor:
-            return True
-        if recognise(tensor) != self.term:
-            return False
-        self._seen[id(tensor)] = (tensor._version, weakref.ref(tensor))
-        return True
+        """Whether the tensor of a call still has the values that were read.
+
+        Looks at them: a version counter misses writes through ``.data``, NumPy and ``set_``, and a tensor made in
+        inference mode has none.
+        """
+        with torch.no_grad():
+            return _matches(tensor.detach(), self.term)
 
 
 def watched(compiled: Callable[..., Any], known: Sequence[KnownTensor]) -> Callable[..., Any]:

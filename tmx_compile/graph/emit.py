@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from functools import reduce
 from typing import Any, Literal
 
-import sympy
 import torch
 from torch.fx import GraphModule, Node
 
 from tmx_compile.errors import VerificationError
 from tmx_compile.graph import terms as t
 from tmx_compile.graph.conclude import BATCH, KEY
+from tmx_compile.graph.expressions import Lengths, Unwritable
 from tmx_compile.graph.nodes import INSERTED, on_fakes, tensor_of, value_of
 from tmx_compile.graph.site import AttentionSite, Operand
 from tmx_compile.graph.storages import Storages
@@ -31,7 +31,7 @@ class Emitter:
         self._like: Node | None = None
         self._storages = storages
         self._saved: dict[tuple[Node, int], Node] = {}
-        self._symbols: dict[Any, tuple[Node, int | None]] | None = None
+        self._lengths: Lengths | None = None
         self._site: AttentionSite | None = None
         self._replaced: dict[Node, Node] = {}
 
@@ -206,27 +206,13 @@ class Emitter:
 
     def expression(self, size: Size) -> Any:
         """A length: a number, or a node for an expression of the graph's symbols."""
-        if isinstance(size, int) or size.is_Integer:
-            return int(size)
-        if isinstance(size, (sympy.Add, sympy.Mul)):
-            combine = operator.add if isinstance(size, sympy.Add) else operator.mul
-            return reduce(lambda a, b: self.arithmetic(combine, a, b), map(self.expression, size.args))
-        where = self._inputs().get(size)
-        if where is None:
-            raise VerificationError(f"no input of the graph tells the length {size}")
-        node, dim = where
-        return node if dim is None else self.call(torch.Tensor.size, node, dim)
-
-    def _inputs(self) -> dict[Any, tuple[Node, int | None]]:
-        """Where the graph's inputs carry each symbol."""
-        if self._symbols is None:
-            self._symbols = {}
-            for node in self._gm.graph.find_nodes(op="placeholder"):
-                value = value_of(node)
-                if isinstance(value, torch.SymInt):
-                    self._symbols.setdefault(value.node.expr, (node, None))
-                elif isinstance(value, torch.Tensor):
-                    for dim, size in enumerate(value.shape):
-                        if isinstance(size, torch.SymInt):
-                            self._symbols.setdefault(size.node.expr, (node, dim))
-        return self._symbols
+        if isinstance(size, int):
+            return size
+        if self._lengths is None:
+            self._lengths = Lengths(self._gm.graph)
+        assert self._like is not None
+        try:
+            return self._lengths.write(size, self._like, self.call)
+        except Unwritable as missing:
+            # The proof refuses what cannot be written: ``expressions.unwritable``.
+            raise VerificationError(str(missing)) from missing

@@ -26,6 +26,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from tmx_compile.graph import terms as t
 from tmx_compile.graph.block_check import checkable
 from tmx_compile.graph.conclude import BATCH, HEAD, KEY, ROW, Proof, Ranges, Sizes, conclude, origin
+from tmx_compile.graph.expressions import unwritable
 from tmx_compile.graph.mask_mod import read_mask_mod
 from tmx_compile.graph.nodes import shape_env_of, tensor_of
 from tmx_compile.graph.read import MaskReader, NotUnderstood, View, as_truth, opaque
@@ -137,7 +138,8 @@ class Prover:
         truth = self._decide(t.all_of(*attended), sizes)
         where = next((part.node for part in site.masks if isinstance(part, MaskPart)), site.node)
         ranges = Ranges(sizes, lambda lin: self._at_least(lin, sizes, 0))
-        return conclude(truth, ranges, where, reader.runs, assume_causal=promised, own_key=own_key)
+        proof = conclude(truth, ranges, where, reader.runs, assume_causal=promised, own_key=own_key)
+        return proof if isinstance(proof, Rejected) else unwritable(proof, site.node) or proof
 
     def _part(
         self, reader: MaskReader, part: MaskPart | MaskMod, sizes: Sizes, site: AttentionSite

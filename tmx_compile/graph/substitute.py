@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from tmx_compile.graph.nodes import tensor_of
 from tmx_compile.graph.site import AttentionSite, BlockPlan, Operand
 from tmx_compile.graph.storages import Storages
 from tmx_compile.graph.terms import Lin, Truthy
-from tmx_compile.ops import CHECK_MASK, OPERATOR
+from tmx_compile.ops import CHECK_MASK, FIRST_ROW_INSIDE, KEEP_WINDOW, OPERATOR
 
 FIRST_ROW = "tmx_first_row"
 """Metadata of an operator's node: the node of row 0's position before the keys were moved to the end, or None."""
@@ -71,7 +71,11 @@ class Substituter:
             reach = () if item.proof.reach is None else (item.proof.reach,)
             both = emit.call(OPERATOR, *operands, keys.mask, item.sink, item.window, item.last, site.scale, *reach)
             both.meta[FIRST_ROW], both.meta[LAYER] = keys.first_row, item.layer
-            result = self._laid_out(emit.call(operator.getitem, both, 0), site)
+            result = emit.call(operator.getitem, both, 0)
+            if keys.shown is not None:
+                arguments = (*operands, keys.mask, keys.shown, item.sink, item.window, item.last, site.scale)
+                result = emit.call(KEEP_WINDOW, result, *arguments, *reach)
+            result = self._laid_out(result, site)
         self._emit.replace(site.node, result)
         _check_same(result, out)
         return both
@@ -128,12 +132,14 @@ class _Keys:
         end: one past the last key that any row may attend; None: all keys.
         index: (Skv,) the key to put at each place, so that the last row's own key is the last; None: as they are.
         first_row: the position of row 0 where ``index`` moves keys.
+        shown: what the check of a promised mask says of its window.
     """
 
     mask: Node | None
     end: Any = None
     index: Node | None = None
     first_row: Node | None = None
+    shown: Node | None = None
 
     def of(self, emit: Emitter, node: Node) -> Node:
         """Keys or values (B, Hkv, Skv, D) as the operator is to get them."""
@@ -149,8 +155,9 @@ def _keys(emit: Emitter, item: Substitution) -> _Keys:
     site, proof = item.site, item.proof
     mask = None if not proof.valid else emit.truths(proof.valid)
     first_row: Any = None
+    shown: Node | None = None
     if proof.promised is not None:
-        mask, first_row = _promised(emit, proof.promised, mask)
+        mask, first_row, shown = _promised(emit, proof.promised, mask)
         if statically_known_true(site.q_len == site.kv_len):
             first_row = None
     elif proof.positions is not None:
@@ -159,15 +166,18 @@ def _keys(emit: Emitter, item: Substitution) -> _Keys:
         first_row = emit.call(torch.add, emit.first_position(proof.positions), emit.number(rest))
     elif proof.offset is not None and proof.offset.atoms:
         first_row = emit.number(proof.offset)
+    if first_row is not None and proof.promised is None:
+        first_row = emit.call(FIRST_ROW_INSIDE, first_row, emit.q_len(), emit.kv_len())
     if proof.documents is not None:
         numbers = _from_one(emit, emit.number(proof.documents))
-        mask = numbers if mask is None else emit.call(torch.mul, numbers, mask)
+        # The row at a key that nobody attends has a document all the same.
+        mask = numbers if mask is None else emit.call(torch.where, mask, numbers, emit.call(torch.neg, numbers))
     if mask is not None:
         mask = emit.call(torch.Tensor.expand, mask, emit.batch(), emit.kv_len())
     if first_row is not None:
-        return _shifted(emit, mask, first_row)
+        return replace(_shifted(emit, mask, first_row), shown=shown)
     if proof.offset is None:
-        return _Keys(mask)
+        return _Keys(mask, shown=shown)
     end = emit.arithmetic(operator.add, emit.expression(proof.offset.const), emit.q_len())
     if mask is not None:
         mask = emit.call(operator.getitem, mask, (slice(None), slice(None, end)))
@@ -196,15 +206,16 @@ def _shifted(emit: Emitter, mask: Node | None, first_row: Node) -> _Keys:
     return _Keys(mask, index=index, first_row=first_row)
 
 
-def _promised(emit: Emitter, promised: Truthy | t.Negation, mask: Node | None) -> tuple[Node, Node]:
-    """The valid keys and the first row's position of a mask that is promised to be causal, checked when it runs."""
+def _promised(emit: Emitter, promised: Truthy | t.Negation, mask: Node | None) -> tuple[Node, Node, Node]:
+    """Of a mask that is promised to be causal, checked when it runs: valid keys, first row's position, its window."""
     truth = promised if isinstance(promised, Truthy) else promised.term
     assert isinstance(truth, Truthy)
-    both = emit.call(CHECK_MASK, emit.source(truth.element.node, truth.element.version), emit.q_len(), emit.kv_len())
-    valid = emit.call(operator.getitem, both, 0)
+    source = emit.source(truth.element.node, truth.element.version)
+    checked = emit.call(CHECK_MASK, source, emit.q_len(), emit.kv_len())
+    valid, first_row, shown = (emit.call(operator.getitem, checked, i) for i in range(3))
     if mask is not None:
         valid = emit.call(torch.logical_and, valid, mask)
-    return valid, emit.call(operator.getitem, both, 1)
+    return valid, first_row, shown
 
 
 def _check_same(result: Node, out: torch.Tensor) -> None:

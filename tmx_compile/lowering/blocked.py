@@ -84,15 +84,16 @@ def blocked_attention(
     window = window if reach is None else min(window, reach)
     if isinstance(kv_len, int):
         sink, window = min(sink, kv_len), min(window, kv_len)
+    where = rows.extent(key_mask, kv_len)
+    ending = where if key_mask is None else rows.last_extent(where, kv_len, last)
     if isinstance(q_len, int):
         last = min(last, q_len)
-    where = rows.extent(key_mask, kv_len)
     out = _streaming(q, k, v, key_mask, where, sink, window, scale, reach)
     if last > 0:
-        final = rows.last_rows(q, k, v, key_mask, where, last, scale, reach)
-        out = rows.join(out, final, q, k, key_mask, where, last, layout)
+        final = rows.last_rows(q, k, v, key_mask, ending, last, scale, reach)
+        out = rows.join(out, final, q, k, key_mask, ending, last, layout)
     if key_mask is not None:
-        out = rows.zero_empty(out, q, k, key_mask, where, sink, window, last, reach)
+        out = rows.zero_empty(out, q, k, key_mask, ending, sink, window, last, reach)
     return out
 
 

@@ -185,9 +185,7 @@ def _dense(call: AttentionCall) -> Tensor:
     allowed = rows.within(key <= row, row, key, call.reach)
     if key_mask is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=call.scale, enable_gqa=True)
-    where = rows.extent(key_mask, kv_len)
-    inside = (row[None] >= where.start[:, :, None]) & (row[None] < where.end[:, :, None])
-    safe, alive = rows.with_own_key(allowed[None] & key_mask[:, None, :] & inside, (key == row)[None])
+    safe, alive = rows.with_own_key(allowed[None] & key_mask[:, None, :], (key == row)[None])
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=safe[:, None], scale=call.scale, enable_gqa=True)
     return torch.where(alive[:, None, :, None], out, 0.0)
 

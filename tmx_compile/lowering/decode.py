@@ -71,7 +71,7 @@ def decode_attention(
     near = near[None, :].expand(length(q, 0), -1)
     allowed = torch.cat([rows.within(far < row - window, row, far, reach), near >= where.start], 1)
     index = torch.cat([far.clamp(max=row), near.clamp(min=0)], 1)
-    allowed = allowed & key_mask.gather(1, index) & (where.end > row)
+    allowed = allowed & key_mask.gather(1, index)
     own = arange(q, sink + window + 1) == sink + window
     safe, alive = rows.with_own_key(allowed, own)
     keys, values = (x.gather(2, index[:, None, :, None].expand(-1, length(x, 1), -1, length(x, 3))) for x in (k, v))

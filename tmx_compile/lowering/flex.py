@@ -68,18 +68,19 @@ class Flex:
         window = window if call.reach is None else min(window, call.reach)
         if isinstance(kv_len, int):
             sink, window = min(sink, kv_len), min(window, kv_len)
+        where = rows.extent(key_mask, kv_len)
+        ending = where if key_mask is None else rows.last_extent(where, kv_len, last)
         if isinstance(q_len, int):
             last = min(last, q_len)
-        where = rows.extent(key_mask, kv_len)
         # The template reads wrong elements of a query that is a slice of a larger tensor, and 2.11 rejects inputs that
         # share a buffer.
         contiguous = [x.contiguous() for x in (q, k, v)]
         out = _streaming(write, contiguous, key_mask, where, sink, window, call)
         if last > 0:
-            final = rows.last_rows(q, k, v, key_mask, where, last, call.scale, call.reach)
-            out = rows.join(out, final, q, k, key_mask, where, last, call.layout)
+            final = rows.last_rows(q, k, v, key_mask, ending, last, call.scale, call.reach)
+            out = rows.join(out, final, q, k, key_mask, ending, last, call.layout)
         if key_mask is not None:
-            out = rows.zero_empty(out, q, k, key_mask, where, sink, window, last, call.reach)
+            out = rows.zero_empty(out, q, k, key_mask, ending, sink, window, last, call.reach)
         return out
 
 

@@ -77,22 +77,28 @@ def emit(write: Writer, call: AttentionCall, operands: Operands) -> Proxy:
     window = window if call.reach is None else min(window, call.reach)
     if isinstance(kv_len, int):
         sink, window = min(sink, kv_len), min(window, kv_len)
+    where = rows.extent(key_mask, kv_len)
+    ending = where if key_mask is None else rows.last_extent(where, kv_len, last)
+    whole_is_last = key_mask is None or ending is not where
     if isinstance(q_len, int):
         last = min(last, q_len)
-    where = rows.extent(key_mask, kv_len)
     # As int8, which is surely computed: `stored` must not meet a view.
     valid = None if key_mask is None else stored(key_mask.to(torch.int8))
-    if isinstance(q_len, int) and last == q_len:
-        whole: Proxy = _last(write, [q, k, v], valid, where, last, call)[0]
+    if isinstance(q_len, int) and last == q_len and whole_is_last:
+        whole: Proxy = _last(write, [q, k, v], valid, ending, last, call)[0]
         return whole
     out = _streaming(write, [q, k, v], valid, where, sink, window, call)
     if last > 0:
-        final, index = _last(write, [q, k, v], valid, where, last, call)
+        final, index, position = _last(write, [q, k, v], valid, ending, last, call)
         # Inductor does `index_put` in place on the template's output; a concatenation would copy all of it. Rows that
         # do not exist repeat row 0 with row 0's own result.
         if valid is None:
             out = write.call(torch.ops.aten.index_put.default, out, [None, None, index], final)
         else:
+            # A row that is no last row keeps what it has: it stands for one that does not exist.
+            places = index[:, None, :, None].expand(-1, length(q, 1), -1, length(v, 3))
+            kept: Any = out.gather(2, places)
+            final = torch.where((position >= 0)[:, None, :, None], final, kept)
             sequence = arange(q, length(q, 0))[:, None]
             out = write.call(torch.ops.aten.index_put.default, out, [sequence, None, index], final.transpose(1, 2))
     return out
@@ -153,7 +159,7 @@ def _streaming(
     plan = streaming_plan(q, q_len, kv_len, where, padded, sink, window, call.reach, tiles)
     buffers: tuple[Any, ...] = ()
     if padded:
-        buffers += (valid, *(stored(x[:, 0].to(torch.int32)) for x in (where.start, where.end)))
+        buffers += (valid, stored(where.start[:, 0].to(torch.int32)))
     if isinstance(offset, Proxy):
         buffers += (stored((arange(q, 1) + offset).to(torch.int32)),)
     constant = None if isinstance(offset, Proxy) else offset
@@ -166,11 +172,11 @@ def _streaming(
 
 def _last(
     write: Writer, qkv: list[Any], valid: Any, where: rows.Extent, last: int, call: AttentionCall
-) -> tuple[Any, Any]:
-    """Attention of the final ``last`` rows over all keys in reach, (B, H, last, Dv), and which rows these are.
+) -> tuple[Any, Any, Any]:
+    """Attention of the final ``last`` rows over all keys in reach, (B, H, last, Dv), their row numbers and positions.
 
-    The rows are (last,), or (B, last) with padding. The query heads of a key head are rows of one head here, so that
-    its keys are read once for all of them.
+    The row numbers are (last,), or (B, last) with padding; positions are those of :func:`_choose`. The query heads of a
+    key head are rows of one head here, so that its keys are read once for all of them.
     """
     q, k, v = qkv
     batch, heads, kv_heads, dim, v_dim = length(q, 0), length(q, 1), length(k, 1), length(q, 3), length(v, 3)
@@ -201,7 +207,7 @@ def _last(
         out = out.reshape(batch, kv_heads, copies, height, v_dim)
         out = _merge(out, write.call(operator.getitem, flex, 1).reshape(batch, kv_heads, copies, height))
     out = out[:, :, :count].reshape(batch, heads, last, v_dim)
-    return out.to(example(q).dtype), index
+    return out.to(example(q).dtype), index, position
 
 
 def _choose(q: Any, k: Any, where: rows.Extent, last: int, *, padded: bool) -> tuple[Any, Any, Any]:
@@ -276,13 +282,13 @@ def _streaming_mask(padded: bool, offset: int | None, sink: int, window: int, re
     start: Any = 0
     inside: Any = None
     if padded:
-        valid, starts, ends = map(placeholder, ("valid", "start", "end"))
-        start, end, inside = starts[b], ends[b], valid[b, key] != 0
+        valid, starts = map(placeholder, ("valid", "start"))
+        start, inside = starts[b], valid[b, key] != 0
     position = row + (placeholder("offset")[0] if offset is None else offset)
     allowed = (key <= position) & ((key < start + sink) | (position - key <= window))
     allowed = rows.within(allowed, position, key, reach)
     if padded:
-        allowed = allowed & inside & (position < end)
+        allowed = allowed & inside
     graph.output(allowed.node)
     return GraphModule({}, graph)
 

@@ -69,9 +69,9 @@ def streaming_plan(
     start, end = _extent(first, where, padded, kv_len)
     own = torch.minimum(final, end - 1) >> tiles.key_bits
     near = torch.maximum(first - window, start) >> tiles.key_bits
-    # A block of rows that are all padding reads nothing.
-    alive = (final >= start) & (first < end)
-    stop = torch.where(alive, own + 1, near)
+    # A block of rows before their sequence reads nothing; one behind it, what its window holds of the keys.
+    alive = final >= start
+    stop = torch.where(alive, torch.maximum(own + 1, near), near)
     ranges: list[Range] = []
     if sink > 0:
         far = (start if reach is None else torch.maximum(start, first - reach)) >> tiles.key_bits

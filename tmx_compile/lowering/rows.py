@@ -14,6 +14,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from tmx_compile.graph.layout import Order, inverse
 from tmx_compile.lowering.base import arange, first_position, length, symbol
+from tmx_compile.ops import ALL_ROWS
 
 MAX_LAST_ROWS = 4096
 """More last rows than this would make their (rows, Skv) mask the very thing that is to be avoided."""
@@ -41,9 +42,20 @@ def extent(key_mask: Any, kv_len: Any) -> Extent:
 
 def attended(row: Any, key: Any, where: Extent, sink: int, window: int, last: int, reach: int | None = None) -> Any:
     """The triangle formula for absolute positions that broadcast against each other and against the extent."""
-    kept = (key < where.start + sink) | (row - key <= window) | (row >= where.end - last)
+    kept = (key < where.start + sink) | (row - key <= window) | is_last(row, where, last)
     kept = within(kept, row, key, reach)
-    return kept & (key <= row) & (row >= where.start) & (row < where.end) & (key >= where.start) & (key < where.end)
+    return kept & (key <= row) & (key >= where.start) & (key < where.end)
+
+
+def is_last(row: Any, where: Extent, last: Any) -> Any:
+    """Which rows are last rows: those behind the last valid key are none, unless all rows are."""
+    final = row >= where.end - last
+    return final if isinstance(last, int) and last >= ALL_ROWS else final & (row < where.end)
+
+
+def last_extent(where: Extent, kv_len: Any, last: Any) -> Extent:
+    """The extent that the last rows count from the end of: all keys, where all rows are last rows."""
+    return Extent(where.start, where.end * 0 + kv_len) if isinstance(last, int) and last >= ALL_ROWS else where
 
 
 def within(allowed: Any, row: Any, key: Any, reach: int | None) -> Any:
@@ -92,7 +104,7 @@ def last_rows(
 def join(
     stream: Any, rows: Any, q: Any, k: Any, key_mask: Any, where: Extent, last: int, layout: Order | None = None
 ) -> Any:
-    """Put the last rows over the streaming rows: (B, H, Sq, Dv); rows outside their sequence become 0.
+    """Put the last rows over the streaming rows: (B, H, Sq, Dv).
 
     ``layout`` is the order in memory in which parts are put together.
     """
@@ -109,11 +121,11 @@ def join(
         return torch.where((row >= q_len - last)[:, None], chosen, stream)
     position = arange(q, q_len)[None, :] + offset
     first = where.end - last
-    is_last = (position >= first)[:, None, :, None]
+    final = is_last(position, where, last)[:, None, :, None]
     # Gathering (not scattering) keeps gradients right where short sequences repeat a row in `rows`.
     index = (position - first).clamp(min=0, max=last - 1)[:, None, :, None]
     index = index.expand(-1, length(rows, 1), -1, length(rows, 3))
-    return torch.where(is_last, rows.gather(2, index), stream)
+    return torch.where(final, rows.gather(2, index), stream)
 
 
 def zero_empty(
@@ -134,7 +146,7 @@ def zero_empty(
 def alive(
     q: Any, k: Any, key_mask: Any, where: Extent, sink: int, window: int, last: Any, reach: int | None = None
 ) -> Any:
-    """(B, Sq) bool: the rows that attend to something, inside their sequence and with a valid key in reach.
+    """(B, Sq) bool: the rows that attend to something, with a valid key in reach.
 
     A row's reach is its sinks, its window and, for a last row, everything from the start: counted on the running
     number of valid keys, so that no (rows, keys) tensor is needed.
@@ -151,8 +163,7 @@ def alive(
     if reach is not None:
         beyond = valid.gather(1, (position - reach).clamp(min=0).expand(length(q, 0), q_len))
         in_sinks, seen = in_sinks - beyond, seen - beyond
-    inside = (position >= where.start) & (position < where.end)
-    return inside & ((in_window > 0) | (in_sinks > 0) | ((position >= where.end - last) & (seen > 0)))
+    return (in_window > 0) | (in_sinks > 0) | (is_last(position, where, last) & (seen > 0))
 
 
 def _fits(q_len: Any, last: int) -> bool:

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from tmx_compile.ops.checks import CHECK_MASK, FIRST_POSITION, MASKED
+from tmx_compile.ops.checks import CHECK_MASK, FIRST_POSITION, FIRST_ROW_INSIDE, MASKED
+from tmx_compile.ops.promised import KEEP_WINDOW
 from tmx_compile.ops.triangle import ALL_ROWS, OPERATOR, triangle_attention
 
-__all__ = ["ALL_ROWS", "CHECK_MASK", "FIRST_POSITION", "MASKED", "OPERATOR", "triangle_attention"]
+__all__ = [
+    "ALL_ROWS",
+    "CHECK_MASK",
+    "FIRST_POSITION",
+    "FIRST_ROW_INSIDE",
+    "KEEP_WINDOW",
+    "MASKED",
+    "OPERATOR",
+    "triangle_attention",
+]

@@ -69,7 +69,7 @@ class _Visible:
     """
 
     def __init__(self, key_mask: Tensor, reach: int | None) -> None:
-        valid = key_mask != 0
+        valid = key_mask > 0 if key_mask.dtype != torch.bool else key_mask
         kv_len = valid.shape[1]
         position = torch.arange(kv_len, device=valid.device).expand_as(valid)
         self.before = torch.where(valid, position, -1).cummax(1).values

@@ -24,22 +24,25 @@ class Document:
 
 
 def split(numbers: Tensor, q_len: int) -> Iterator[Document]:
-    """The documents of (B, Skv) numbers that have rows; 0 is no document. Reads the numbers on the host."""
+    """The documents of (B, Skv) numbers that have rows and keys; see the operator. Reads the numbers on the host."""
     kv_len = numbers.shape[1]
     offset = kv_len - q_len
     for b in range(numbers.shape[0]):
         for number in torch.unique(numbers[b]).tolist():
-            mine = numbers[b] == number
+            if number <= 0:
+                continue
+            valid = numbers[b] == number
+            mine = numbers[b].abs() == number
             places = mine.nonzero()
             start, end = int(places[0]), int(places[-1]) + 1
             row, row_end = max(0, start - offset), end - offset
-            if number == 0 or row_end <= row:
+            if row_end <= row:
                 continue
             yield Document(
                 slice(b, b + 1),
                 slice(row, row_end),
                 slice(start, end),
-                mine[None, start:end],
+                valid[None, start:end],
                 mine[offset + row : offset + row_end],
             )
 

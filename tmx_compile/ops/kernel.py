@@ -19,6 +19,10 @@ from torch import Tensor
 _SCORE_BUDGET = 1 << 22
 _MAX_ROWS = 512
 
+ALL_ROWS = 2**31 - 1
+"""``last`` for which every row is a last row, those behind the last valid key too: the mask is causal and padding
+alone (dense)."""
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -136,9 +140,13 @@ def blocks(p: Problem, heads: int, budget: int | None = None) -> Iterator[Block]
 def attended(p: Problem, row: Tensor, key: Tensor) -> Tensor:
     """The triangle formula of the mask algebra, for absolute positions that broadcast to (B, rows, keys)."""
     start, end = p.start[:, None, None], p.end[:, None, None]
-    kept = (key < start + p.sink) | (row - key <= p.window) | (row >= end - p.last)
+    final = row >= end - p.last
+    if p.last < ALL_ROWS:
+        # Rows behind the last valid key are padding, most often: they stay cheap.
+        final &= row < end
+    kept = (key < start + p.sink) | (row - key <= p.window) | final
     kept &= row - key <= p.reach
-    return kept & (key <= row) & (row >= start) & (row < end) & (key >= start) & (key < end)
+    return kept & (key <= row) & (key >= start) & (key < end)
 
 
 def grouped(rows: Tensor, kv_heads: int) -> Tensor:

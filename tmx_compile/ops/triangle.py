@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 from tmx_compile.ops import documents, kernel
-
-ALL_ROWS = 2**31 - 1
-"""``last`` for which every row counts as a last row, so that the mask is causal and padding alone (dense)."""
+from tmx_compile.ops.kernel import ALL_ROWS
 
 _SCHEMA = (
     "(Tensor query, Tensor key, Tensor value, Tensor? key_mask, int sink, int window, int last, float scale,"
@@ -121,8 +119,7 @@ def _(
     return out, query.new_empty(b, h, q_len, dtype=torch.float32)
 
 
-@torch.library.custom_op("tmx::triangle_attention_backward", mutates_args=())
-def _backward(
+def plain_backward(
     grad_out: Tensor,
     grad_lse: Tensor,
     query: Tensor,
@@ -136,12 +133,16 @@ def _backward(
     scale: float,
     reach: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of :func:`plain_forward`."""
     geometry = kernel.Geometry(sink, window, last, reach)
     # The caller's autocast reaches in here, and would round the float32 products to bfloat16.
     with torch.autocast(query.device.type, enabled=False):
         if key_mask is not None and key_mask.dtype != torch.bool:
             return documents.backward(grad_out, grad_lse, query, key, value, key_mask, out, geometry, scale)
         return kernel.backward(grad_out, grad_lse, query, key, value, key_mask, out, geometry, scale)
+
+
+_backward = torch.library.custom_op("tmx::triangle_attention_backward", plain_backward, mutates_args=())
 
 
 @_backward.register_fake
@@ -177,6 +178,8 @@ def _autograd(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | No
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
 
+__all__ = ["ALL_ROWS", "OPERATOR", "triangle_attention"]
+
 OPERATOR = torch.ops.tmx.triangle_attention.default
 """The operator as a node target."""
 
@@ -196,8 +199,10 @@ def triangle_attention(
     """Attention under the TriangleMix mask (arXiv 2507.21526), differentiable, O(N) in memory.
 
     Row i stands at absolute position p = Skv - Sq + i. With valid keys in [start, end) (all keys where there is no
-    ``key_mask``) it attends to a valid key j exactly when ``j <= p``, ``start <= p < end`` and one of
-    ``j < start + sink``, ``p - j <= window``, ``p >= end - last`` holds; and ``p - j <= reach`` where there is a reach.
+    ``key_mask``) it attends to a valid key j exactly when ``j <= p`` and one of ``j < start + sink``,
+    ``p - j <= window``, ``end - last <= p < end`` holds; and ``p - j <= reach`` where there is a reach. Whether its own
+    key is valid plays no part: a row before ``start`` has no key, one from ``end`` on is no last row (unless all are:
+    ``last=ALL_ROWS``).
 
     Args:
         query: (B, H, Sq, D), any floating dtype; Sq <= Skv.
@@ -205,7 +210,8 @@ def triangle_attention(
         value: (B, Hkv, Skv, Dv).
         key_mask: (B, Skv) bool, True where a key may be attended, or None. ``start`` is its first True, ``end`` one
             past its last; a False between them is never attended. Or int32 or int64 numbers of packed documents, 0
-            where a key may not be attended: a row attends keys of its own document, which has its own start and end.
+            where there is no document: a row attends keys of its own document, which has its own start and end. -n is
+            a key of document n that may not be attended; the row there belongs to n.
         sink: number of leading keys every row attends to.
         window: how far back a row sees: ``window + 1`` keys, its own included.
         last: number of final rows that attend to all keys.

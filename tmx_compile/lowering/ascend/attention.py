@@ -69,12 +69,14 @@ class Geometry:
         """The first row with a key that it does not attend to. Without sinks, the band alone has all rows."""
         return self.sink + self.window + 1 if self.sink else 0
 
-    def within(self, q_len: int, kv_len: int) -> Geometry:
+    def within(self, q_len: int, kv_len: int, *, padded: bool) -> Geometry:
         """The same mask for known lengths, with no count beyond them; all dense where it is, or short."""
-        dense = self.is_dense or self.last >= q_len or q_len <= (self.dense_up_to or 0)
-        if dense or min(self.window, kv_len) + 1 + self.sink + self.last >= kv_len:
+        dense = self.is_dense or q_len <= (self.dense_up_to or 0) or self.window + 1 >= kv_len
+        sink, window, last = min(self.sink, kv_len), min(self.window, kv_len), min(self.last, q_len)
+        # Rows behind the last valid key are no last rows, and see less than all keys.
+        if dense or (not padded and (last == q_len or window + 1 + sink + last >= kv_len)):
             return Geometry(0, 0, ALL_ROWS)
-        return Geometry(self.sink, self.window, self.last)
+        return Geometry(sink, window, last)
 
 
 def padded_dim(head_dim: int, value_dim: int, masked: bool) -> int:
@@ -91,7 +93,7 @@ def attention(q: Any, k: Any, v: Any, key_mask: Any, geometry: Geometry, calls: 
     """(B, H, Sq, Dv) from (B, H, Sq, D), (B, Hkv, Skv, D), (B, Hkv, Skv, Dv) and (B, Skv) bool or None."""
     n, kv_len, value_dim = length(q, 2), length(k, 2), length(v, 3)
     fixed = isinstance(n, int) and isinstance(kv_len, int)
-    geometry = geometry.within(n, kv_len) if fixed else geometry
+    geometry = geometry.within(n, kv_len, padded=key_mask is not None) if fixed else geometry
     spare = 0 if fixed or geometry.dense_up_to is None else 1
     dim = padded_dim(length(q, 3), value_dim, key_mask is not None)
     if key_mask is None:
@@ -198,7 +200,7 @@ def _padded(q: Any, k: Any, v: Any, key_mask: Any, n: Any, geometry: Geometry, c
     """All operands may have a spare row, which is padding, more than the n rows of the result."""
     q_len, kv_len, before = length(q, 2), length(k, 2), first_position(q, k)
     where = _extent(key_mask)
-    dense_alive = rows.alive(q, k, key_mask, where, 0, 0, kv_len)
+    dense_alive = rows.alive(q, k, key_mask, where, 0, 0, ALL_ROWS)
     if geometry.is_dense:
         done, lives = calls.final_rows(q, k, v), dense_alive[:, None, :, None]
         lse = None if done.lse is None else torch.where(lives, done.lse, float("-inf"))
@@ -223,7 +225,7 @@ def _padded(q: Any, k: Any, v: Any, key_mask: Any, n: Any, geometry: Geometry, c
     # From its place in the stream to that in the final rows, whose first stands at end - last.
     skipped = arange(q, 1) + (q_len + before + last) - where.end
     whole = arange(q, 1) + n
-    found = _place(row, position - where.start, position >= where.end - last, skipped, whole, geometry)
+    found = _place(row, position - where.start, rows.is_last(position, where, last), skipped, whole, geometry)
     alive = rows.alive(q, k, key_mask, where, sink, geometry.window, last)
     if geometry.dense_up_to:
         alive = torch.where(whole <= geometry.dense_up_to, dense_alive, alive)

@@ -88,7 +88,7 @@ def _geometry_why_not(call: AttentionCall) -> str:
     n, kv_len = call.query.shape[2], call.key.shape[2]
     geometry = Geometry(*call.geometry, call.dense_up_to)
     fixed = isinstance(n, int) and isinstance(kv_len, int)
-    geometry = geometry.within(n, kv_len) if fixed else geometry
+    geometry = geometry.within(n, kv_len, padded=call.key_mask is not None) if fixed else geometry
     if not geometry.is_dense and isinstance(n, int) and n == 1:
         return "one row that is no last row: the fused operator has no band for one row"
     if geometry.is_dense or (fixed and call.key_mask is None):

@@ -309,8 +309,6 @@ def _consume(
         mine = (head < GROUP) & (at_row < stop) & (wrote != 0)
         if is_last == 0:
             mine = mine & ((at_row < last_low) | (at_row >= end))
-        inside = (at_row >= start) & (at_row < end)
-        result = gl.where(gl.expand_dims(inside, 1), result, gl.zeros_like(result))
         where_row = (at_row - offset).to(gl.int64) * o_row + (head_block * GROUP + head).to(gl.int64) * o_head
         pointers = out_ptr + batch.to(gl.int64) * o_batch + gl.expand_dims(where_row, 1) + gl.expand_dims(column, 0)
         keep = gl.expand_dims(mine, 1)

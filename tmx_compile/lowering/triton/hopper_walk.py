@@ -103,7 +103,7 @@ def item(
         if REACH:
             sink_low = gl.maximum(start, first - reach)
         sinks = gl.maximum(gl.minimum(gl.minimum(start + sink, low), high) - sink_low, 0)
-        if (first >= last_low) | (stop <= start):
+        if ((first >= last_low) & (stop <= end)) | (stop <= start):
             high = low
             sinks = 0
     high = gl.maximum(high, low)

@@ -166,8 +166,8 @@ def triangle_kernel(
         if REACH:
             sink_low = tl.maximum(start, first - reach)
         sinks = tl.maximum(tl.minimum(tl.minimum(start + sink, low), high) - sink_low, 0)
-        # Nothing to do for a tile of last rows alone, or of rows outside their sequence.
-        if (first >= last_low) | (stop <= start):
+        # Nothing to do for a tile of last rows alone, or of rows before their sequence.
+        if ((first >= last_low) & (stop <= end)) | (stop <= start):
             high = low
             sinks = 0
     keys = tl.maximum(high - low, 0)
@@ -245,8 +245,6 @@ def triangle_kernel(
         mine = exists & ((position < last_low) | (position >= end))
     value_column = tl.arange(0, BLOCK_DV)
     out = out_ptr + batch64 * o_batch + (safe_row * o_row + head64 * o_head)[:, None] + value_column[None, :]
-    inside = (position >= start) & (position < end)
-    acc = tl.where(inside[:, None], acc, 0.0)
     keep = mine[:, None]
     if DIM_V != BLOCK_DV:
         keep = keep & (value_column < DIM_V)[None, :]
@@ -254,8 +252,7 @@ def triangle_kernel(
     if WRITE_LSE:
         place_of_row = (batch64 * HEADS + head64) * q_len + safe_row
         # To the natural logarithm.
-        lse = tl.where(inside, lse * 0.6931471805599453, float("-inf"))
-        tl.store(lse_ptr + place_of_row, lse, mask=mine)
+        tl.store(lse_ptr + place_of_row, lse * 0.6931471805599453, mask=mine)
 
 
 @triton.jit

@@ -54,7 +54,7 @@ class Triton:
         """The extents of padded sequences as ordinary nodes, shared by all layers, and one call."""
         extent = None
         if operands.key_mask is not None:
-            extent = extents(operands.key_mask, length(operands.key, 2))
+            extent = extents(operands.key_mask, length(operands.key, 2), call.last)
         out: Proxy = write.call(
             TRITON_OPERATOR,
             operands.query,
@@ -74,16 +74,19 @@ def attend(call: AttentionCall) -> Tensor | Rejected:
     answer = Triton().supports(call)
     if isinstance(answer, Rejected):
         return answer
-    extent = None if call.key_mask is None else extents(call.key_mask, call.key.shape[2])
+    extent = None if call.key_mask is None else extents(call.key_mask, call.key.shape[2], call.last)
     out: Tensor = TRITON_OPERATOR(
         call.query, call.key, call.value, call.key_mask, extent, *call.geometry, call.scale, call.reach
     )
     return out
 
 
-def extents(key_mask: Any, kv_len: Any) -> Any:
-    """(B, 3) int32 of a (B, Skv) bool mask: first valid key, one past the last, whether a key between is masked."""
-    where = rows.extent(key_mask, kv_len)
+def extents(key_mask: Any, kv_len: Any, last: int) -> Any:
+    """(B, 3) int32 of a (B, Skv) bool mask: first valid key, one past the last, whether a key between is masked.
+
+    Where all rows are last rows, those behind the last valid key too, the extent goes on to the last key.
+    """
+    where = rows.last_extent(rows.extent(key_mask, kv_len), kv_len, last)
     holes = (where.end - where.start) != key_mask.sum(1, keepdim=True)
     return torch.cat([where.start, where.end, holes.to(torch.int64)], 1).to(torch.int32)
 
