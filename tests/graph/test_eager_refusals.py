@@ -35,27 +35,12 @@ def sinks(x):
     return scores.softmax(-1)[..., :-1] @ v
 
 
-def written_between(x):
-    q, k, v = qkv(x * 1.0)
-    q = q.clone()
-    scores = q @ k.mT
-    q.mul_(3.0)
-    return masked(scores, q).softmax(-1) @ v + q.sum()
-
-
 def written_before(x):
     """What is written lies in a copy: the tensor below it is not the query."""
     q, k, v = qkv(x)
     q = q.clone()
     q.mul_(3.0)
     return masked(q @ k.mT, q).softmax(-1) @ v
-
-
-def factor_written(x):
-    factor = x.std()
-    scores = x @ x.mT * factor
-    factor.mul_(2.0)
-    return masked(scores, x).softmax(-1) @ x
 
 
 def constant_written(x):
@@ -171,10 +156,8 @@ REFUSED = {
     ),
     "a fill from the data": (lambda x: torch.where(causal(x), x @ x.mT, x.min()).softmax(-1) @ x, Reason.MASK_UNKNOWN),
     "written item by item": (set_item, Reason.WRITTEN_IN_PLACE),
-    "an operand written in between": (written_between, Reason.WRITTEN_IN_PLACE),
     "an operand written before": (written_before, Reason.WRITTEN_IN_PLACE),
-    "a factor written in between": (factor_written, Reason.WRITTEN_IN_PLACE),
-    "a constant written": (constant_written, Reason.SCALE),
+    "a constant written": (constant_written, Reason.WRITTEN_IN_PLACE),
 }
 N_ROWS = 150
 

@@ -100,7 +100,7 @@ NOT_CAUSAL = {
     "by head": (lambda x: (keys(x) <= rows(x)) & (torch.arange(2) > 0)[:, None, None], Reason.NOT_CAUSAL),
     "in place": (
         lambda x: square(x).tril().logical_or_(keys(x) == 3),
-        Reason.WRITTEN_IN_PLACE,
+        Reason.NOT_CAUSAL,
     ),
 }
 

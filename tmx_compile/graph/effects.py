@@ -95,10 +95,11 @@ class Effects:
             # Sizes that depend on data become symbols of an environment that nobody else asks.
             env = ShapeEnv(allow_scalar_outputs=True, allow_dynamic_output_shape_ops=True)
             self._mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
-        try:
-            return _learn(node, self._mode)
-        except Exception:
-            return Effect(tensors, tensors, tensors, attributes=node.op == "call_module")
+        # Under autocast a call takes operands of several dtypes, which it refuses otherwise.
+        for autocast in (False, True):
+            with contextlib.suppress(Exception):
+                return _learn(node, self._mode, autocast)
+        return Effect(tensors, tensors, tensors, attributes=node.op == "call_module")
 
 
 def writes(node: Node) -> bool:
@@ -217,7 +218,7 @@ def _layout(tensor: Tensor) -> Any:
     return tuple(tensor.shape), tensor.stride(), tensor.storage_offset(), _storage(tensor)
 
 
-def _learn(node: Node, mode: FakeTensorMode) -> Effect:
+def _learn(node: Node, mode: FakeTensorMode, autocast: bool) -> Effect:
     """Run the call on stand-ins, each with a storage of its own."""
     inputs = node.all_input_nodes
     module = node.graph.owning_module.get_submodule(str(node.target)) if node.op == "call_module" else None  # type: ignore[union-attr]
@@ -235,7 +236,7 @@ def _learn(node: Node, mode: FakeTensorMode) -> Effect:
         before = [[(_layout(leaf), leaf._version) for leaf in leaves] for leaves in tensors]
         given = dict(zip(inputs, stand_ins, strict=False))
         args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), given.__getitem__)
-        with watch, _no_autocast(tensors):
+        with watch, _autocast(tensors, autocast):
             if module is not None:
                 result = torch.func.functional_call(module, state, args, kwargs)
             elif node.op == "call_method":
@@ -302,10 +303,10 @@ def _number(size: int | torch.SymInt) -> int:
 
 
 @contextlib.contextmanager
-def _no_autocast(tensors: Sequence[Sequence[Tensor]]) -> Iterator[None]:
-    """Without the caller's autocast: a cast that it makes is a copy, and the worst case is that there is none."""
+def _autocast(tensors: Sequence[Sequence[Tensor]], enabled: bool) -> Iterator[None]:
+    """Off, whatever the caller's is: a cast that autocast makes is a copy, and the worst case is that there is none."""
     with contextlib.ExitStack() as stack:
         for device in {leaf.device.type for leaves in tensors for leaf in leaves}:
             if torch.amp.autocast_mode.is_autocast_available(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
+                stack.enter_context(torch.autocast(device, torch.bfloat16, enabled=enabled))
         yield
