@@ -69,7 +69,9 @@ def streaming_plan(
     start, end = _extent(first, where, padded, kv_len)
     own = torch.minimum(final, end - 1) >> tiles.key_bits
     near = torch.maximum(first - window, start) >> tiles.key_bits
-    # A block of rows before their sequence reads nothing; one behind it, what its window holds of the keys.
+    # Behind the sequence a window may hold no key at all: then the sinks alone, up to the last key's block.
+    near = torch.where(first - window < end, near, torch.maximum(near, own + 1))
+    # A block of rows before their sequence reads nothing.
     alive = (final >= start) & (start < end)
     stop = torch.where(alive, torch.maximum(own + 1, near), near)
     ranges: list[Range] = []
