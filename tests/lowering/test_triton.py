@@ -21,15 +21,16 @@ f32, f64, bf16, f16 = torch.float32, torch.float64, torch.bfloat16, torch.float1
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def extent_of(key_mask):
+def extent_of(key_mask, last=0):
     start, end = valid_range(key_mask)
+    end = torch.full_like(end, key_mask.shape[1]) if last == ALL_ROWS else end
     return torch.stack([start, end, (end - start) != key_mask.sum(1)], 1).to(torch.int32)
 
 
 def run(case, **kwargs):
     """out and lse of the kernel, and the oracle's."""
     *qkv, key_mask = case.tensors(device=DEVICE)
-    extent = None if key_mask is None else extent_of(key_mask)
+    extent = None if key_mask is None else extent_of(key_mask, case.last)
     got = attend(*qkv, key_mask, extent, *case.geometry, case.scale, case.reach, **kwargs)
     want = oracle(*(x.cpu() for x in qkv), None if key_mask is None else key_mask.cpu(), *case.arguments)
     return [None if x is None else x.cpu().double() for x in got], want

@@ -221,6 +221,7 @@ def _choose(q: Any, k: Any, where: rows.Extent, last: int, *, padded: bool) -> t
     if isinstance(q_len, int) and last == q_len:
         index = arange(q, last)
         position = (index + offset)[None]
+        index = index[None].expand(length(q, 0), -1) if padded else index
         chosen = q
     elif not padded:
         index = (arange(q, last) + (q_len - last)).clamp(min=0)

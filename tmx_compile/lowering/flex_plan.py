@@ -69,13 +69,16 @@ def streaming_plan(
     start, end = _extent(first, where, padded, kv_len)
     own = torch.minimum(final, end - 1) >> tiles.key_bits
     near = torch.maximum(first - window, start) >> tiles.key_bits
-    # A block of rows before their sequence reads nothing; one behind it, what its window holds of the keys.
-    alive = final >= start
+    # Behind the sequence a window may hold no key at all: then the sinks alone, up to the last key's block.
+    near = torch.where(first - window < end, near, torch.maximum(near, own + 1))
+    # A block of rows before their sequence reads nothing.
+    alive = (final >= start) & (start < end)
     stop = torch.where(alive, torch.maximum(own + 1, near), near)
     ranges: list[Range] = []
     if sink > 0:
         far = (start if reach is None else torch.maximum(start, first - reach)) >> tiles.key_bits
-        far_stop = torch.minimum(((start + (sink - 1)) >> tiles.key_bits) + 1, near)
+        sinks_end = torch.minimum(start + sink, end) - 1
+        far_stop = torch.minimum((sinks_end >> tiles.key_bits) + 1, near)
         ranges.append((far, torch.where(alive, far_stop, far)))
     full: list[Range] = []
     if padded or window + 1 < tiles.rows + tiles.keys:

@@ -48,7 +48,8 @@ def attend(
     Args:
         query, key, value, key_mask, sink, window, last, scale, reach: as for
             :func:`tmx_compile.ops.triangle_attention`; key_mask bool.
-        extent: (B, 3) int32 beside a key mask: first valid key, one past the last, whether a key between is masked.
+        extent: (B, 3) int32 beside a key mask: first valid key, one past the last, whether a key between is masked;
+            where all rows are last rows, the second is Skv (:func:`tmx_compile.lowering.triton.lowering.extents`).
         with_lse: also return the log-sum-exp.
         shapes: runs the general kernel with these; by default the table decides.
 
