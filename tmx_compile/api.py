@@ -169,11 +169,13 @@ class TmxBackend:
         self, plan: GraphPlan, compiler: _Compiler, example_inputs: Sequence[Any]
     ) -> tuple[Callable[..., Any], GraphPlan]:
         assert self.config is not None
+        assert plan.source is not None
+        as_written = copy_graph(plan.source).forward if plan.known and not self.strict else None
         rewritten = rewrite_graph(plan)
         with _cache_tag(self.config):
             compiled = compiler.compile(rewritten.gm, example_inputs, rewritten.inductor_options)
         # Here, so that no form of a graph is run without asking for what its own proofs rest on.
-        return watched(compiled, rewritten.plan.known), rewritten.plan
+        return watched(compiled, rewritten.plan.known, as_written), rewritten.plan
 
     def _compile_range(
         self, plan: GraphPlan, compiler: _Compiler, example_inputs: Sequence[Any]

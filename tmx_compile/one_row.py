@@ -89,7 +89,8 @@ def one_row_chunk(gm: GraphModule, options: Options, example_inputs: Sequence[An
     sizes = {} if expression is None else _sizes(gm, expression.free_symbols)
     if sizes is None:
         expression, sizes = None, {}
-    return OneRow(watched(rewrite_graph(plan).gm.forward, plan.known), refused, expression, sizes)
+    as_written = None if options.strict else gm.forward
+    return OneRow(watched(rewrite_graph(plan).gm.forward, plan.known, as_written), refused, expression, sizes)
 
 
 def _sizes(gm: GraphModule, symbols: set[Any]) -> dict[Any, tuple[int, int | None]] | None:

@@ -142,6 +142,7 @@ def plan_graph(
     prover: Prover | None = None
     sites: list[SitePlan] = []
     limit = options.config.min_seq_len
+    reshaped = storages.reshaped_input
     around = transforms(gm.graph)
     found_sites = list(find_attention(gm, storages))
     layers = layer_paths(found.node for found in found_sites)
@@ -154,6 +155,9 @@ def plan_graph(
             why = Rejected(Reason.UNDER_TRANSFORM, " in ".join(reversed(around[node])), node)
             sites.append(SitePlan(node, layer, None, None, why, selected))
             continue
+        if reshaped is not None:
+            # Dynamo cannot write down a guard on the sizes of such an input: the graph stays as it is.
+            found = Rejected(Reason.WRITTEN_IN_PLACE, f"{reshaped.name} is given other storage or sizes", node)
         if isinstance(found, Rejected):
             sites.append(SitePlan(node, layer, None, None, found, selected))
             continue

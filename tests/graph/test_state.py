@@ -1,5 +1,7 @@
 """Constant masks are compared by value before every call; rows that the run places are placed among the keys."""
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -74,6 +76,23 @@ def test_a_written_constant_is_noticed_however_it_was_written(write, kind, eager
         with pytest.raises(TriangleMixError, match="has changed since the model was compiled"):
             run(x)
         model[0].mask.data = square() if kind == "bool" else added(0.0, LOW)
+        assert (run(x) - dense(x, x, square())).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_a_written_constant_runs_as_written_with_one_warning(write, eager):
+    model = nn.Sequential(Buffered(square()))
+    run = torch.compile(model, backend=tmx_backend(CONFIG, lowering="operator"))
+    x = torch.randn(1, 2, N, 16)
+    with torch.no_grad():
+        run(x)
+        WRITES[write](model[0].mask)
+        with pytest.warns(UserWarning, match="has changed since the model was compiled.*uncompiled and dense"):
+            assert torch.equal(run(x), model(x))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert torch.equal(run(x), model(x))
+        model[0].mask.data = square()
         assert (run(x) - dense(x, x, square())).abs().max() < 2e-5
 
 

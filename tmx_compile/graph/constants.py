@@ -6,6 +6,7 @@ compiled graph asks it about the tensor of each call.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
@@ -192,18 +193,33 @@ class KnownTensor:
             return _matches(tensor.detach(), self.term)
 
 
-def watched(compiled: Callable[..., Any], known: Sequence[KnownTensor]) -> Callable[..., Any]:
-    """The compiled graph, run only while the buffers that its masks were read from hold what was read."""
+def watched(
+    compiled: Callable[..., Any], known: Sequence[KnownTensor], otherwise: Callable[..., Any] | None = None
+) -> Callable[..., Any]:
+    """The compiled graph, run only while the buffers that its masks were read from hold what was read.
+
+    ``otherwise`` runs calls in which they do not, with one warning; None: such a call is a ``TriangleMixError``.
+    """
     if not known:
         return compiled
+    told: set[str] = set()
 
     def run(*args: Any) -> Any:
         for constant in known:
-            if not constant.holds(args[constant.position]):
-                raise TriangleMixError(
-                    f"{constant.name} has changed since the model was compiled, and the attention masks were read from "
-                    "it: call torch.compiler.reset() and compile again"
+            if constant.holds(args[constant.position]):
+                continue
+            changed = (
+                f"{constant.name} has changed since the model was compiled, and the attention masks were read from it"
+            )
+            again = "call torch.compiler.reset() and compile again"
+            if otherwise is None:
+                raise TriangleMixError(f"{changed}: {again}")
+            if constant.name not in told:
+                told.add(constant.name)
+                warnings.warn(
+                    f"{changed}: the graph runs as it is written, uncompiled and dense; {again}", stacklevel=2
                 )
+            return otherwise(*args)
         return compiled(*args)
 
     return run

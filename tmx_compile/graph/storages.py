@@ -86,6 +86,11 @@ class Storages:
         root = self._root(node)
         return [other for other in self._place if self._root(other) == root]
 
+    @property
+    def reshaped_input(self) -> Node | None:
+        """An input of the graph that a call gives another shape, other strides or another storage; None: there is none."""
+        return next((node for node in self._place if node.op == "placeholder" and self.is_reshaped(node)), None)
+
     def is_reshaped(self, node: Node) -> bool:
         """Whether a call changes a tensor's shape, strides or storage, so that its recorded value is not its own."""
         return self._root(node) in self._reshaped
