@@ -88,7 +88,7 @@ class Storages:
 
     @property
     def reshaped_input(self) -> Node | None:
-        """An input of the graph that a call gives another shape, other strides or another storage; None: there is none."""
+        """An input of the graph that some call gives another shape, other strides or another storage, or None."""
         return next((node for node in self._place if node.op == "placeholder" and self.is_reshaped(node)), None)
 
     def is_reshaped(self, node: Node) -> bool:
