@@ -25,6 +25,7 @@ ORDER = [
     "always",
     "lowering",
     "pipeline",
+    "record",
     "one_row",
     "standalone",
     "npu",

@@ -21,8 +21,9 @@ from tmx_compile.guards import RangeGuards
 from tmx_compile.lengths import Prompt, dispatch, hint
 from tmx_compile.lowering.select import ASCEND, CHOICES, CHUNK_CHOICES, INDUCTOR, TARGETS
 from tmx_compile.one_row import one_row_chunk
-from tmx_compile.pipeline import GraphPlan, Options, plan_graph, records, rewrite_graph
+from tmx_compile.pipeline import GraphPlan, Options, plan_graph, rewrite_graph
 from tmx_compile.price import streaming_message
+from tmx_compile.record import records
 from tmx_compile.report import Report
 from tmx_compile.standalone import Program, rewrite_program
 from tmx_compile.version import __version__, package_fingerprint

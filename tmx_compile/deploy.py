@@ -13,7 +13,8 @@ from tmx_compile import npu
 from tmx_compile.api import TmxBackend
 from tmx_compile.config import TriangleMixConfig, TriangleMixInferenceConfig
 from tmx_compile.lowering.select import ASCEND
-from tmx_compile.pipeline import GraphPlan, Options, plan_graph, records, rewrite_graph
+from tmx_compile.pipeline import GraphPlan, Options, plan_graph, rewrite_graph
+from tmx_compile.record import records
 from tmx_compile.report import Report
 
 

@@ -42,8 +42,7 @@ from tmx_compile.lowering.base import AttentionCall, Lowering
 from tmx_compile.lowering.lower import Lowerer, merged_options
 from tmx_compile.lowering.worth import least_length
 from tmx_compile.ops import ALL_ROWS
-from tmx_compile.plan import Grid, Window, dense_section, pair_count, triangle
-from tmx_compile.report import Reason, Rejected, SiteRecord
+from tmx_compile.report import Reason, Rejected
 
 # The one transform that takes any operator with a backward.
 _GRAD = ("grad",)
@@ -169,7 +168,7 @@ def plan_graph(
         )
         device = found.fake("query").device
         limit = least_length(options.lowering, device, options.config.min_seq_len, options.config.geometry)
-        own = own_key(found) if selected and _streams(found, options) else ""
+        own = own_key(found) if selected and streams(found, options) else ""
         proof = prover.prove(found, ordered=selected and _settle_order(found, options), own_key=own)
         verdict = _verdict(found, layer, proof, selected, options, limit)
         proven, unproven = (proof, None) if isinstance(proof, Proof) else (None, proof)
@@ -216,7 +215,7 @@ def _verdict(
         return Rejected(Reason.LAYER_UNKNOWN, layer.path or "no path", site.node)
     if not selected:
         return Rejected(Reason.NOT_SELECTED, "", site.node)
-    if _streams(site, options):
+    if streams(site, options):
         held = config.num_sink_tokens + config.sliding_window_size + 1
         if statically_known_true(site.kv_len <= held):
             return Rejected(Reason.FEW_KEYS, f"{site.kv_len} keys", site.node)
@@ -229,7 +228,7 @@ def _verdict(
         return _short(site, config.min_seq_len, limit)
     if isinstance(proof, Rejected):
         return proof
-    if _streams(site, options) and not own_key(site):
+    if streams(site, options) and not own_key(site):
         return Rejected(Reason.NOT_CAUSAL, "one row, and its own key is not shown to join the keys", site.node)
     if proof.reach is not None and proof.reach <= config.sliding_window_size:
         return Rejected(Reason.WINDOWED, f"{proof.reach + 1} keys", site.node)
@@ -240,7 +239,7 @@ def _one_row(site: AttentionSite) -> bool:
     return isinstance(site.q_len, int) and site.q_len == 1
 
 
-def _streams(site: AttentionSite, options: Options) -> bool:
+def streams(site: AttentionSite, options: Options) -> bool:
     """Whether a site is one row whose own key has to be shown: it is to stream, or to be a chunk of a prompt."""
     return _one_row(site) and (options.decode == "streaming" or options.one_row_chunks)
 
@@ -284,7 +283,7 @@ def _decide_length(plan: GraphPlan) -> None:
 def _side(plan: GraphPlan, site: AttentionSite) -> Prompt | Rejected:
     """The side of the plan's limit that sites of one length are on, or why they stay dense."""
     q_len = site.q_len
-    if _streams(site, plan.options):
+    if streams(site, plan.options):
         return Prompt.LONG
     if plan.options.chunked_prefill:
         side = Prompt.LONG
@@ -332,7 +331,7 @@ def check_strict(plan: GraphPlan) -> None:
 def _is_short(item: SitePlan, plan: GraphPlan) -> bool:
     """Whether a site sees short prompts only; one that may be either is settled by a guard where allowed."""
     options = plan.options
-    if item.site is not None and _streams(item.site, options):
+    if item.site is not None and streams(item.site, options):
         return False
     lengths = row_counts(item.node) if item.site is None else [item.site.q_len]
     if options.chunked_prefill:
@@ -411,7 +410,7 @@ def _refused(item: SitePlan, why: Rejected, options: Options) -> SitePlan:
 
 def _target(item: SitePlan, options: Options) -> tuple[int, int, int] | None:
     """The geometry of a site: triangle, dense without its mask, or None to leave it exactly as it is."""
-    if item.site is not None and _streams(item.site, options):
+    if item.site is not None and streams(item.site, options):
         # Layers that stay dense keep their numbers to the last bit.
         sink, window, last = options.config.geometry
         return None if item.verdict is not None else (sink, window, last if options.one_row_chunks else 0)
@@ -469,42 +468,3 @@ def _as_substituted(planned: AttentionCall, both: Node) -> AttentionCall:
     assert key is not None
     assert value is not None
     return replace(planned, query=query, key=key, value=value, key_mask=key_mask)
-
-
-def records(plan: GraphPlan, graph: int) -> list[SiteRecord]:
-    """The report's rows for one compiled graph."""
-    return [_record(item, plan.options, graph) for item in plan.sites]
-
-
-def _record(item: SitePlan, options: Options, graph: int) -> SiteRecord:
-    site = item.site
-    streams = site is not None and _streams(site, options)
-    geometry = (*options.config.geometry[:2], 0) if streams else options.config.geometry
-    tensors = [] if site is None else [site.fake(name) for name in ("query", "key", "value")]
-    shapes = [tuple(hint(size) for size in x.shape) for x in tensors] or [(), (), ()]
-    attended = causal = 0
-    is_triangle = item.verdict is None
-    if site is not None and 0 < shapes[0][2] <= shapes[1][2]:
-        grid = Grid(shapes[0][2], shapes[1][2])
-        causal = pair_count(dense_section(), grid)
-        section = triangle(*geometry)
-        if item.proof is not None and item.proof.reach is not None:
-            causal = pair_count(dense_section() & Window(item.proof.reach), grid)
-            section = section & Window(item.proof.reach)
-        attended = pair_count(section, grid) if is_triangle else causal
-    return SiteRecord(
-        graph=graph,
-        path=item.layer.path,
-        layer=item.layer.index,
-        query=shapes[0],
-        key=shapes[1],
-        value=shapes[2],
-        dtype=str(tensors[0].dtype).removeprefix("torch.") if tensors else "",
-        dynamic=any(isinstance(size, torch.SymInt) for x in tensors for size in x.shape),
-        decision="dense" if not is_triangle else "streaming" if streams else "triangle",
-        reason="" if item.verdict is None else item.verdict.reason.name,
-        detail="" if item.verdict is None else item.verdict.detail,
-        lowering=item.lowering or "as written",
-        attended_pairs=attended,
-        causal_pairs=causal,
-    )

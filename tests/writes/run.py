@@ -1,6 +1,6 @@
 """Draws many cases and records what became of them.
 
-python -m tests.writes.run --cases 5000 --seed 1 --out writes.json
+python -m tests.writes.run --cases 5000 --seed 1 --jobs 16 --out writes.json
 python -m tests.writes.run --only 1:17 --verbose
 """
 
@@ -9,12 +9,16 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import os
 import platform
 import random
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -34,20 +38,17 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="the first number of every case's seed")
     parser.add_argument("--inductor", type=float, default=0.0, help="share of cases that go through Inductor")
     parser.add_argument("--export", type=float, default=0.1, help="share of cases that are exported and rewritten")
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--only", help="one case, by the seed that a record gives it")
     parser.add_argument("--minutes", type=float, default=0.0, help="stop after so many minutes")
     parser.add_argument("--verbose", action="store_true", help="print the program of every failing case (or of --only)")
     parser.add_argument("--out", type=Path, help="where the record goes, as JSON")
     args = parser.parse_args()
-    logging.getLogger("torch").setLevel(logging.CRITICAL)
-    logging.getLogger("tmx_compile").setLevel(logging.CRITICAL)
     started = time.monotonic()
     outcomes = []
     seeds = [args.only] if args.only else [f"{args.seed}:{number}" for number in range(args.cases)]
-    for seed in seeds:
-        if args.minutes and time.monotonic() - started > 60 * args.minutes:
-            break
-        outcome = judge(seed, **way_of(seed, args.inductor, args.export))
+    until = started + 60 * args.minutes if args.minutes else math.inf
+    for outcome in judged(seeds, args.jobs, partial(case, inductor=args.inductor, export=args.export), until):
         outcomes.append(outcome)
         if outcome.kind in FAILURES or args.only:
             print(f"{seed} {outcome.way} {outcome.kind}: {outcome.message} {'; '.join(outcome.program.writes)}")
@@ -59,6 +60,30 @@ def main() -> int:
     if args.out:
         args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return 1 if any(record["kinds"].get(kind) for kind in FAILURES) else 0
+
+
+def judged(seeds: list[str], jobs: int, judge_one: Callable[[str], Outcome], until: float) -> Iterator[Outcome]:
+    """The outcomes in the order of the seeds, up to a time."""
+    if jobs == 1:
+        for seed in seeds:
+            if time.monotonic() > until:
+                return
+            yield judge_one(seed)
+        return
+    with get_context("spawn").Pool(jobs) as pool:
+        for outcome in pool.imap(judge_one, seeds):
+            yield outcome
+            if time.monotonic() > until:
+                pool.terminate()
+                return
+
+
+def case(seed: str, inductor: float, export: float) -> Outcome:
+    """Draw and judge the case of one seed."""
+    torch.set_num_threads(1)
+    logging.getLogger("torch").setLevel(logging.CRITICAL)
+    logging.getLogger("tmx_compile").setLevel(logging.CRITICAL)
+    return judge(seed, **way_of(seed, inductor, export))
 
 
 def way_of(seed: str, inductor: float, export: float) -> dict[str, bool]:

@@ -25,7 +25,8 @@ from tmx_compile.graph.constants import watched
 from tmx_compile.graph.effects import Effects
 from tmx_compile.graph.find import find_attention
 from tmx_compile.graph.layer import layer_paths
-from tmx_compile.pipeline import Options, plan_graph, records, rewrite_graph
+from tmx_compile.pipeline import Options, plan_graph, rewrite_graph
+from tmx_compile.record import records
 from tmx_compile.report import Rejected, Report
 
 

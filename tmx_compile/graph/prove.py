@@ -37,6 +37,9 @@ from tmx_compile.graph.terms import AllOf, AnyOf, Choice, Element, Lin, NonNegat
 from tmx_compile.ops import MASKED
 from tmx_compile.report import Reason, Rejected
 
+# Refusals of what cannot be read, and may be causal all the same.
+_UNREAD = (Reason.MASK_UNKNOWN, Reason.POSITIONS_UNKNOWN)
+
 
 @dataclass
 class Prover:
@@ -70,6 +73,9 @@ class Prover:
             # The promise is for what cannot be read: a table of positions can.
             choices = [*choices[1:], choices[0]]
             self._attempts += [(True, self._reader(choice, self._is_promised_index)) for choice in choices]
+
+        # Reads nothing: the mask as a whole is what the promise is about, and it is checked as a whole.
+        self._whole = MaskReader({}, self._is_promised_index, None, self.storages)
 
     def _reader(self, constants: Mapping[Node, torch.Tensor], is_index: Callable[[Lin], bool]) -> MaskReader:
         return MaskReader(RULES, is_index, constants, self.storages)
@@ -124,6 +130,10 @@ class Prover:
             # Of several refusals, the one that knew most says what is wrong with the mask.
             refused = proof
         assert refused is not None
+        if self.assume_causal and refused.reason in _UNREAD:
+            proof = self._prove_with(self._whole, site, sizes, own_key, promised=True)
+            if isinstance(proof, Proof):
+                return proof
         return self._written(site) or refused
 
     def _prove_with(
