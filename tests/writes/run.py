@@ -51,7 +51,7 @@ def main() -> int:
     for outcome in judged(seeds, args.jobs, partial(case, inductor=args.inductor, export=args.export), until):
         outcomes.append(outcome)
         if outcome.kind in FAILURES or args.only:
-            print(f"{seed} {outcome.way} {outcome.kind}: {outcome.message} {'; '.join(outcome.program.writes)}")
+            print(f"{outcome.seed} {outcome.way} {outcome.kind}: {outcome.message} {'; '.join(outcome.program.writes)}")
             if args.verbose:
                 show(outcome)
             sys.stdout.flush()
