@@ -166,3 +166,42 @@ def test_the_window_of_the_run_is_kept_in_both_directions(reach, shown):
     found = torch.autograd.grad(kept, (q, k, v), grad)
     for a, b in zip(found, torch.autograd.grad(want, (q, k, v), grad), strict=True):
         assert (a - b).abs().max() < 1e-11
+
+
+# Masks that can be read in part --------------------------------------------------------------------------------------
+
+
+class Blocks(nn.Module):
+    """Causal, and every token of an image sees all of its image (Gemma 3 with images)."""
+
+    def __init__(self, bidirectional=False):
+        super().__init__()
+        self.layers = nn.ModuleList([Layer()])
+        self.bidirectional = bidirectional
+
+    def forward(self, x, image):
+        place = torch.arange(x.shape[2])
+        mask = place[None, None] <= place[:, None] + (x.shape[2] if self.bidirectional else 0)
+        same = (image[:, None] == image[:, :, None]) & (image[:, None] > 0)
+        return self.layers[0](x, x, (mask | same)[:, None])
+
+
+def test_a_mask_of_image_blocks_is_checked_as_a_whole():
+    config = TriangleMixConfig(triangle_layer_indices=[0], sliding_window_size=4000, min_seq_len=100)
+    backend = tmx_backend(config, lowering="operator", assume_causal=True)
+    run = torch.compile(Blocks(), backend=backend)
+    x, image = torch.randn(2, 2, 150, 16), torch.zeros(2, 150, dtype=torch.long)
+    torch.testing.assert_close(run(x, image), Blocks()(x, image), atol=2e-5, rtol=1e-5)
+    assert [site.decision for site in backend.report] == ["triangle"]
+    image[1, 40:60] = 1
+    with pytest.raises(ValueError, match="assume_causal was promised, but a mask is not causal"):
+        run(x, image)
+
+
+def test_the_promise_does_not_cover_a_mask_that_is_read_as_not_causal():
+    config = TriangleMixConfig(triangle_layer_indices=[0], sliding_window_size=4000, min_seq_len=100)
+    backend = tmx_backend(config, lowering="operator", assume_causal=True)
+    x, image = torch.randn(2, 2, 150, 16), torch.zeros(2, 150, dtype=torch.long)
+    model = Blocks(bidirectional=True)
+    torch.testing.assert_close(torch.compile(model, backend=backend)(x, image), model(x, image))
+    assert [site.reason for site in backend.report] == ["NOT_CAUSAL"]
