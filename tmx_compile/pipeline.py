@@ -19,7 +19,7 @@ from tmx_compile.graph.constants import KnownTensor, known_tensors
 from tmx_compile.graph.decode import own_key
 from tmx_compile.graph.find import find_attention
 from tmx_compile.graph.layer import LayerPath, layer_paths
-from tmx_compile.graph.layout import memory_order, permuted, without_layout
+from tmx_compile.graph.layout import memory_order, of_other_shape, permuted, without_layout
 from tmx_compile.graph.prove import Prover
 from tmx_compile.graph.site import AttentionSite
 from tmx_compile.graph.storages import Storages
@@ -232,7 +232,7 @@ def _verdict(
         return Rejected(Reason.NOT_CAUSAL, "one row, and its own key is not shown to join the keys", site.node)
     if proof.reach is not None and proof.reach <= config.sliding_window_size:
         return Rejected(Reason.WINDOWED, f"{proof.reach + 1} keys", site.node)
-    return without_layout(site.node)
+    return of_other_shape(site) or without_layout(site.node)
 
 
 def _one_row(site: AttentionSite) -> bool:
@@ -417,7 +417,7 @@ def _target(item: SitePlan, options: Options) -> tuple[int, int, int] | None:
     if item.verdict is None:
         return options.config.geometry
     # A FlexAttention call with a block plan forms no mask: it stays the user's choice. On NPUs SDPA has no graph form.
-    if item.site is None or without_layout(item.site.node):
+    if item.site is None or of_other_shape(item.site) or without_layout(item.site.node):
         return None
     written = item.site.masks or options.target == select.ASCEND.name
     if item.proof is not None and item.proof.plain and written:

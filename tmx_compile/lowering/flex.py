@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Proxy
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from tmx_compile.lowering import flex_cuda, rows
 from tmx_compile.lowering.base import AttentionCall, Operands, Writer, arange, first_position, length
@@ -72,16 +73,31 @@ class Flex:
         ending = where if key_mask is None else rows.last_extent(where, kv_len, last)
         if isinstance(q_len, int):
             last = min(last, q_len)
-        # The template reads wrong elements of a query that is a slice of a larger tensor, and 2.11 rejects inputs that
-        # share a buffer.
-        contiguous = [x.contiguous() for x in (q, k, v)]
-        out = _streaming(write, contiguous, key_mask, where, sink, window, call)
+        fakes = call.query, call.key, call.value
+        own = [_own(x, fake) for x, fake in zip((q, k, v), fakes, strict=True)]
+        out = _streaming(write, own, key_mask, where, sink, window, call)
         if last > 0:
             final = rows.last_rows(q, k, v, key_mask, ending, last, call.scale, call.reach)
             out = rows.join(out, final, q, k, key_mask, ending, last, call.layout)
         if key_mask is not None:
             out = rows.zero_empty(out, q, k, key_mask, ending, sink, window, last, call.reach)
         return out
+
+
+def _own(x: Any, fake: torch.Tensor) -> Any:
+    """A tensor (B, H, N, D) in a buffer of its own, of just this shape.
+
+    The template reads wrong elements of a query that is a slice of a larger tensor, or a view of a buffer of another
+    shape (one head, or a product of merged batches), and 2.11 rejects inputs that share a buffer.
+    """
+    order = zip(fake.shape[::-1], fake.stride()[::-1], strict=True)
+    expected: Any = 1
+    for size, stride in order:
+        if statically_known_true(size != 1) and statically_known_true(stride != expected):
+            return x.contiguous()
+        expected = expected * size
+    # Where ``contiguous`` may do nothing: a gather of every row is never left out.
+    return torch.index_select(x, 2, arange(x, length(x, 2)))
 
 
 def _streaming(
