@@ -21,6 +21,11 @@ N = 150
 LOWERINGS = ["blocked", "flex", "reference"]
 
 
+def called(node):
+    """The bare name of what a node calls."""
+    return op_name(node).rpartition(".")[2]
+
+
 def config_for(layers):
     return TriangleMixConfig(
         triangle_layer_indices=range(layers),
@@ -118,7 +123,7 @@ def graph_of(choices, lowering, mask=None, dynamic=False):
 
 def inserted(gm):
     """How often each operation was inserted."""
-    return Counter(op_name(node) for node in gm.graph.nodes if node.meta.get(INSERTED))
+    return Counter(called(node) for node in gm.graph.nodes if node.meta.get(INSERTED))
 
 
 # What is made of positions alone, and has to exist once.

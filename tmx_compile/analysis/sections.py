@@ -139,7 +139,14 @@ def middle_output(inputs: AttentionInputs, geometry: tuple[int, int, int]) -> tu
     triangle, triangle_lse = inputs.triangle(geometry)
     # A row that attends to nothing has -inf on both sides.
     kept = torch.where(lse == float("-inf"), 1.0, (triangle_lse - lse).exp())
-    return dense - kept[..., None].to(dense.dtype) * triangle, 1 - kept
+    middle, share = dense - kept[..., None].to(dense.dtype) * triangle, 1 - kept
+    if inputs.key_mask is None or inputs.key_mask.dtype != torch.bool:
+        return middle, share
+    # Rows behind the last valid key are padding, and no part of a prompt.
+    problem = kernel.problem(inputs.query, inputs.key, inputs.key_mask, Geometry(*geometry, inputs.reach))
+    position = torch.arange(dense.shape[2], device=dense.device) + problem.offset
+    inside = (position < problem.end[:, None])[:, None]
+    return middle * inside[..., None], share * inside
 
 
 class RecordMiddle(torch.autograd.Function):
@@ -253,7 +260,8 @@ def _blocks(
     for block in kernel.blocks(dense, query.shape[1], _SCORE_BUDGET):
         position = torch.arange(block.row, block.row_end, device=query.device)[None, :, None] + dense.offset
         places = torch.arange(block.key, block.key_end, device=query.device)[None, None, :]
-        allowed = block.allowed
+        # Rows behind the last valid key are padding, and no part of a prompt.
+        allowed = block.allowed & (position < dense.end[:, None, None])
         if own is not None:
             allowed &= own[None, block.row : block.row_end, None]
         yield _Part(

@@ -41,7 +41,7 @@ def memory_order(node: Node) -> Order | None:
 
 
 def of_other_shape(site: AttentionSite) -> Rejected | None:
-    """Why a site's result is not shown to have the shape that the operator's has, if so (lengths that only look alike)."""
+    """Why the result of a site is not shown to have the shape of the operator's, if so."""
     out, query, value = tensor_of(site.node), site.fake("query"), site.fake("value")
     assert out is not None
     wanted = [*query.shape[:3], value.shape[3]]
@@ -108,5 +108,6 @@ def laid_out(x: Any, order: Order, result_order: Order | None = None) -> Any:
     """
     fake = value_of(x.node) if isinstance(x, Proxy) else x
     if not is_laid_out(fake, order):
-        x = x.permute(order).contiguous().permute(inverse(order))
+        as_is = order == tuple(range(len(order)))
+        x = x.contiguous() if as_is else x.permute(order).contiguous().permute(inverse(order))
     return x if result_order is None else x.permute(result_order)
