@@ -11,7 +11,6 @@ from support import Case, LoweringBackend, OneCall, oracle, tolerance
 from test_conformance import CASES
 
 from tmx_compile.lowering.select import NAMED
-from tmx_compile.ops.kernel import valid_range
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
@@ -157,14 +156,12 @@ HOPPER_CASES = {
 def test_the_hopper_kernel(name):
     """The kernel for long prompts, on the short ones of the conformance suite, in the dtypes and head dims it takes."""
     from tmx_compile.lowering.triton import hopper_launch
+    from tmx_compile.lowering.triton.lowering import extents
 
     case = HOPPER_CASES[name]
     *qkv, key_mask = case.tensors(device="cuda")
     assert hopper_launch.takes(*qkv)
-    extent = None
-    if key_mask is not None:
-        start, end = valid_range(key_mask)
-        extent = torch.stack([start, end, (end - start) != key_mask.sum(1)], 1).to(torch.int32)
+    extent = None if key_mask is None else extents(key_mask, case.kv_len, case.last)
     reach = case.arguments[4] if len(case.arguments) > 4 else None
     n = case.kv_len
     geometry = (min(case.sink, n), min(case.window, n), min(case.last, case.q_len))
