@@ -89,7 +89,7 @@ def one_row_chunk(gm: GraphModule, options: Options, example_inputs: Sequence[An
     sizes = {} if expression is None else _sizes(gm, expression.free_symbols)
     if sizes is None:
         expression, sizes = None, {}
-    as_written = None if options.strict else copy_graph(gm).forward
+    as_written = copy_graph(gm).forward if plan.known and not options.strict else None
     return OneRow(watched(rewrite_graph(plan).gm.forward, plan.known, as_written), refused, expression, sizes)
 
 

@@ -112,7 +112,7 @@ class Prover:
         batch = t.size_of(site.fake("query").shape[0])
         sizes = {KEY: t.size_of(_as_in_mask(site, kv_len)), ROW: t.size_of(q_len), HEAD: t.size_of(heads), BATCH: batch}
         # The same tensor at another time is another mask.
-        leaves = [leaf for part in site.masks for leaf in _leaves(part)]
+        leaves = [leaf for part in site.masks for leaf in part.tensors]
         shared = (site.masks, tuple(map(site.versions.get, leaves)), own_key, *sizes.items())
         if shared not in self._proofs:
             self._proofs[shared] = self._prove_masks(site, sizes, own_key)
@@ -168,7 +168,7 @@ class Prover:
     def _written(self, site: AttentionSite) -> Rejected | None:
         """The refusal of a mask that something below was read from after it had been written."""
         for part in site.masks:
-            for leaf in _leaves(part):
+            for leaf in part.tensors:
                 version = site.versions.get(leaf)
                 if version is not None and version != self.storages.version(leaf):
                     write = self.storages.end_of(leaf, self.storages.version(leaf))
@@ -270,15 +270,10 @@ def _attended(part: MaskPart, view: View) -> Truth | Rejected:
             return Rejected(Reason.FLOAT_BIAS, "adds a function of the positions", part.node)
 
 
-def _leaves(part: MaskPart | MaskMod) -> list[Node]:
-    """The tensors of the graph that a mask is read from."""
-    return [part.node] if isinstance(part, MaskPart) else [x for x in part.buffers if isinstance(x, Node)]
-
-
 def _under(site: AttentionSite, known: Mapping[Node, Term]) -> dict[Node, Term]:
     """Those constants that the masks of a site were built from."""
     seen: set[Node] = set()
-    stack = [leaf for part in site.masks for leaf in _leaves(part)]
+    stack = [leaf for part in site.masks for leaf in part.tensors]
     while stack and known:
         node = stack.pop()
         if node not in seen:

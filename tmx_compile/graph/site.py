@@ -43,6 +43,11 @@ class MaskPart:
     how: Literal["add", "keep", "drop"]
     number: float
 
+    @property
+    def tensors(self) -> tuple[Node, ...]:
+        """The tensors of the graph that it is read from."""
+        return (self.node,)
+
 
 @dataclass(frozen=True)
 class MaskMod:
@@ -50,6 +55,11 @@ class MaskMod:
 
     graph: GraphModule
     buffers: tuple[Node, ...] = ()
+
+    @property
+    def tensors(self) -> tuple[Node, ...]:
+        """The tensors of the graph that it is read from; numbers may be among the buffers."""
+        return tuple(buffer for buffer in self.buffers if isinstance(buffer, Node))
 
 
 @dataclass(frozen=True)
@@ -68,6 +78,11 @@ class BlockPlan:
     keys: int | Node
     partial: tuple[Node, Node]
     full: tuple[Node, Node] | None = None
+
+    @property
+    def tensors(self) -> tuple[Node, ...]:
+        """The tensors that list blocks."""
+        return (*self.partial, *(self.full or ()))
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from tmx_compile.graph.emit import Emitter
 from tmx_compile.graph.erase import dead_ends, erase_dead
 from tmx_compile.graph.layout import NAME, laid_out, memory_order, permuted
 from tmx_compile.graph.nodes import tensor_of
-from tmx_compile.graph.site import AttentionSite, BlockPlan, Operand
+from tmx_compile.graph.site import AttentionSite, Operand
 from tmx_compile.graph.storages import Storages
 from tmx_compile.graph.terms import Lin, Truthy
 from tmx_compile.ops import CHECK_MASK, FIRST_ROW_INSIDE, KEEP_WINDOW, OPERATOR
@@ -58,7 +58,8 @@ class Substituter:
         assert out is not None
         with self._emit.before(site) as emit:
             keys = self._shared(item)
-            checked = (site.block_plan, item.proof, tuple(map(emit.source, _tensors(site.block_plan))))
+            listed = () if site.block_plan is None else site.block_plan.tensors
+            checked = (site.block_plan, item.proof, tuple(map(emit.source, listed)))
             if checked not in self._checked:
                 check_blocks(emit, site, item.proof, keys.mask)
                 self._checked.add(checked)
@@ -117,10 +118,6 @@ class Substituter:
         if shared not in self._keys:
             self._keys[shared] = _keys(self._emit, item)
         return self._keys[shared]
-
-
-def _tensors(plan: BlockPlan | None) -> tuple[Node, ...]:
-    return () if plan is None else (*plan.partial, *(plan.full or ()))
 
 
 @dataclass(frozen=True)

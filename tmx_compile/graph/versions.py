@@ -17,7 +17,7 @@ from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
 from tmx_compile.graph.nodes import value_of
-from tmx_compile.graph.site import AttentionSite, MaskPart
+from tmx_compile.graph.site import AttentionSite
 from tmx_compile.graph.storages import Storages
 from tmx_compile.report import Reason, Rejected
 
@@ -56,15 +56,11 @@ def _leaves(site: AttentionSite) -> Iterator[Node]:
     for operand in (site.query, site.key, site.value):
         yield operand.node
     for part in site.masks:
-        if isinstance(part, MaskPart):
-            yield part.node
-        else:
-            yield from (buffer for buffer in part.buffers if isinstance(buffer, Node))
+        yield from part.tensors
     if site.factor is not None:
         yield site.factor
-    plan = site.block_plan
-    if plan is not None:
-        yield from (*plan.partial, *(plan.full or ()))
+    if site.block_plan is not None:
+        yield from site.block_plan.tensors
 
 
 def _between(site: AttentionSite, leaves: set[Node]) -> set[Node]:
