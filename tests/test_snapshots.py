@@ -113,19 +113,15 @@ class Snapshots(TestCase):
         self.assertExpectedInline(
             after("operator", padded=True),
             """\
-%0 = arange(2, device=cpu) : i64[2]
-%1 = unsqueeze(%0, 1) : i64[2, 1]
-%2 = arange(70, device=cpu) : i64[70]
-%3 = getitem(i64[2, 70], (%1, %2)) : i64[2, 70]
-%4 = .to(%3, b8) : b8[2, 70]
-%5 = .expand(%4, 2, 70) : b8[2, 70]
-%6 = where(%5, 0.0, -inf) : f32[2, 70]
-%7 = .to(%6, f32) : f32[2, 70]
-%8 = getitem(%7, (:, None, None, :)) : f32[2, 1, 1, 70]
-%9 = aten._scaled_dot_product_flash_attention_for_cpu.default(f32[2, 4, 70, 16], f32[2, 2, 70, 16], f32[2, 2, 70, 16], 0.0, True, attn_mask=%8, scale=0.25)
-%10 = getitem(%9, 0) : f32[2, 4, 70, 16]
-%11 = tmx.triangle_attention.default(f32[2, 4, 70, 16], f32[2, 2, 70, 16], f32[2, 2, 70, 16], %5, 4, 16, 8, 0.25)
-%12 = getitem(%11, 0) : f32[2, 4, 70, 16]""",
+%0 = .to(i64[2, 70], b8) : b8[2, 70]
+%1 = .expand(%0, 2, 70) : b8[2, 70]
+%2 = where(%1, 0.0, -inf) : f32[2, 70]
+%3 = .to(%2, f32) : f32[2, 70]
+%4 = getitem(%3, (:, None, None, :)) : f32[2, 1, 1, 70]
+%5 = aten._scaled_dot_product_flash_attention_for_cpu.default(f32[2, 4, 70, 16], f32[2, 2, 70, 16], f32[2, 2, 70, 16], 0.0, True, attn_mask=%4, scale=0.25)
+%6 = getitem(%5, 0) : f32[2, 4, 70, 16]
+%7 = tmx.triangle_attention.default(f32[2, 4, 70, 16], f32[2, 2, 70, 16], f32[2, 2, 70, 16], %1, 4, 16, 8, 0.25)
+%8 = getitem(%7, 0) : f32[2, 4, 70, 16]""",
         )
 
     def test_before_without_padding(self):
@@ -233,7 +229,7 @@ class Snapshots(TestCase):
 %1 = unsqueeze(%0, 1) : i64[2, 1]
 %2 = .size(f32[2, 2, s0, 16], 2) : s0
 %3 = arange(%2, device=cpu) : i64[s0]
-%4 = getitem(i64[2, s1], (%1, %3)) : i64[2, s0]
+%4 = aten._unsafe_index.Tensor(i64[2, s1], [%1, %3]) : i64[2, s0]
 %5 = .to(%4, b8) : b8[2, s0]
 %6 = .size(f32[2, 2, s0, 16], 2) : s0
 %7 = .expand(%5, 2, %6) : b8[2, s0]

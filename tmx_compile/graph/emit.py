@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import reduce
 from typing import Any, Literal
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from tmx_compile.errors import VerificationError
 from tmx_compile.graph import terms as t
@@ -20,6 +21,8 @@ from tmx_compile.graph.site import AttentionSite, Operand
 from tmx_compile.graph.storages import Storages
 from tmx_compile.graph.terms import AllOf, AnyOf, Element, Lin, Negation, NonNegative, Size, Truth, Truthy, Zero
 from tmx_compile.ops import FIRST_POSITION
+
+_BATCH, _KEY = Lin.of(0, {BATCH: 1}), Lin.of(0, {KEY: 1})
 
 
 class Emitter:
@@ -180,20 +183,36 @@ class Emitter:
         return self._saved[node, version]
 
     def _element(self, element: Element) -> Node:
-        """Read by position, which keeps the original's out-of-range error."""
+        """Read by position, which keeps the original's out-of-range error where there can be one."""
+        fake = tensor_of(element.node)
+        assert fake is not None
+        source = self.source(element.node, element.version)
+        ranged = element.index in ((_BATCH, _KEY), (_KEY,)) and len(element.index) == fake.dim()
+        if ranged and self._holds(element, fake, operator.eq):
+            return source if fake.dim() == 2 else self.call(torch.unsqueeze, source, 0)
         index: list[Any] = []
         for term in element.index:
-            if term == Lin.of(0, {KEY: 1}):
+            if term == _KEY:
                 index.append(self.keys())
-            elif term == Lin.of(0, {BATCH: 1}):
+            elif term == _BATCH:
                 index.append(self._sequences())
             else:
                 index.append(int(term.const) if term.is_number else self.number(term))
-        source = self.source(element.node, element.version)
-        read = self.call(operator.getitem, source, tuple(index)) if index else source
+        if ranged and self._holds(element, fake, operator.le):
+            # Not by a slice, which guards on the lengths. And Inductor 2.11 checks some indices before it has them.
+            read = self.call(torch.ops.aten._unsafe_index.Tensor, source, index)
+        else:
+            read = self.call(operator.getitem, source, tuple(index)) if index else source
         fake = tensor_of(read)
         assert fake is not None
         return self.call(torch.unsqueeze, read, 0) if fake.dim() == 1 else read
+
+    def _holds(self, element: Element, fake: torch.Tensor, compare: Callable[[Any, Any], Any]) -> bool:
+        """Whether the site's sequences and keys surely compare so with the sizes of the tensor that they index."""
+        assert self._site is not None
+        extents = {_BATCH: self._site.query.fake.shape[0], _KEY: self._site.key.fake.shape[2]}
+        sizes = zip(element.index, fake.shape, strict=True)
+        return all(statically_known_true(compare(extents[term], size)) for term, size in sizes)
 
     def first_position(self, first: Element) -> Node:
         """The position of row 0 of a tensor of row positions, whose others are checked to follow it when it runs."""
