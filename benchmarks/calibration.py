@@ -21,7 +21,7 @@ from benchmarks.prefill_memory import peak_mib, reset_peak, resident_mib
 from benchmarks.texts import CALIBRATION, token_stream
 from tmx_compile import TriangleMixConfig, calibrate
 from tmx_compile.analysis import Sample
-from tmx_compile.analysis.language_model import call_arguments, sample_at
+from tmx_compile.analysis.judge.language_model import call_arguments, sample_at
 
 PROFILES = RESULTS / "profiles"
 GEOMETRY = (8, 64, 128)

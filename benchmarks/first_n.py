@@ -15,7 +15,7 @@ from benchmarks.common import Case, Measured, note
 from benchmarks.models import smollm2
 from benchmarks.texts import EVALUATION
 from tmx_compile import TriangleMixConfig, tmx_backend
-from tmx_compile.analysis.direct import divergence
+from tmx_compile.analysis.choose.direct import divergence
 
 GEOMETRY = {"num_sink_tokens": 4, "sliding_window_size": 32, "num_last_tokens": 64}
 LOWERING = "blocked"

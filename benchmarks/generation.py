@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 
 from benchmarks.shapes import CAUSAL
 from tmx_compile import TriangleMixConfig, tmx_backend
-from tmx_compile.cache import StreamingCache
+from tmx_compile.integrations.transformers import StreamingCache
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks.common import Case, Measured, note
 from tmx_compile import TriangleMixConfig
-from tmx_compile.cache import StreamingCache
+from tmx_compile.integrations.transformers import StreamingCache
 
 FULL: dict[str, Any] = {"tokens": 32768, "layers": 40, "kv_heads": 2, "head_dim": 32}
 QUICK: dict[str, Any] = {"tokens": 1024, "layers": 4, "kv_heads": 1, "head_dim": 8}

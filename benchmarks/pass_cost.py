@@ -17,12 +17,13 @@ from torch.fx import GraphModule
 
 from benchmarks.common import Case, Measured, cold_compiles, note
 from benchmarks.models import left_padded, small_qwen3
-from tmx_compile import TriangleMixConfig, pipeline
+from tmx_compile import TriangleMixConfig
 from tmx_compile.graph.copies import copy_graph
-from tmx_compile.graph.prove import Prover
-from tmx_compile.graph.substitute import Substituter
-from tmx_compile.lowering.lower import Lowerer
-from tmx_compile.pipeline import Options, plan_graph, rewrite_graph
+from tmx_compile.passes import pipeline
+from tmx_compile.passes.lower import Lowerer
+from tmx_compile.passes.pipeline import Options, plan_graph, rewrite_graph
+from tmx_compile.passes.substitute import Substituter
+from tmx_compile.proof.prove import Prover
 
 TOKENS, PADDING = 2304, 7
 LOWERING = "auto"

@@ -6,8 +6,8 @@ each geometry. Then, for every prompt length and geometry, ``ranked`` holds the 
 with streaming decode, and ``contrast`` those that do not; ``ablations`` changes one count of the geometry at a time,
 and ``turns`` takes the end of the prompt as a new turn of a conversation.
 
-The model runs as calibration captures it (``tmx_compile.analysis.compare``): nothing is compiled per cell, and only the
-layers from the first sparse one on run again.
+The model runs as calibration captures it (``tmx_compile.analysis.judge.compare``): nothing is compiled per cell, and
+only the layers from the first sparse one on run again.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ from benchmarks.models import smollm2
 from benchmarks.quality_tasks import CUE, DIGITS, FOLLOWING, LISTED, Item, continuations, copies, digest, needles
 from benchmarks.texts import CALIBRATION, EVALUATION, token_stream
 from tmx_compile import TriangleMixConfig, calibrate
-from tmx_compile.analysis import CapturedModel, Change, Choice, Continued, compare
-from tmx_compile.analysis.intervals import interval
-from tmx_compile.analysis.language_model import call_arguments, sample_at
+from tmx_compile.analysis import CapturedModel, Change, Choice, Continued
+from tmx_compile.analysis.judge import compare
+from tmx_compile.analysis.judge.intervals import interval
+from tmx_compile.analysis.judge.language_model import call_arguments, sample_at
 
 Geometry = tuple[int, int, int]
 

@@ -18,7 +18,7 @@ from benchmarks.recall_model import QUESTIONS, TASKS
 from benchmarks.recall_tasks import COPY, HOPS, LISTED, Batch, evaluation
 from tmx_compile import TriangleMixConfig, calibrate
 from tmx_compile.analysis import CapturedModel, Inputs, Sample
-from tmx_compile.analysis.language_model import call_arguments
+from tmx_compile.analysis.judge.language_model import call_arguments
 
 FOLDER = RESULTS / "recall"
 SEED = 20261122

@@ -11,8 +11,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from tmx_compile.graph.nodes import fake_mode_of, tensor_of
 from tmx_compile.lowering.base import AttentionCall
-from tmx_compile.lowering.lower import Lowerer
-from tmx_compile.ops import ALL_ROWS, OPERATOR
+from tmx_compile.operator import ALL_ROWS, OPERATOR
+from tmx_compile.passes.lower import Lowerer
 from tmx_compile.report import Rejected
 
 

@@ -11,7 +11,7 @@ from torch.utils._sympy.functions import FloorDiv, Max, Min, Mod
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges
 
-from tmx_compile.always import holds_always, no_guard_added
+from tmx_compile.passes.always import holds_always, no_guard_added
 
 n, b = sympy.symbols("n b", integer=True, positive=True)
 blocks = FloorDiv(n, 32)

@@ -15,7 +15,7 @@ from support import masked_oracle, oracle, tiny_qwen3
 from tmx_compile import TriangleMixConfig, explain, tmx_backend, triangle_attention
 from tmx_compile.errors import LoweringError
 from tmx_compile.lowering.base import AttentionCall
-from tmx_compile.lowering.select import BLOCKED, FLEX, REFERENCE
+from tmx_compile.lowering.table import BLOCKED, FLEX, REFERENCE
 from tmx_compile.report import Reason, Rejected
 
 

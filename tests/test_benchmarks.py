@@ -13,7 +13,7 @@ from benchmarks import common, docs, operator, peers, shapes, ttft
 from benchmarks.account import account, floor_limit, kernel_class
 from tmx_compile.bench.floor import Ceilings, Shape, attended_pairs, causal_pairs
 from tmx_compile.lowering.base import AttentionCall
-from tmx_compile.lowering.select import preference
+from tmx_compile.lowering.table import preference
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

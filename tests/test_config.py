@@ -16,7 +16,9 @@ import numpy
 import pytest
 
 from tmx_compile import config as config_module
-from tmx_compile.config import PROFILE_FORMAT, TriangleMixConfig, TriangleMixInferenceConfig, as_count
+from tmx_compile.config import TriangleMixConfig, as_count
+from tmx_compile.config.profile import PROFILE_FORMAT
+from tmx_compile.legacy.inference import TriangleMixInferenceConfig
 
 COUNTS = ("num_sink_tokens", "sliding_window_size", "num_last_tokens", "num_triangle_layers", "min_seq_len")
 
@@ -250,7 +252,7 @@ def test_config_needs_the_standard_library_only() -> None:
     imported = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
     imported += [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
     ours = Path(config_module.__file__).with_name("environment.py").read_text(encoding="utf-8")
-    imported.remove("tmx_compile.environment")
+    imported.remove("tmx_compile.legacy.environment")
     imported += re.findall(r"^(?:from|import) (\S+)", ours, re.MULTILINE)
     assert {name.split(".")[0] for name in imported} <= sys.stdlib_module_names
 

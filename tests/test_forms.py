@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from layered import CONFIG, N, Stack, random
 from torch import nn
 
-from tmx_compile import LoweringError, TriangleMixConfig, api, explain, prefill, rewrite, tmx_backend
+from tmx_compile import LoweringError, TriangleMixConfig, explain, prefill, rewrite, tmx_backend
+from tmx_compile import backend as api
 
 ONE = TriangleMixConfig(
     triangle_layer_indices=[0], num_sink_tokens=4, sliding_window_size=16, num_last_tokens=8, min_seq_len=100

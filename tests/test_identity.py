@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from tests.support import tiny_qwen3
-from tmx_compile.identity import ModelFingerprint
+from tmx_compile.config.fingerprint import ModelFingerprint
 
 
 def test_copies_of_a_model_are_the_model():

@@ -8,7 +8,8 @@ import pytest
 
 from benchmarks import docs, docs_quality, quality, recall
 from benchmarks.common import RESULTS
-from tmx_compile import api, price
+from tmx_compile import backend as api
+from tmx_compile.config import prices as price
 
 DOCS = RESULTS.parents[1] / "docs"
 G1, G2 = [8, 64, 128], [8, 512, 128]

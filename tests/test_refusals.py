@@ -12,8 +12,8 @@ from torch import nn
 
 from tmx_compile import explain, tmx_backend
 from tmx_compile.errors import StrictModeError
-from tmx_compile.graph.find import find_attention
-from tmx_compile.graph.find.sdpa import SDPA_TARGETS
+from tmx_compile.find import find_attention
+from tmx_compile.find.sdpa import SDPA_TARGETS
 from tmx_compile.graph.nodes import fake_mode_of, tensor_of
 from tmx_compile.report import Reason, Rejected
 from tmx_compile.testing import captured_graphs

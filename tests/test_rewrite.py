@@ -23,10 +23,10 @@ from tmx_compile import (
     TriangleMixInferenceConfig,
     VerificationError,
     rewrite,
-    standalone,
 )
 from tmx_compile.graph.nodes import fake_mode_of, op_name, tensor_of
-from tmx_compile.ops import ALL_ROWS, OPERATOR
+from tmx_compile.operator import ALL_ROWS, OPERATOR
+from tmx_compile.passes import program as standalone
 
 LOW, HIGH = CONFIG.min_seq_len + 1, 256
 LENGTHS = (LOW, 128, 159, HIGH)
@@ -318,7 +318,7 @@ def test_a_short_static_length_stays_dense():
 
 
 def test_what_cannot_be_shown_for_every_length_falls_back_to_the_operator(monkeypatch):
-    monkeypatch.setattr("tmx_compile.always.holds_always", lambda expr, ranges: False)
+    monkeypatch.setattr("tmx_compile.passes.always.holds_always", lambda expr, ranges: False)
     program = export(Stack(), torch.randn(X))
     after, report = rewrite(program, CONFIG)
     assert report.sites[1].lowering == "operator"

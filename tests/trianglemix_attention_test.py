@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from tmx_compile.analysis import TriangleMixAnalyzer
 from tmx_compile.config import TriangleMixConfig
-from tmx_compile.plan.dense import TriangleMixAttention, TriangleMixMaskGenerator
+from tmx_compile.legacy.masks import TriangleMixAttention, TriangleMixMaskGenerator
 
 SECTIONS = ("streaming", "last", "middle", "triangle", "dense")
 GEOMETRIES = [

@@ -6,14 +6,15 @@ model = torch.compile(model, backend=tmx_backend(TriangleMixConfig.deepest(15, n
 from __future__ import annotations
 
 from tmx_compile.analysis import Calibration, TriangleMixAnalyzer, calibrate
-from tmx_compile.api import TmxBackend, explain, rewrite, tmx_backend
-from tmx_compile.chunks import prefill
-from tmx_compile.config import TriangleMixConfig, TriangleMixInferenceConfig
-from tmx_compile.deploy import export
+from tmx_compile.backend import TmxBackend, explain, rewrite, tmx_backend
+from tmx_compile.config import TriangleMixConfig
 from tmx_compile.errors import LoweringError, StrictModeError, TriangleMixError, VerificationError
-from tmx_compile.modules import AscendNPUTriangleMixOptimizer, AscendTriangleMixAttention
-from tmx_compile.ops import triangle_attention
-from tmx_compile.plan.dense import TriangleMixAttention, TriangleMixMaskGenerator
+from tmx_compile.export import export
+from tmx_compile.legacy import AscendNPUTriangleMixOptimizer, AscendTriangleMixAttention
+from tmx_compile.legacy.inference import TriangleMixInferenceConfig
+from tmx_compile.legacy.masks import TriangleMixAttention, TriangleMixMaskGenerator
+from tmx_compile.operator import triangle_attention
+from tmx_compile.operator.prefill import prefill
 from tmx_compile.report import Reason, Report, SiteRecord
 from tmx_compile.version import __version__
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from tmx_compile.analysis import command as calibrate_command
-from tmx_compile.analysis import quality_command
+from tmx_compile.analysis.choose import command as calibrate_command
+from tmx_compile.analysis.judge import command as quality_command
 from tmx_compile.bench import layer, record
 from tmx_compile.bench.timing import Rounds
 

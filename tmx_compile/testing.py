@@ -14,11 +14,11 @@ import torch
 from torch.fx import GraphModule, Node
 
 from tmx_compile.config import TriangleMixConfig
-from tmx_compile.graph.find.repeat import unrepeated
-from tmx_compile.graph.find.sdpa import SDPA_TARGETS
+from tmx_compile.find.repeat import unrepeated
+from tmx_compile.find.sdpa import SDPA_TARGETS
 from tmx_compile.graph.nodes import INSERTED, value_of
-from tmx_compile.lengths import Prompt
-from tmx_compile.pipeline import Options, plan_graph, rewrite_graph
+from tmx_compile.passes.lengths import Prompt
+from tmx_compile.passes.pipeline import Options, plan_graph, rewrite_graph
 
 _DTYPES = {
     torch.float64: "f64",

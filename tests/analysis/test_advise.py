@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 
 from tests.support import tiny_qwen3
 from tmx_compile import TriangleMixConfig, tmx_backend
-from tmx_compile.analysis import Choice, Evaluation, Interval, Record, advise
-from tmx_compile.analysis.evaluation import METRICS
+from tmx_compile.analysis import Choice, Evaluation, Interval, Record
+from tmx_compile.analysis.choose import advise
+from tmx_compile.analysis.judge.evaluation import METRICS
 from tmx_compile.bench import layer, layer_times, record
 from tmx_compile.bench.layer_times import AttentionShape, LayerTime, measure_times, read_times
 from tmx_compile.bench.timing import Rounds
-from tmx_compile.identity import ModelFingerprint
+from tmx_compile.config.fingerprint import ModelFingerprint
 
 LAYERS, TOKENS = 5, 4096
 WIDE, NARROW = AttentionShape(8, 2, 64, 64), AttentionShape(4, 4, 32, 32)

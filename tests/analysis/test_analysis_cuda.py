@@ -8,7 +8,8 @@ import torch
 
 from tests.support import masked_oracle, tiny_qwen3, with_masks
 from tmx_compile import TriangleMixConfig, calibrate
-from tmx_compile.analysis import CapturedModel, Inputs, sections
+from tmx_compile.analysis import CapturedModel, Inputs
+from tmx_compile.analysis.capture import sections
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 GEOMETRY = (2, 5, 4)

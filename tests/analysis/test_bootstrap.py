@@ -6,7 +6,7 @@ import statistics
 
 import pytest
 
-from tmx_compile.analysis.intervals import interval
+from tmx_compile.analysis.judge.intervals import interval
 
 
 def test_it_covers_the_true_mean_about_as_often_as_it_says():

@@ -12,8 +12,8 @@ from tests.analysis.explicit import Decoder, GatedModel, middle_mask, one_gate
 from tests.analysis.runs import Runs
 from tmx_compile import TriangleMixConfig, TriangleMixInferenceConfig, calibrate, tmx_backend
 from tmx_compile.analysis import Inputs, Sample
-from tmx_compile.analysis.direct import DirectMeasurement
-from tmx_compile.analysis.samples import final_logits, samples_of
+from tmx_compile.analysis.capture.samples import final_logits, samples_of
+from tmx_compile.analysis.choose.direct import DirectMeasurement
 
 N, LAYERS, HEADS = 48, 3, 4
 GEOMETRY = (2, 6, 5)

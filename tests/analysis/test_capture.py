@@ -10,8 +10,8 @@ from tests.layered import Stack
 from tests.support import masked_oracle, tiny_qwen3
 from tmx_compile import TriangleMixConfig, TriangleMixError
 from tmx_compile.analysis import CapturedModel, Inputs
-from tmx_compile.analysis import sections as sections_module
-from tmx_compile.analysis.samples import final_logits
+from tmx_compile.analysis.capture import sections as sections_module
+from tmx_compile.analysis.capture.samples import final_logits
 
 N, HEADS = 48, 4
 GEOMETRY = (2, 6, 5)

@@ -11,9 +11,10 @@ import torch
 from tests.analysis.runs import Runs
 from tests.support import attended, tiny_qwen3
 from tmx_compile import TriangleMixConfig, calibrate
-from tmx_compile.analysis import Choice, Evaluation, candidates, evaluate, read_ranking
-from tmx_compile.analysis.evaluation import METRICS
-from tmx_compile.analysis.intervals import interval
+from tmx_compile.analysis import Choice, Evaluation, candidates, read_ranking
+from tmx_compile.analysis.judge import evaluate
+from tmx_compile.analysis.judge.evaluation import METRICS
+from tmx_compile.analysis.judge.intervals import interval
 from tmx_compile.bench.layer_times import AttentionShape
 
 LAYERS, N, FINAL, FOLLOWING, WORDS = 3, 90, 7, 12, 6

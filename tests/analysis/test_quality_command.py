@@ -7,7 +7,9 @@ import torch
 
 from tests.analysis.conftest import LAYERS, stored_model
 from tmx_compile import TriangleMixConfig
-from tmx_compile.analysis import Choice, Evaluation, evaluate, quality_command
+from tmx_compile.analysis import Choice, Evaluation
+from tmx_compile.analysis.judge import command as quality_command
+from tmx_compile.analysis.judge import evaluate
 from tmx_compile.bench import record
 from tmx_compile.cli import main
 

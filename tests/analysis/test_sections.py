@@ -5,9 +5,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support import Case, attended
-from tmx_compile.analysis import sections
-from tmx_compile.analysis.sections import AttentionInputs, RecordMiddle, middle_output, middle_sums
-from tmx_compile.ops import ALL_ROWS
+from tmx_compile.analysis.capture import sections
+from tmx_compile.analysis.capture.sections import AttentionInputs, RecordMiddle, middle_output, middle_sums
+from tmx_compile.operator import ALL_ROWS
 
 CASES = {
     "plain": Case(40, 40, 2, 5, 7),

@@ -12,7 +12,8 @@ from support import oracle
 from tests.ascend import npu_ops, programs
 from tests.ascend.ge.run import execute
 from tests.ascend.standin.process import RemoteError
-from tmx_compile import TriangleMixInferenceConfig, api, tmx_backend
+from tmx_compile import TriangleMixInferenceConfig, tmx_backend
+from tmx_compile import backend as api
 
 GEOMETRY, DENSE = (3, 5, 6), (0, 0, 2**31 - 1)
 LENGTHS = (1, 2, 3, 8, 9, 10, 14, 15, 16, 40, 77)

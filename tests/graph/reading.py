@@ -2,8 +2,8 @@
 
 import torch
 
-from tmx_compile.graph import terms as t
-from tmx_compile.graph.conclude import BATCH, HEAD, KEY, ROW
+from tmx_compile.proof import terms as t
+from tmx_compile.proof.conclude import BATCH, HEAD, KEY, ROW
 
 
 def evaluate(term, point, values):

@@ -11,8 +11,8 @@ from torch._higher_order_ops.wrap import tag_activation_checkpoint
 
 from tmx_compile import TriangleMixConfig, tmx_backend
 from tmx_compile.graph.children import flatten, restore
-from tmx_compile.ops import OPERATOR
-from tmx_compile.pipeline import Options, plan_graph
+from tmx_compile.operator import OPERATOR
+from tmx_compile.passes.pipeline import Options, plan_graph
 from tmx_compile.report import Reason
 from tmx_compile.testing import captured_graphs, render_graph, rewritten_graphs
 

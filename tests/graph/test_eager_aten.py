@@ -7,13 +7,13 @@ from support import oracle
 from test_find_eager import CONFIG, FORMS, SCALE, OneLayer, causal, squares, tensors
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from tmx_compile.graph.conclude import Proof
-from tmx_compile.graph.find import find_attention
+from tmx_compile.find import find_attention
+from tmx_compile.find.site import AttentionSite
 from tmx_compile.graph.nodes import fake_mode_of, value_of
-from tmx_compile.graph.prove import Prover
-from tmx_compile.graph.site import AttentionSite
 from tmx_compile.graph.storages import Storages
-from tmx_compile.graph.substitute import Substituter, Substitution
+from tmx_compile.passes.substitute import Substituter, Substitution
+from tmx_compile.proof.conclude import Proof
+from tmx_compile.proof.prove import Prover
 from tmx_compile.report import Reason
 
 

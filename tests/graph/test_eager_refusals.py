@@ -7,7 +7,7 @@ from layered import CONFIG, Stack, check_dense, qkv
 from test_find_eager import INF, SCALE, additive, causal, found_in, masked, merged, tensors
 
 from tmx_compile import tmx_backend
-from tmx_compile.graph.find import find_attention
+from tmx_compile.find import find_attention
 from tmx_compile.report import Reason
 from tmx_compile.testing import captured_graphs
 

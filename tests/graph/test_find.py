@@ -7,11 +7,11 @@ from support import oracle
 from torch import nn
 
 from tmx_compile import TriangleMixConfig, tmx_backend
-from tmx_compile.graph.find import find_attention
-from tmx_compile.graph.find.repeat import unrepeated
+from tmx_compile.find import find_attention
+from tmx_compile.find.repeat import unrepeated
+from tmx_compile.find.site import AttentionSite
 from tmx_compile.graph.nodes import tensor_of
-from tmx_compile.graph.site import AttentionSite
-from tmx_compile.ops import OPERATOR
+from tmx_compile.operator import OPERATOR
 from tmx_compile.report import Reason, Rejected
 from tmx_compile.testing import captured_graphs
 

@@ -11,12 +11,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from tmx_compile.graph.conclude import Proof
-from tmx_compile.graph.find import find_attention
-from tmx_compile.graph.find.aten import ATEN_TARGETS
-from tmx_compile.graph.prove import Prover
-from tmx_compile.graph.site import AttentionSite
+from tmx_compile.find import find_attention
+from tmx_compile.find.aten import ATEN_TARGETS
+from tmx_compile.find.site import AttentionSite
 from tmx_compile.graph.storages import Storages
+from tmx_compile.proof.conclude import Proof
+from tmx_compile.proof.prove import Prover
 from tmx_compile.report import Reason, Rejected
 
 aten = torch.ops.aten

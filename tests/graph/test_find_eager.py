@@ -9,10 +9,10 @@ from support import oracle, tolerance
 from torch import nn
 
 from tmx_compile import TriangleMixConfig, tmx_backend
-from tmx_compile.graph.find import find_attention
+from tmx_compile.find import find_attention
+from tmx_compile.find.site import AttentionSite
 from tmx_compile.graph.nodes import value_of
-from tmx_compile.graph.site import AttentionSite
-from tmx_compile.ops import OPERATOR
+from tmx_compile.operator import OPERATOR
 from tmx_compile.testing import captured_graphs
 
 B, H, KV, N, D = 2, 6, 2, 40, 8

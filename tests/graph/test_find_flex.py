@@ -9,10 +9,10 @@ from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block_mask, flex_attention, or_masks
 
 from tmx_compile import TriangleMixConfig, explain, tmx_backend
-from tmx_compile.graph.find import find_attention
+from tmx_compile.find import find_attention
+from tmx_compile.find.site import AttentionSite
 from tmx_compile.graph.nodes import INSERTED
-from tmx_compile.graph.site import AttentionSite
-from tmx_compile.ops import OPERATOR
+from tmx_compile.operator import OPERATOR
 from tmx_compile.report import Reason, Rejected
 from tmx_compile.testing import captured_graphs
 

@@ -8,7 +8,7 @@ from torch import nn
 from tmx_compile import TriangleMixConfig, tmx_backend
 from tmx_compile.graph.children import flatten, restore
 from tmx_compile.graph.composite import COMPOSITES
-from tmx_compile.ops import OPERATOR
+from tmx_compile.operator import OPERATOR
 from tmx_compile.testing import captured_graphs, render_graph
 
 B, N, E, H = 2, 70, 16, 4

@@ -10,8 +10,8 @@ from torch import nn
 from torch.export import Dim
 
 from tmx_compile import Report, TriangleMixConfig, rewrite, tmx_backend
-from tmx_compile.graph.expressions import Lengths, Unwritable
 from tmx_compile.graph.nodes import value_of
+from tmx_compile.proof.expressions import Lengths, Unwritable
 from tmx_compile.testing import captured_graphs
 
 # A window wider than any prompt here: the result is that of dense attention.

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from reading import Record, proven_mask
 
-from tmx_compile.graph.conclude import Proof
-from tmx_compile.graph.find import find_attention
-from tmx_compile.graph.prove import Prover
+from tmx_compile.find import find_attention
 from tmx_compile.graph.storages import Storages
+from tmx_compile.proof.conclude import Proof
+from tmx_compile.proof.prove import Prover
 from tmx_compile.report import Rejected
 from tmx_compile.testing import captured_graphs
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from tmx_compile import TriangleMixConfig, explain, tmx_backend
 from tmx_compile.errors import TriangleMixError
-from tmx_compile.ops import OPERATOR
+from tmx_compile.operator import OPERATOR
 from tmx_compile.report import Reason
 
 B, H, KV, N, D = 2, 4, 2, 120, 8

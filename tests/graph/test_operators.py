@@ -14,8 +14,8 @@ from tmx_compile import Report, TriangleMixConfig, tmx_backend
 from tmx_compile.graph.calls import call_of
 from tmx_compile.graph.nodes import op_name
 from tmx_compile.graph.operators import name_of, spellings
-from tmx_compile.graph.read import MaskReader
-from tmx_compile.graph.rules import RULES
+from tmx_compile.proof.read import MaskReader
+from tmx_compile.proof.rules import RULES
 
 N = 150
 

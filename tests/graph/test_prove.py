@@ -7,14 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reading import Record, evaluate
 
-from tmx_compile.graph import terms as t
-from tmx_compile.graph.conclude import BATCH, KEY, Proof
-from tmx_compile.graph.find import find_attention
+from tmx_compile.find import find_attention
 from tmx_compile.graph.nodes import tensor_of
-from tmx_compile.graph.prove import Prover
-from tmx_compile.graph.read import MaskReader
-from tmx_compile.graph.rules import RULES
 from tmx_compile.graph.storages import Storages
+from tmx_compile.proof import terms as t
+from tmx_compile.proof.conclude import BATCH, KEY, Proof
+from tmx_compile.proof.prove import Prover
+from tmx_compile.proof.read import MaskReader
+from tmx_compile.proof.rules import RULES
 from tmx_compile.report import Reason, Rejected
 from tmx_compile.testing import captured_graphs
 

@@ -10,8 +10,8 @@ from torch.utils._pytree import tree_leaves
 
 from tests.support import oracle
 from tmx_compile import TriangleMixConfig, explain, rewrite
-from tmx_compile.pipeline import Options, plan_graph, rewrite_graph
-from tmx_compile.record import records
+from tmx_compile.passes.pipeline import Options, plan_graph, rewrite_graph
+from tmx_compile.passes.record import records
 from tmx_compile.report import Reason
 
 B, H, N, D = 2, 3, 70, 16

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from tmx_compile import Report, TriangleMixConfig, TriangleMixError, tmx_backend
-from tmx_compile.graph import constants
-from tmx_compile.graph.constants import KnownTensor, recognise
+from tmx_compile.proof import constants
+from tmx_compile.proof.constants import KnownTensor, recognise
 
 # A window wider than any prompt here: the result is that of dense attention.
 CONFIG = TriangleMixConfig(triangle_layer_indices=[0], sliding_window_size=4000, min_seq_len=32)

@@ -10,7 +10,7 @@ import torch
 from torch._higher_order_ops.flex_attention import flex_attention
 from torch.nn.attention.flex_attention import BlockMask
 
-from tmx_compile.lowering import flex_cuda
+from tmx_compile.lowering.flex import cuda as flex_cuda
 
 
 def entries(block_mask):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from support import Case, LoweringBackend, OneCall, oracle, tolerance
 
-from tmx_compile.lowering.select import ASCEND, BLOCKED, FLEX, NAMED, OPERATOR, REFERENCE, TRITON
+from tmx_compile.lowering.table import ASCEND, BLOCKED, FLEX, NAMED, OPERATOR, REFERENCE, TRITON
 from tmx_compile.report import Rejected
 
 f32, f64, bf16, f16 = torch.float32, torch.float64, torch.bfloat16, torch.float16

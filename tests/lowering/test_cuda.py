@@ -10,7 +10,7 @@ import torch
 from support import Case, LoweringBackend, OneCall, oracle, tolerance
 from test_conformance import CASES
 
-from tmx_compile.lowering.select import NAMED
+from tmx_compile.lowering.table import NAMED
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 

@@ -16,13 +16,14 @@ from torch._inductor.utils import run_and_get_code
 from torch._subclasses import FakeTensorMode
 
 from tmx_compile.graph.nodes import INSERTED, fake_mode_of, op_name, tensor_of
-from tmx_compile.lowering import flex_cuda, rows
+from tmx_compile.lowering import rows
 from tmx_compile.lowering.base import AttentionCall
-from tmx_compile.lowering.flex_call import BlockPlan
-from tmx_compile.lowering.flex_plan import Tiles, last_plan, streaming_plan
-from tmx_compile.lowering.lower import Lowerer
-from tmx_compile.lowering.select import FLEX
-from tmx_compile.ops import OPERATOR
+from tmx_compile.lowering.flex import cuda as flex_cuda
+from tmx_compile.lowering.flex.call import BlockPlan
+from tmx_compile.lowering.flex.plan import Tiles, last_plan, streaming_plan
+from tmx_compile.lowering.table import FLEX
+from tmx_compile.operator import OPERATOR
+from tmx_compile.passes.lower import Lowerer
 from tmx_compile.report import Accepted, Rejected
 
 IN_EAGER = CudaFlexInEager()

@@ -10,8 +10,8 @@ from support import Case, LoweringBackend, OneCall, oracle
 from torch import nn
 
 from tmx_compile import Report, TriangleMixConfig, tmx_backend
-from tmx_compile.lowering.select import BLOCKED, OPERATOR, REFERENCE, TRITON
-from tmx_compile.ops import ALL_ROWS, triangle_attention
+from tmx_compile.lowering.table import BLOCKED, OPERATOR, REFERENCE, TRITON
+from tmx_compile.operator import ALL_ROWS, triangle_attention
 
 N = 70
 CONFIG = TriangleMixConfig(triangle_layer_indices=[0], sliding_window_size=4000, min_seq_len=32)

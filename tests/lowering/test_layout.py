@@ -8,9 +8,9 @@ from torch import nn
 from tests.support import oracle
 from tmx_compile import TriangleMixConfig, explain, rewrite, tmx_backend
 from tmx_compile.graph.layout import inverse, memory_order
-from tmx_compile.ops import OPERATOR
-from tmx_compile.pipeline import Options, plan_graph, rewrite_graph
-from tmx_compile.record import records
+from tmx_compile.operator import OPERATOR
+from tmx_compile.passes.pipeline import Options, plan_graph, rewrite_graph
+from tmx_compile.passes.record import records
 from tmx_compile.report import Reason
 
 B, H, N, D = 2, 3, 70, 16

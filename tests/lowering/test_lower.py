@@ -12,9 +12,9 @@ from tmx_compile import TriangleMixConfig, tmx_backend
 from tmx_compile.errors import VerificationError
 from tmx_compile.graph.nodes import INSERTED, fake_mode_of, op_name, tensor_of
 from tmx_compile.lowering.base import AttentionCall
-from tmx_compile.lowering.lower import Lowerer
-from tmx_compile.lowering.select import BLOCKED, FLEX, REFERENCE
-from tmx_compile.ops import OPERATOR
+from tmx_compile.lowering.table import BLOCKED, FLEX, REFERENCE
+from tmx_compile.operator import OPERATOR
+from tmx_compile.passes.lower import Lowerer
 from tmx_compile.testing import captured_graphs, rewritten_graphs
 
 N = 150

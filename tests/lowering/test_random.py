@@ -8,7 +8,7 @@ from support import Case, attended, oracle
 
 from tmx_compile.lowering import rows
 from tmx_compile.lowering.blocked import blocked_attention
-from tmx_compile.lowering.flex import block_plan
+from tmx_compile.lowering.flex.lowering import block_plan
 from tmx_compile.lowering.reference import reference_attention
 
 counts = st.one_of(st.integers(0, 40), st.sampled_from([64, 100, 129, 1000]))

@@ -8,13 +8,13 @@ import torch
 from support import Case, LoweringBackend, OneCall, oracle, tolerance
 from test_conformance import CASES
 
-from tmx_compile.lowering import select
+from tmx_compile.lowering import table as select
 from tmx_compile.lowering.base import AttentionCall
-from tmx_compile.lowering.select import TRITON
+from tmx_compile.lowering.table import TRITON
 from tmx_compile.lowering.triton import lowering, tuning
 from tmx_compile.lowering.triton.launch import attend
-from tmx_compile.ops import ALL_ROWS
-from tmx_compile.ops.kernel import valid_range
+from tmx_compile.operator import ALL_ROWS
+from tmx_compile.operator.kernel import valid_range
 from tmx_compile.report import Accepted, Reason
 
 f32, f64, bf16, f16 = torch.float32, torch.float64, torch.bfloat16, torch.float16

@@ -21,12 +21,8 @@ from tests.modules.original import (
     written_out,
 )
 from tests.support import attended, oracle
-from tmx_compile import (
-    AscendTriangleMixAttention,
-    TriangleMixConfig,
-    TriangleMixInferenceConfig,
-)
-from tmx_compile.ops import ALL_ROWS
+from tmx_compile import AscendTriangleMixAttention, TriangleMixConfig, TriangleMixInferenceConfig
+from tmx_compile.operator import ALL_ROWS
 
 
 @pytest.mark.parametrize("layer_idx", [0, 1])

@@ -23,12 +23,8 @@ from tests.modules.original import (
     written_out,
 )
 from tests.support import attended, oracle, tolerance
-from tmx_compile import (
-    AscendTriangleMixAttention,
-    TriangleMixConfig,
-    TriangleMixMaskGenerator,
-)
-from tmx_compile.modules import block_sparse
+from tmx_compile import AscendTriangleMixAttention, TriangleMixConfig, TriangleMixMaskGenerator
+from tmx_compile.legacy import block_sparse
 
 # The mask for NPU kernels.
 

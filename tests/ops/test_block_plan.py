@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
-from tmx_compile.ops.block_plan import PLAN_HOLDS
+from tmx_compile.operator.block_plan import PLAN_HOLDS
 
 
 class Problem:

@@ -7,7 +7,7 @@ from support import oracle
 from torch import nn
 
 from tmx_compile import Report, TriangleMixConfig, tmx_backend
-from tmx_compile.ops import CHECK_MASK, KEEP_WINDOW, triangle_attention
+from tmx_compile.operator import CHECK_MASK, KEEP_WINDOW, triangle_attention
 
 SINK, WINDOW, LAST = 3, 9, 6
 CONFIG = TriangleMixConfig(
@@ -139,7 +139,7 @@ def test_a_broken_promise_raises(name, kv_len):
 
 
 def test_the_check_reads_blocks(monkeypatch):
-    from tmx_compile.ops import checks
+    from tmx_compile.operator import checks
 
     mask = causal(17, ROOM, 20)[None, None] & valid(60, 40, start=5)[:, None, None]
     whole = CHECK_MASK(mask, N, ROOM)

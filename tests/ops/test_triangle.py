@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from support import Case, oracle, tolerance
 
 from tmx_compile import triangle_attention
-from tmx_compile.ops import ALL_ROWS, kernel
+from tmx_compile.operator import ALL_ROWS, kernel
 
 counts = st.sampled_from([0, 1, 2, 5, 16, 40, 1000, ALL_ROWS])
 

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_mask import brute, grids, masks
 
-from tmx_compile.plan.blocks import BlockKind, BlockPlan, Runs, block_plan
-from tmx_compile.plan.intervals import pair_count
-from tmx_compile.plan.mask import Causal, Grid, LastRows, Mask, Sink, Window, dense_section, triangle
+from tmx_compile.mask.algebra import Causal, Grid, LastRows, Mask, Sink, Window, dense_section, triangle
+from tmx_compile.mask.blocks import BlockKind, BlockPlan, Runs, block_plan
+from tmx_compile.mask.intervals import pair_count
 
 MILLION = 1_048_576
 sizes = st.integers(1, 9)

@@ -11,17 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_mask import brute, geometries, grids, masks
 
-from tmx_compile.plan import intervals as intervals_module
-from tmx_compile.plan.intervals import (
-    Affine,
-    RowIntervals,
-    Segment,
-    equal,
-    pair_count,
-    row_intervals,
-    subset,
-)
-from tmx_compile.plan.mask import (
+from tmx_compile.mask import intervals as intervals_module
+from tmx_compile.mask.algebra import (
     Causal,
     Grid,
     LastRows,
@@ -36,6 +27,7 @@ from tmx_compile.plan.mask import (
     streaming_section,
     triangle,
 )
+from tmx_compile.mask.intervals import Affine, RowIntervals, Segment, equal, pair_count, row_intervals, subset
 
 MILLION = 1_048_576
 

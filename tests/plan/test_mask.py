@@ -12,8 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tmx_compile.plan import mask as mask_module
-from tmx_compile.plan.mask import (
+from tmx_compile.mask import algebra as mask_module
+from tmx_compile.mask.algebra import (
     And,
     Causal,
     Grid,

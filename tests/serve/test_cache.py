@@ -12,7 +12,7 @@ from support import tiny_qwen3
 from transformers import CompileConfig, DynamicCache
 
 from tmx_compile import TriangleMixConfig, TriangleMixInferenceConfig
-from tmx_compile.cache import StaticStreamingCache, StreamingCache
+from tmx_compile.integrations.transformers import StaticStreamingCache, StreamingCache
 
 pytestmark = pytest.mark.filterwarnings("ignore:streaming decode")
 SINK, WINDOW, _ = CONFIG.geometry
@@ -372,5 +372,5 @@ def test_the_price_is_on_the_label():
 
 
 def test_the_package_imports_without_transformers():
-    program = "import sys; sys.modules['transformers'] = None; import tmx_compile, tmx_compile.price"
+    program = "import sys; sys.modules['transformers'] = None; import tmx_compile, tmx_compile.config.prices"
     subprocess.run([sys.executable, "-c", program], check=True)

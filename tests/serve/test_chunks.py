@@ -9,9 +9,9 @@ from support import Case, oracle, tiny_qwen3, tolerance
 from transformers import DynamicCache, StaticCache
 
 from tmx_compile import LoweringError, TriangleMixConfig, prefill, tmx_backend
-from tmx_compile.cache import StreamingCache
-from tmx_compile.chunks import current_chunk
+from tmx_compile.integrations.transformers import StreamingCache
 from tmx_compile.lowering.chunk import CHUNK, OWN_END
+from tmx_compile.operator.prefill import current_chunk
 
 # The configuration names layers 1 and 2; where no cache is made for it, a model of two layers is quicker to trace.
 N = 100

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import DynamicCache, StaticCache
 
 from tmx_compile import StrictModeError, TriangleMixConfig, explain, tmx_backend
-from tmx_compile.cache import StaticStreamingCache, StreamingCache
+from tmx_compile.integrations.transformers import StaticStreamingCache, StreamingCache
 from tmx_compile.lowering.decode import decode_attention
 
 pytestmark = pytest.mark.filterwarnings("ignore:streaming decode")

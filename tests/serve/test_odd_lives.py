@@ -9,7 +9,7 @@ from support import tiny_qwen3
 from transformers import DynamicCache
 
 from tmx_compile import TriangleMixConfig, prefill, tmx_backend
-from tmx_compile.cache import StreamingCache
+from tmx_compile.integrations.transformers import StreamingCache
 
 pytestmark = pytest.mark.filterwarnings("ignore:streaming decode")
 OTHER = TriangleMixConfig(

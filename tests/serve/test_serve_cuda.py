@@ -12,7 +12,7 @@ from test_chunks import CASES, SIZES, check_operator, feed, fixed, growing
 from transformers import DynamicCache, StaticCache
 
 from tmx_compile import TriangleMixConfig, prefill, tmx_backend
-from tmx_compile.cache import StreamingCache
+from tmx_compile.integrations.transformers import StreamingCache
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),

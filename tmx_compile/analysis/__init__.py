@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from tmx_compile.analysis.advise import Advice, Candidate, advise
-from tmx_compile.analysis.calibration import Calibration
-from tmx_compile.analysis.capture import CapturedModel, Inputs, Trace
-from tmx_compile.analysis.compare import Change, Choice, Continued, compare
-from tmx_compile.analysis.estimate import calibrate
-from tmx_compile.analysis.evaluate import candidates, evaluate, read_ranking
-from tmx_compile.analysis.evaluation import Evaluation, Record
-from tmx_compile.analysis.intervals import Interval, interval
-from tmx_compile.analysis.recorder import TriangleMixAnalyzer
-from tmx_compile.analysis.samples import Sample
+from tmx_compile.analysis.capture.capture import CapturedModel, Inputs, Trace
+from tmx_compile.analysis.capture.samples import Sample
+from tmx_compile.analysis.choose.advise import Advice, Candidate, advise
+from tmx_compile.analysis.choose.calibration import Calibration
+from tmx_compile.analysis.choose.estimate import calibrate
+from tmx_compile.analysis.choose.recorder import TriangleMixAnalyzer
+from tmx_compile.analysis.judge.compare import Change, Choice, Continued, compare
+from tmx_compile.analysis.judge.evaluate import candidates, evaluate, read_ranking
+from tmx_compile.analysis.judge.evaluation import Evaluation, Record
+from tmx_compile.analysis.judge.intervals import Interval, interval
 
 __all__ = [
     "Advice",

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from tmx_compile.bench.timing import timing_events
-from tmx_compile.plan import Grid, dense_section, pair_count, triangle
+from tmx_compile.mask import Grid, dense_section, pair_count, triangle
 
 Geometry = tuple[int, int, int]
 

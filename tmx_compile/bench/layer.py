@@ -12,15 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tmx_compile.api import TmxBackend, explain, tmx_backend
+from tmx_compile.backend import TmxBackend, explain, tmx_backend
 from tmx_compile.bench import floor, reference
 from tmx_compile.bench.dense import dense_variants
 from tmx_compile.bench.floor import Ceilings, Geometry, Shape, attended_pairs, causal_pairs
 from tmx_compile.bench.record import Measured
 from tmx_compile.bench.timing import Rounds, Timing, describe, extra_bytes, interleaved_on, seconds
 from tmx_compile.config import TriangleMixConfig
-from tmx_compile.lowering.select import NAMED
-from tmx_compile.plan import Grid, block_plan, triangle
+from tmx_compile.lowering.table import NAMED
+from tmx_compile.mask import Grid, block_plan, triangle
 
 DTYPES = ("float32", "bfloat16", "float16")
 LOWERINGS = {"cpu": ("flex", "blocked", "operator"), "cuda": ("flex", "triton", "blocked")}

@@ -20,9 +20,9 @@ from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
 from torch._higher_order_ops.wrap import tag_activation_checkpoint
 from torch.fx import Graph, GraphModule, Node
 
-from tmx_compile.graph import terms as t
 from tmx_compile.graph.composite import COMPOSITES, body_of, out_of_place
 from tmx_compile.graph.nodes import INSERTED, value_of
+from tmx_compile.graph.sizes import size_of
 
 # How many arguments stand before the operands of the body: the body, and a region's name.
 _LEADING: dict[Any, int] = {tag_activation_checkpoint: 1, invoke_subgraph: 2}
@@ -209,10 +209,10 @@ def _same_value(inner: Node, operand: Any) -> bool:
     """Whether a body was traced for just this operand: shape by shape, so that its example values hold here."""
     inside, outside = value_of(inner), value_of(operand) if isinstance(operand, Node) else operand
     if isinstance(inside, torch.Tensor) and isinstance(outside, torch.Tensor):
-        same = tuple(map(t.size_of, inside.shape)) == tuple(map(t.size_of, outside.shape))
+        same = tuple(map(size_of, inside.shape)) == tuple(map(size_of, outside.shape))
         return same and inside.dtype == outside.dtype and inside.device == outside.device
     if isinstance(inside, (int, torch.SymInt)) and isinstance(outside, (int, torch.SymInt)):
-        return t.size_of(inside) == t.size_of(outside)
+        return size_of(inside) == size_of(outside)
     return inside is outside or (type(inside) is type(outside) is float and inside == outside)
 
 

@@ -19,10 +19,10 @@ from torch._subclasses import FakeTensor
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from tmx_compile.graph import terms as t
 from tmx_compile.graph.calls import named
 from tmx_compile.graph.erase import dead_ends
 from tmx_compile.graph.nodes import value_of
+from tmx_compile.graph.sizes import size_of
 
 
 def _encoder_layer(
@@ -189,7 +189,7 @@ def _takes(user: Node, index: int) -> bool:
 
 def _same(value: object, want: object) -> bool:
     if isinstance(value, Tensor) and isinstance(want, Tensor):
-        shapes = [tuple(map(t.size_of, x.shape)) for x in (value, want)]
+        shapes = [tuple(map(size_of, x.shape)) for x in (value, want)]
         return all((shapes[0] == shapes[1], value.dtype == want.dtype, value.device == want.device))
     return value is None and want is None
 

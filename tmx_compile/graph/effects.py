@@ -24,8 +24,8 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves
 
-from tmx_compile.graph import terms as t
 from tmx_compile.graph.nodes import value_of
+from tmx_compile.graph.sizes import size_of
 
 # The size that stands for one which only the run tells: a prime, so that it equals no other by chance.
 _UNKNOWN_SIZE = 97
@@ -179,7 +179,7 @@ def _described(value: Any) -> Any:
     if isinstance(value, Tensor):
         if value.layout != torch.strided:
             return object()
-        sizes = tuple(map(t.size_of, (*value.shape, *value.stride())))
+        sizes = tuple(map(size_of, (*value.shape, *value.stride())))
         return value.dtype, value.device, value.dim(), sizes
     if isinstance(value, (tuple, list)):
         return (type(value), *map(_described, value))

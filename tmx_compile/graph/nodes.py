@@ -15,6 +15,12 @@ from tmx_compile.graph.operators import Operator, attribute_of, method_of, name_
 INSERTED = "tmx_inserted"
 """Key in ``node.meta`` of every node that the pass or a lowering wrote."""
 
+FIRST_ROW = "tmx_first_row"
+"""Metadata of an operator's node: the node of row 0's position before the keys were moved to the end, or None."""
+
+LAYER = "tmx_layer"
+"""Metadata of an operator's node: the number of its layer."""
+
 
 def value_of(node: Node) -> Any:
     """The node's example value: a fake tensor, a symbolic or plain number, or None where tracing left none.

@@ -23,10 +23,10 @@ Length: TypeAlias = "int | torch.SymInt | Proxy"
 class AttentionCall:
     """One call of the operator as a lowering sees it: fake tensors and constants.
 
-    Shapes are those of :func:`tmx_compile.ops.triangle_attention`. ``needs_grad`` tells that the compiled graph will be
-    differentiated. ``dense_up_to`` is set for a graph that serves every length from 1 on and whose guards nobody
-    checks: a prompt of at most that many rows is attended densely. ``layout`` is the order of ``out``'s dimensions in
-    memory, outermost first, that is made of whatever a lowering writes: writing it so saves a copy.
+    Shapes are those of :func:`tmx_compile.operator.triangle_attention`. ``needs_grad`` tells that the compiled graph
+    will be differentiated. ``dense_up_to`` is set for a graph that serves every length from 1 on and whose guards
+    nobody checks: a prompt of at most that many rows is attended densely. ``layout`` is the order of ``out``'s
+    dimensions in memory, outermost first, that is made of whatever a lowering writes: writing it so saves a copy.
     """
 
     query: Tensor

@@ -16,14 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node, Proxy
 
-from tmx_compile.chunks import current_chunk
 from tmx_compile.errors import LoweringError
-from tmx_compile.graph.substitute import FIRST_ROW
+from tmx_compile.graph.nodes import FIRST_ROW
 from tmx_compile.lowering import rows
 from tmx_compile.lowering.base import AttentionCall, Operands, Writer, length
 from tmx_compile.lowering.blocked import Blocked, blocked_attention
 from tmx_compile.lowering.triton.lowering import attend as triton_attention
-from tmx_compile.ops import ALL_ROWS, OPERATOR
+from tmx_compile.operator import ALL_ROWS, OPERATOR
+from tmx_compile.operator.prefill import current_chunk
 from tmx_compile.report import Accepted, Reason, Rejected
 
 OWN_END = -1

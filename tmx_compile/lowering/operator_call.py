@@ -9,7 +9,7 @@ from typing import Any
 from torch.fx import Proxy
 
 from tmx_compile.lowering.base import AttentionCall, Operands, Writer
-from tmx_compile.ops import OPERATOR
+from tmx_compile.operator import OPERATOR
 from tmx_compile.report import Accepted, Rejected
 
 

@@ -14,7 +14,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from tmx_compile.graph.layout import Order, inverse
 from tmx_compile.lowering.base import arange, first_position, length, symbol
-from tmx_compile.ops import ALL_ROWS
+from tmx_compile.operator import ALL_ROWS
 
 MAX_LAST_ROWS = 4096
 """More last rows than this would make their (rows, Skv) mask the very thing that is to be avoided."""

@@ -6,7 +6,7 @@ import functools
 
 import torch
 
-from tmx_compile.plan import Grid, dense_section, pair_count, triangle
+from tmx_compile.mask import Grid, dense_section, pair_count, triangle
 
 _SHARE = 0.5
 """The triangle mask has to leave out half of the causal pairs: dense kernels get through more pairs a second, and at

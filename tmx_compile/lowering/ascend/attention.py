@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from tmx_compile.lowering import rows
 from tmx_compile.lowering.ascend.calls import Calls, Part
 from tmx_compile.lowering.base import arange, example, first_position, length
-from tmx_compile.ops import ALL_ROWS
+from tmx_compile.operator import ALL_ROWS
 
 ALIGNMENT = 16
 _KEY_BIAS = -(2.0**15)  # in float16's range

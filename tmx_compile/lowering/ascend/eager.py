@@ -12,7 +12,7 @@ from tmx_compile.lowering.ascend.attention import Geometry, attention
 from tmx_compile.lowering.ascend.calls import Calls, compressed_mask
 from tmx_compile.lowering.ascend.lowering import Ascend
 from tmx_compile.lowering.base import AttentionCall, arange
-from tmx_compile.ops.triangle import check, plain_forward
+from tmx_compile.operator.triangle import check, plain_forward
 from tmx_compile.report import Rejected
 
 
@@ -29,7 +29,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """``tmx::triangle_attention`` through torch_npu's fused operators; what they cannot take, in plain PyTorch.
 
-    Arguments, result and errors are those of :func:`tmx_compile.ops.triangle_attention`.
+    Arguments, result and errors are those of :func:`tmx_compile.operator.triangle_attention`.
     """
     check(query, key, value, key_mask, sink, window, last, reach)
     call = AttentionCall(query, key, value, key_mask, sink, window, last, scale, False, reach)

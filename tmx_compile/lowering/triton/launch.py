@@ -47,7 +47,7 @@ def attend(
 
     Args:
         query, key, value, key_mask, sink, window, last, scale, reach: as for
-            :func:`tmx_compile.ops.triangle_attention`; key_mask bool.
+            :func:`tmx_compile.operator.triangle_attention`; key_mask bool.
         extent: (B, 3) int32 beside a key mask: first valid key, one past the last, whether a key between is masked;
             where all rows are last rows, the second is Skv (:func:`tmx_compile.lowering.triton.lowering.extents`).
         with_lse: also return the log-sum-exp.

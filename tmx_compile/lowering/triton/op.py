@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tmx_compile import ops  # noqa: F401  (its backward runs for this operator too)
-
 
 @torch.library.custom_op(
     "tmx::triangle_attention_triton",

@@ -1,0 +1,1 @@
+"""A model as the pass understands it, with switches at its sites."""

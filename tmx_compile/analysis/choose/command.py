@@ -1,0 +1,133 @@
+"""The command ``tmx calibrate``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from tmx_compile.analysis.capture.sections import MEASURES
+from tmx_compile.analysis.choose.calibration import Calibration
+from tmx_compile.analysis.choose.estimate import ESTIMATORS, calibrate
+from tmx_compile.analysis.judge.language_model import load, prompts, read_texts
+from tmx_compile.config import TriangleMixConfig
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments to its parser."""
+    model_arguments(parser)
+    add = parser.add_argument
+    add("--out", required=True, type=Path, metavar="FILE", help="the profile to write, JSON")
+    add("--layers", required=True, type=count, help="how many layers the profile makes sparse")
+    add("--tokens", type=count, default=2048, help="length of a prompt")
+    add("--samples", type=count, default=16, help="number of prompts")
+    add(
+        "--geometry",
+        type=geometry,
+        default=TriangleMixConfig().geometry,
+        metavar="S/W/L",
+        help="sinks/window/last rows",
+    )
+    add("--estimator", choices=ESTIMATORS, default="gradient", help="how layers are judged")
+    add("--measure", choices=MEASURES, default="absolute", help="which gradient ranks the layers")
+    add("--greedy", type=count, help="layers that 'direct' chooses one after the other; none: half of them")
+    add("--resume", type=Path, metavar="FILE", help="remember what is measured here, and go on from it")
+
+
+def model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what names a model and text, for :func:`loaded`."""
+    add = parser.add_argument
+    add("--model", required=True, metavar="NAME", help="folder or name of a causal language model of Transformers")
+    add("--gguf-file", metavar="FILE", help="the file in the model's folder, for weights in GGUF")
+    add("--text", required=True, nargs="+", type=Path, metavar="FILE", help="text to cut prompts from, UTF-8")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    add("--dtype", choices=DTYPES, default="float32", help="of the weights")
+
+
+def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Calibrate, write the profile, show the layers; exits with 2 on bad arguments."""
+    console = Console(stderr=True)
+    sink, window, last = options.geometry
+    config = TriangleMixConfig(sink, window, last)
+    keep = 1 if options.estimator == "gradient" else max(1, min(64, last))
+    try:
+        check_folders(out=options.out, resume=options.resume)
+        model, tokenizer, texts = loaded(options)
+        depth = depth_of(model)
+        if depth is not None and options.layers > depth:
+            raise ValueError(f"layers must be at most the model's {depth}, got {options.layers}")
+        samples = prompts(model, tokenizer, texts, tokens=options.tokens, samples=options.samples, keep=keep)
+        found = calibrate(
+            model,
+            samples,
+            config=config,
+            estimator=options.estimator,
+            measure=options.measure,
+            greedy=options.greedy,
+            resume=options.resume,
+        )
+        found.to_profile(options.out, options.layers)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    console.print(table(found))
+    console.print(f"wrote {options.out} with layers {list(found.layers(options.layers))} sparse", markup=False)
+
+
+def table(found: Calibration) -> Table:
+    """The layers from the one needed least, with every score."""
+    unit = "nats" if found.estimator == "direct" else "logits per attended pair"
+    shown = Table(title=f"{found.estimator}, ranked by {found.measure}; scores in {unit}", title_justify="left")
+    for name in ("rank", "layer", *found.scores):
+        shown.add_column(name, justify="right")
+    for rank, layer in enumerate(found.ranking, 1):
+        shown.add_row(str(rank), str(layer), *(f"{scores[layer]:.3e}" for scores in found.scores.values()))
+    return shown
+
+
+def check_folders(**files: Path | None) -> None:
+    """``ValueError``, with the option's name, for a file to write whose folder does not exist."""
+    for name, path in files.items():
+        if path is not None and not path.parent.is_dir():
+            raise ValueError(f"{name} must be a file in an existing folder, got {str(path)!r}")
+
+
+def loaded(options: argparse.Namespace) -> tuple[nn.Module, Any, list[str]]:
+    """The model, its tokenizer and the texts that :func:`model_arguments` name.
+
+    ``ValueError`` or ``OSError`` for what cannot be loaded or read.
+    """
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError("device must be cpu, torch finds no CUDA device")
+    texts = read_texts(options.text)
+    dtype = getattr(torch, options.dtype)
+    model, tokenizer = load(options.model, dtype=dtype, device=options.device, gguf_file=options.gguf_file)
+    return model, tokenizer, texts
+
+
+def depth_of(model: nn.Module) -> int | None:
+    """How many layers the model's configuration tells."""
+    depth: int | None = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+    return depth
+
+
+def count(text: str) -> int:
+    """An option's value that is a whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def geometry(text: str) -> tuple[int, int, int]:
+    """An option's value such as 8/64/128."""
+    parts = text.split("/")
+    if len(parts) != 3 or not all(part.isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"must be sinks/window/last rows as in 8/64/128, got {text!r}")
+    sink, window, last = map(int, parts)
+    return sink, window, last

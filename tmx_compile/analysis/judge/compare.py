@@ -1,0 +1,163 @@
+"""What sparse layers change in a model's predictions, sequence by sequence, against dense attention.
+
+One run of a prompt with the T tokens that follow it stands for the prefill of the prompt and T decode steps (teacher
+forcing): the rows that follow are T more last rows where decoding is dense, and see sinks and window alone in the
+sparse layers where it streams.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tmx_compile.analysis.capture.capture import CapturedModel, Inputs
+from tmx_compile.analysis.capture.sections import Piece
+from tmx_compile.analysis.choose.direct import divergence
+from tmx_compile.analysis.judge.language_model import call_arguments
+from tmx_compile.config import as_count
+from tmx_compile.operator import ALL_ROWS
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way for a model to be sparse.
+
+    Attributes:
+        geometry: sinks, window and last rows, in tokens.
+        layers: the sparse layers.
+        streaming: whether rows after the prompt see sinks and window alone in those layers (``decode="streaming"``).
+    """
+
+    geometry: tuple[int, int, int]
+    layers: tuple[int, ...]
+    streaming: bool = False
+
+
+@dataclass(frozen=True)
+class Continued(Choice):
+    """A choice for a prompt whose last tokens are a new turn of a conversation: what came before was a prompt itself.
+
+    Attributes:
+        turn: tokens of the new turn.
+        dense_turn: whether its rows attend to everything in the sparse layers too; otherwise the turn has the mask of
+            the whole conversation at its own rows: sinks, window, and last rows at its end.
+    """
+
+    turn: int = 0
+    dense_turn: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run says about one sequence.
+
+    Attributes:
+        final: (F, V) log-probabilities of the tokens at the last F places of the prompt.
+        following: (T, V) log-probabilities of the tokens that follow it.
+        nll_final: mean negative log-likelihood of the former, nats.
+        nll_following: of the latter.
+        right: the share of the following tokens that is the most likely one.
+    """
+
+    final: Tensor
+    following: Tensor
+    nll_final: float
+    nll_following: float
+    right: float
+
+
+@dataclass(frozen=True)
+class Change:
+    """Dense and sparse on one sequence: the Kullback-Leibler divergences in nats, dense to sparse, mean over places."""
+
+    kl_final: float
+    kl_following: float
+    nll_final: float
+    nll_following: float
+    right: float
+    dense_nll_final: float
+    dense_nll_following: float
+    dense_right: float
+
+
+def compare(
+    captured: CapturedModel, ids: Tensor, choices: Sequence[Choice], *, final: int, following: int
+) -> Iterator[Change]:
+    """Run a sequence densely and in each way of ``choices``; yields what changes, in their order.
+
+    Only what comes after the first sparse layer is run again for a choice.
+
+    Args:
+        captured: a language model that takes ``input_ids`` and returns ``logits``. Its geometry is changed.
+        ids: (1, N + T) token ids: a prompt, and what follows.
+        choices: the ways.
+        final: F, how many of the prompt's last tokens are compared.
+        following: T, tokens.
+
+    Raises:
+        ValueError: counts that ``ids`` does not hold, a turn that is no part of the prompt, or logits that are not
+            finite.
+    """
+    final, following = as_count("final", final, minimum=1), as_count("following", following, minimum=1)
+    if ids.dim() != 2 or ids.shape[0] != 1 or ids.shape[1] <= final + following:
+        raise ValueError(
+            f"ids must be (1, more than {final} final and {following} following tokens), got shape {tuple(ids.shape)}"
+        )
+    model = captured.model
+    ids = ids.to(next(model.parameters()).device)
+    keep = final + following + 1
+    inputs = Inputs(kwargs={"input_ids": ids, **call_arguments(model, keep)})
+    with torch.no_grad():
+        output, trace = captured.trace(inputs)
+        dense = _outcome(output, ids, final, following)
+        for choice in choices:
+            captured.geometry = choice.geometry
+            with captured.pieces(_pieces(choice, ids.shape[1] - following, following)):
+                output = captured.rerun(trace, choice.layers)
+            yield _change(dense, _outcome(output, ids, final, following))
+
+
+def _pieces(choice: Choice, prompt: int, following: int) -> list[Piece]:
+    sink, window, last = choice.geometry
+    found: list[Piece] = []
+    if isinstance(choice, Continued):
+        turn = as_count("turn", choice.turn, minimum=1)
+        if turn >= prompt:
+            raise ValueError(f"turn must be less than the prompt's {prompt} tokens, got {turn}")
+        found.append((prompt - turn, choice.geometry))
+        last = ALL_ROWS if choice.dense_turn else last
+    if choice.streaming:
+        return [*found, (prompt, (sink, window, last)), (prompt + following, (sink, window, 0))]
+    # Rows that decode densely attend to everything, as last rows do.
+    return [*found, (prompt + following, (sink, window, min(ALL_ROWS, last + following)))]
+
+
+def _outcome(output: object, ids: Tensor, final: int, following: int) -> Outcome:
+    logits: Tensor = output.logits  # type: ignore[attr-defined]
+    log_probs = logits[0, -final - following - 1 : -1].float().log_softmax(-1)
+    targets = ids[0, -final - following :]
+    nll = -log_probs.gather(1, targets[:, None])[:, 0]
+    right = log_probs.argmax(-1)[final:] == targets[final:]
+    return Outcome(
+        log_probs[:final],
+        log_probs[final:],
+        float(nll[:final].mean()),
+        float(nll[final:].mean()),
+        float(right.float().mean()),
+    )
+
+
+def _change(dense: Outcome, sparse: Outcome) -> Change:
+    return Change(
+        divergence(dense.final, sparse.final),
+        divergence(dense.following, sparse.following),
+        sparse.nll_final,
+        sparse.nll_following,
+        sparse.right,
+        dense.nll_final,
+        dense.nll_following,
+        dense.right,
+    )

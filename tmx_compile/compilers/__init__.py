@@ -1,0 +1,1 @@
+"""What turns a rewritten graph into code."""

@@ -1,0 +1,233 @@
+"""``tmx::triangle_attention``: schema, checks, fake kernel, autograd.
+
+The operator is functional and returns fresh tensors. Its eager body is in :mod:`tmx_compile.operator.kernel`; lowerings
+replace the node in a compiled graph by something faster with the same numbers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tmx_compile.operator import documents, kernel
+from tmx_compile.operator.kernel import ALL_ROWS
+
+_SCHEMA = (
+    "(Tensor query, Tensor key, Tensor value, Tensor? key_mask, int sink, int window, int last, float scale,"
+    " int? reach=None) -> (Tensor out, Tensor lse)"
+)
+
+
+def check(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    sink: int,
+    window: int,
+    last: int,
+    reach: int | None,
+) -> None:
+    """Raise ``ValueError`` naming the argument and its value, before any work; see :func:`triangle_attention`."""
+    check_alike(query, key, value, "batch, heads, tokens, head_dim")
+    if key.shape[0] != query.shape[0] or value.shape[:3] != key.shape[:3]:
+        raise ValueError(
+            "query, key and value must share the batch, key and value the heads and tokens: got shapes "
+            f"{_shape(query)}, {_shape(key)}, {_shape(value)}"
+        )
+    if query.shape[3] != key.shape[3]:
+        raise ValueError(f"key must have query's head_dim {query.shape[3]}, got {key.shape[3]}")
+    if key.shape[1] == 0 or query.shape[1] % key.shape[1] != 0:
+        raise ValueError(f"key heads must divide query heads, got {key.shape[1]} and {query.shape[1]}")
+    if query.shape[2] > key.shape[2]:
+        raise ValueError(f"query must not have more tokens than key, got {query.shape[2]} and {key.shape[2]}")
+    if key_mask is not None:
+        if key_mask.dtype not in (torch.bool, torch.int32, torch.int64):
+            raise ValueError(
+                "key_mask must be bool (True = may be attended), or int32 or int64 numbers of documents, got "
+                f"{key_mask.dtype}"
+            )
+        if key_mask.device != query.device:
+            raise ValueError(f"key_mask must be on query's device {query.device}, got {key_mask.device}")
+        if key_mask.dim() != 2 or key_mask.shape[0] != key.shape[0] or key_mask.shape[1] != key.shape[2]:
+            raise ValueError(
+                f"key_mask must be (batch, kv tokens) = ({key.shape[0]}, {key.shape[2]}), got {_shape(key_mask)}"
+            )
+    for name, count in (("sink", sink), ("window", window), ("last", last), ("reach", reach or 0)):
+        if count < 0:
+            raise ValueError(f"{name} must not be negative, got {count}")
+
+
+def check_alike(query: Tensor, key: Tensor, value: Tensor, layout: str) -> None:
+    """Raise ``ValueError`` unless all have four dimensions, those of ``layout``, one floating dtype, one device."""
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} must be ({layout}), got shape {_shape(tensor)}")
+        if not tensor.dtype.is_floating_point:
+            raise ValueError(f"{name} must be a floating point tensor, got {tensor.dtype}")
+        if tensor.dtype != query.dtype:
+            raise ValueError(f"{name} must have query's dtype {query.dtype}, got {tensor.dtype}")
+        if tensor.device != query.device:
+            raise ValueError(f"{name} must be on query's device {query.device}, got {tensor.device}")
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(tuple(tensor.shape))
+
+
+def plain_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    sink: int,
+    window: int,
+    last: int,
+    scale: float,
+    reach: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The operator in plain PyTorch, on any device."""
+    check(query, key, value, key_mask, sink, window, last, reach)
+    geometry = kernel.Geometry(sink, window, last, reach)
+    # The caller's autocast reaches in here, and would round the float32 products to bfloat16.
+    with torch.autocast(query.device.type, enabled=False):
+        if key_mask is not None and key_mask.dtype != torch.bool:
+            return documents.forward(query, key, value, key_mask, geometry, scale)
+        return kernel.forward(query, key, value, key_mask, geometry, scale)
+
+
+_forward = torch.library.custom_op("tmx::triangle_attention", plain_forward, mutates_args=(), schema=_SCHEMA)
+
+
+@_forward.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    sink: int,
+    window: int,
+    last: int,
+    scale: float,
+    reach: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    check(query, key, value, key_mask, sink, window, last, reach)
+    b, h, q_len, _ = query.shape
+    out = query.new_empty(b, q_len, h, value.shape[3]).transpose(1, 2)
+    return out, query.new_empty(b, h, q_len, dtype=torch.float32)
+
+
+def plain_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    out: Tensor,
+    sink: int,
+    window: int,
+    last: int,
+    scale: float,
+    reach: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of :func:`plain_forward`."""
+    geometry = kernel.Geometry(sink, window, last, reach)
+    # The caller's autocast reaches in here, and would round the float32 products to bfloat16.
+    with torch.autocast(query.device.type, enabled=False):
+        if key_mask is not None and key_mask.dtype != torch.bool:
+            return documents.backward(grad_out, grad_lse, query, key, value, key_mask, out, geometry, scale)
+        return kernel.backward(grad_out, grad_lse, query, key, value, key_mask, out, geometry, scale)
+
+
+_backward = torch.library.custom_op("tmx::triangle_attention_backward", plain_backward, mutates_args=())
+
+
+@_backward.register_fake
+def _(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    out: Tensor,
+    sink: int,
+    window: int,
+    last: int,
+    scale: float,
+    reach: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(query), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, key_mask, *ctx.geometry = inputs
+    ctx.save_for_backward(query, key, value, key_mask, output[0])
+
+
+def _autograd(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    query, key, value, key_mask, out = ctx.saved_tensors
+    grads = torch.ops.tmx.triangle_attention_backward(
+        grad_out, grad_lse, query, key, value, key_mask, out, *ctx.geometry
+    )
+    return (*grads, None, None, None, None, None, None)
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
+
+__all__ = ["ALL_ROWS", "OPERATOR", "triangle_attention"]
+
+OPERATOR = torch.ops.tmx.triangle_attention.default
+"""The operator as a node target."""
+
+
+def triangle_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None = None,
+    *,
+    sink: int,
+    window: int,
+    last: int,
+    scale: float | None = None,
+    reach: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention under the TriangleMix mask (arXiv 2507.21526), differentiable, O(N) in memory.
+
+    Row i stands at absolute position p = Skv - Sq + i. With valid keys in [start, end) (all keys where there is no
+    ``key_mask``) it attends to a valid key j exactly when ``j <= p`` and one of ``j < start + sink``,
+    ``p - j <= window``, ``end - last <= p < end`` holds; and ``p - j <= reach`` where there is a reach. Whether its own
+    key is valid plays no part: a row before ``start`` has no key, one from ``end`` on is no last row (unless all are:
+    ``last=ALL_ROWS``).
+
+    Args:
+        query: (B, H, Sq, D), any floating dtype; Sq <= Skv.
+        key: (B, Hkv, Skv, D) with Hkv dividing H; never expanded in memory.
+        value: (B, Hkv, Skv, Dv).
+        key_mask: (B, Skv) bool, True where a key may be attended, or None. ``start`` is its first True, ``end`` one
+            past its last; a False between them is never attended. Or int32 or int64 numbers of packed documents, 0
+            where there is no document: a row attends keys of its own document, which has its own start and end. -n is
+            a key of document n that may not be attended; the row there belongs to n.
+        sink: number of leading keys every row attends to.
+        window: how far back a row sees: ``window + 1`` keys, its own included.
+        last: number of final rows that attend to all keys.
+        scale: factor on the scores; ``1 / sqrt(D)`` when None.
+        reach: how far back any row sees, sinks and last rows included: a layer's own sliding window. None: all keys.
+
+    Returns:
+        out (B, H, Sq, Dv) in query's dtype, (B, Sq, H, Dv) in memory, 0 on a row that attends to nothing; lse
+        (B, H, Sq) float32, the natural log of the sum of exponentials, -inf on such a row.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or counts that do not fit, naming the argument and its value.
+    """
+    if scale is None:
+        scale = query.shape[-1] ** -0.5
+    out: tuple[Tensor, Tensor] = torch.ops.tmx.triangle_attention(
+        query, key, value, key_mask, sink, window, last, scale, *(() if reach is None else (reach,))
+    )
+    return out

@@ -1,0 +1,49 @@
+"""What became of the sites of a compiled graph, as rows of the report."""
+
+from __future__ import annotations
+
+import torch
+
+from tmx_compile.mask import Grid, Window, dense_section, pair_count, triangle
+from tmx_compile.passes.lengths import hint
+from tmx_compile.passes.pipeline import GraphPlan, Options, SitePlan, streams
+from tmx_compile.report import SiteRecord
+
+
+def records(plan: GraphPlan, graph: int) -> list[SiteRecord]:
+    """The report's rows for one compiled graph."""
+    return [_record(item, plan.options, graph) for item in plan.sites]
+
+
+def _record(item: SitePlan, options: Options, graph: int) -> SiteRecord:
+    site = item.site
+    is_streaming = site is not None and streams(site, options)
+    geometry = (*options.config.geometry[:2], 0) if is_streaming else options.config.geometry
+    tensors = [] if site is None else [site.fake(name) for name in ("query", "key", "value")]
+    shapes = [tuple(hint(size) for size in x.shape) for x in tensors] or [(), (), ()]
+    attended = causal = 0
+    is_triangle = item.verdict is None
+    if site is not None and 0 < shapes[0][2] <= shapes[1][2]:
+        grid = Grid(shapes[0][2], shapes[1][2])
+        causal = pair_count(dense_section(), grid)
+        section = triangle(*geometry)
+        if item.proof is not None and item.proof.reach is not None:
+            causal = pair_count(dense_section() & Window(item.proof.reach), grid)
+            section = section & Window(item.proof.reach)
+        attended = pair_count(section, grid) if is_triangle else causal
+    return SiteRecord(
+        graph=graph,
+        path=item.layer.path,
+        layer=item.layer.index,
+        query=shapes[0],
+        key=shapes[1],
+        value=shapes[2],
+        dtype=str(tensors[0].dtype).removeprefix("torch.") if tensors else "",
+        dynamic=any(isinstance(size, torch.SymInt) for x in tensors for size in x.shape),
+        decision="dense" if not is_triangle else "streaming" if is_streaming else "triangle",
+        reason="" if item.verdict is None else item.verdict.reason.name,
+        detail="" if item.verdict is None else item.verdict.detail,
+        lowering=item.lowering or "as written",
+        attended_pairs=attended,
+        causal_pairs=causal,
+    )

@@ -1,0 +1,1 @@
+"""Reading a mask as functions of (batch, head, row, key), and concluding what it is."""
