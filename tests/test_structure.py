@@ -82,7 +82,9 @@ def test_targets_do_not_import_one_another():
     for target in targets:
         files = [*(ROOT / "lowering" / target).glob("*.py"), ROOT / "lowering" / f"{target}.py"]
         for parts, name in (found for path in files if path.exists() for found in imports(path)):
-            assert len(parts) < 2 or parts[0] != "lowering" or parts[1] not in targets - {target}, f"{target} imports {name}"
+            assert len(parts) < 2 or parts[0] != "lowering" or parts[1] not in targets - {target}, (
+                f"{target} imports {name}"
+            )
 
 
 def test_rooms_that_know_nothing_of_each_other():

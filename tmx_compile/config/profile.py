@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from tmx_compile.config.fingerprint import ModelFingerprint
 from tmx_compile.config.values import as_count
 
 if TYPE_CHECKING:
@@ -43,6 +42,9 @@ def profile_values(profile: Any, num_layers: int, wanted: int | None) -> dict[st
 
 def check_model(described: Mapping[str, Any], model: nn.Module) -> None:
     """Refuse a profile whose ``model`` section describes another model than the one at hand."""
+    # Here and not above: only this needs more than the standard library.
+    from tmx_compile.config.fingerprint import ModelFingerprint
+
     if "fingerprint" not in described:
         raise ValueError("it has no fingerprint, so whether it is for this model cannot be told")
     ModelFingerprint.from_dict(described["fingerprint"]).check(model)
