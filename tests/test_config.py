@@ -18,6 +18,7 @@ import pytest
 from tmx_compile import config as config_module
 from tmx_compile.config import TriangleMixConfig, as_count
 from tmx_compile.config.profile import PROFILE_FORMAT
+from tmx_compile.legacy import environment as environment_module
 from tmx_compile.legacy.inference import TriangleMixInferenceConfig
 
 COUNTS = ("num_sink_tokens", "sliding_window_size", "num_last_tokens", "num_triangle_layers", "min_seq_len")
