@@ -11,11 +11,11 @@ from torch.utils._sympy.functions import FloorDiv, Max, Min, Mod
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges
 
-from tmx_compile.passes.always import holds_always, no_guard_added
+from tmx_compile.graph.guards import Bounds, bounds_of, holds_always, no_guard_added
 
 n, b = sympy.symbols("n b", integer=True, positive=True)
 blocks = FloorDiv(n, 32)
-RANGES = {n: ValueRanges(101, int_oo), b: ValueRanges(2, 8)}
+RANGES = {n: Bounds(101, None), b: Bounds(2, 8)}
 
 SHOWN = [
     sympy.Eq(Mod(32 * blocks + 64, blocks + 2), 0),
@@ -65,12 +65,24 @@ relations = st.one_of(
 @settings(deadline=None, max_examples=300)
 @given(relations, st.integers(0, 6), st.integers(0, 9), st.booleans())
 def test_a_shown_guard_holds_at_every_point(relation, low, width, bounded):
-    ranges = {n: ValueRanges(low, low + width if bounded else int_oo), b: ValueRanges(1, 3)}
+    ranges = {n: Bounds(low, low + width if bounded else None), b: Bounds(1, 3)}
     if not holds_always(relation, ranges):
         return
     for length in range(low, low + width + 1 if bounded else low + 40):
         for batch in (1, 2, 3):
             assert relation.subs({n: length, b: batch}) == sympy.true, (relation, length, batch)
+
+
+def test_bounds_are_those_of_the_ranges():
+    ranges = {n: ValueRanges(2, int_oo), b: ValueRanges(1, 8), sympy.Symbol("c"): ValueRanges(-int_oo, 4)}
+    assert bounds_of(ranges) == {n: Bounds(2, None), b: Bounds(1, 8)}
+
+
+def test_one_length_of_a_moderate_range_is_tried_at_each_value():
+    """Algebra does not show that a square of 0 to 3 leaves 0 or 1 by 4; the four values do."""
+    assert holds_always(sympy.Ne(Mod(n * n, 4), 2), {n: Bounds(0, 3)})
+    assert not holds_always(sympy.Ne(Mod(n * n, 4), 1), {n: Bounds(0, 3)})
+    assert not holds_always(sympy.Ne(Mod(n * n, 4), 2), {n: Bounds(0, None)})
 
 
 def environment():

@@ -318,7 +318,7 @@ def test_a_short_static_length_stays_dense():
 
 
 def test_what_cannot_be_shown_for_every_length_falls_back_to_the_operator(monkeypatch):
-    monkeypatch.setattr("tmx_compile.passes.always.holds_always", lambda expr, ranges: False)
+    monkeypatch.setattr("tmx_compile.graph.guards.holds_always", lambda expr, bounds: False)
     program = export(Stack(), torch.randn(X))
     after, report = rewrite(program, CONFIG)
     assert report.sites[1].lowering == "operator"

@@ -21,6 +21,7 @@ ORDER = [
     "find",
     "proof",
     "lowering",
+    "request",
     "passes",
     "compilers",
     "backend",

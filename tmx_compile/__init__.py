@@ -6,10 +6,10 @@ model = torch.compile(model, backend=tmx_backend(TriangleMixConfig.deepest(15, n
 from __future__ import annotations
 
 from tmx_compile.analysis import Calibration, TriangleMixAnalyzer, calibrate
-from tmx_compile.backend import TmxBackend, explain, rewrite, tmx_backend
+from tmx_compile.backend import TmxBackend, explain, tmx_backend
 from tmx_compile.config import TriangleMixConfig
 from tmx_compile.errors import LoweringError, StrictModeError, TriangleMixError, VerificationError
-from tmx_compile.export import export
+from tmx_compile.export import export, rewrite
 from tmx_compile.legacy import AscendNPUTriangleMixOptimizer, AscendTriangleMixAttention
 from tmx_compile.legacy.inference import TriangleMixInferenceConfig
 from tmx_compile.legacy.masks import TriangleMixAttention, TriangleMixMaskGenerator

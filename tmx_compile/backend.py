@@ -1,33 +1,36 @@
-"""What users call: the backend, ``explain`` and ``rewrite``."""
+"""What users call: the backend and ``explain``. No policy is made here; ``passes/pipeline.py`` is the pass."""
 
 from __future__ import annotations
 
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.fx import GraphModule
 
-from tmx_compile.compilers import torchair as npu
+from tmx_compile.compilers import torchair
+from tmx_compile.compilers.inductor import Compiler, Inductor
 from tmx_compile.config import TriangleMixConfig
 from tmx_compile.config.prices import streaming_message
 from tmx_compile.errors import LoweringError
 from tmx_compile.graph.copies import copy_graph
 from tmx_compile.graph.nodes import value_of
 from tmx_compile.legacy.inference import TriangleMixInferenceConfig
-from tmx_compile.lowering.table import ASCEND, CHOICES, CHUNK_CHOICES, INDUCTOR, TARGETS
+from tmx_compile.passes import pipeline
 from tmx_compile.passes.lengths import Prompt, dispatch, hint
 from tmx_compile.passes.one_row import one_row_chunk
-from tmx_compile.passes.pipeline import GraphPlan, Options, plan_graph, rewrite_graph
-from tmx_compile.passes.program import Program, rewrite_program
+from tmx_compile.passes.plan import Plan
 from tmx_compile.passes.range_guards import RangeGuards
 from tmx_compile.passes.record import records
 from tmx_compile.proof.constants import watched
 from tmx_compile.report import Report
+from tmx_compile.request import INDUCTOR, TORCHAIR, Host, Options, Request, takes
 from tmx_compile.version import __version__, package_fingerprint
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 # SmolLM2-135M, the last tokens of prompts of 4,096: benchmarks/results/quality_cuda.json, docs/quality.md.
 _FIRST_N_WARNING = (
@@ -46,61 +49,30 @@ class TmxBackend:
     """A ``torch.compile`` backend: rewrites proven attention, then hands the graph to Inductor, or on NPUs to torchair.
 
     Attributes:
+        request: what was asked, checked.
         report: one record per attention site of every compiled graph, in order.
-        config: the effective configuration, or None where the inference configuration is disabled.
     """
 
+    @takes(Options)
     def __init__(
         self,
         config: TriangleMixConfig | TriangleMixInferenceConfig,
         *,
-        lowering: str = "auto",
-        strict: bool = False,
-        assume_causal: bool = False,
         report: Report | None = None,
-        target: str = "auto",
-        compiler_config: Any = None,
-        decode: str = "dense",
-        chunked_prefill: bool = False,
+        **options: Unpack[Options],
     ) -> None:
-        self.config = _effective(config)
-        if lowering not in CHOICES:
-            raise ValueError(f"lowering must be one of {', '.join(CHOICES)}, got {lowering!r}")
-        npu_allowed = not isinstance(config, TriangleMixInferenceConfig) or config.use_npu_optimization
-        if not npu_allowed and (target == ASCEND.name or compiler_config is not None):
-            raise ValueError(
-                f"config has use_npu_optimization=False, and target is {target!r}, compiler_config {compiler_config!r}"
-            )
-        if target == ASCEND.name and (decode != "dense" or chunked_prefill):
-            raise ValueError(
-                f"target 'ascend' takes neither streaming decode nor chunked prefill yet, got decode={decode!r}, "
-                f"chunked_prefill={chunked_prefill!r}"
-            )
-        _check_target(target, lowering, compiler_config)
-        flags = (("strict", strict), ("assume_causal", assume_causal), ("chunked_prefill", chunked_prefill))
-        for name, value in flags:
-            if not isinstance(value, bool):
-                raise ValueError(f"{name} must be True or False, got {value!r}")
         if report is not None and not isinstance(report, Report):
             raise ValueError(f"report must be a tmx_compile.Report, got {report!r}")
-        if decode not in ("dense", "streaming"):
-            raise ValueError(f"decode must be 'dense' or 'streaming', got {decode!r}")
-        if chunked_prefill and lowering not in CHUNK_CHOICES:
-            raise ValueError(f"chunked_prefill takes a lowering of {', '.join(CHUNK_CHOICES)}, got {lowering!r}")
-        self.decode = decode
-        self.chunked_prefill = chunked_prefill
-        self.lowering = lowering
-        self.strict = strict
-        self.assume_causal = assume_causal
+        self.request = Request.of(config, **options)
+        if self.request.target == "ascend":
+            torchair.check_config(self.request.compiler_config)
         self.report = Report() if report is None else report
-        self.target = target if npu_allowed else INDUCTOR
-        self.compiler_config = compiler_config
-        if self.config is not None:
-            _warn(self.config)
-            if decode == "streaming" and self.config.layers():
-                warnings.warn(streaming_message(len(self.config.layers()), None, self.config), stacklevel=3)
-        if _lacks_analysis(config):
-            warnings.warn(_ANALYSIS_WARNING, stacklevel=3)
+        _warn(self.request, config)
+
+    @property
+    def config(self) -> TriangleMixConfig | None:
+        """The effective configuration, or None where the inference configuration is disabled."""
+        return self.request.config
 
     def __call__(
         self,
@@ -111,122 +83,93 @@ class TmxBackend:
         options: Mapping[str, Any] | None = None,
     ) -> Callable[..., Any]:
         """Compile one graph; called by Dynamo. ``mode`` and ``options`` go to Inductor, ``options`` to torchair too."""
-        target = self._target_of(gm, example_inputs)
-        compiler: _Compiler = (
-            npu.Torchair(self.compiler_config, mode, options)
-            if target == ASCEND.name
-            else _Inductor(mode, options or {})
+        host = self._host(gm, example_inputs)
+        compiler: Compiler = (
+            torchair.Torchair(self.request.compiler_config, mode, options)
+            if host is TORCHAIR
+            else Inductor(mode, options or {})
         )
-        if self.config is None or not self.config.layers():
+        if not self.request.sparse:
             return compiler.compile(gm, example_inputs)
-        wanted = self._options(target)
-        one_row = one_row_chunk(gm, wanted, example_inputs) if self.chunked_prefill else None
-        plan = plan_graph(gm, wanted, example_inputs)
-        if plan.prompt is Prompt.SHORT:
-            compiled, done = compiler.compile(gm, example_inputs), plan
-        elif plan.fixed_length is None:
-            compiled, done = self._compile_long(plan, compiler, example_inputs)
-        else:
-            compiled, done = self._compile_range(plan, compiler, example_inputs)
+        chunked = self.request.chunked_prefill
+        one_row = one_row_chunk(gm, self.request, host, example_inputs) if chunked else None
+        compiled, plan = self._compile(gm, host, compiler, example_inputs)
         # Only now: Dynamo may abandon a compilation half way and start again.
-        self.report.add_graph(records(done, self.report.graphs), plan.notes)
-        if one_row is not None:
-            compiled = one_row.beside(compiled)
-        return compiled
+        self.report.add_graph(records(plan, self.report.graphs), plan.notes)
+        return compiled if one_row is None else one_row.beside(compiled)
 
-    def _explain(self, gm: GraphModule, example_inputs: Sequence[Any]) -> None:
-        """Report what compiling one graph would make of it; compiles nothing, and changes the graph."""
-        target = self._target_of(gm, example_inputs)
-        if self.config is None:
-            return
-        plan = plan_graph(gm, self._options(target), example_inputs)
-        done = plan if plan.prompt is Prompt.SHORT else rewrite_graph(plan).plan
-        self.report.add_graph(records(done, self.report.graphs), plan.notes)
-
-    def _options(self, target: str) -> Options:
-        assert self.config is not None
-        return Options(
-            self.config,
-            self.lowering,
-            self.strict,
-            self.assume_causal,
-            self.decode,
-            self.chunked_prefill,
-            target=target,
-        )
-
-    def _target_of(self, gm: GraphModule, example_inputs: Sequence[Any]) -> str:
-        target = self.target
-        if target == "auto":
-            target = ASCEND.name if npu.on_npu(gm, example_inputs) else INDUCTOR
-        if self.lowering == ASCEND.name and target != ASCEND.name:
-            raise LoweringError("lowering 'ascend' is for NPUs, and this graph's tensors are on none (target='ascend')")
-        if target == ASCEND.name and (self.chunked_prefill or self.decode != "dense"):
-            raise LoweringError(
-                "tensors are on an NPU, for which there is neither streaming decode nor chunked prefill yet"
-            )
-        return target
+    def _compile(
+        self, gm: GraphModule, host: Host, compiler: Compiler, example_inputs: Sequence[Any]
+    ) -> tuple[Callable[..., Any], Plan]:
+        plan = pipeline.decide(gm, self.request, host, example_inputs)
+        if plan.prompt is Prompt.SHORT:
+            return compiler.compile(gm, example_inputs), plan
+        if plan.fixed_length is None:
+            return self._compile_long(plan, gm, compiler, example_inputs)
+        return self._compile_range(plan, gm, compiler, example_inputs)
 
     def _compile_long(
-        self, plan: GraphPlan, compiler: _Compiler, example_inputs: Sequence[Any]
-    ) -> tuple[Callable[..., Any], GraphPlan]:
-        assert self.config is not None
-        assert plan.source is not None
-        as_written = copy_graph(plan.source).forward if plan.known and not self.strict else None
-        rewritten = rewrite_graph(plan)
-        with _cache_tag(self.config):
-            compiled = compiler.compile(rewritten.gm, example_inputs, rewritten.inductor_options)
+        self, plan: Plan, gm: GraphModule, compiler: Compiler, example_inputs: Sequence[Any]
+    ) -> tuple[Callable[..., Any], Plan]:
+        outcome = pipeline.rewrite(plan, gm)
+        as_written = copy_graph(gm).forward if plan.known and not self.request.strict else None
+        with _cache_tag(plan.config):
+            compiled = compiler.compile(outcome.graph, example_inputs, outcome.needs)
         # Here, so that no form of a graph is run without asking for what its own proofs rest on.
-        return watched(compiled, rewritten.plan.known, as_written), rewritten.plan
+        return watched(compiled, plan.known, as_written), outcome.plan
 
     def _compile_range(
-        self, plan: GraphPlan, compiler: _Compiler, example_inputs: Sequence[Any]
-    ) -> tuple[Callable[..., Any], GraphPlan]:
+        self, plan: Plan, gm: GraphModule, compiler: Compiler, example_inputs: Sequence[Any]
+    ) -> tuple[Callable[..., Any], Plan]:
         """Compile for a range of lengths that the user fixed: no guard may be left, and both sides may be needed."""
-        assert self.config is not None
         assert plan.fixed_length is not None
-        assert plan.source is not None
-        short_gm = copy_graph(plan.source) if plan.prompt is Prompt.BOTH else None
-        spare = copy_graph(plan.source)
-        limit = plan.limit
-        guards = RangeGuards(plan.fixed_length, above=limit)
-        long, done = self._compile_long(plan, compiler, example_inputs)
-        failed = guards.settle()
-        if failed:
-            name = ASCEND.name if plan.options.target == ASCEND.name else self.lowering
-            if name not in ("auto", "operator"):
-                raise LoweringError(f"lowering {name!r} needs {failed}, which the fixed range of lengths forbids")
-            # The operator itself guards on nothing.
-            guards.forget()
-            again = plan_graph(spare, replace(plan.options, lowering="operator"), example_inputs)
-            long, done = self._compile_long(again, compiler, example_inputs)
-        if short_gm is None:
+        guards = RangeGuards(plan.fixed_length, above=plan.limit)
+        first = plan
+
+        def attempt(request: Request) -> tuple[tuple[Callable[..., Any], Plan], str]:
+            again = request is not self.request
+            if again:
+                guards.forget()
+            decided = pipeline.decide(gm, request, plan.host, example_inputs) if again else first
+            done = self._compile_long(decided, gm, compiler, example_inputs)
+            return done, guards.settle()
+
+        (long, done), _ = pipeline.retried(attempt, self.request, plan.host, "the fixed range of lengths forbids")
+        if plan.prompt is not Prompt.BOTH:
             return long, done
         assert plan.length is not None
         # Even Inductor's own graph may bring guards: its cache may hold it with those of another context.
-        guards = RangeGuards(plan.fixed_length, up_to=limit)
-        short = compiler.compile(short_gm, example_inputs)
+        guards = RangeGuards(plan.fixed_length, up_to=plan.limit)
+        short = compiler.compile(gm, example_inputs)
         guards.settle()
-        return dispatch(plan.length, limit, short, long), done
+        return dispatch(plan.length, plan.limit, short, long), done
+
+    def explain(self, gm: GraphModule, example_inputs: Sequence[Any]) -> None:
+        """Report what compiling one graph would make of it; compiles nothing."""
+        host = self._host(gm, example_inputs)
+        if self.request.config is None:
+            return
+        plan = pipeline.explain(gm, self.request, host, example_inputs)
+        self.report.add_graph(records(plan, self.report.graphs), plan.notes)
+
+    def _host(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Host:
+        request = self.request
+        ascend = request.target == "ascend" or (request.target == "auto" and torchair.on_npu(gm, example_inputs))
+        if request.lowering == "ascend" and not ascend:
+            raise LoweringError("lowering 'ascend' is for NPUs, and this graph's tensors are on none (target='ascend')")
+        if ascend and (request.chunked_prefill or request.decode != "dense"):
+            raise LoweringError(
+                "tensors are on an NPU, for which there is neither streaming decode nor chunked prefill yet"
+            )
+        return TORCHAIR if ascend else INDUCTOR
 
     def __repr__(self) -> str:
-        options = f"lowering={self.lowering!r}, strict={self.strict}, assume_causal={self.assume_causal}"
-        options += ", chunked_prefill=True" if self.chunked_prefill else ""
-        options += "" if self.decode == "dense" else f", decode={self.decode!r}"
-        return f"tmx_backend({self.config!r}, {options})"
+        return f"tmx_backend({self.config!r}, {self.request})"
 
 
+@takes(Options)
 def tmx_backend(
-    config: TriangleMixConfig | TriangleMixInferenceConfig,
-    *,
-    lowering: str = "auto",
-    strict: bool = False,
-    assume_causal: bool = False,
-    report: Report | None = None,
-    target: str = "auto",
-    compiler_config: Any = None,
-    decode: str = "dense",
-    chunked_prefill: bool = False,
+    config: TriangleMixConfig | TriangleMixInferenceConfig, *, report: Report | None = None, **options: Unpack[Options]
 ) -> TmxBackend:
     """A backend for ``torch.compile(model, backend=tmx_backend(config))``.
 
@@ -255,17 +198,7 @@ def tmx_backend(
     Warns:
         UserWarning: the configuration selects no layer, or the first n layers; what ``decode="streaming"`` costs.
     """
-    return TmxBackend(
-        config,
-        lowering=lowering,
-        strict=strict,
-        assume_causal=assume_causal,
-        report=report,
-        target=target,
-        compiler_config=compiler_config,
-        decode=decode,
-        chunked_prefill=chunked_prefill,
-    )
+    return TmxBackend(config, report=report, **options)
 
 
 def tmx(
@@ -280,8 +213,7 @@ def tmx(
     Options that start with ``tmx_`` are arguments of :func:`tmx_backend` (``tmx_config`` may be a mapping of
     ``TriangleMixConfig``'s parameters); the others go to Inductor.
     """
-    names = ("config", "lowering", "strict", "assume_causal", "report", "target", "compiler_config", "decode")
-    known = tuple(f"tmx_{name}" for name in (*names, "chunked_prefill"))
+    known = tuple(f"tmx_{name}" for name in ("config", "report", *Options.__annotations__))
     ours = {name: value for name, value in (options or {}).items() if name.startswith("tmx_")}
     for name in ours:
         if name not in known:
@@ -294,7 +226,7 @@ def tmx(
             config = TriangleMixConfig(**config)
         except TypeError as error:
             raise ValueError(f"tmx_config: {error}") from None
-    backend = tmx_backend(config, **{name.removeprefix("tmx_"): value for name, value in ours.items()})
+    backend = TmxBackend(config, **{name.removeprefix("tmx_"): value for name, value in ours.items()})
     theirs = {name: value for name, value in (options or {}).items() if not name.startswith("tmx_")}
     return backend(gm, example_inputs, mode=mode, options=theirs)
 
@@ -303,103 +235,31 @@ def explain(
     model: Callable[..., Any],
     *args: Any,
     config: TriangleMixConfig | TriangleMixInferenceConfig,
-    lowering: str = "auto",
-    strict: bool = False,
-    assume_causal: bool = False,
-    decode: str = "dense",
-    chunked_prefill: bool = False,
-    target: str = "auto",
     **kwargs: Any,
 ) -> Report:
     """The report for one call of ``model(*args, **kwargs)``, without running it.
 
     Dynamo traces the call; wherever a graph would run, zeros of the right shapes stand in for its results. No kernel
     of the model runs and nothing is compiled. A cache among the arguments is given such zeros too: pass a copy of it.
-    ``lowering``, ``strict``, ``assume_causal``, ``decode``, ``chunked_prefill`` and ``target`` are those of
-    :func:`tmx_backend`, and the report is what that backend would come to.
+    The keyword arguments of :func:`tmx_backend` are taken here too, and the report is what that backend would come to;
+    all others go to the model.
 
     Raises:
         ValueError: bad arguments, or a result whose shape is known only by running.
         ImportError: target "ascend" without a torch_npu that loads.
         LoweringError: as the backend would raise it.
     """
-    backend = TmxBackend(
-        config,
-        lowering=lowering,
-        strict=strict,
-        assume_causal=assume_causal,
-        decode=decode,
-        chunked_prefill=chunked_prefill,
-        target=target,
-    )
+    options = {name: kwargs.pop(name) for name in Options.__annotations__ if name in kwargs}
+    backend = TmxBackend(config, **options)
 
     def trace_only(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        backend._explain(gm, example_inputs)
+        backend.explain(gm, example_inputs)
         return _zeros_of(gm)
 
     # A compile per call of explain is meant; it must not use up the user's recompiles.
     with torch._dynamo.config.patch(recompile_limit=2**31, accumulated_recompile_limit=2**31):
         torch.compile(model, backend=trace_only, dynamic=False)(*args, **kwargs)
     return backend.report
-
-
-def rewrite(
-    program: Program,
-    config: TriangleMixConfig | TriangleMixInferenceConfig,
-    *,
-    lowering: str = "auto",
-    strict: bool = False,
-    assume_causal: bool = False,
-) -> tuple[Program, Report]:
-    """The pass by itself: a rewritten copy of a graph, and the report. The input stays as it is.
-
-    Takes what tracing makes: an ``ExportedProgram``, its ``module()``, a graph that a ``torch.compile`` backend or
-    ``make_fx`` sees. Weights are shared with the input; metadata, signature and names are kept. Call it under
-    ``torch.no_grad()`` for a program that is for inference only.
-
-    No guard is added, and nothing chooses a graph by length at run time: where the length is dynamic and its range
-    reaches down to ``min_seq_len``, the site stays dense (NO_DISPATCH). "auto" takes ``blocked`` or ``operator``.
-
-    Raises:
-        ValueError: bad arguments, or a graph without the shapes that tracing records.
-        LoweringError: the lowering that was named cannot take a call.
-        StrictModeError: with ``strict``, a site in a triangle layer that has to stay dense.
-    """
-    backend = TmxBackend(config, lowering=lowering, strict=strict, assume_causal=assume_causal)
-    options = Options(backend.config or TriangleMixConfig(), lowering, strict, assume_causal)
-    done, plan = rewrite_program(program, options)
-    if backend.config is not None:
-        backend.report.add_graph(records(plan, 0), plan.notes)
-    return done, backend.report
-
-
-class _Compiler(Protocol):
-    """What turns a graph into code: Inductor or torchair."""
-
-    def compile(
-        self, gm: GraphModule, example_inputs: Sequence[Any], needed: Mapping[str, Any] | None = None
-    ) -> Callable[..., Any]:
-        """The compiled graph."""
-
-
-class _Inductor:
-    """Inductor with the user's mode and options."""
-
-    def __init__(self, mode: str | None, options: Mapping[str, Any]) -> None:
-        self._patches: dict[str, Any] = {}
-        if mode is not None and mode != "default":
-            self._patches.update(torch._inductor.list_mode_options(mode))
-        self._patches.update({name.replace("-", "_"): value for name, value in options.items()})
-
-    def compile(
-        self, gm: GraphModule, example_inputs: Sequence[Any], needed: Mapping[str, Any] | None = None
-    ) -> Callable[..., Any]:
-        """Compile with the user's settings, over which a lowering's needs win (it could not compile without)."""
-        from torch._inductor.compile_fx import compile_fx
-
-        patches = {**self._patches, **(needed or {})}
-        compiled: Callable[..., Any] = compile_fx(gm, list(example_inputs), config_patches=patches or None)
-        return compiled
 
 
 @contextlib.contextmanager
@@ -411,42 +271,26 @@ def _cache_tag(config: TriangleMixConfig) -> Iterator[None]:
         yield
 
 
-def _check_target(target: str, lowering: str, compiler_config: Any) -> None:
-    if target not in TARGETS:
-        raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {target!r}")
-    if target == INDUCTOR and compiler_config is not None:
-        raise ValueError(f"compiler_config is torchair's, and target is {target!r}: give target='ascend'")
-    if target == INDUCTOR and lowering == ASCEND.name:
-        raise ValueError(f"lowering 'ascend' is compiled by torchair, and target is {target!r}: give target='ascend'")
-    if target != ASCEND.name:
-        return
-    if lowering not in ("auto", ASCEND.name):
-        raise ValueError(f"lowering {lowering!r} is not for torchair: with target='ascend' it is 'auto' or 'ascend'")
-    torchair = npu.load()
-    if compiler_config is not None and not isinstance(compiler_config, torchair.CompilerConfig):
-        raise ValueError(f"compiler_config must be a torchair.CompilerConfig, got {compiler_config!r}")
-
-
-def _effective(config: TriangleMixConfig | TriangleMixInferenceConfig) -> TriangleMixConfig | None:
-    if isinstance(config, TriangleMixInferenceConfig):
-        return config.to_trianglemix_config()
-    if not isinstance(config, TriangleMixConfig):
-        raise ValueError(f"config must be a TriangleMixConfig or TriangleMixInferenceConfig, got {config!r}")
-    return config
-
-
 def _lacks_analysis(config: TriangleMixConfig | TriangleMixInferenceConfig) -> bool:
     if not isinstance(config, TriangleMixInferenceConfig):
         return False
     return config.enable_trianglemix and config.use_gradient_analysis and not config.triangle_layer_indices
 
 
-def _warn(config: TriangleMixConfig) -> None:
+def _warn(request: Request, given: TriangleMixConfig | TriangleMixInferenceConfig) -> None:
+    """Say what a user may not expect of what was asked."""
+    config = request.config
+    if _lacks_analysis(given):
+        warnings.warn(_ANALYSIS_WARNING, stacklevel=5)
+    if config is None:
+        return
+    if request.decode == "streaming" and config.layers():
+        warnings.warn(streaming_message(len(config.layers()), None, config), stacklevel=5)
     if not config.layers():
-        warnings.warn("the configuration selects no layer: every layer stays dense", stacklevel=4)
+        warnings.warn("the configuration selects no layer: every layer stays dense", stacklevel=5)
     elif config.uses_first_n:
         text = _FIRST_N_WARNING.format(n=config.num_triangle_layers, **_FIRST_N_COST)
-        warnings.warn(text, stacklevel=4)
+        warnings.warn(text, stacklevel=5)
 
 
 def _zeros_of(gm: GraphModule) -> Callable[..., Any]:

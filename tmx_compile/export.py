@@ -1,22 +1,122 @@
-"""``export``: a model with TriangleMix inside, for offline use on Ascend NPUs."""
+"""What users call for a graph without a compiler behind it: ``rewrite``, and ``export`` for Ascend NPUs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, TensorArgument
 from torch.fx import GraphModule
 
-from tmx_compile.backend import TmxBackend
-from tmx_compile.compilers import torchair as npu
+from tmx_compile.compilers import torchair
 from tmx_compile.config import TriangleMixConfig
+from tmx_compile.graph.copies import copy_graph
 from tmx_compile.legacy.inference import TriangleMixInferenceConfig
-from tmx_compile.lowering.table import ASCEND
-from tmx_compile.passes.pipeline import GraphPlan, Options, plan_graph, rewrite_graph
+from tmx_compile.passes.pipeline import Outcome, compile
+from tmx_compile.passes.plan import Plan
 from tmx_compile.passes.record import records
 from tmx_compile.report import Report
+from tmx_compile.request import AIR, PROGRAM, Request, RewriteOptions, takes
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+Program = TypeVar("Program", GraphModule, ExportedProgram)
+
+
+@takes(RewriteOptions)
+def rewrite(
+    program: Program,
+    config: TriangleMixConfig | TriangleMixInferenceConfig,
+    **options: Unpack[RewriteOptions],
+) -> tuple[Program, Report]:
+    """The pass by itself: a rewritten copy of a graph, and the report. The input stays as it is.
+
+    Takes what tracing makes: an ``ExportedProgram``, its ``module()``, a graph that a ``torch.compile`` backend or
+    ``make_fx`` sees. Weights are shared with the input; metadata, signature and names are kept. Call it under
+    ``torch.no_grad()`` for a program that is for inference only.
+
+    No guard is added, and nothing chooses a graph by length at run time: where the length is dynamic and its range
+    reaches down to ``min_seq_len``, the site stays dense (NO_DISPATCH). "auto" takes ``blocked`` or ``operator``.
+
+    Args:
+        program: see above.
+        config: which layers go sparse, and the geometry of their mask.
+        options: ``lowering``, ``strict`` and ``assume_causal``, as for :func:`tmx_compile.tmx_backend`.
+
+    Raises:
+        ValueError: bad arguments, or a graph without the shapes that tracing records.
+        LoweringError: the lowering that was named cannot take a call.
+        StrictModeError: with ``strict``, a site in a triangle layer that has to stay dense.
+    """
+    request = Request.of(config, **options)
+    report = Report()
+    if isinstance(program, ExportedProgram):
+        gm, constants = program.graph_module, _constants(program)
+    elif isinstance(program, GraphModule):
+        gm, constants = program, {}
+    else:
+        raise ValueError(f"rewrite takes a torch.fx.GraphModule or a torch.export.ExportedProgram, got {program!r}")
+    _check_values(gm)
+    done = copy_graph(gm)
+    if request.config is not None:
+        outcome: Outcome = compile(gm, request, PROGRAM, constants=constants)
+        report.add_graph(records(outcome.plan, 0), [*outcome.plan.notes, *_notes(outcome)])
+        done = done if outcome.graph is gm else outcome.graph
+    return (_exported(program, done) if isinstance(program, ExportedProgram) else done), report  # type: ignore
+
+
+def _constants(program: ExportedProgram) -> dict[str, Tensor]:
+    """What belongs to the program itself: its constants, and buffers that no state dict has and that it never writes.
+
+    Other buffers may be loaded anew, and the rewritten program could not tell.
+    """
+    signature = program.graph_signature
+    written = set(signature.buffers_to_mutate.values())
+    found: dict[str, Tensor] = {}
+    for spec in signature.input_specs:
+        lasting = spec.kind is InputKind.BUFFER and spec.persistent is False and spec.target not in written
+        value = program.constants.get(str(spec.target)) if lasting or spec.kind is InputKind.CONSTANT_TENSOR else None
+        if isinstance(value, Tensor) and isinstance(spec.arg, TensorArgument):
+            found[spec.arg.name] = value
+    return found
+
+
+def _check_values(gm: GraphModule) -> None:
+    for node in gm.graph.nodes:
+        if node.op == "placeholder" and not {"val", "example_value"} & set(node.meta):
+            raise ValueError(
+                f"rewrite needs the shapes that tracing records: node {node.name!r} has neither meta['val'] nor "
+                "meta['example_value']. Trace with torch.export, make_fx or a torch.compile backend; a graph of "
+                "torch.fx.symbolic_trace gets them from torch.fx.passes.fake_tensor_prop.FakeTensorProp"
+            )
+
+
+def _notes(outcome: Outcome) -> Iterator[str]:
+    if outcome.needs:
+        settings = ", ".join(f"{name}={value}" for name, value in outcome.needs.items())
+        yield f"compile the rewritten graph with the Inductor settings {settings}"
+    if any(item.lowering is not None and item.lowering.name == "operator" for item in outcome.plan.triangle):
+        yield "the graph calls tmx::triangle_attention: a process that loads it has to import tmx_compile"
+
+
+def _exported(program: ExportedProgram, gm: GraphModule) -> ExportedProgram:
+    """The program with another graph of the same inputs and outputs."""
+    return ExportedProgram(
+        root=gm,
+        graph=gm.graph,
+        graph_signature=copy.deepcopy(program.graph_signature),
+        state_dict=program.state_dict,
+        range_constraints=copy.deepcopy(program.range_constraints),
+        module_call_graph=copy.deepcopy(program.module_call_graph),
+        example_inputs=program.example_inputs,
+        constants=program.constants,
+        verifiers=list(program.verifiers),
+    )
 
 
 def export(
@@ -27,8 +127,8 @@ def export(
     export_name: str = "export",
     dynamic: bool = False,
     compiler_config: Any = None,
-    strict: bool = False,
-    assume_causal: bool = False,
+    strict: bool = Request.strict,
+    assume_causal: bool = Request.assume_causal,
     **kwargs: Any,
 ) -> Report:
     """Write a model for offline use on Ascend NPUs, with TriangleMix inside: what ``torchair.dynamo_export`` writes.
@@ -47,8 +147,8 @@ def export(
         export_name: the name of the file, without ``.air``.
         dynamic: as in ``torch.compile``.
         compiler_config: a ``torchair.CompilerConfig`` to start from; it is not changed.
-        strict: as for :func:`tmx_backend`.
-        assume_causal: as for :func:`tmx_backend`; its check of the promise has to be convertible by torchair.
+        strict: as for :func:`tmx_compile.tmx_backend`.
+        assume_causal: as for :func:`tmx_compile.tmx_backend`; torchair has to convert the check of the promise.
         kwargs: example inputs by name.
 
     Returns:
@@ -69,25 +169,22 @@ def export(
     for path in (Path(export_path), Path(export_path) / f"{export_name}.air"):
         if path.is_symlink():
             raise ValueError(f"export_path must not lead through a symbolic link, and {path} is one")
-    backend = TmxBackend(
-        config, strict=strict, assume_causal=assume_causal, target=ASCEND.name, compiler_config=compiler_config
+    request = Request.of(
+        config, strict=strict, assume_causal=assume_causal, target="ascend", compiler_config=compiler_config
     )
-
-    last: list[GraphPlan] = []
+    torchair.check_config(compiler_config)
+    report = Report()
+    last: list[Plan] = []
 
     def rewritten(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
-        if backend.config is None or not backend.config.layers():
+        if not request.sparse:
             return gm
-        asked = Options(
-            backend.config, "auto", strict, assume_causal, standalone=True, target=ASCEND.name, every_length=True
-        )
-        plan = plan_graph(gm, asked, example_inputs)
-        done = rewrite_graph(plan) if plan.triangle else None
+        outcome = compile(gm, request, AIR, example_inputs)
         # Dynamo may abandon a compilation half way and start again.
-        last[:] = [plan if done is None else done.plan]
-        return gm if done is None else done.gm
+        last[:] = [outcome.plan]
+        return outcome.graph
 
-    npu.write(model, args, kwargs, rewritten, export_path, export_name, dynamic, compiler_config)
+    torchair.write(model, args, kwargs, rewritten, export_path, export_name, dynamic, compiler_config)
     for settled in last:
-        backend.report.add_graph(records(settled, backend.report.graphs), settled.notes)
-    return backend.report
+        report.add_graph(records(settled, report.graphs), settled.notes)
+    return report

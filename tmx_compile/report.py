@@ -6,7 +6,7 @@ import enum
 import io
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -112,7 +112,7 @@ class Report:
         """The sites of one compiled graph, counted from 0."""
         return [site for site in self.sites if site.graph == graph]
 
-    def add_graph(self, sites: list[SiteRecord], notes: list[str]) -> None:
+    def add_graph(self, sites: list[SiteRecord], notes: Sequence[str]) -> None:
         """Record one compiled graph, and tell the log and the structured trace."""
         self.graphs += 1
         self.sites.extend(sites)

@@ -17,8 +17,8 @@ from tmx_compile.config import TriangleMixConfig
 from tmx_compile.find.repeat import unrepeated
 from tmx_compile.find.sdpa import SDPA_TARGETS
 from tmx_compile.graph.nodes import INSERTED, value_of
-from tmx_compile.passes.lengths import Prompt
-from tmx_compile.passes.pipeline import Options, plan_graph, rewrite_graph
+from tmx_compile.passes import pipeline
+from tmx_compile.request import INDUCTOR, Request
 
 _DTYPES = {
     torch.float64: "f64",
@@ -69,10 +69,10 @@ def rewritten_graphs(
 
     The call runs the rewritten graphs uncompiled: keep it small (``flex`` forms all scores when it is not compiled).
     """
+    request = Request.of(config, lowering=lowering, strict=strict)
 
     def transform(gm: GraphModule) -> GraphModule:
-        plan = plan_graph(gm, Options(config, lowering, strict))
-        return gm if plan.prompt is Prompt.SHORT else rewrite_graph(plan).gm
+        return pipeline.compile(gm, request, INDUCTOR).graph
 
     return captured_graphs(model, *args, transform=transform, dynamic=dynamic, **kwargs)
 

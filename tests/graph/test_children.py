@@ -12,8 +12,9 @@ from torch._higher_order_ops.wrap import tag_activation_checkpoint
 from tmx_compile import TriangleMixConfig, tmx_backend
 from tmx_compile.graph.children import flatten, restore
 from tmx_compile.operator import OPERATOR
-from tmx_compile.passes.pipeline import Options, plan_graph
+from tmx_compile.passes.pipeline import decide
 from tmx_compile.report import Reason
+from tmx_compile.request import INDUCTOR, Request
 from tmx_compile.testing import captured_graphs, render_graph, rewritten_graphs
 
 N, D = 70, 8
@@ -278,7 +279,7 @@ def test_planning_leaves_the_graph_alone():
     model, (x, valid) = Stack(call=checkpoint), problem(True)
     (gm,) = captured_graphs(model, x, valid)
     before = render_graph(gm)
-    plan = plan_graph(gm, Options(CONFIG))
+    plan = decide(gm, Request(CONFIG), INDUCTOR)
     assert len(plan.triangle) == 2
     assert render_graph(gm) == before
 

@@ -9,12 +9,17 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from tmx_compile.find import find_attention
 from tmx_compile.find.site import AttentionSite
-from tmx_compile.graph.nodes import fake_mode_of, value_of
+from tmx_compile.graph.layer import LayerPath
+from tmx_compile.graph.nodes import value_of
 from tmx_compile.graph.storages import Storages
-from tmx_compile.passes.substitute import Substituter, Substitution
+from tmx_compile.mask.geometry import Geometry
+from tmx_compile.passes.choose import choose
+from tmx_compile.passes.plan import Plan, SitePlan, Triangle
+from tmx_compile.passes.substitute import substitute
 from tmx_compile.proof.conclude import Proof
 from tmx_compile.proof.prove import Prover
 from tmx_compile.report import Reason
+from tmx_compile.request import PROGRAM, Request
 
 
 def exported(call, args, decompose=False):
@@ -45,9 +50,9 @@ def substituted(gm, inputs):
     storages = Storages(gm.graph)
     proof = Prover.of(site.fake("query"), storages).prove(site)
     assert isinstance(proof, Proof), proof
-    substituter = Substituter(gm, fake_mode_of(gm), storages)
-    node = substituter.substitute(Substitution(site, proof, *CONFIG.geometry))
-    substituter.clean([site])
+    item = SitePlan(site.node, LayerPath("", 0), True, Triangle(Geometry(*CONFIG.geometry)), site=site, proof=proof)
+    plan = Plan(gm, Request(CONFIG, lowering="operator"), PROGRAM, storages=storages, sites=(item,))
+    node = substitute(choose(plan)).sites[0].operator
     assert squares(gm) == []
     out = gm(*inputs)
     return (out[0] if isinstance(out, (tuple, list)) else out), value_of(node.args[1]).shape[1]

@@ -10,9 +10,10 @@ from torch.utils._pytree import tree_leaves
 
 from tests.support import oracle
 from tmx_compile import TriangleMixConfig, explain, rewrite
-from tmx_compile.passes.pipeline import Options, plan_graph, rewrite_graph
+from tmx_compile.passes.pipeline import compile
 from tmx_compile.passes.record import records
 from tmx_compile.report import Reason
+from tmx_compile.request import INDUCTOR, Request
 
 B, H, N, D = 2, 3, 70, 16
 SCALE = D**-0.5
@@ -62,9 +63,9 @@ def in_dynamo(model, x, cfg):
     found = []
 
     def backend(gm, example_inputs):
-        done = rewrite_graph(plan_graph(gm, Options(cfg), example_inputs))
+        done = compile(gm, Request(cfg), INDUCTOR, example_inputs)
         found.extend(records(done.plan, 0))
-        return done.gm.forward
+        return done.graph.forward
 
     torch._dynamo.reset()
     with torch.no_grad():

@@ -9,9 +9,10 @@ from tests.support import oracle
 from tmx_compile import TriangleMixConfig, explain, rewrite, tmx_backend
 from tmx_compile.graph.layout import inverse, memory_order
 from tmx_compile.operator import OPERATOR
-from tmx_compile.passes.pipeline import Options, plan_graph, rewrite_graph
+from tmx_compile.passes import pipeline
 from tmx_compile.passes.record import records
 from tmx_compile.report import Reason
+from tmx_compile.request import INDUCTOR, Request
 
 B, H, N, D = 2, 3, 70, 16
 CONFIG = TriangleMixConfig(
@@ -85,15 +86,15 @@ class Eager:
         self.records = []
 
     def __call__(self, gm, example_inputs):
-        plan = plan_graph(gm, Options(CONFIG, **self.options), example_inputs)
+        plan = pipeline.decide(gm, Request(CONFIG, **self.options), INDUCTOR, example_inputs)
         before = [(site.node.meta["example_value"], site.node) for site in plan.triangle]
         for value, node in before:
             assert memory_order(node) is not None, value.stride()
-        done = rewrite_graph(plan)
+        done = pipeline.rewrite(plan, gm)
         self.records += records(done.plan, 0)
-        for node in done.gm.graph.nodes:
+        for node in done.graph.graph.nodes:
             assert "laid_out" not in str(node.target)
-        return done.gm.forward
+        return done.graph.forward
 
 
 def check(form, layout, backend, dynamic, dtype=torch.float32):

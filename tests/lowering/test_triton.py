@@ -8,14 +8,14 @@ import torch
 from support import Case, LoweringBackend, OneCall, oracle, tolerance
 from test_conformance import CASES
 
-from tmx_compile.lowering import table as select
+from tmx_compile.lowering import table
 from tmx_compile.lowering.base import AttentionCall
-from tmx_compile.lowering.table import TRITON
+from tmx_compile.lowering.table import TRITON, Role, Wish
 from tmx_compile.lowering.triton import lowering, tuning
 from tmx_compile.lowering.triton.launch import attend
 from tmx_compile.operator import ALL_ROWS
 from tmx_compile.operator.kernel import valid_range
-from tmx_compile.report import Accepted, Reason
+from tmx_compile.report import Accepted, Reason, Rejected
 
 f32, f64, bf16, f16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -167,8 +167,8 @@ def test_an_old_gpu_is_refused(monkeypatch):
 
 def test_auto_takes_it_on_cuda_alone(monkeypatch):
     on_cuda = SimpleNamespace(device=torch.device("cuda"), dtype=bf16)
-    assert select.preference(replace(call(), query=on_cuda))[0] is TRITON
-    assert TRITON not in select.preference(call(device="cpu"))
+    assert table.candidates("cuda", Role.PROMPT, replace(call(), query=on_cuda), Wish())[0] is TRITON
+    assert TRITON not in table.candidates("cpu", Role.PROMPT, call(device="cpu"), Wish())
 
 
 def test_dense_layers_with_padding_take_it_on_cuda(monkeypatch):
@@ -176,15 +176,20 @@ def test_dense_layers_with_padding_take_it_on_cuda(monkeypatch):
     mask = torch.ones(1, 300, dtype=torch.bool)
     padded = call(key_mask=mask, sink=0, window=0, last=ALL_ROWS)
     monkeypatch.setattr(type(TRITON), "supports", lambda self, call: Accepted())
-    assert select.dense("auto", padded) is None
+
+    def maskless(place, named, call):
+        chosen = table.choose(place, Role.MASKLESS, call, Wish(named))
+        return None if isinstance(chosen, Rejected) else chosen
+
+    assert maskless("cpu", "auto", padded) is None
     fake = SimpleNamespace(device=torch.device("cuda"), shape=padded.query.shape, dtype=bf16)
     padded = replace(padded, query=fake)
-    assert select.dense("auto", padded) is TRITON
-    assert select.dense("triton", padded) is TRITON
-    assert select.dense("flex", padded) is None
-    assert select.dense("auto", padded, portable=True) is None
-    assert select.dense("auto", replace(padded, needs_grad=True)) is None
-    assert select.dense("auto", replace(padded, key_mask=None)) is select.DENSE
+    assert maskless("cuda", "auto", padded) is TRITON
+    assert maskless("cuda", "triton", padded) is TRITON
+    assert maskless("cuda", "flex", padded) is None
+    assert maskless("portable", "auto", padded) is None
+    assert maskless("cuda", "auto", replace(padded, needs_grad=True)) is None
+    assert maskless("cuda", "auto", replace(padded, key_mask=None)) is table.DENSE
 
 
 def test_dense_through_the_kernel():

@@ -37,7 +37,7 @@ LIMIT = 300
 @pytest.fixture
 def limited(monkeypatch):
     """A machine whose dense kernels are the faster ones up to 300 tokens."""
-    monkeypatch.setattr("tmx_compile.passes.pipeline.least_length", lambda *_: LIMIT)
+    monkeypatch.setattr("tmx_compile.passes.judge.least_length", lambda *_: LIMIT)
 
 
 def check(compiled, x):

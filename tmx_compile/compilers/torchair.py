@@ -41,6 +41,18 @@ def load() -> Any:
         ) from error
 
 
+def check_config(compiler_config: Any) -> None:
+    """Refuse what is no configuration of torchair's, and a machine without torchair.
+
+    Raises:
+        ImportError: as :func:`load`.
+        ValueError: another value.
+    """
+    torchair = load()
+    if compiler_config is not None and not isinstance(compiler_config, torchair.CompilerConfig):
+        raise ValueError(f"compiler_config must be a torchair.CompilerConfig, got {compiler_config!r}")
+
+
 def on_npu(gm: GraphModule, example_inputs: Sequence[Any]) -> bool:
     """Whether a graph's tensors are on an NPU."""
     placeholders = (value_of(node) for node in gm.graph.find_nodes(op="placeholder"))

@@ -8,6 +8,7 @@ import torch
 from torch.fx import Node
 
 from tmx_compile.graph.effects import Effects
+from tmx_compile.graph.nodes import op_name
 
 
 def erase_dead(graph: torch.fx.Graph, roots: Iterable[Node], may_go: Collection[Node] = ()) -> int:
@@ -67,3 +68,9 @@ def _does_more(node: Node, effects: Effects) -> bool:
 def _only_asserts(node: Node) -> bool:
     """Whether a node does nothing but check the dtype and device of a tensor (export asks before every cast)."""
     return node.target is torch.ops.aten._assert_tensor_metadata.default and not node.users
+
+
+def drop_unread(graph: torch.fx.Graph) -> None:
+    """Erase entries of a tuple that nothing reads; they would keep the attention call that they belong to."""
+    names = ("getitem", "detach", "alias")
+    erase_dead(graph, [node for node in graph.nodes if not node.users and op_name(node) in names])

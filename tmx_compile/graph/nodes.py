@@ -21,6 +21,9 @@ FIRST_ROW = "tmx_first_row"
 LAYER = "tmx_layer"
 """Metadata of an operator's node: the number of its layer."""
 
+ORIGIN = ("nn_module_stack", "stack_trace", LAYER)
+"""Metadata that a node inherits from the one that it is written for."""
+
 
 def value_of(node: Node) -> Any:
     """The node's example value: a fake tensor, a symbolic or plain number, or None where tracing left none.

@@ -13,7 +13,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.proxy import GraphAppendingTracer
 
 from tmx_compile.graph.layout import Order
-from tmx_compile.graph.nodes import INSERTED, on_fakes, value_of
+from tmx_compile.graph.nodes import INSERTED, ORIGIN, on_fakes, value_of
 from tmx_compile.report import Accepted, Rejected
 
 Length: TypeAlias = "int | torch.SymInt | Proxy"
@@ -89,9 +89,7 @@ class _RecordingTracer(GraphAppendingTracer):
     def __init__(self, graph: torch.fx.Graph, fake_mode: Any, origin: Node) -> None:
         super().__init__(graph)
         self._fake_mode = fake_mode
-        self._origin: dict[str, Any] = {
-            key: origin.meta[key] for key in ("nn_module_stack", "stack_trace") if key in origin.meta
-        }
+        self._origin: dict[str, Any] = {key: origin.meta[key] for key in ORIGIN if key in origin.meta}
 
     def create_proxy(
         self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *rest: Any, **named: Any

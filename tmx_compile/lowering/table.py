@@ -1,8 +1,10 @@
-"""Which lowering a call gets: by name, or by a measured rule."""
+"""Which lowering a call gets: one table by place and role, from measurements; or the one that the user names."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 
@@ -12,81 +14,116 @@ from tmx_compile.lowering.base import AttentionCall, Lowering
 from tmx_compile.lowering.blocked import Blocked
 from tmx_compile.lowering.chunk import Chunked
 from tmx_compile.lowering.decode import Decode
-from tmx_compile.lowering.flex.lowering import Flex
+from tmx_compile.lowering.flex import Flex
 from tmx_compile.lowering.operator_call import OperatorCall
 from tmx_compile.lowering.reference import Reference
 from tmx_compile.lowering.sdpa import Dense
 from tmx_compile.lowering.triton import Triton
-from tmx_compile.report import Rejected
+from tmx_compile.report import Reason, Rejected
 
 TRITON, FLEX, BLOCKED, REFERENCE = Triton(), Flex(), Blocked(), Reference()
 OPERATOR, DENSE, DECODE, ASCEND = OperatorCall(), Dense(), Decode(), Ascend()
 NAMED: dict[str, Lowering] = {low.name: low for low in (TRITON, FLEX, BLOCKED, REFERENCE, OPERATOR, ASCEND)}
-CHOICES = ("auto", *NAMED)
-INDUCTOR = "inductor"
-TARGETS = ("auto", INDUCTOR, ASCEND.name)
-CHUNK_CHOICES = ("auto", TRITON.name, BLOCKED.name, OPERATOR.name)
-
-_FLEX_FROM_WINDOW = {torch.float32: 128, torch.bfloat16: 1 << 31, torch.float16: 1 << 31}
+LOWERINGS = ("auto", *NAMED)
+CHUNK_LOWERINGS = ("auto", TRITON.name, BLOCKED.name, OPERATOR.name)
 
 
-def preference(call: AttentionCall) -> Sequence[Lowering]:
-    """The order in which ``auto`` asks, from the measurements in benchmarks/results/operator_{cpu,cuda}.json."""
-    if call.query.device.type == "cuda":
-        return (TRITON, FLEX, BLOCKED, OPERATOR)
-    if call.window >= _FLEX_FROM_WINDOW.get(call.query.dtype, 1 << 31):
-        return (FLEX, BLOCKED, OPERATOR)
-    return (BLOCKED, FLEX, OPERATOR)
+class Role(enum.Enum):
+    """What the rows of a site are."""
+
+    PROMPT = "a whole prompt"
+    CHUNK = "a chunk of a prompt, or a whole one"
+    ROW_OF_PROMPT = "one row, and a chunk of a prompt"
+    STEP = "one row: a decode step, which stays dense"
+    STREAM = "a decode step over sinks and window"
+    MASKLESS = "dense, without forming its mask"
+
+    @property
+    def shows_own_key(self) -> bool:
+        """Whether it is one row whose own key has to be shown to join the keys."""
+        return self in (Role.STREAM, Role.ROW_OF_PROMPT)
+
+    @property
+    def is_chunk(self) -> bool:
+        """Whether the graph learns only when it runs where its prompt ends."""
+        return self in (Role.CHUNK, Role.ROW_OF_PROMPT)
 
 
-def select(name: str, call: AttentionCall, *, portable: bool = False, target: str = INDUCTOR) -> Lowering | Rejected:
-    """The lowering for a call, or why "auto" has none; ``portable``: "auto" takes none that needs Inductor.
+@dataclass(frozen=True)
+class Wish:
+    """What the choice depends on beside the call.
 
-    For the target "ascend" there is one: what the others write, torchair does not convert.
+    Attributes:
+        named: the user's lowering, or "auto".
+        limit: prompts of at most this length stay dense.
+        streaming: whether decode steps stream.
+    """
+
+    named: str = "auto"
+    limit: int = 0
+    streaming: bool = False
+
+
+# In the order in which they are asked: benchmarks/results/operator_{cpu,cuda}.json. "portable" is a graph that is
+# handed back: run without Inductor, a flex call would form all scores; a package cannot hold a call of Python code.
+_TABLE: Mapping[tuple[str, Role], tuple[Lowering, ...]] = {
+    ("cpu", Role.PROMPT): (BLOCKED, FLEX, OPERATOR),
+    ("cuda", Role.PROMPT): (TRITON, FLEX, BLOCKED, OPERATOR),
+    ("portable", Role.PROMPT): (BLOCKED, OPERATOR),
+    # What the others write, torchair does not convert.
+    ("ascend", Role.PROMPT): (ASCEND,),
+    ("cpu", Role.STREAM): (DECODE, OPERATOR),
+    ("cuda", Role.STREAM): (DECODE, OPERATOR),
+    ("cpu", Role.MASKLESS): (DENSE,),
+    # No SDPA kernel takes causal with padding there, and the one that takes any mask is slower than ours without.
+    ("cuda", Role.MASKLESS): (DENSE, TRITON),
+    ("portable", Role.MASKLESS): (DENSE,),
+    ("ascend", Role.MASKLESS): (ASCEND,),
+}
+# On a CPU flex leads from these windows on.
+_FLEX_FROM_WINDOW = {torch.float32: 128}
+
+
+def candidates(place: str, role: Role, call: AttentionCall, wish: Wish) -> tuple[Lowering, ...]:
+    """The lowerings to ask for a call, in order."""
+    if role is Role.PROMPT and wish.named != "auto":
+        return (NAMED[wish.named],)
+    if role is Role.STREAM and wish.named == OPERATOR.name:
+        return (OPERATOR,)
+    if role.is_chunk:
+        # Of parts that it picks, or that the user names, when it is written.
+        return (Chunked(wish.limit, wish.streaming, wish.named),)
+    asked = _TABLE[place, role]
+    if (place, role) == ("cpu", Role.PROMPT):
+        from_window = _FLEX_FROM_WINDOW.get(call.query.dtype)
+        wide = from_window is not None and call.window >= from_window
+        return (FLEX, BLOCKED, OPERATOR) if wide else asked
+    if role is Role.MASKLESS and (call.needs_grad or wish.named not in ("auto", TRITON.name)):
+        # Our backward is plain PyTorch, made for sparse layers.
+        return tuple(low for low in asked if low is not TRITON)
+    return asked
+
+
+def choose(place: str, role: Role, call: AttentionCall, wish: Wish) -> Lowering | Rejected:
+    """The lowering for a call, or why it has none and stays as it is written.
+
+    Args:
+        place: what compiles the graph, and where: "cpu", "cuda", "portable" or "ascend".
+        role: what the call's rows are.
+        call: fake tensors and constants.
+        wish: what else the choice depends on.
 
     Raises:
-        LoweringError: the lowering that the user named does not support the call; it is never replaced silently.
+        LoweringError: what the user named, or asked for, cannot take the call; it is never replaced silently.
     """
-    if name != "auto":
-        answer = NAMED[name].supports(call)
-        if isinstance(answer, Rejected):
-            raise LoweringError(f"lowering {name!r} cannot take this attention: {answer.detail}")
-        return NAMED[name]
-    if target == ASCEND.name:
-        answer = ASCEND.supports(call)
-        return answer if isinstance(answer, Rejected) else ASCEND
-    # Run without Inductor, a flex call would form all scores; a package cannot hold a call of Python code.
-    asked = [low for low in preference(call) if not (portable and low in (FLEX, TRITON))]
-    return next(low for low in asked if not isinstance(low.supports(call), Rejected))
-
-
-def dense(name: str, call: AttentionCall, *, portable: bool = False, target: str = INDUCTOR) -> Lowering | None:
-    """What forms no mask in a layer that stays dense, or None to leave it as it is written.
-
-    On CUDA no SDPA kernel takes causal with padding, and the one that takes any mask is slower than ours without.
-    Not in training: our backward is plain PyTorch, made for sparse layers.
-    """
-    if target == ASCEND.name:
-        return None if isinstance(ASCEND.supports(call), Rejected) else ASCEND
-    if not isinstance(DENSE.supports(call), Rejected):
-        return DENSE
-    ours = name in ("auto", TRITON.name) and call.query.device.type == "cuda" and not (portable or call.needs_grad)
-    return TRITON if ours and not isinstance(TRITON.supports(call), Rejected) else None
-
-
-def decode(name: str, call: AttentionCall) -> Lowering:
-    """The lowering of one row over sinks and window: its own, whatever is named for prompts, but "operator"."""
-    return OPERATOR if name == OPERATOR.name or isinstance(DECODE.supports(call), Rejected) else DECODE
-
-
-def chunked(name: str, call: AttentionCall, dense_up_to: int, *, streaming: bool) -> Lowering:
-    """The lowering of a call that may be a chunk of its prompt, with parts by ``name``.
-
-    Raises:
-        LoweringError: the call cannot be a chunk (it is differentiated).
-    """
-    lowering = Chunked(dense_up_to, streaming, name)
-    answer = lowering.supports(call)
-    if isinstance(answer, Rejected):
-        raise LoweringError(f"chunked_prefill=True cannot take this attention: {answer.detail}")
-    return lowering
+    refused = Rejected(Reason.NO_LOWERING, f"{role.value}: nothing on {place}")
+    for lowering in candidates(place, role, call, wish):
+        answer = lowering.supports(call)
+        if not isinstance(answer, Rejected):
+            return lowering
+        refused = answer
+    if role.is_chunk:
+        raise LoweringError(f"chunked_prefill=True cannot take this attention: {refused.detail}")
+    if role is Role.PROMPT and wish.named != "auto":
+        raise LoweringError(f"lowering {wish.named!r} cannot take this attention: {refused.detail}")
+    return refused

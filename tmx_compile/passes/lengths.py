@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import StrictMinMaxConstraint, statically_known_true
 
+from tmx_compile.graph.inputs import SizeInput
 from tmx_compile.graph.nodes import value_of
 
 
@@ -82,36 +82,8 @@ def hint(size: int | torch.SymInt) -> int:
     return int(size.node.hint) if size.node.has_hint() else 0
 
 
-@dataclass(frozen=True)
-class LengthInput:
-    """The graph input that tells a length: its position, and the dimension (None: the input is the length)."""
-
-    position: int
-    dim: int | None
-
-    def read(self, args: Sequence[Any]) -> int:
-        """The length of one call."""
-        arg = args[self.position]
-        return int(arg if self.dim is None else arg.shape[self.dim])
-
-
-def find_length_input(gm: GraphModule, length: torch.SymInt) -> LengthInput | None:
-    """Where the graph's inputs carry a symbolic length, or None."""
-    expr = length.node.expr
-    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    for position, node in enumerate(placeholders):
-        value = value_of(node)
-        if isinstance(value, torch.SymInt) and value.node.expr == expr:
-            return LengthInput(position, None)
-        if isinstance(value, torch.Tensor):
-            for dim, size in enumerate(value.shape):
-                if isinstance(size, torch.SymInt) and size.node.expr == expr:
-                    return LengthInput(position, dim)
-    return None
-
-
 def dispatch(
-    where: LengthInput, min_seq_len: int, short: Callable[..., Any], long: Callable[..., Any]
+    where: SizeInput, min_seq_len: int, short: Callable[..., Any], long: Callable[..., Any]
 ) -> Callable[..., Any]:
     """A callable that picks the graph by the length of each call."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,9 +13,31 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from tmx_compile.errors import VerificationError
 from tmx_compile.graph.erase import erase_dead
 from tmx_compile.graph.layout import NAME, laid_out
-from tmx_compile.graph.nodes import tensor_of
+from tmx_compile.graph.nodes import ORIGIN, fake_mode_of, tensor_of
 from tmx_compile.graph.sizes import size_of
 from tmx_compile.lowering.base import AttentionCall, Lowering, Operands, Writer
+from tmx_compile.passes.plan import Plan
+
+
+def lower(plan: Plan) -> Plan:
+    """Stage 8, lower: write out what every operator's node computes, and in which layout."""
+    lowerer = Lowerer(plan.gm, fake_mode_of(plan.gm))
+    for item in plan.sites:
+        if item.operator is not None:
+            assert item.lowering is not None
+            assert item.call is not None
+            lowerer.lower(item.operator, item.call, item.lowering)
+    lowerer.settle()
+    return plan
+
+
+def inductor_options(plan: Plan) -> Mapping[str, Any]:
+    """The Inductor settings that the lowered calls of one graph need together."""
+    options: dict[str, Any] = {}
+    for item in plan.sites:
+        if item.lowering is not None and item.call is not None:
+            options.update(item.lowering.inductor_options(item.call))
+    return options
 
 
 @dataclass(frozen=True)
@@ -108,7 +130,7 @@ class Lowerer:
             if is_size or not any(argument in moved for argument in old.all_input_nodes):
                 continue
             copy = self._gm.graph.node_copy(old, lambda argument: moved.get(argument, argument))
-            for name in ("nn_module_stack", "stack_trace"):
+            for name in ORIGIN:
                 if name in node.meta:
                     copy.meta[name] = node.meta[name]
             moved[old] = copy
@@ -145,11 +167,3 @@ def _same_strides(a: torch.Tensor, b: torch.Tensor) -> bool:
         statically_known_true(size == 1) or statically_known_true(x == y)
         for size, x, y in zip(a.shape, a.stride(), b.stride(), strict=True)
     )
-
-
-def merged_options(calls: Iterable[tuple[AttentionCall, Lowering]]) -> Mapping[str, Any]:
-    """The Inductor settings that the lowered calls of one graph need together."""
-    options: dict[str, Any] = {}
-    for call, lowering in calls:
-        options.update(lowering.inductor_options(call))
-    return options

@@ -15,12 +15,14 @@ from torch.fx import GraphModule
 
 from tmx_compile.errors import StrictModeError
 from tmx_compile.graph.copies import copy_graph
-from tmx_compile.graph.nodes import value_of
+from tmx_compile.graph.inputs import SizeInput, size_inputs
+from tmx_compile.lowering.table import Role
 from tmx_compile.operator.prefill import current_chunk
-from tmx_compile.passes.pipeline import Options, plan_graph, rewrite_graph
+from tmx_compile.passes import pipeline
 from tmx_compile.proof.constants import watched
-from tmx_compile.proof.own_key import own_key
+from tmx_compile.proof.own_key import OwnKey
 from tmx_compile.report import Reason, log
+from tmx_compile.request import Host, Request
 
 _ELSEWHERE = (Reason.NOT_SELECTED, Reason.FEW_KEYS, Reason.LAYER_UNKNOWN, Reason.LAYER_AMBIGUOUS)
 
@@ -35,17 +37,13 @@ class OneRow:
     form: Callable[..., Any] | None
     refused: str
     keys: Any
-    sizes: Mapping[Any, tuple[int, int | None]]
+    sizes: Mapping[Any, SizeInput]
 
     def seen(self, args: Sequence[Any]) -> int | None:
         """Number of keys of one call, or None where the arguments do not tell."""
         if self.keys is None:
             return None
-        values = {
-            symbol: args[position] if dim is None else args[position].shape[dim]
-            for symbol, (position, dim) in self.sizes.items()
-        }
-        return int(self.keys.xreplace(values))
+        return int(self.keys.xreplace({symbol: where.read(args) for symbol, where in self.sizes.items()}))
 
     def beside(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
         """The compiled graph for decode steps, and this form for rows of a prompt."""
@@ -64,42 +62,32 @@ class OneRow:
         return run
 
 
-def one_row_chunk(gm: GraphModule, options: Options, example_inputs: Sequence[Any]) -> OneRow | None:
+def one_row_chunk(gm: GraphModule, request: Request, host: Host, example_inputs: Sequence[Any]) -> OneRow | None:
     """The second form of a graph, or None where it is no graph of one row; the graph itself stays as it is."""
-    form = copy_graph(gm)
-    plan = plan_graph(form, replace(options, one_row_chunks=True, strict=False), example_inputs)
-    rows = [item for item in plan.sites if item.site is not None and item.site.q_len == 1 and item.selected]
+    lenient = replace(request, strict=False)
+    plan = pipeline.decide(gm, lenient, host, example_inputs, row_of_prompt=True)
+    rows = [item for item in plan.sites if item.role is Role.ROW_OF_PROMPT and item.selected]
     if not rows or len(rows) != sum(item.selected for item in plan.sites):
         return None
     refused = ""
     for item in rows:
-        if item.verdict is not None and item.verdict.reason not in _ELSEWHERE:
-            refused = f"{item.layer.path}: {item.verdict}"
+        if item.why is not None and item.why.reason not in _ELSEWHERE:
+            refused = f"{item.layer.path}: {item.why}"
             log.warning("one row is a decode step even in prefill(...): %s", refused)
-    if options.strict and refused:
+    if request.strict and refused:
         return OneRow(None, refused, None, {})
     if not plan.triangle:
         return None
-    site = plan.triangle[0].site
-    assert site is not None
-    keys = site.kv_len
+    first = plan.triangle[0]
+    assert first.site is not None
+    keys = first.site.kv_len
     # A static cache has more keys than tokens: there only the operator finds out.
-    growing = own_key(site) == "last"
+    growing = first.own_key is OwnKey.LAST
     expression = keys.node.expr if growing and isinstance(keys, torch.SymInt) else None
-    sizes = {} if expression is None else _sizes(gm, expression.free_symbols)
-    if sizes is None:
-        expression, sizes = None, {}
-    as_written = copy_graph(gm).forward if plan.known and not options.strict else None
-    return OneRow(watched(rewrite_graph(plan).gm.forward, plan.known, as_written), refused, expression, sizes)
-
-
-def _sizes(gm: GraphModule, symbols: set[Any]) -> dict[Any, tuple[int, int | None]] | None:
-    """Where the graph's inputs carry each symbol: an input's position, and the dimension of a tensor."""
-    found: dict[Any, tuple[int, int | None]] = {}
-    for position, node in enumerate(gm.graph.find_nodes(op="placeholder")):
-        value = value_of(node)
-        sizes = list(enumerate(value.shape)) if isinstance(value, torch.Tensor) else [(None, value)]
-        for dim, size in sizes:
-            if isinstance(size, torch.SymInt):
-                found.setdefault(size.node.expr, (position, dim))
-    return {symbol: found[symbol] for symbol in symbols} if all(symbol in found for symbol in symbols) else None
+    told = size_inputs(gm.graph)
+    if expression is not None and not all(symbol in told for symbol in expression.free_symbols):
+        expression = None
+    sizes = {} if expression is None else {symbol: told[symbol] for symbol in expression.free_symbols}
+    as_written = copy_graph(gm).forward if plan.known and not request.strict else None
+    form = pipeline.rewrite(plan, gm).graph.forward
+    return OneRow(watched(form, plan.known, as_written), refused, expression, sizes)

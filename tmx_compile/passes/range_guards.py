@@ -1,22 +1,15 @@
 """Guards under a fixed range of lengths: discharge those that hold for every length, refuse the others.
 
 ``mark_dynamic(min=, max=)`` forbids guards inside the range, and Dynamo takes every recorded guard for one, even if it
-holds for all lengths: ``32 * (n // 32 + 1) != n``, say, which a view of a padded tensor asks. Such a guard is settled
-here by evaluating it at every length that its graph will see.
+holds for all lengths: ``32 * (n // 32 + 1) != n``, say, which a view of a padded tensor asks.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import sympy
 import torch
-from torch import Tensor
-from torch.utils._sympy.interp import sympy_interp
-from torch.utils._sympy.numbers import int_oo
-from torch.utils._sympy.reference import TensorReferenceAnalysis
 
-_MOST_LENGTHS = 1 << 22
+from tmx_compile.graph.guards import Bounds, bounds_of, holds_always
 
 
 class RangeGuards:
@@ -36,54 +29,23 @@ class RangeGuards:
 
     def settle(self) -> str:
         """Remove the new guards if each holds for every length; else keep them all and return one that does not."""
-        new = self._env.guards[self._before :]
-        if not new:
-            return ""
-        lengths = self._lengths()
-        if lengths is None:
-            return f"the range of {self._symbol} has no end to check {new[0].expr} up to"
-        for guard in new:
-            if not _holds(guard.expr, self._symbol, lengths):
+        bounds = self._bounds()
+        for guard in self._env.guards[self._before :]:
+            if not holds_always(guard.expr, bounds):
                 return str(guard.expr)
-        del self._env.guards[self._before :]
+        self.forget()
         return ""
 
     def forget(self) -> None:
         """Remove the new guards of a compilation that is thrown away."""
         del self._env.guards[self._before :]
 
-    def _lengths(self) -> Tensor | None:
-        if not isinstance(self._symbol, sympy.Symbol):
-            return None
-        bounds = self._env.bound_sympy(self._symbol)
-        low = int(bounds.lower) if self._above is None else max(int(bounds.lower), self._above + 1)
-        high = bounds.upper
-        if high == int_oo or high == sympy.oo:
-            if self._up_to is None:
-                return None
-            high = self._up_to
-        high = int(high) if self._up_to is None else min(int(high), self._up_to)
-        return torch.arange(low, high + 1) if 0 <= high - low < _MOST_LENGTHS else None
-
-
-class _AtLengths(TensorReferenceAnalysis):
-    """Integer expressions over a tensor of lengths; lengths are positive, so both remainders are one."""
-
-    @staticmethod
-    def mod(a: Any, b: Any) -> Any:
-        return torch.remainder(a, b)
-
-    python_mod = mod
-
-
-def _holds(expr: Any, symbol: Any, lengths: Tensor) -> bool:
-    """Whether a guard is true at every length; False as well where it cannot be evaluated."""
-    if expr.free_symbols - {symbol}:
-        return False
-    try:
-        # Plain tensors: the compiler's fake mode may be active around us.
-        with torch._subclasses.fake_tensor.unset_fake_temporarily():
-            value = sympy_interp(_AtLengths, {symbol: lengths}, expr)
-            return bool(torch.as_tensor(value).all())
-    except (NotImplementedError, AttributeError, TypeError):
-        return False
+    def _bounds(self) -> dict[sympy.Symbol, Bounds]:
+        bounds = bounds_of(self._env.var_to_range)
+        own = bounds.pop(self._symbol, None)
+        # The range of any other length may be what this very compilation assumes.
+        if own is None or not isinstance(self._symbol, sympy.Symbol):
+            return {}
+        low = own.low if self._above is None else max(own.low, self._above + 1)
+        ends = [end for end in (own.high, self._up_to) if end is not None]
+        return {self._symbol: Bounds(low, min(ends) if ends else None)}

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import torch
 
+from tmx_compile.lowering.table import Role
 from tmx_compile.mask import Grid, Window, dense_section, pair_count, triangle
 from tmx_compile.passes.lengths import hint
-from tmx_compile.passes.pipeline import GraphPlan, Options, SitePlan, streams
+from tmx_compile.passes.plan import Plan, SitePlan
 from tmx_compile.report import SiteRecord
 
 
-def records(plan: GraphPlan, graph: int) -> list[SiteRecord]:
+def records(plan: Plan, graph: int) -> list[SiteRecord]:
     """The report's rows for one compiled graph."""
-    return [_record(item, plan.options, graph) for item in plan.sites]
+    return [_record(item, plan, graph) for item in plan.sites]
 
 
-def _record(item: SitePlan, options: Options, graph: int) -> SiteRecord:
+def _record(item: SitePlan, plan: Plan, graph: int) -> SiteRecord:
     site = item.site
-    is_streaming = site is not None and streams(site, options)
-    geometry = (*options.config.geometry[:2], 0) if is_streaming else options.config.geometry
+    is_streaming = item.role is Role.STREAM
+    geometry = (*plan.config.geometry[:2], 0) if is_streaming else plan.config.geometry
     tensors = [] if site is None else [site.fake(name) for name in ("query", "key", "value")]
     shapes = [tuple(hint(size) for size in x.shape) for x in tensors] or [(), (), ()]
     attended = causal = 0
-    is_triangle = item.verdict is None
+    is_triangle = item.is_triangle
     if site is not None and 0 < shapes[0][2] <= shapes[1][2]:
         grid = Grid(shapes[0][2], shapes[1][2])
         causal = pair_count(dense_section(), grid)
@@ -41,9 +42,9 @@ def _record(item: SitePlan, options: Options, graph: int) -> SiteRecord:
         dtype=str(tensors[0].dtype).removeprefix("torch.") if tensors else "",
         dynamic=any(isinstance(size, torch.SymInt) for x in tensors for size in x.shape),
         decision="dense" if not is_triangle else "streaming" if is_streaming else "triangle",
-        reason="" if item.verdict is None else item.verdict.reason.name,
-        detail="" if item.verdict is None else item.verdict.detail,
-        lowering=item.lowering or "as written",
+        reason="" if item.why is None else item.why.reason.name,
+        detail="" if item.why is None else item.why.detail,
+        lowering="as written" if item.lowering is None else item.lowering.name,
         attended_pairs=attended,
         causal_pairs=causal,
     )

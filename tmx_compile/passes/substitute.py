@@ -14,30 +14,40 @@ from tmx_compile.errors import VerificationError
 from tmx_compile.find.site import AttentionSite, Operand
 from tmx_compile.graph.erase import dead_ends, erase_dead
 from tmx_compile.graph.layout import NAME, laid_out, memory_order, permuted
-from tmx_compile.graph.nodes import FIRST_ROW, LAYER, tensor_of
+from tmx_compile.graph.nodes import FIRST_ROW, LAYER, fake_mode_of, tensor_of
 from tmx_compile.graph.sizes import size_of
 from tmx_compile.graph.storages import Storages
 from tmx_compile.operator import CHECK_MASK, FIRST_ROW_INSIDE, KEEP_WINDOW, OPERATOR
 from tmx_compile.passes.block_check import check_blocks
 from tmx_compile.passes.emit import Emitter
+from tmx_compile.passes.plan import Plan, SitePlan
 from tmx_compile.proof import terms as t
 from tmx_compile.proof.conclude import Proof
 from tmx_compile.proof.terms import Lin, Truthy
 
 
-@dataclass(frozen=True)
-class Substitution:
-    """A site to replace, with what was proven about it and the geometry that it gets."""
+def substitute(plan: Plan) -> Plan:
+    """Stage 7, substitute: put the operator in the place of every site that has a lowering."""
+    assert plan.storages is not None
+    substituter = _Substituter(plan.gm, fake_mode_of(plan.gm), plan.storages)
+    sites = []
+    for item in plan.sites:
+        if item.lowering is None:
+            sites.append(item)
+            continue
+        both = substituter.substitute(item)
+        assert item.call is not None
+        query, key, value, key_mask = (tensor_of(arg) for arg in both.args[:4])
+        assert query is not None
+        assert key is not None
+        assert value is not None
+        call = replace(item.call, query=query, key=key, value=value, key_mask=key_mask)
+        sites.append(replace(item, call=call, operator=both))
+    substituter.clean([item.site for item in sites if item.operator is not None and item.site is not None])
+    return replace(plan, sites=tuple(sites))
 
-    site: AttentionSite
-    proof: Proof
-    sink: int
-    window: int
-    last: int
-    layer: int | None = None
 
-
-class Substituter:
+class _Substituter:
     """Substitutes sites of one graph. Sites with the same padding share one key mask."""
 
     def __init__(self, gm: GraphModule, fake_mode: Any, storages: Storages) -> None:
@@ -46,17 +56,20 @@ class Substituter:
         self._keys: dict[Any, _Keys] = {}
         self._checked: set[Any] = set()
 
-    def substitute(self, item: Substitution) -> Node:
+    def substitute(self, item: SitePlan) -> Node:
         """Replace one site; returns the operator's node. Call :meth:`clean` after the last one."""
-        site = item.site
+        site, proof, call = item.site, item.proof, item.call
+        assert site is not None
+        assert proof is not None
+        assert call is not None
         out = tensor_of(site.node)
         assert out is not None
         with self._emit.before(site) as emit:
-            keys = self._shared(item)
+            keys = self._shared(site, proof)
             listed = () if site.block_plan is None else site.block_plan.tensors
-            checked = (site.block_plan, item.proof, tuple(map(emit.source, listed)))
+            checked = (site.block_plan, proof, tuple(map(emit.source, listed)))
             if checked not in self._checked:
-                check_blocks(emit, site, item.proof, keys.mask)
+                check_blocks(emit, site, proof, keys.mask)
                 self._checked.add(checked)
             # Under autocast SDPA takes mixed dtypes; its result tells which one it computes in.
             operands = [self._operand(x, out.dtype) for x in (site.query, site.key, site.value)]
@@ -64,12 +77,12 @@ class Substituter:
                 factor = emit.source(site.factor)
                 operands[0] = self._cast(emit.call(torch.mul, operands[0], factor), out.dtype)
             operands[1:] = [keys.of(emit, operand) for operand in operands[1:]]
-            reach = () if item.proof.reach is None else (item.proof.reach,)
-            both = emit.call(OPERATOR, *operands, keys.mask, item.sink, item.window, item.last, site.scale, *reach)
-            both.meta[FIRST_ROW], both.meta[LAYER] = keys.first_row, item.layer
+            reach = () if proof.reach is None else (proof.reach,)
+            both = emit.call(OPERATOR, *operands, keys.mask, *call.geometry, site.scale, *reach)
+            both.meta[FIRST_ROW], both.meta[LAYER] = keys.first_row, item.layer.index
             result = emit.call(operator.getitem, both, 0)
             if keys.shown is not None:
-                arguments = (*operands, keys.mask, keys.shown, item.sink, item.window, item.last, site.scale)
+                arguments = (*operands, keys.mask, keys.shown, *call.geometry, site.scale)
                 result = emit.call(KEEP_WINDOW, result, *arguments, *reach)
             result = self._laid_out(result, site)
         self._emit.replace(site.node, result)
@@ -106,12 +119,11 @@ class Substituter:
         assert fake is not None
         return node if fake.dtype == dtype else self._emit.call(torch.Tensor.to, node, dtype)
 
-    def _shared(self, item: Substitution) -> _Keys:
-        site = item.site
+    def _shared(self, site: AttentionSite, proof: Proof) -> _Keys:
         sizes = [size_of(n) for n in (site.fake("query").shape[0], site.q_len, site.kv_len)]
-        shared = (item.proof, *sizes)
+        shared = (proof, *sizes)
         if shared not in self._keys:
-            self._keys[shared] = _keys(self._emit, item)
+            self._keys[shared] = _keys(self._emit, site, proof)
         return self._keys[shared]
 
 
@@ -142,9 +154,8 @@ class _Keys:
         return node
 
 
-def _keys(emit: Emitter, item: Substitution) -> _Keys:
+def _keys(emit: Emitter, site: AttentionSite, proof: Proof) -> _Keys:
     """The key mask of a site, and its keys rearranged to what the operator expects: row i at Skv - Sq + i."""
-    site, proof = item.site, item.proof
     mask = None if not proof.valid else emit.truths(proof.valid)
     first_row: Any = None
     shown: Node | None = None

@@ -12,6 +12,7 @@ from torch.fx import Node
 from tmx_compile.graph.nodes import op_name, tensor_of
 from tmx_compile.graph.sizes import Size
 from tmx_compile.proof import terms as t
+from tmx_compile.proof.own_key import OwnKey
 from tmx_compile.proof.terms import AllOf, AnyOf, Element, Lin, Negation, NonNegative, Truth, Truthy, Zero
 from tmx_compile.report import Reason, Rejected
 
@@ -58,7 +59,13 @@ class Ranges:
 
 
 def conclude(
-    truth: Truth, ranges: Ranges, mask: Node, runs: Mapping[Node, Lin], *, assume_causal: bool, own_key: str = ""
+    truth: Truth,
+    ranges: Ranges,
+    mask: Node,
+    runs: Mapping[Node, Lin],
+    *,
+    assume_causal: bool,
+    own_key: OwnKey | None = None,
 ) -> Proof | Rejected:
     """What a mask is, or the first thing that keeps it from being understood.
 
@@ -95,7 +102,7 @@ class _Case:
     ranges: Ranges
     mask: Node
     assume_causal: bool
-    own_key: str = ""
+    own_key: OwnKey | None = None
     proof: Proof = field(default_factory=Proof)
     position: Lin = field(default_factory=lambda: Lin(0))
     settled: set[Truth] = field(default_factory=set)
@@ -114,7 +121,7 @@ class _Case:
             if not isinstance(fact, NonNegative):
                 continue
             lin, positions = self._consecutive(fact.lin)
-            if self.own_key == "written" and dict(lin.factors) == {KEY: -1}:
+            if self.own_key is OwnKey.WRITTEN and dict(lin.factors) == {KEY: -1}:
                 # One row: its number is 0 and has left no trace.
                 lin = lin + Lin.of(0, {ROW: 1})
             if dict(lin.factors) != _DIFFERENCE or any(t.coordinates(element) for element, _ in lin.atoms):
@@ -126,7 +133,7 @@ class _Case:
                 self.proof = replace(self.proof, positions=positions)
             elif not self.ranges.never_negative(offset - best):
                 return self.refuse(Reason.MASK_UNKNOWN, f"two positions for a row: {_sum(best)} and {_sum(offset)}")
-        if best is None and self.own_key == "last":
+        if best is None and self.own_key is OwnKey.LAST:
             # No key lies beyond the last: every mask over keys is causal.
             self.position = Lin.of(aligned, {ROW: 1})
             return None
@@ -155,7 +162,7 @@ class _Case:
     def _promised(self, facts: list[Truth]) -> Rejected | None:
         """No causality can be read: the promise may give it to a mask that only the run can tell."""
         for fact in facts:
-            element = _opaque_mask(fact, one_row=self.own_key == "written")
+            element = _opaque_mask(fact, one_row=self.own_key is OwnKey.WRITTEN)
             if element is None:
                 continue
             if not self.assume_causal:

@@ -17,6 +17,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.utils._sympy import functions as f
 
+from tmx_compile.graph.inputs import size_inputs
 from tmx_compile.graph.nodes import value_of
 from tmx_compile.graph.sizes import Size
 from tmx_compile.proof.conclude import Proof
@@ -59,16 +60,12 @@ class Lengths:
     """Where a graph has symbolic lengths: its inputs, their sizes, and what it computes from them."""
 
     def __init__(self, graph: Graph) -> None:
-        self._inputs: dict[Any, tuple[Node, int | None]] = {}
+        self._inputs = size_inputs(graph)
         self._nodes: dict[Any, Node] = {}
         for node in graph.nodes:
             value = value_of(node)
             if isinstance(value, torch.SymInt):
                 self._nodes.setdefault(value.node.expr, node)
-            elif node.op == "placeholder" and isinstance(value, torch.Tensor):
-                for dim, size in enumerate(value.shape):
-                    if isinstance(size, torch.SymInt):
-                        self._inputs.setdefault(size.node.expr, (node, dim))
 
     def write(self, expr: Size, before: Node, call: Call) -> Any:
         """The value of ``expr`` before a node: a number, or what ``call(function, *arguments)`` gives.
@@ -84,8 +81,8 @@ class Lengths:
         if found is not None and found < before:
             return found
         if expr in self._inputs:
-            node, dim = self._inputs[expr]
-            return call(torch.Tensor.size, node, dim)
+            where = self._inputs[expr]
+            return where.node if where.dim is None else call(torch.Tensor.size, where.node, where.dim)
         if isinstance(expr, sympy.Symbol):
             return self._solved(expr, before, call)
         if expr.func in (sympy.Pow, f.PowByNatural) and not (expr.args[1].is_Integer and expr.args[1] > 0):
@@ -99,7 +96,7 @@ class Lengths:
 
     def _solved(self, symbol: Any, before: Node, call: Call) -> Any:
         """A symbol that no input has as it is, from a length in which it occurs once: ``a * symbol + b``, whole a."""
-        known = [(expr, node, dim) for expr, (node, dim) in self._inputs.items()]
+        known = [(expr, where.node, where.dim) for expr, where in self._inputs.items()]
         known += [(expr, node, None) for expr, node in self._nodes.items() if node < before]
         for expr, node, dim in known:
             rest = expr.xreplace({symbol: sympy.Integer(0)})

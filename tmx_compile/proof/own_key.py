@@ -6,6 +6,8 @@ the two apart. So the graph has to show that the row's own key and value join th
 
 from __future__ import annotations
 
+import enum
+
 from torch.fx import Node
 
 from tmx_compile.find.site import AttentionSite, Operand
@@ -15,19 +17,21 @@ from tmx_compile.graph.nodes import tensor_of
 _SAME_TOKENS = ("contiguous", "to", "clone")
 
 
-def own_key(site: AttentionSite) -> str:
-    """Where a site of one row has its own key and value.
+class OwnKey(enum.Enum):
+    """Where the own key of a single row is."""
 
-    Returns:
-        "last": they are the last, after a concatenation along the tokens; "written": the graph writes one token into
-        the tensors of keys and values, at a place that the mask tells; "": neither is shown.
-    """
+    LAST = "the last, after a concatenation along the tokens"
+    WRITTEN = "written by the graph into the tensors of keys and values, at a place that the mask tells"
+
+
+def own_key(site: AttentionSite) -> OwnKey | None:
+    """Where a site of one row has its own key and value; None where neither place is shown."""
     if not isinstance(site.q_len, int) or site.q_len != 1 or site.is_causal:
-        return ""
-    for where, shown in (("last", _ends_with_one), ("written", _takes_one)):
+        return None
+    for where, shown in ((OwnKey.LAST, _ends_with_one), (OwnKey.WRITTEN, _takes_one)):
         if shown(site.key, site.node) and shown(site.value, site.node):
             return where
-    return ""
+    return None
 
 
 def _source(operand: Operand) -> Node:

@@ -33,6 +33,7 @@ from tmx_compile.proof.block_plans import checkable
 from tmx_compile.proof.conclude import BATCH, HEAD, KEY, ROW, Proof, Ranges, Sizes, conclude, origin
 from tmx_compile.proof.expressions import unwritable
 from tmx_compile.proof.mask_mod import read_mask_mod
+from tmx_compile.proof.own_key import OwnKey
 from tmx_compile.proof.read import MaskReader, NotUnderstood, View, as_truth, opaque
 from tmx_compile.proof.rules import RULES
 from tmx_compile.proof.terms import AllOf, AnyOf, Choice, Element, Lin, NonNegative, Term, Truth, Truthy
@@ -86,7 +87,7 @@ class Prover:
         """A prover for the graph that a fake tensor comes from."""
         return cls(shape_env_of(fake) if fake is not None else None, storages, **settings)
 
-    def prove(self, site: AttentionSite, *, ordered: bool = False, own_key: str = "") -> Proof | Rejected:
+    def prove(self, site: AttentionSite, *, ordered: bool = False, own_key: OwnKey | None = None) -> Proof | Rejected:
         """The proof for one site, or why there is none.
 
         Args:
@@ -100,7 +101,7 @@ class Prover:
         elif not statically_known_true(q_len <= kv_len):
             return Rejected(Reason.MORE_QUERIES, f"{q_len} rows, {kv_len} keys", site.node)
         if not site.masks:
-            if own_key == "last":
+            if own_key is OwnKey.LAST:
                 return Proof()
             if not site.is_causal:
                 return Rejected(Reason.NOT_CAUSAL, "no mask and is_causal=False", site.node)
@@ -120,7 +121,7 @@ class Prover:
         proof = self._proofs[shared]
         return proof if isinstance(proof, Rejected) else checkable(site, proof) or proof
 
-    def _prove_masks(self, site: AttentionSite, sizes: Sizes, own_key: str) -> Proof | Rejected:
+    def _prove_masks(self, site: AttentionSite, sizes: Sizes, own_key: OwnKey | None) -> Proof | Rejected:
         """The first proof: without the values of constants if possible, and without the promise."""
         refused: Rejected | None = None
         for promised, reader in self._attempts:
@@ -138,7 +139,7 @@ class Prover:
         return self._written(site) or refused
 
     def _prove_with(
-        self, reader: MaskReader, site: AttentionSite, sizes: Sizes, own_key: str, promised: bool
+        self, reader: MaskReader, site: AttentionSite, sizes: Sizes, own_key: OwnKey | None, promised: bool
     ) -> Proof | Rejected:
         attended: list[Truth] = []
         for part in site.masks:

@@ -24,10 +24,11 @@ from tmx_compile.find import find_attention
 from tmx_compile.graph.children import flatten
 from tmx_compile.graph.effects import Effects
 from tmx_compile.graph.layer import layer_paths
-from tmx_compile.passes.pipeline import Options, plan_graph, rewrite_graph
+from tmx_compile.passes import pipeline
 from tmx_compile.passes.record import records
 from tmx_compile.proof.constants import watched
 from tmx_compile.report import Rejected, Report
+from tmx_compile.request import INDUCTOR, Request
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class CapturedModel:
         self.model = original
         self.config = config.replace(min_seq_len=0)
         self.report = Report()
-        self._options = Options(self.config, lowering="operator", assume_causal=assume_causal)
+        self._request = Request(self.config, lowering="operator", assume_causal=assume_causal)
         self._board = Switchboard(config.geometry)
         self._layers: set[int] = set()
         self._replay: _Replay | None = None
@@ -210,13 +211,13 @@ class CapturedModel:
             if path.index is not None and not isinstance(site, Rejected)
         }
         config = self.config.replace(triangle_layer_indices=layers)
-        plan = plan_graph(gm, replace(self._options, config=config), example_inputs)
+        outcome = pipeline.compile(gm, replace(self._request, config=config), INDUCTOR, example_inputs)
+        plan = outcome.plan
         wanted = frozenset(site.layer.index for site in plan.triangle if site.layer.index is not None)
-        rewritten = rewrite_graph(plan)
-        switched = install(rewritten.gm, self._board, wanted)
+        switched = install(outcome.graph, self._board, wanted)
         self._layers |= switched
-        self.report.add_graph(records(rewritten.plan, self.report.graphs), plan.notes)
-        graph = _Graph(rewritten.gm)
+        self.report.add_graph(records(plan, self.report.graphs), plan.notes)
+        graph = _Graph(outcome.graph)
 
         def run(*args: Any) -> Any:
             return graph.forward(args) if self._replay is None else self._replay.run(graph, args)

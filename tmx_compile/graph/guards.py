@@ -8,14 +8,19 @@ right for the traced length only.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import sympy
+import torch
 from torch.utils._sympy.functions import FloorDiv, Max, Min, Mod, PythonMod
+from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.numbers import int_oo
+from torch.utils._sympy.reference import TensorReferenceAnalysis
+
+_MOST_LENGTHS = 1 << 22
 
 
 @dataclass
@@ -53,7 +58,8 @@ def no_guard_added(fake_mode: Any) -> Iterator[Unshown]:
             setattr(env, name, before)
         env._update_version_counter()
         _forget_answers(env)
-        failed = [str(expr) for expr in added if not holds_always(expr, state["var_to_range"])]
+        ranges = bounds_of(state["var_to_range"])
+        failed = [str(expr) for expr in added if not holds_always(expr, ranges)]
         result.guard = next(iter(failed or (f"a change of the lengths' {name}" for name in changed)), "")
 
 
@@ -70,30 +76,65 @@ def _forget_answers(env: Any) -> None:
 
 
 @dataclass(frozen=True)
-class _Bounds:
+class Bounds:
     """Inclusive bounds of an integer symbol; ``high`` is None where there is none."""
 
     low: int
     high: int | None
 
 
-def holds_always(expr: Any, ranges: Any) -> bool:
+def bounds_of(ranges: Mapping[Any, Any]) -> dict[Any, Bounds]:
+    """The bounds of the symbols that have a least value, from a shape environment's ranges."""
+    return {
+        symbol: Bounds(int(found.lower), None if found.upper in (int_oo, sympy.oo) else int(found.upper))
+        for symbol, found in ranges.items()
+        if found.lower not in (-int_oo, -sympy.oo)
+    }
+
+
+def holds_always(expr: Any, bounds: Mapping[Any, Bounds]) -> bool:
     """Whether a relation of integer lengths is true at every point of their ranges; False where that is not shown.
+
+    It is shown by algebra, or for one length of a moderate range by trying all.
 
     Args:
         expr: the relation; floor divisions of a length by a number, products and remainders may occur.
-        ranges: the value range of every length.
+        bounds: of every length.
     """
-    bounds: dict[Any, _Bounds] = {}
-    for symbol in expr.free_symbols:
-        found = ranges.get(symbol)
-        if found is None or found.lower == -int_oo:
-            return False
-        bounds[symbol] = _Bounds(int(found.lower), None if found.upper == int_oo else int(found.upper))
-    return _holds(_without_extremes(_without_floors(expr, bounds), bounds), bounds)
+    if any(symbol not in bounds for symbol in expr.free_symbols):
+        return False
+    own = dict(bounds)
+    return _holds(_without_extremes(_without_floors(expr, own), own), own) or _holds_at_each(expr, bounds)
 
 
-def _without_floors(expr: Any, bounds: dict[Any, _Bounds]) -> Any:
+class _AtLengths(TensorReferenceAnalysis):
+    """Integer expressions over a tensor of lengths; lengths are positive, so both remainders are one."""
+
+    @staticmethod
+    def mod(a: Any, b: Any) -> Any:
+        return torch.remainder(a, b)
+
+    python_mod = mod
+
+
+def _holds_at_each(expr: Any, bounds: Mapping[Any, Bounds]) -> bool:
+    """Whether a relation of one length is true at each of its values; False where it cannot be evaluated."""
+    if len(expr.free_symbols) != 1:
+        return False
+    (symbol,) = expr.free_symbols
+    low, high = bounds[symbol].low, bounds[symbol].high
+    if high is None or not 0 <= high - low < _MOST_LENGTHS or low < 0:
+        return False
+    try:
+        # Plain tensors: the compiler's fake mode may be active around us.
+        with torch._subclasses.fake_tensor.unset_fake_temporarily():
+            value = sympy_interp(_AtLengths, {symbol: torch.arange(low, high + 1)}, expr)
+            return bool(torch.as_tensor(value).all())
+    except (NotImplementedError, AttributeError, TypeError):
+        return False
+
+
+def _without_floors(expr: Any, bounds: dict[Any, Bounds]) -> Any:
     """Write a length n that is divided by c as c * m + r, so that ``n // c`` is m."""
     new: dict[Any, Any] = {}
     floors: dict[Any, Any] = {}
@@ -105,13 +146,13 @@ def _without_floors(expr: Any, bounds: dict[Any, _Bounds]) -> Any:
         if was.low < 0:
             continue
         m, r = sympy.Dummy("m", integer=True), sympy.Dummy("r", integer=True)
-        bounds[m] = _Bounds(was.low // c, None if was.high is None else was.high // c)
-        bounds[r] = _Bounds(0, c - 1)
+        bounds[m] = Bounds(was.low // c, None if was.high is None else was.high // c)
+        bounds[r] = Bounds(0, c - 1)
         new[length], floors[floor] = c * m + r, m
     return expr.xreplace(floors).xreplace(new)
 
 
-def _without_extremes(expr: Any, bounds: dict[Any, _Bounds]) -> Any:
+def _without_extremes(expr: Any, bounds: dict[Any, Bounds]) -> Any:
     """Replace a maximum or minimum of two by the one that it always is, where that is known."""
     new: dict[Any, Any] = {}
     for extreme in expr.atoms(Max, Min, sympy.Max, sympy.Min):
@@ -124,7 +165,7 @@ def _without_extremes(expr: Any, bounds: dict[Any, _Bounds]) -> Any:
     return expr.xreplace(new)
 
 
-def _holds(expr: Any, bounds: dict[Any, _Bounds]) -> bool:
+def _holds(expr: Any, bounds: dict[Any, Bounds]) -> bool:
     match expr:
         case sympy.true:
             return True
@@ -143,7 +184,7 @@ def _holds(expr: Any, bounds: dict[Any, _Bounds]) -> bool:
             return False
 
 
-def _equal(a: Any, b: Any, bounds: dict[Any, _Bounds]) -> bool:
+def _equal(a: Any, b: Any, bounds: dict[Any, Bounds]) -> bool:
     if sympy.expand(a - b) == 0:
         return True
     if not isinstance(a, (Mod, PythonMod)) or b != 0:
@@ -158,7 +199,7 @@ def _equal(a: Any, b: Any, bounds: dict[Any, _Bounds]) -> bool:
     return polynomial is not None and all(factor.is_Integer for factor in polynomial.coeffs())
 
 
-def _apart(a: Any, b: Any, bounds: dict[Any, _Bounds]) -> bool:
+def _apart(a: Any, b: Any, bounds: dict[Any, Bounds]) -> bool:
     if isinstance(a, (Mod, PythonMod)) and b == 0:
         # The remainder of a smaller number is the number.
         number, divisor = a.args
@@ -166,7 +207,7 @@ def _apart(a: Any, b: Any, bounds: dict[Any, _Bounds]) -> bool:
     return _at_least(a - b, 1, bounds) or _at_least(b - a, 1, bounds)
 
 
-def _at_least(expr: Any, least: int, bounds: dict[Any, _Bounds]) -> bool:
+def _at_least(expr: Any, least: int, bounds: dict[Any, Bounds]) -> bool:
     """Whether a polynomial is at least a number: every term at its lowest, lengths counted from their lower bound."""
     if any(symbol not in bounds for symbol in expr.free_symbols) or not expr.is_polynomial():
         return False

@@ -1,0 +1,101 @@
+"""Stage 6, choose: what writes each site anew. After it the plan is complete, and nothing has been changed yet."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from tmx_compile.errors import StrictModeError
+from tmx_compile.find.site import AttentionSite
+from tmx_compile.graph import nodes
+from tmx_compile.graph.layout import memory_order, permuted
+from tmx_compile.graph.transform import transforms
+from tmx_compile.lowering.base import AttentionCall
+from tmx_compile.lowering.table import Role, Wish
+from tmx_compile.lowering.table import choose as choose_lowering
+from tmx_compile.mask.geometry import Geometry
+from tmx_compile.operator import ALL_ROWS
+from tmx_compile.passes.judge import of_other_shape, without_layout
+from tmx_compile.passes.plan import Maskless, Plan, SitePlan, Triangle, Untouched
+from tmx_compile.proof.conclude import Proof
+from tmx_compile.report import Rejected
+from tmx_compile.request import Short
+
+DENSE = Geometry(0, 0, ALL_ROWS)
+
+
+def choose(plan: Plan) -> Plan:
+    """Give every site that is to be written anew its lowering, and every site its final decision."""
+    around = transforms(plan.gm.graph)
+    needs_grad = torch.is_grad_enabled() and any(
+        isinstance(value := nodes.value_of(node), torch.Tensor) and value.requires_grad
+        for node in plan.gm.graph.nodes
+        if node.op in ("placeholder", "get_attr")
+    )
+    return replace(plan, sites=tuple(_chosen(item, plan, needs_grad or item.node in around) for item in plan.sites))
+
+
+def _chosen(item: SitePlan, plan: Plan, needs_grad: bool) -> SitePlan:
+    site, proof, request = item.site, item.proof, plan.request
+    if site is None or proof is None:
+        return item
+    match item.decision:
+        case Triangle(geometry):
+            # A streaming step is no last row: it sees its sinks and its window.
+            role = item.role
+            geometry = replace(geometry, last=0) if role is Role.STREAM else geometry
+        case Untouched(why) if _goes_maskless(item, site, proof, plan):
+            item, role, geometry = replace(item, decision=Maskless(why)), Role.MASKLESS, DENSE
+        case _:
+            return item
+    call = _call(site, proof, geometry, needs_grad, plan)
+    wish = Wish(request.lowering, plan.limit, request.decode == "streaming")
+    lowering = choose_lowering(plan.host.place(call.query.device), role, call, wish)
+    if not isinstance(lowering, Rejected):
+        decision = Triangle(geometry) if isinstance(item.decision, Triangle) else item.decision
+        return replace(item, decision=decision, call=call, lowering=lowering)
+    if isinstance(item.decision, Maskless):
+        return item.untouched(item.decision.why)
+    if request.strict:
+        raise StrictModeError(f"{item.layer.path or item.node.name}: {lowering}")
+    return item.untouched(replace(lowering, node=item.node))
+
+
+def _goes_maskless(item: SitePlan, site: AttentionSite, proof: Proof, plan: Plan) -> bool:
+    """Whether a site that stays dense forms a mask that it could do without."""
+    # Layers that stay dense beside streaming ones keep their numbers to the last bit.
+    if item.role.shows_own_key or of_other_shape(site) or without_layout(site.node):
+        return False
+    # On NPUs SDPA has no graph form. A FlexAttention call with a block plan forms no mask: it stays the user's choice.
+    written = site.masks or plan.host.compiler == "torchair"
+    return bool(proof.plain and written and site.block_plan is None)
+
+
+def _call(site: AttentionSite, proof: Proof, geometry: Geometry, needs_grad: bool, plan: Plan) -> AttentionCall:
+    query, key, value = (site.fake(name) for name in ("query", "key", "value"))
+    out = nodes.tensor_of(site.node)
+    assert out is not None
+    key_mask = None
+    with nodes.on_fakes(nodes.fake_mode_of(plan.gm)):
+        query, key, value = (x.to(out.dtype) for x in (query, key, value))
+        # What is moved to the end leaves places without a key.
+        moved = proof.promised or proof.positions or (proof.offset and proof.offset.atoms)
+        if proof.valid or moved or proof.documents is not None:
+            dtype = torch.bool if proof.documents is None else torch.int64
+            key_mask = key.new_empty(query.shape[0], key.shape[2], dtype=dtype)
+    order = memory_order(site.node)
+    return AttentionCall(
+        query,
+        key,
+        value,
+        key_mask,
+        geometry.sink,
+        geometry.window,
+        geometry.last,
+        site.scale,
+        needs_grad,
+        proof.reach,
+        dense_up_to=plan.config.min_seq_len if plan.host.short is Short.INSIDE else None,
+        layout=None if order is None else permuted(order, site.result_order),
+    )
