@@ -34,7 +34,7 @@ def preference(call: AttentionCall) -> Sequence[Lowering]:
     """The order in which ``auto`` asks, from the measurements in benchmarks/results/operator_{cpu,cuda}.json."""
     if call.query.device.type == "cuda":
         return (TRITON, FLEX, BLOCKED, OPERATOR)
-    if call.window >= _FLEX_FROM_WINDOW.get(call.query.dtype, 1 << 31):
+    if call.geometry.window >= _FLEX_FROM_WINDOW.get(call.query.dtype, 1 << 31):
         return (FLEX, BLOCKED, OPERATOR)
     return (BLOCKED, FLEX, OPERATOR)
 
