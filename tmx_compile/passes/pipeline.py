@@ -24,7 +24,7 @@ from tmx_compile.graph.transform import transforms
 from tmx_compile.lowering import table as select
 from tmx_compile.lowering.base import AttentionCall, Lowering
 from tmx_compile.lowering.worth import least_length
-from tmx_compile.operator import ALL_ROWS
+from tmx_compile.mask.geometry import ALL_ROWS, Geometry
 from tmx_compile.passes.judge import of_other_shape, without_layout
 from tmx_compile.passes.lengths import (
     LengthInput,
@@ -431,7 +431,7 @@ def _lowering(call: AttentionCall, plan: GraphPlan, *, stays_dense: bool) -> Low
     one_row = isinstance(call.query.shape[2], int) and call.query.shape[2] == 1
     if options.chunked_prefill and not stays_dense and (options.one_row_chunks or not one_row):
         return select.chunked(options.lowering, call, plan.limit, streaming=options.decode == "streaming")
-    if one_row and call.last == 0:
+    if one_row and call.geometry.last == 0:
         return select.decode(options.lowering, call)
     choose = select.dense if stays_dense else select.select
     return choose(options.lowering, call, portable=options.standalone, target=options.target)
@@ -459,7 +459,8 @@ def _call(
     dense_up_to = options.config.min_seq_len if options.every_length else None
     order = memory_order(site.node)
     layout = None if order is None else permuted(order, site.result_order)
-    return AttentionCall(query, key, value, key_mask, *target, site.scale, needs_grad, proof.reach, dense_up_to, layout)
+    geometry = Geometry(*target, proof.reach)
+    return AttentionCall(query, key, value, key_mask, geometry, site.scale, needs_grad, dense_up_to, layout)
 
 
 def _as_substituted(planned: AttentionCall, both: Node) -> AttentionCall:
