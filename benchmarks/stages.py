@@ -94,13 +94,14 @@ def _operands(n: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor,
 def variants(query: Tensor, key: Tensor, value: Tensor, geometry: tuple[int, int, int]) -> dict[str, Callable[[], Any]]:
     """What to time, by the names of :data:`TOLD`; the Hopper kernel's only where it can run."""
     from tmx_compile.lowering.triton import launch, tuning
+    from tmx_compile.mask.geometry import Geometry
 
     sink, window, last = geometry
     scale = DIM**-0.5
     rows = query[:, :, -last:]
 
     def general(q: Tensor, sink: int, window: int, last: int, shapes: tuning.Tuning | None = None) -> Callable[[], Any]:
-        return lambda: launch.attend(q, key, value, None, None, sink, window, last, scale, None, shapes=shapes)
+        return lambda: launch.attend(q, key, value, None, None, Geometry(sink, window, last), scale, shapes=shapes)
 
     found: dict[str, Callable[[], Any]] = {
         "whole": general(query, sink, window, last),
@@ -116,7 +117,7 @@ def variants(query: Tensor, key: Tensor, value: Tensor, geometry: tuple[int, int
         streaming = found["without last rows"]
 
         def alone() -> Any:
-            return hopper.attend(rows, key, value, None, None, sink, window, last, scale, None)
+            return hopper.attend(rows, key, value, None, None, Geometry(*geometry), scale)
 
         def apart() -> Any:
             return streaming(), alone()
@@ -132,7 +133,7 @@ def variants(query: Tensor, key: Tensor, value: Tensor, geometry: tuple[int, int
             here.wait_stream(side)
             return out, beside
 
-        found["hopper"] = lambda: hopper.attend(query, key, value, None, None, sink, window, last, scale, None)
+        found["hopper"] = lambda: hopper.attend(query, key, value, None, None, Geometry(*geometry), scale)
         found["last rows alone, hopper"] = alone
         found["apart"] = apart
         found["apart, two streams"] = two_streams

@@ -11,6 +11,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from tmx_compile.graph.nodes import fake_mode_of, tensor_of
 from tmx_compile.lowering.base import AttentionCall
+from tmx_compile.mask.geometry import Geometry
 from tmx_compile.operator import ALL_ROWS, OPERATOR
 from tmx_compile.passes.lower import Lowerer
 from tmx_compile.report import Rejected
@@ -91,6 +92,11 @@ class Case:
         return self.sink, self.window, self.last
 
     @property
+    def mask(self):
+        """The same with the reach, as the lowerings take it."""
+        return Geometry(*self.geometry, self.reach)
+
+    @property
     def arguments(self):
         """What follows the tensors in a call of the operator."""
         return (*self.geometry, self.scale, *(() if self.reach is None else (self.reach,)))
@@ -163,7 +169,7 @@ class LoweringBackend:
         for node in [n for n in gm.graph.nodes if n.target in (OPERATOR, torch.ops.tmx.triangle_attention)]:
             node.target = OPERATOR
             fakes = [None if a is None else tensor_of(a) for a in node.args[:4]]
-            call = AttentionCall(*fakes, *node.args[4:8], grad, *node.args[8:])
+            call = AttentionCall(*fakes, Geometry(*node.args[4:7], *node.args[8:]), node.args[7], grad)
             answer = self.lowering.supports(call)
             if isinstance(answer, Rejected):
                 raise AssertionError(f"refused: {answer}")

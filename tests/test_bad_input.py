@@ -16,6 +16,7 @@ from tmx_compile import TriangleMixConfig, explain, tmx_backend, triangle_attent
 from tmx_compile.errors import LoweringError
 from tmx_compile.lowering.base import AttentionCall
 from tmx_compile.lowering.table import BLOCKED, FLEX, REFERENCE
+from tmx_compile.mask.geometry import Geometry
 from tmx_compile.report import Reason, Rejected
 
 
@@ -148,8 +149,10 @@ def test_float64_takes_what_can_and_flex_by_name_refuses(eager):
 
 def call_of(*shape, dtype=torch.float32, device="cpu", **changes):
     x = torch.empty(*shape, dtype=dtype, device=device)
-    settings = dict(sink=4, window=16, last=8, scale=1.0, needs_grad=False) | changes
-    return AttentionCall(x, x, x, None, **settings)
+    counts = dict(sink=4, window=16, last=8)
+    settings = dict(scale=1.0, needs_grad=False) | {k: v for k, v in changes.items() if k not in counts}
+    geometry = Geometry(**{name: changes.get(name, count) for name, count in counts.items()})
+    return AttentionCall(x, x, x, None, geometry, **settings)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from benchmarks.account import account, floor_limit, kernel_class
 from tmx_compile.bench.floor import Ceilings, Shape, attended_pairs, causal_pairs
 from tmx_compile.lowering.base import AttentionCall
 from tmx_compile.lowering.table import Role, Wish, candidates
+from tmx_compile.mask.geometry import Geometry
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -87,7 +88,7 @@ def test_auto_prefers_what_was_measured_fastest():
             torch.empty(1, heads, n, settings["head_dim"], dtype=getattr(torch, dtype), device="meta")
             for heads in (settings["heads"], settings["kv_heads"], settings["kv_heads"])
         )
-        call = AttentionCall(query, key, value, None, *geometry, settings["head_dim"] ** -0.5, False)
+        call = AttentionCall(query, key, value, None, Geometry(*geometry), settings["head_dim"] ** -0.5, False)
         chosen = next(lowering.name for lowering in candidates("cpu", Role.PROMPT, call, Wish()) if lowering.name in of)
         if of[chosen] > 1.15 * min(of.values()):
             wrong.append((dtype, geometry, n, chosen, of))

@@ -16,6 +16,7 @@ from tests.ascend.ge import attention as manual
 from tmx_compile.lowering.ascend import Ascend, calls, eager
 from tmx_compile.lowering.ascend import lowering as ascend
 from tmx_compile.lowering.base import AttentionCall
+from tmx_compile.mask.geometry import Geometry
 from tmx_compile.report import Rejected
 
 ASCEND = Ascend()
@@ -256,8 +257,9 @@ def test_refusals_have_reasons(name):
     kind = given["key_mask"]
     mask = None if kind is None else torch.empty(batch, kv_len, dtype=kind, device="meta")
     query, key = make(given["heads"], n), make(given["kv_heads"], kv_len)
-    rest = (given[x] for x in ("sink", "window", "last", "scale", "needs_grad", "reach", "dense_up_to"))
-    answer = ASCEND.supports(AttentionCall(query, key, key, mask, *rest))
+    geometry = Geometry(*(given[x] for x in ("sink", "window", "last", "reach")))
+    rest = (given[x] for x in ("scale", "needs_grad", "dense_up_to"))
+    answer = ASCEND.supports(AttentionCall(query, key, key, mask, geometry, *rest))
     assert isinstance(answer, Rejected)
     assert reason in answer.detail
 
@@ -265,7 +267,7 @@ def test_refusals_have_reasons(name):
 def test_without_torch_npu_it_refuses(monkeypatch):
     monkeypatch.setattr(ascend, "missing", lambda: calls.missing_of(object()))
     case = Case(64, 64, 4, 8, 6, dtype=torch.float16)
-    answer = ASCEND.supports(AttentionCall(*case.tensors(), *case.arguments, False))
+    answer = ASCEND.supports(AttentionCall(*case.tensors(), case.mask, case.scale, False))
     assert isinstance(answer, Rejected)
     assert "pip install 'tmx-compile[npu]'" in answer.detail
 

@@ -164,10 +164,12 @@ def test_the_suite_covers_every_named_lowering():
 )
 def test_refusals_have_reasons(lowering, changes, reason):
     from tmx_compile.lowering.base import AttentionCall
+    from tmx_compile.mask.geometry import Geometry
 
     given = dict(batch=1, n=64, dtype=f32, sink=4, window=4, last=4, needs_grad=False) | changes
     x = torch.empty(given["batch"], 2, given["n"], 16, dtype=given["dtype"], device="cpu")
-    call = AttentionCall(x, x, x, None, given["sink"], given["window"], given["last"], 0.25, given["needs_grad"])
+    geometry = Geometry(given["sink"], given["window"], given["last"])
+    call = AttentionCall(x, x, x, None, geometry, 0.25, given["needs_grad"])
     answer = lowering.supports(call)
     assert isinstance(answer, Rejected)
     assert reason in answer.detail

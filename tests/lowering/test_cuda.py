@@ -162,10 +162,8 @@ def test_the_hopper_kernel(name):
     *qkv, key_mask = case.tensors(device="cuda")
     assert hopper_launch.takes(*qkv)
     extent = None if key_mask is None else extents(key_mask, case.kv_len, case.last)
-    reach = case.arguments[4] if len(case.arguments) > 4 else None
-    n = case.kv_len
-    geometry = (min(case.sink, n), min(case.window, n), min(case.last, case.q_len))
-    out = hopper_launch.attend(*qkv, key_mask, extent, *geometry, case.scale, reach)
+    geometry = case.mask.bounded(case.kv_len, case.q_len)
+    out = hopper_launch.attend(*qkv, key_mask, extent, geometry, case.scale)
     want, _ = oracle(*(x.cpu() for x in qkv), None if key_mask is None else key_mask.cpu(), *case.arguments)
     torch.testing.assert_close(out.cpu().double(), want, atol=allowed(case.dtype), rtol=0)
 

@@ -22,6 +22,7 @@ from tmx_compile.lowering.flex import cuda as flex_cuda
 from tmx_compile.lowering.flex.call import BlockPlan
 from tmx_compile.lowering.flex.plan import Tiles, last_plan, streaming_plan
 from tmx_compile.lowering.table import FLEX
+from tmx_compile.mask.geometry import Geometry
 from tmx_compile.operator import OPERATOR
 from tmx_compile.passes.lower import Lowerer
 from tmx_compile.report import Accepted, Rejected
@@ -138,12 +139,11 @@ WIDEST = Case(20, 41, 6, 6, 0, valid=((3, 41),))
 @settings(max_examples=100, deadline=None)
 def test_the_streaming_plan_against_brute_force(case, tiles):
     query, _, _, key_mask = case.tensors()
-    window = case.window if case.reach is None else min(case.window, case.reach)
-    sink, window = min(case.sink, case.kv_len), min(window, case.kv_len)
+    geometry = case.mask.within_reach().bounded(case.kv_len)
     where = rows.extent(key_mask, case.kv_len)
     padded = key_mask is not None
-    plan = streaming_plan(query, case.q_len, case.kv_len, where, padded, sink, window, case.reach, tiles)
-    mask = attended(case.q_len, case.kv_len, key_mask, sink, window, 0, case.reach)
+    plan = streaming_plan(query, case.q_len, case.kv_len, where, padded, geometry, tiles)
+    mask = attended(case.q_len, case.kv_len, key_mask, geometry.sink, geometry.window, 0, case.reach)
     for b in range(mask.shape[0]):
         for block in range(-(-case.q_len // tiles.rows)):
             pairs = mask[b, block * tiles.rows : (block + 1) * tiles.rows]
@@ -184,9 +184,9 @@ def test_plans_are_small(geometry, full):
     """At 131,072 tokens: the streaming plan, and the plan of the last rows over all keys."""
     n, where = 131072, rows.Extent(0, 131072)
     like = torch.empty(1, 32, 1, 128)
-    sink, window, last = geometry
+    _, window, last = geometry
     stream = streaming_plan(
-        like, n, n, where, False, sink, window, None, flex_cuda.stream_tiles(torch.bfloat16, 128, window)
+        like, n, n, where, False, Geometry(*geometry), flex_cuda.stream_tiles(torch.bfloat16, 128, window)
     )
     count = 4 * last
     tiles = flex_cuda.last_tiles(torch.bfloat16, 128, count)
@@ -212,7 +212,7 @@ def lowered(shapes, geometry, reach=None, mask=None, dtype=torch.bfloat16):
         (node,) = [n for n in gm.graph.nodes if n.target in (OPERATOR, torch.ops.tmx.triangle_attention)]
         node.target = OPERATOR
         fakes = [None if a is None else tensor_of(a) for a in node.args[:4]]
-        call = AttentionCall(*fakes, *node.args[4:8], False, *node.args[8:])
+        call = AttentionCall(*fakes, Geometry(*node.args[4:7], *node.args[8:]), node.args[7], False)
         assert flex_cuda.supports(call) == Accepted()
         Lowerer(gm, fake_mode_of(gm)).lower(node, call, IN_EAGER)
         seen.append(gm)
@@ -340,14 +340,14 @@ def test_the_last_rows_are_written_in_place(padded):
 def call_of(q=(1, 4, 300, 64), k=(1, 2, 300, 64), v=None, geometry=(4, 32, 16), dtype=torch.bfloat16, grad=False):
     with FakeTensorMode():
         q, k, v = (torch.empty(shape, dtype=dtype, device="cuda") for shape in (q, k, v or k))
-    return AttentionCall(q, k, v, None, *geometry, 0.125, grad)
+    return AttentionCall(q, k, v, None, Geometry(*geometry), 0.125, grad)
 
 
 def test_cuda_calls_are_taken_and_need_no_settings():
     call = call_of()
     assert FLEX.supports(call) == Accepted()
     assert FLEX.inductor_options(call) == {}
-    on_cpu = AttentionCall(*(torch.empty(1, 2, 9, 16) for _ in range(3)), None, 4, 32, 16, 0.25, False)
+    on_cpu = AttentionCall(*(torch.empty(1, 2, 9, 16) for _ in range(3)), None, Geometry(4, 32, 16), 0.25, False)
     assert FLEX.inductor_options(on_cpu) == {"epilogue_fusion": False}
 
 
@@ -378,7 +378,7 @@ def test_refusal_of_dynamic_heads():
     def backend(gm, inputs):
         (node,) = [n for n in gm.graph.nodes if n.target in (OPERATOR, torch.ops.tmx.triangle_attention)]
         fakes = [tensor_of(a) for a in node.args[:3]]
-        answers.append(flex_cuda.supports(AttentionCall(*fakes, None, *node.args[4:8], False)))
+        answers.append(flex_cuda.supports(AttentionCall(*fakes, None, Geometry(*node.args[4:7]), node.args[7], False)))
         return gm.forward
 
     qkv = [torch.randn(1, 6, 40, 16) for _ in range(3)]
@@ -392,7 +392,7 @@ def test_refusal_of_dynamic_heads():
 def test_refusal_of_other_devices():
     with FakeTensorMode():
         qkv = [torch.empty(1, 2, 9, 16, device="meta") for _ in range(3)]
-    answer = FLEX.supports(AttentionCall(*qkv, None, 4, 32, 16, 0.25, False))
+    answer = FLEX.supports(AttentionCall(*qkv, None, Geometry(4, 32, 16), 0.25, False))
     assert answer.detail == "flex: written for cpu and cuda, got meta"
 
 
@@ -462,7 +462,7 @@ def test_the_stand_in_reads_plans_as_the_template_does():
     *qkv, key_mask = case.tensors()
     where = rows.extent(key_mask, case.kv_len)
     tile = Tiles(64, 64, 4, 3)
-    plan = streaming_plan(qkv[0], 200, 200, where, True, 4, 20, None, tile)
+    plan = streaming_plan(qkv[0], 200, 200, where, True, Geometry(4, 20, 0), tile)
     flat = BlockPlan(64, 64, torch.as_strided(plan.counts, plan.counts.shape, (plan.counts.stride(0), 0, 1)), None)
     assert [as_read(plan.counts, b, 0, 0) for b in range(3)] == plan.counts[:, 0, 0].tolist()
     assert len({as_read(flat.counts, b, 0, 0) for b in range(3)}) == 1

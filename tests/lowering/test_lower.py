@@ -13,6 +13,7 @@ from tmx_compile.errors import VerificationError
 from tmx_compile.graph.nodes import INSERTED, fake_mode_of, op_name, tensor_of
 from tmx_compile.lowering.base import AttentionCall
 from tmx_compile.lowering.table import BLOCKED, FLEX, REFERENCE
+from tmx_compile.mask.geometry import Geometry
 from tmx_compile.operator import OPERATOR
 from tmx_compile.passes.lower import Lowerer
 from tmx_compile.testing import captured_graphs, rewritten_graphs
@@ -236,7 +237,7 @@ def lower_all(gm, lowering):
     for node in [n for n in gm.graph.nodes if n.target in (OPERATOR, torch.ops.tmx.triangle_attention)]:
         node.target = OPERATOR
         fakes = [None if a is None else tensor_of(a) for a in node.args[:4]]
-        lowerer.lower(node, AttentionCall(*fakes, *node.args[4:], needs_grad=False), lowering)
+        lowerer.lower(node, AttentionCall(*fakes, Geometry(*node.args[4:7]), node.args[7], needs_grad=False), lowering)
     gm.graph.lint()
     gm.recompile()
 

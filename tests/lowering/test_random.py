@@ -10,6 +10,7 @@ from tmx_compile.lowering import rows
 from tmx_compile.lowering.blocked import blocked_attention
 from tmx_compile.lowering.flex.lowering import block_plan
 from tmx_compile.lowering.reference import reference_attention
+from tmx_compile.mask.geometry import Geometry
 
 counts = st.one_of(st.integers(0, 40), st.sampled_from([64, 100, 129, 1000]))
 
@@ -47,7 +48,7 @@ def cases(draw):
 def test_numbers(attention, case):
     tensors = case.tensors()
     want, _ = oracle(*tensors, *case.arguments)
-    got = attention(*tensors, *case.arguments)
+    got = attention(*tensors, case.mask, case.scale)
     torch.testing.assert_close(got, want, atol=1e-11, rtol=0)
 
 
@@ -56,11 +57,11 @@ def test_numbers(attention, case):
 def test_the_flex_block_plan_covers_every_streaming_pair_once(case):
     """Every pair that a streaming row attends to lies in exactly one listed block; FlexAttention masks the rest."""
     query, _, _, key_mask = case.tensors()
-    sink, window = min(case.sink, case.kv_len), min(case.window, case.kv_len)
+    geometry = case.mask.bounded(case.kv_len)
     where = rows.extent(key_mask, case.kv_len)
-    count, index = block_plan(query, case.q_len, case.kv_len, where, key_mask is not None, sink, window)
+    count, index = block_plan(query, case.q_len, case.kv_len, where, key_mask is not None, geometry)
     assert count.dtype == index.dtype == torch.int32
-    mask = attended(case.q_len, case.kv_len, key_mask, sink, window, 0)
+    mask = attended(case.q_len, case.kv_len, key_mask, geometry.sink, geometry.window, 0)
     for b in range(mask.shape[0]):
         plan = b if count.shape[0] > 1 else 0
         for block in range(-(-case.q_len // 64)):
@@ -75,6 +76,6 @@ def test_the_flex_block_plan_is_linear_in_storage():
     """Full width is only a view: 131,072 tokens have 2,050 blocks a side, 16.8 MB as an array of int32."""
     like = torch.empty(1, 1, 1, 1)
     n = 131072
-    count, index = block_plan(like, n, n, rows.Extent(0, n), False, 8, 512)
+    count, index = block_plan(like, n, n, rows.Extent(0, n), False, Geometry(8, 512, 0))
     assert index.shape[-1] * 64 >= n
     assert index.untyped_storage().nbytes() + count.untyped_storage().nbytes() < 200_000

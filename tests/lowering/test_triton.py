@@ -13,6 +13,7 @@ from tmx_compile.lowering.base import AttentionCall
 from tmx_compile.lowering.table import TRITON, Role, Wish
 from tmx_compile.lowering.triton import lowering, tuning
 from tmx_compile.lowering.triton.launch import attend
+from tmx_compile.mask.geometry import Geometry
 from tmx_compile.operator import ALL_ROWS
 from tmx_compile.operator.kernel import valid_range
 from tmx_compile.report import Accepted, Reason, Rejected
@@ -31,7 +32,7 @@ def run(case, **kwargs):
     """out and lse of the kernel, and the oracle's."""
     *qkv, key_mask = case.tensors(device=DEVICE)
     extent = None if key_mask is None else extent_of(key_mask, case.last)
-    got = attend(*qkv, key_mask, extent, *case.geometry, case.scale, case.reach, **kwargs)
+    got = attend(*qkv, key_mask, extent, case.mask, case.scale, **kwargs)
     want = oracle(*(x.cpu() for x in qkv), None if key_mask is None else key_mask.cpu(), *case.arguments)
     return [None if x is None else x.cpu().double() for x in got], want
 
@@ -88,20 +89,20 @@ def test_padded_keys_may_hold_anything():
     """A key that nobody may attend never reaches a result of the general kernel, whatever stands there."""
     case = Case(150, 150, 4, 20, 8, batch=2, valid=((30, 150), (0, 90)), holes=True)
     q, k, v, key_mask = case.tensors(device=DEVICE)
-    want = attend(q, k, v, key_mask, extent_of(key_mask), *case.geometry, 0.25, None)[0]
+    want = attend(q, k, v, key_mask, extent_of(key_mask), case.mask, 0.25)[0]
     poison = ~key_mask[:, None, :, None]
     k, v = k.masked_fill(poison, float("nan")), v.masked_fill(poison, float("inf"))
-    got = attend(q, k, v, key_mask, extent_of(key_mask), *case.geometry, 0.25, None)[0]
+    got = attend(q, k, v, key_mask, extent_of(key_mask), case.mask, 0.25)[0]
     assert torch.equal(got, want)
 
 
 def test_a_key_mask_of_any_strides():
     case = CASES["holes"]
     q, k, v, key_mask = case.tensors(device=DEVICE)
-    want = attend(q, k, v, key_mask, extent_of(key_mask), *case.geometry, 0.25, None)[0]
+    want = attend(q, k, v, key_mask, extent_of(key_mask), case.mask, 0.25)[0]
     strided = key_mask.t().contiguous().t()
     assert strided.stride(1) != 1
-    assert torch.equal(attend(q, k, v, strided, extent_of(key_mask), *case.geometry, 0.25, None)[0], want)
+    assert torch.equal(attend(q, k, v, strided, extent_of(key_mask), case.mask, 0.25)[0], want)
 
 
 def test_opcheck():
@@ -130,8 +131,8 @@ def test_gradients(name):
 def call(dtype=bf16, dim=64, v_dim=None, n=300, scale=0.1, key_mask=None, device="meta", **changes):
     q = torch.empty(1, 2, n, dim, dtype=dtype, device=device)
     v = torch.empty(1, 2, n, v_dim or dim, dtype=dtype, device=device)
-    settings = dict(query=q, key=q, value=v, key_mask=key_mask, sink=4, window=8, last=8, scale=scale, needs_grad=False)
-    return AttentionCall(**(settings | changes))
+    settings = dict(geometry=Geometry(4, 8, 8), scale=scale, needs_grad=False) | changes
+    return AttentionCall(q, q, v, key_mask, **settings)
 
 
 @pytest.mark.parametrize(
@@ -174,7 +175,7 @@ def test_auto_takes_it_on_cuda_alone(monkeypatch):
 def test_dense_layers_with_padding_take_it_on_cuda(monkeypatch):
     """No kernel of SDPA's takes causal with padding. Never in a graph that is handed back, or under another name."""
     mask = torch.ones(1, 300, dtype=torch.bool)
-    padded = call(key_mask=mask, sink=0, window=0, last=ALL_ROWS)
+    padded = call(key_mask=mask, geometry=Geometry(0, 0, ALL_ROWS))
     monkeypatch.setattr(type(TRITON), "supports", lambda self, call: Accepted())
 
     def maskless(place, named, call):

@@ -176,7 +176,7 @@ CASES = {
 def test_the_lowering_equals_the_oracle(name):
     case = CASES[name]
     q, k, v, key_mask = case.tensors()
-    got = decode_attention(q, k, v, key_mask, case.sink, case.window, case.scale, case.reach)
+    got = decode_attention(q, k, v, key_mask, case.mask, case.scale)
     want = oracle(q, k, v, key_mask, *case.geometry, case.scale, case.reach)[0]
     torch.testing.assert_close(got.double(), want, atol=tolerance(case.dtype), rtol=0)
 

@@ -12,7 +12,8 @@ from tmx_compile.config import TriangleMixConfig, as_count
 from tmx_compile.legacy import block_sparse
 from tmx_compile.legacy.inference import TriangleMixInferenceConfig
 from tmx_compile.legacy.operands import as_mask, as_scale, check_tensor, check_tensors
-from tmx_compile.operator import ALL_ROWS, kernel, triangle_attention
+from tmx_compile.mask.geometry import ALL_ROWS, Geometry
+from tmx_compile.operator import kernel, triangle_attention
 
 # Blocks of a call with an explicit mask, where the configuration names none.
 _BLOCK = TriangleMixInferenceConfig.npu_block_size
@@ -114,7 +115,7 @@ class AscendTriangleMixAttention(nn.Module):
         if attn_mask is not None and key_mask is None:
             counts = (0, 0, rows) if plan is None else plan.geometry
             one_query, one_key = (x[:1].transpose(1, 2) for x in (query, key))
-            triangle = kernel.problem(one_query, one_key, None, kernel.Geometry(*counts, None))
+            triangle = kernel.problem(one_query, one_key, None, Geometry(*counts))
             mask = as_mask("attn_mask", attn_mask, query, keys, boolean=True)
             return block_sparse.attend(query, key, value, mask, self.scale, self.block_size, triangle)
         if key_mask is not None and key_mask.device != query.device:

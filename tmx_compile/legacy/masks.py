@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tmx_compile.config import TriangleMixConfig, as_count
+from tmx_compile.mask import formula
 
 # Masks are N x N each, so only a few are worth their memory: dense and triangle of two lengths.
 _MAX_CACHED_MASKS = 4
@@ -151,8 +152,9 @@ class TriangleMixMaskGenerator:
         columns = torch.arange(seq_len, device=device)
         rows = columns.unsqueeze(1)
         # Comparing against a shifted row keeps every (N, N) plane boolean: i - j would be an int64 one.
-        near = (columns < sink) | (columns >= rows - window)
-        return _Sections(causal=columns <= rows, near=near, last_rows=rows >= seq_len - last)
+        near = formula.in_sinks(columns, 0, sink) | (columns >= rows - window)
+        last_rows = formula.is_last(rows, seq_len, last)
+        return _Sections(causal=formula.causal(rows, columns), near=near, last_rows=last_rows)
 
 
 class TriangleMixAttention:

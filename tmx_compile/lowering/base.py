@@ -14,6 +14,7 @@ from torch.fx.proxy import GraphAppendingTracer
 
 from tmx_compile.graph.layout import Order
 from tmx_compile.graph.nodes import INSERTED, ORIGIN, on_fakes, value_of
+from tmx_compile.mask.geometry import Geometry
 from tmx_compile.report import Accepted, Rejected
 
 Length: TypeAlias = "int | torch.SymInt | Proxy"
@@ -33,12 +34,9 @@ class AttentionCall:
     key: Tensor
     value: Tensor
     key_mask: Tensor | None
-    sink: int
-    window: int
-    last: int
+    geometry: Geometry
     scale: float
     needs_grad: bool
-    reach: int | None = None
     dense_up_to: int | None = None
     layout: Order | None = None
 
@@ -46,11 +44,6 @@ class AttentionCall:
     def documents(self) -> bool:
         """Whether the key mask numbers packed documents."""
         return self.key_mask is not None and self.key_mask.dtype != torch.bool
-
-    @property
-    def geometry(self) -> tuple[int, int, int]:
-        """(sink, window, last)."""
-        return self.sink, self.window, self.last
 
 
 class Lowering(Protocol):

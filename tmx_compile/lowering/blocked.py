@@ -17,6 +17,8 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from tmx_compile.graph.layout import Order
 from tmx_compile.lowering import rows
 from tmx_compile.lowering.base import AttentionCall, Operands, Writer, arange, example, first_position, length, symbol
+from tmx_compile.mask import formula
+from tmx_compile.mask.geometry import Geometry
 from tmx_compile.report import Accepted, Reason, Rejected
 
 _MAX_REACH = 4096
@@ -37,9 +39,9 @@ class Blocked:
             return Rejected(Reason.NO_LOWERING, "blocked: packed documents")
         kv_len = call.key.shape[2]
         for name, count, limit in (
-            ("window", call.window, _MAX_REACH),
-            ("sink", call.sink, _MAX_REACH),
-            ("last", call.last, rows.MAX_LAST_ROWS),
+            ("window", call.geometry.window, _MAX_REACH),
+            ("sink", call.geometry.sink, _MAX_REACH),
+            ("last", call.geometry.last, rows.MAX_LAST_ROWS),
         ):
             if (min(count, kv_len) if isinstance(kv_len, int) else count) > limit:
                 return Rejected(Reason.NO_LOWERING, f"blocked: {name}={count} is more than {limit}")
@@ -52,9 +54,8 @@ class Blocked:
             operands.key,
             operands.value,
             operands.key_mask,
-            *call.geometry,
+            call.geometry,
             call.scale,
-            call.reach,
             call.layout,
         )
         return out
@@ -72,42 +73,26 @@ def blocked_attention(
     k: Any,
     v: Any,
     key_mask: Any,
-    sink: int,
-    window: int,
-    last: int,
+    geometry: Geometry,
     scale: float,
-    reach: int | None = None,
     layout: Order | None = None,
 ) -> Any:
     """Triangle attention, out (B, H, Sq, Dv), from tensors or proxies of the operator's shapes."""
     q_len, kv_len = length(q, 2), length(k, 2)
-    window = window if reach is None else min(window, reach)
-    if isinstance(kv_len, int):
-        sink, window = min(sink, kv_len), min(window, kv_len)
     where = rows.extent(key_mask, kv_len)
-    ending = where if key_mask is None else rows.last_extent(where, kv_len, last)
-    if isinstance(q_len, int):
-        last = min(last, q_len)
-    out = _streaming(q, k, v, key_mask, where, sink, window, scale, reach)
-    if last > 0:
-        final = rows.last_rows(q, k, v, key_mask, ending, last, scale, reach)
-        out = rows.join(out, final, q, k, key_mask, ending, last, layout)
+    ending = where if key_mask is None else rows.last_extent(where, kv_len, geometry.last)
+    geometry = geometry.within_reach().bounded(kv_len, q_len)
+    out = _streaming(q, k, v, key_mask, where, geometry, scale)
+    if geometry.last > 0:
+        final = rows.last_rows(q, k, v, key_mask, ending, geometry, scale)
+        out = rows.join(out, final, q, k, key_mask, ending, geometry.last, layout)
     if key_mask is not None:
-        out = rows.zero_empty(out, q, k, key_mask, ending, sink, window, last, reach)
+        out = rows.zero_empty(out, q, k, key_mask, ending, geometry)
     return out
 
 
-def _streaming(
-    q: Any,
-    k: Any,
-    v: Any,
-    key_mask: Any,
-    where: rows.Extent,
-    sink: int,
-    window: int,
-    scale: float,
-    reach: int | None,
-) -> Any:
+def _streaming(q: Any, k: Any, v: Any, key_mask: Any, where: rows.Extent, geometry: Geometry, scale: float) -> Any:
+    sink, window, reach = geometry.sink, geometry.window, geometry.reach
     batch, heads, q_len, head_dim = (length(q, d) for d in range(4))
     kv_len = length(k, 2)
     offset = first_position(q, k)
@@ -128,10 +113,10 @@ def _streaming(
     own = arange(q, blocks)[:, None, None] * size + offset
     row = own + arange(q, size)[None, :, None]
     near = own + (arange(q, (back + 1) * size) - back * size)[None, None, :]
-    near_allowed = (near <= row) & (row - near <= window) & (near >= 0)
+    near_allowed = formula.causal(row, near) & formula.in_window(row, near, window) & (near >= 0)
     if key_mask is None:
         far = arange(q, sink)[None, None, :]
-        far_allowed = rows.within((far <= row) & (row - far > window), row, far, reach)
+        far_allowed = formula.within((far <= row) & (row - far > window), row, far, reach)
         sinks = [_sink_rows(x, arange(q, sink).clamp(max=kv_len - 1), blocks) for x in (k, v)]
         mask = torch.cat([far_allowed, near_allowed], 2)[None]
     else:
@@ -141,7 +126,7 @@ def _streaming(
         far = position[:, None, None, :]
         valid = key_mask.gather(1, index)[:, None, None, :]
         far_allowed = valid & (far <= row) & (row - far > window) & (far < where.end[:, :, None, None])
-        far_allowed = rows.within(far_allowed, row, far, reach)
+        far_allowed = formula.within(far_allowed, row, far, reach)
         near_valid = key_blocks(key_mask[:, None, :, None].to(example(q).dtype))[:, :, 0, :, 0] > 0.5
         near_allowed = near_allowed & near_valid[:, :, None, :]
         mask = torch.cat([far_allowed, near_allowed], 3)

@@ -8,7 +8,7 @@ in host memory, so nothing waits for a device and no graph is compiled again for
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,9 @@ from tmx_compile.lowering import rows
 from tmx_compile.lowering.base import AttentionCall, Operands, Writer, length
 from tmx_compile.lowering.blocked import Blocked, blocked_attention
 from tmx_compile.lowering.triton.lowering import attend as triton_attention
-from tmx_compile.operator import ALL_ROWS, OPERATOR
+from tmx_compile.mask import formula
+from tmx_compile.mask.geometry import ALL_ROWS, Geometry
+from tmx_compile.operator import OPERATOR
 from tmx_compile.operator.prefill import current_chunk
 from tmx_compile.report import Accepted, Reason, Rejected
 
@@ -95,15 +97,15 @@ def _chunk(
     lowering: str,
 ) -> Tensor:
     firsts: list[int] = first_last_row.tolist()
-    part = _Part(sink, window, scale, reach, lowering)
+    part = _Part(Geometry(sink, window, last, reach), scale, lowering)
     out = _empty(query, value)
     with torch.autocast(query.device.type, enabled=False):
         if len(set(firsts)) <= 1:
-            return _rows(part, query, key, value, key_mask, firsts[0] if firsts else 0, last, out)
+            return _rows(part, query, key, value, key_mask, firsts[0] if firsts else 0, out)
         for b, first in enumerate(firsts):
             s = slice(b, b + 1)
             mask = None if key_mask is None else key_mask[s]
-            _rows(part, query[s], key[s], value[s], mask, first, last, out[s])
+            _rows(part, query[s], key[s], value[s], mask, first, out[s])
     return out
 
 
@@ -129,13 +131,11 @@ def _empty(query: Tensor, value: Tensor) -> Tensor:
     return query.new_empty(batch, q_len, heads, value.shape[3]).transpose(1, 2)
 
 
-def _rows(
-    part: _Part, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, first: int, last: int, out: Tensor
-) -> Tensor:
+def _rows(part: _Part, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, first: int, out: Tensor) -> Tensor:
     """Streaming rows up to the first last row (a position among the keys), then rows over all keys, into ``out``."""
     q_len, kv_len = q.shape[2], k.shape[2]
     if first == OWN_END:
-        return out.copy_(part.attend(q, k, v, key_mask, last))
+        return out.copy_(part.attend(q, k, v, key_mask, part.geometry.last))
     row = min(max(first - (kv_len - q_len), 0), q_len)
     if row > 0:
         # All rows: cut off with their keys, a padded row at the cut would lose the place that it has in the prompt.
@@ -149,15 +149,13 @@ def _rows(
 class _Part:
     """Attention of real tensors by the lowering that suits them."""
 
-    sink: int
-    window: int
+    geometry: Geometry
     scale: float
-    reach: int | None
     lowering: str
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, last: int) -> Tensor:
         """Triangle attention (B, H, Sq, Dv) of a call whose rows end at the last key."""
-        call = AttentionCall(q, k, v, key_mask, self.sink, self.window, last, self.scale, False, self.reach)
+        call = AttentionCall(q, k, v, key_mask, replace(self.geometry, last=last), self.scale, False)
         if self.lowering == "triton" or (self.lowering == "auto" and q.is_cuda):
             out = triton_attention(call)
             if isinstance(out, Tensor):
@@ -168,9 +166,9 @@ class _Part:
             if last >= q.shape[2] and q.shape[2] * k.shape[2] <= _DENSE_CELLS:
                 return _dense(call)
             if isinstance(Blocked().supports(call), Accepted):
-                blocked: Tensor = blocked_attention(q, k, v, key_mask, *call.geometry, self.scale, self.reach)
+                blocked: Tensor = blocked_attention(q, k, v, key_mask, call.geometry, self.scale)
                 return blocked
-        both: tuple[Tensor, Tensor] = OPERATOR(q, k, v, key_mask, *call.geometry, self.scale, self.reach)
+        both: tuple[Tensor, Tensor] = OPERATOR(q, k, v, key_mask, *call.geometry.arguments(self.scale))
         return both[0]
 
 
@@ -178,11 +176,11 @@ def _dense(call: AttentionCall) -> Tensor:
     """Rows over all keys by SDPA, with a mask of (rows, keys) where SDPA has no better way to be told."""
     q, k, v, key_mask = call.query, call.key, call.value, call.key_mask
     q_len, kv_len = q.shape[2], k.shape[2]
-    if key_mask is None and call.reach is None and q_len == kv_len:
+    if key_mask is None and call.geometry.reach is None and q_len == kv_len:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=call.scale, enable_gqa=True)
     row = (torch.arange(q_len, device=q.device) + (kv_len - q_len))[:, None]
     key = torch.arange(kv_len, device=q.device)[None, :]
-    allowed = rows.within(key <= row, row, key, call.reach)
+    allowed = formula.within(formula.causal(row, key), row, key, call.geometry.reach)
     if key_mask is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=call.scale, enable_gqa=True)
     safe, alive = rows.with_own_key(allowed[None] & key_mask[:, None, :], (key == row)[None])
@@ -219,16 +217,16 @@ class Chunked:
 
     def emit(self, write: Writer, call: AttentionCall, operands: Operands) -> Proxy:
         """The two operators."""
-        q, k, key_mask = operands.query, operands.key, operands.key_mask
+        q, k, key_mask, geometry = operands.query, operands.key, operands.key_mask, call.geometry
         node = write.origin.meta.get(FIRST_ROW)
         first_row = write.proxy(node) if isinstance(node, Node) else None
         # Of a key mask, which layers share, so that they share this too.
         like = q if key_mask is None else key_mask
         first = write.call(
-            FIRST_LAST_ROW, like, first_row, length(q, 2), length(k, 2), call.last, self.dense_up_to, self.streaming
+            FIRST_LAST_ROW, like, first_row, length(q, 2), length(k, 2), geometry.last, self.dense_up_to, self.streaming
         )
         out: Proxy = write.call(
-            CHUNK, q, k, operands.value, key_mask, first, *call.geometry, call.scale, call.reach, self.parts
+            CHUNK, q, k, operands.value, key_mask, first, *geometry.counts, call.scale, geometry.reach, self.parts
         )
         return out
 

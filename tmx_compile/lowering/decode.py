@@ -11,6 +11,8 @@ from torch.fx import Proxy
 
 from tmx_compile.lowering import rows
 from tmx_compile.lowering.base import AttentionCall, Operands, Writer, arange, length
+from tmx_compile.mask import formula
+from tmx_compile.mask.geometry import Geometry
 from tmx_compile.report import Accepted, Reason, Rejected
 
 _MAX_KEYS = 1 << 16
@@ -29,9 +31,9 @@ class Decode:
         """One row on any device; sinks and windows that one may gather."""
         if call.documents:
             return Rejected(Reason.NO_LOWERING, "decode: packed documents")
-        if call.query.shape[2] != 1 or call.last != 0:
-            return Rejected(Reason.NO_LOWERING, f"decode: {call.query.shape[2]} rows, last={call.last}")
-        if call.sink + call.window > _MAX_KEYS:
+        if call.query.shape[2] != 1 or call.geometry.last != 0:
+            return Rejected(Reason.NO_LOWERING, f"decode: {call.query.shape[2]} rows, last={call.geometry.last}")
+        if call.geometry.sink + call.geometry.window > _MAX_KEYS:
             return Rejected(Reason.NO_LOWERING, f"decode: more than {_MAX_KEYS} keys to gather")
         return Accepted()
 
@@ -42,26 +44,23 @@ class Decode:
             operands.key,
             operands.value,
             operands.key_mask,
-            call.sink,
-            call.window,
+            call.geometry,
             call.scale,
-            call.reach,
         )
         return out
 
 
-def decode_attention(
-    q: Any, k: Any, v: Any, key_mask: Any, sink: int, window: int, scale: float, reach: int | None = None
-) -> Any:
-    """Attention of one row (B, H, 1, D) at the last key, out (B, H, 1, Dv), from tensors or proxies."""
-    window = window if reach is None else min(window, reach)
+def decode_attention(q: Any, k: Any, v: Any, key_mask: Any, geometry: Geometry, scale: float) -> Any:
+    """Streaming attention of one row (B, H, 1, D) at the last key, out (B, H, 1, Dv), from tensors or proxies."""
+    geometry = geometry.within_reach()
+    sink, window, reach = geometry.sink, geometry.window, geometry.reach
     kv_len = length(k, 2)
     row = kv_len - 1
     # Positions of the gathered keys; a sink inside the window counts there.
     near = arange(q, window + 1) + (row - window)
     if key_mask is None:
         far = arange(q, sink)
-        allowed = torch.cat([rows.within(far < row - window, row, far, reach), near >= 0])
+        allowed = torch.cat([formula.within(far < row - window, row, far, reach), near >= 0])
         index = torch.cat([far.clamp(max=row), near.clamp(min=0)])
         keys, values = (x.index_select(2, index) for x in (k, v))
         mask = allowed[None, None, None, :]
@@ -69,7 +68,7 @@ def decode_attention(
     where = rows.extent(key_mask, kv_len)
     far = where.start + arange(q, sink)[None, :]
     near = near[None, :].expand(length(q, 0), -1)
-    allowed = torch.cat([rows.within(far < row - window, row, far, reach), near >= where.start], 1)
+    allowed = torch.cat([formula.within(far < row - window, row, far, reach), near >= where.start], 1)
     index = torch.cat([far.clamp(max=row), near.clamp(min=0)], 1)
     allowed = allowed & key_mask.gather(1, index)
     own = arange(q, sink + window + 1) == sink + window

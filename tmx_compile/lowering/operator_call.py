@@ -34,9 +34,7 @@ class OperatorCall:
             operands.key,
             operands.value,
             operands.key_mask,
-            *call.geometry,
-            call.scale,
-            *(() if call.reach is None else (call.reach,)),
+            *call.geometry.arguments(call.scale),
         )
         out: Proxy = write.call(operator.getitem, both, 0)
         return out

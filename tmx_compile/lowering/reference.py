@@ -10,6 +10,8 @@ from torch.fx import Proxy
 
 from tmx_compile.lowering import rows
 from tmx_compile.lowering.base import AttentionCall, Operands, Writer, arange, example, length
+from tmx_compile.mask import formula
+from tmx_compile.mask.geometry import Geometry
 from tmx_compile.report import Accepted, Reason, Rejected
 
 _MAX_CELLS = 1 << 24
@@ -36,22 +38,12 @@ class Reference:
     def emit(self, write: Writer, call: AttentionCall, operands: Operands) -> Proxy:
         """See :func:`reference_attention`."""
         out: Proxy = reference_attention(
-            operands.query, operands.key, operands.value, operands.key_mask, *call.geometry, call.scale, call.reach
+            operands.query, operands.key, operands.value, operands.key_mask, call.geometry, call.scale
         )
         return out
 
 
-def reference_attention(
-    q: Any,
-    k: Any,
-    v: Any,
-    key_mask: Any,
-    sink: int,
-    window: int,
-    last: int,
-    scale: float,
-    reach: int | None = None,
-) -> Any:
+def reference_attention(q: Any, k: Any, v: Any, key_mask: Any, geometry: Geometry, scale: float) -> Any:
     """Triangle attention, out (B, H, Sq, Dv), with the mask written out; float64 stays float64."""
     q_len, kv_len = length(q, 2), length(k, 2)
     batch, heads, kv_heads, dim = length(q, 0), length(q, 1), length(k, 1), length(q, 3)
@@ -60,7 +52,7 @@ def reference_attention(
     key = arange(q, kv_len)[None, None, :]
     if key_mask is not None:
         where = rows.Extent(where.start[:, :, None], where.end[:, :, None])
-    allowed = rows.attended(row, key, where, sink, window, last, reach)
+    allowed = formula.attended(row, key, where.start, where.end, geometry)
     if key_mask is not None:
         allowed = allowed & key_mask[:, None, :]
     safe, alive = rows.with_own_key(allowed, key == row)

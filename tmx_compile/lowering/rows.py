@@ -5,7 +5,7 @@ Every function takes tensors or proxies, and uses no data-dependent control flow
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,8 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from tmx_compile.graph.layout import Order, inverse
 from tmx_compile.lowering.base import arange, first_position, length, symbol
-from tmx_compile.operator import ALL_ROWS
+from tmx_compile.mask import formula
+from tmx_compile.mask.geometry import ALL_ROWS, Geometry
 
 MAX_LAST_ROWS = 4096
 """More last rows than this would make their (rows, Skv) mask the very thing that is to be avoided."""
@@ -40,27 +41,9 @@ def extent(key_mask: Any, kv_len: Any) -> Extent:
     return Extent(torch.minimum(start, end), end)
 
 
-def attended(row: Any, key: Any, where: Extent, sink: int, window: int, last: int, reach: int | None = None) -> Any:
-    """The triangle formula for absolute positions that broadcast against each other and against the extent."""
-    kept = (key < where.start + sink) | (row - key <= window) | is_last(row, where, last)
-    kept = within(kept, row, key, reach)
-    return kept & (key <= row) & (key >= where.start) & (key < where.end)
-
-
-def is_last(row: Any, where: Extent, last: Any) -> Any:
-    """Which rows are last rows: those behind the last valid key are none, unless all rows are."""
-    final = row >= where.end - last
-    return final if isinstance(last, int) and last >= ALL_ROWS else final & (row < where.end)
-
-
-def last_extent(where: Extent, kv_len: Any, last: Any) -> Extent:
+def last_extent(where: Extent, kv_len: Any, last: int) -> Extent:
     """The extent that the last rows count from the end of: all keys, where all rows are last rows."""
-    return Extent(where.start, where.end * 0 + kv_len) if isinstance(last, int) and last >= ALL_ROWS else where
-
-
-def within(allowed: Any, row: Any, key: Any, reach: int | None) -> Any:
-    """``allowed`` limited to the keys that a layer's own window lets a row see."""
-    return allowed if reach is None else allowed & (row - key <= reach)
+    return Extent(where.start, where.end * 0 + kv_len) if last >= ALL_ROWS else where
 
 
 def with_own_key(allowed: Any, own: Any) -> tuple[Any, Any]:
@@ -72,29 +55,28 @@ def with_own_key(allowed: Any, own: Any) -> tuple[Any, Any]:
     return allowed | (own & ~alive[..., None]), alive
 
 
-def last_rows(
-    q: Any, k: Any, v: Any, key_mask: Any, where: Extent, last: int, scale: float, reach: int | None = None
-) -> Any:
-    """Attention of the final ``last`` rows over all keys in reach: (B, H, last, Dv).
+def last_rows(q: Any, k: Any, v: Any, key_mask: Any, where: Extent, geometry: Geometry, scale: float) -> Any:
+    """Attention of the final ``geometry.last`` rows over all keys in reach: (B, H, last, Dv).
 
     Row t of the result is the row at absolute position ``end - last + t``; where that lies before row 0 it repeats
     row 0, and the caller does not use it.
     """
-    q_len, kv_len = length(q, 2), length(k, 2)
+    q_len, kv_len, last = length(q, 2), length(k, 2), geometry.last
     offset = first_position(q, k)
     key = arange(k, kv_len)
     if key_mask is None:
         row = (arange(q, last) + (q_len - last)).clamp(min=0)
         rows = q.index_select(2, row) if not _fits(q_len, last) else q[:, :, q_len - last :]
         position = (row + offset)[:, None]
-        mask = within(key[None, :] <= position, position, key[None, :], reach)
+        mask = formula.within(formula.causal(position, key[None, :]), position, key[None, :], geometry.reach)
         return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
     row = (where.end - last + arange(q, last)[None, :] - offset).clamp(min=0)
     row = torch.minimum(row, arange(q, 1) + (q_len - 1))
     index = row[:, None, :, None].expand(-1, length(q, 1), -1, length(q, 3))
     position = (row + offset)[:, :, None]
-    ends = Extent(where.start[:, :, None], where.end[:, :, None])
-    allowed = attended(position, key, ends, 0, 0, last, reach) & key_mask[:, None, :]
+    start, end = where.start[:, :, None], where.end[:, :, None]
+    own = replace(geometry, sink=0, window=0)
+    allowed = formula.attended(position, key, start, end, own) & key_mask[:, None, :]
     safe, _ = with_own_key(allowed, key == position)
     return F.scaled_dot_product_attention(
         q.gather(2, index), k, v, attn_mask=safe[:, None], scale=scale, enable_gqa=True
@@ -121,49 +103,37 @@ def join(
         return torch.where((row >= q_len - last)[:, None], chosen, stream)
     position = arange(q, q_len)[None, :] + offset
     first = where.end - last
-    final = is_last(position, where, last)[:, None, :, None]
+    final = formula.is_last(position, where.end, last)[:, None, :, None]
     # Gathering (not scattering) keeps gradients right where short sequences repeat a row in `rows`.
     index = (position - first).clamp(min=0, max=last - 1)[:, None, :, None]
     index = index.expand(-1, length(rows, 1), -1, length(rows, 3))
     return torch.where(final, rows.gather(2, index), stream)
 
 
-def zero_empty(
-    out: Any,
-    q: Any,
-    k: Any,
-    key_mask: Any,
-    where: Extent,
-    sink: int,
-    window: int,
-    last: int,
-    reach: int | None = None,
-) -> Any:
+def zero_empty(out: Any, q: Any, k: Any, key_mask: Any, where: Extent, geometry: Geometry) -> Any:
     """Zero the rows that attend to nothing; see :func:`alive`."""
-    return torch.where(alive(q, k, key_mask, where, sink, window, last, reach)[:, None, :, None], out, 0.0)
+    return torch.where(alive(q, k, key_mask, where, geometry)[:, None, :, None], out, 0.0)
 
 
-def alive(
-    q: Any, k: Any, key_mask: Any, where: Extent, sink: int, window: int, last: Any, reach: int | None = None
-) -> Any:
+def alive(q: Any, k: Any, key_mask: Any, where: Extent, geometry: Geometry) -> Any:
     """(B, Sq) bool: the rows that attend to something, with a valid key in reach.
 
     A row's reach is its sinks, its window and, for a last row, everything from the start: counted on the running
     number of valid keys, so that no (rows, keys) tensor is needed.
     """
-    q_len, kv_len = length(q, 2), length(k, 2)
+    q_len, kv_len, reach = length(q, 2), length(k, 2), geometry.reach
     position = arange(q, q_len)[None, :] + (kv_len - q_len)
     # valid[:, t] is the number of valid keys before position t. Not by a pad: torchair pads no integers.
     count = key_mask.to(torch.int64)
     valid = torch.cat([count[:, :1] * 0, count.cumsum(1)], 1)
     seen = valid.gather(1, position.expand(length(q, 0), q_len) + 1)
-    in_window = seen - valid.gather(1, (position - window).clamp(min=0).expand(length(q, 0), q_len))
-    sinks_end = torch.minimum(where.start + sink, position + 1)
+    in_window = seen - valid.gather(1, (position - geometry.window).clamp(min=0).expand(length(q, 0), q_len))
+    sinks_end = torch.minimum(where.start + geometry.sink, position + 1)
     in_sinks = valid.gather(1, torch.minimum(sinks_end, where.end))
     if reach is not None:
         beyond = valid.gather(1, (position - reach).clamp(min=0).expand(length(q, 0), q_len))
         in_sinks, seen = in_sinks - beyond, seen - beyond
-    return (in_window > 0) | (in_sinks > 0) | (is_last(position, where, last) & (seen > 0))
+    return (in_window > 0) | (in_sinks > 0) | (formula.is_last(position, where.end, geometry.last) & (seen > 0))
 
 
 def _fits(q_len: Any, last: int) -> bool:

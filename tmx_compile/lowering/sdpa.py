@@ -29,7 +29,7 @@ class Dense:
 
     def supports(self, call: AttentionCall) -> Accepted | Rejected:
         """Equal numbers of rows and keys; with padding, CPU inference (its flash kernel takes a key bias)."""
-        if call.documents or call.reach is not None:
+        if call.documents or call.geometry.reach is not None:
             return Rejected(Reason.NO_LOWERING, "sdpa: causal and padding only")
         if not statically_known_true(call.query.shape[2] == call.key.shape[2]):
             return Rejected(Reason.NO_LOWERING, "sdpa: is_causal needs equal numbers of rows and keys")

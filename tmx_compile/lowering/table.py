@@ -96,7 +96,7 @@ def candidates(place: str, role: Role, call: AttentionCall, wish: Wish) -> tuple
     asked = _TABLE[place, role]
     if (place, role) == ("cpu", Role.PROMPT):
         from_window = _FLEX_FROM_WINDOW.get(call.query.dtype)
-        wide = from_window is not None and call.window >= from_window
+        wide = from_window is not None and call.geometry.window >= from_window
         return (FLEX, BLOCKED, OPERATOR) if wide else asked
     if role is Role.MASKLESS and (call.needs_grad or wish.named not in ("auto", TRITON.name)):
         # Our backward is plain PyTorch, made for sparse layers.

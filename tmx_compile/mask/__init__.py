@@ -1,6 +1,7 @@
 """Plans: which pairs of rows and keys attention computes, before any graph and any device is in sight.
 
-``mask.py`` says what a mask means, ``intervals.py`` reads it row by row, ``blocks.py`` block by block.
+``geometry.py`` holds the counts of a triangle mask and ``formula.py`` what they mean for a row and a key;
+``algebra.py`` makes masks of rules, ``intervals.py`` reads it row by row, ``blocks.py`` block by block.
 """
 
 from tmx_compile.mask.algebra import (
@@ -24,15 +25,18 @@ from tmx_compile.mask.algebra import (
     triangle,
 )
 from tmx_compile.mask.blocks import BlockCounts, BlockKind, BlockPlan, Runs, block_plan
+from tmx_compile.mask.geometry import ALL_ROWS, Geometry
 from tmx_compile.mask.intervals import Affine, RowIntervals, Segment, equal, pair_count, row_intervals, subset
 
 __all__ = [
+    "ALL_ROWS",
     "Affine",
     "And",
     "BlockCounts",
     "BlockKind",
     "BlockPlan",
     "Causal",
+    "Geometry",
     "Grid",
     "LastRows",
     "Mask",

@@ -21,6 +21,8 @@ from typing import Any, NoReturn
 
 import torch
 
+from tmx_compile.mask import formula
+
 
 class Mask:
     """A rule; combine rules with ``&``, ``|`` and ``~``. Masks compare and hash by how they are written.
@@ -196,11 +198,11 @@ def holds(mask: Mask, grid: Grid, position: Any, key: Any) -> Any:
     """
     match mask:
         case Causal():
-            return key <= position
+            return formula.causal(position, key)
         case Sink(n):
-            return (grid.start <= key) & (key < grid.start + n)
+            return (grid.start <= key) & formula.in_sinks(key, grid.start, n)
         case Window(n):
-            return position - key <= n
+            return formula.in_window(position, key, n)
         case LastRows(n):
             return position >= grid.end - n
         case Padding():

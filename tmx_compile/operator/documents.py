@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tmx_compile.mask.geometry import Geometry
 from tmx_compile.operator import kernel
-from tmx_compile.operator.kernel import Geometry
 
 
 @dataclass(frozen=True)

@@ -14,24 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tmx_compile.mask import formula
+from tmx_compile.mask.geometry import Geometry
+
 # Scores held at once: 2**22 float32 values are 16 MiB, which stays near the caches and well under any tensor of a
 # long prompt.
 _SCORE_BUDGET = 1 << 22
 _MAX_ROWS = 512
-
-ALL_ROWS = 2**31 - 1
-"""``last`` for which every row is a last row, those behind the last valid key too: the mask is causal and padding
-alone (dense)."""
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """The counts of the mask: see :func:`tmx_compile.operator.triangle_attention`."""
-
-    sink: int
-    window: int
-    last: int
-    reach: int | None
 
 
 @dataclass(frozen=True)
@@ -40,10 +29,7 @@ class Problem:
 
     q_len: int
     kv_len: int
-    sink: int
-    window: int
-    last: int
-    reach: int  # Skv where no row is limited
+    geometry: Geometry  # no sink, no window beyond Skv
     start: Tensor  # (B,) int64, first valid key
     end: Tensor  # (B,) int64, one past the last valid key
     key_mask: Tensor | None  # (B, Skv) bool
@@ -52,6 +38,11 @@ class Problem:
     def offset(self) -> int:
         """Absolute position of query row 0."""
         return self.kv_len - self.q_len
+
+    @property
+    def reach(self) -> int:
+        """How far behind its own key any row looks: Skv where no row is limited."""
+        return self.geometry.reach_within(self.kv_len)
 
 
 @dataclass(frozen=True)
@@ -74,9 +65,7 @@ def problem(query: Tensor, key: Tensor, key_mask: Tensor | None, geometry: Geome
         end = torch.full_like(start, kv_len)
     else:
         start, end = valid_range(key_mask)
-    reach = kv_len if geometry.reach is None else min(geometry.reach, kv_len)
-    window = min(geometry.window, reach)
-    return Problem(q_len, kv_len, geometry.sink, window, geometry.last, reach, start, end, key_mask)
+    return Problem(q_len, kv_len, geometry.within_reach().bounded(kv_len), start, end, key_mask)
 
 
 def valid_range(key_mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,19 +94,19 @@ def blocks(p: Problem, heads: int, budget: int | None = None) -> Iterator[Block]
     if batch == 0 or p.q_len == 0:
         return
     device = p.start.device
-    reach = min(p.window, p.kv_len)
+    sink, window, last = p.geometry.counts
     # One host read for the whole call; per-block reads would stall an accelerator.
-    first_last_row = int(p.end.min()) - p.last
+    first_last_row = int(p.end.min()) - last
     row = 0
     while row < p.q_len:
         first = p.offset + row
         # A block with a last row reads all earlier keys, so it gets fewer rows for the same score budget.
         whole = first + _MAX_ROWS > first_last_row
-        keys = min(first, p.reach) + _MAX_ROWS if whole else min(first, reach) + _MAX_ROWS // 2 + min(p.sink, p.kv_len)
-        rows = max(16, min(_MAX_ROWS, max(64, reach), budget // max(1, batch * heads * keys)))
+        keys = min(first, p.reach) + _MAX_ROWS if whole else min(first, window) + _MAX_ROWS // 2 + sink
+        rows = max(16, min(_MAX_ROWS, max(64, window), budget // max(1, batch * heads * keys)))
         row_end = min(p.q_len, row + rows)
         stop = p.offset + row_end
-        begin = max(0, first - (p.reach if stop > first_last_row else reach))
+        begin = max(0, first - (p.reach if stop > first_last_row else window))
         position = torch.arange(first, stop, device=device)[None, :, None]
         span = torch.arange(begin, stop, device=device)[None, None, :]
         allowed = attended(p, position, span)
@@ -125,8 +114,8 @@ def blocks(p: Problem, heads: int, budget: int | None = None) -> Iterator[Block]
             allowed &= p.key_mask[:, None, begin:stop]
         sinks = None
         # Beyond the reach of the block's first row there is no sink to see.
-        if begin > 0 and p.sink > 0 and begin > first - p.reach:
-            sinks = p.start[:, None] + torch.arange(min(p.sink, p.kv_len), device=device)[None, :]
+        if begin > 0 and sink > 0 and begin > first - p.reach:
+            sinks = p.start[:, None] + torch.arange(sink, device=device)[None, :]
             before = sinks < begin
             sinks = sinks.clamp(max=p.kv_len - 1)
             sink_allowed = attended(p, position, sinks[:, None, :]) & before[:, None, :]
@@ -138,15 +127,10 @@ def blocks(p: Problem, heads: int, budget: int | None = None) -> Iterator[Block]
 
 
 def attended(p: Problem, row: Tensor, key: Tensor) -> Tensor:
-    """The triangle formula of the mask algebra, for absolute positions that broadcast to (B, rows, keys)."""
+    """The triangle formula for absolute positions that broadcast to (B, rows, keys)."""
     start, end = p.start[:, None, None], p.end[:, None, None]
-    final = row >= end - p.last
-    if p.last < ALL_ROWS:
-        # Rows behind the last valid key are padding, most often: they stay cheap.
-        final &= row < end
-    kept = (key < start + p.sink) | (row - key <= p.window) | final
-    kept &= row - key <= p.reach
-    return kept & (key <= row) & (key >= start) & (key < end)
+    allowed: Tensor = formula.attended(row, key, start, end, p.geometry)
+    return allowed
 
 
 def grouped(rows: Tensor, kv_heads: int) -> Tensor:

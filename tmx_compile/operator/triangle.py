@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tmx_compile.mask.geometry import ALL_ROWS, Geometry
 from tmx_compile.operator import documents, kernel
-from tmx_compile.operator.kernel import ALL_ROWS
 
 _SCHEMA = (
     "(Tensor query, Tensor key, Tensor value, Tensor? key_mask, int sink, int window, int last, float scale,"
@@ -90,7 +90,7 @@ def plain_forward(
 ) -> tuple[Tensor, Tensor]:
     """The operator in plain PyTorch, on any device."""
     check(query, key, value, key_mask, sink, window, last, reach)
-    geometry = kernel.Geometry(sink, window, last, reach)
+    geometry = Geometry(sink, window, last, reach)
     # The caller's autocast reaches in here, and would round the float32 products to bfloat16.
     with torch.autocast(query.device.type, enabled=False):
         if key_mask is not None and key_mask.dtype != torch.bool:
@@ -134,7 +134,7 @@ def plain_backward(
     reach: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of :func:`plain_forward`."""
-    geometry = kernel.Geometry(sink, window, last, reach)
+    geometry = Geometry(sink, window, last, reach)
     # The caller's autocast reaches in here, and would round the float32 products to bfloat16.
     with torch.autocast(query.device.type, enabled=False):
         if key_mask is not None and key_mask.dtype != torch.bool:

@@ -15,14 +15,11 @@ from tmx_compile.lowering.base import AttentionCall
 from tmx_compile.lowering.table import Role, Wish
 from tmx_compile.lowering.table import choose as choose_lowering
 from tmx_compile.mask.geometry import Geometry
-from tmx_compile.operator import ALL_ROWS
 from tmx_compile.passes.judge import of_other_shape, without_layout
 from tmx_compile.passes.plan import Maskless, Plan, SitePlan, Triangle, Untouched
 from tmx_compile.proof.conclude import Proof
 from tmx_compile.report import Rejected
 from tmx_compile.request import Short
-
-DENSE = Geometry(0, 0, ALL_ROWS)
 
 
 def choose(plan: Plan) -> Plan:
@@ -46,7 +43,7 @@ def _chosen(item: SitePlan, plan: Plan, needs_grad: bool) -> SitePlan:
             role = item.role
             geometry = replace(geometry, last=0) if role is Role.STREAM else geometry
         case Untouched(why) if _goes_maskless(item, site, proof, plan):
-            item, role, geometry = replace(item, decision=Maskless(why)), Role.MASKLESS, DENSE
+            item, role, geometry = replace(item, decision=Maskless(why)), Role.MASKLESS, plan.geometry.as_dense()
         case _:
             return item
     call = _call(site, proof, geometry, needs_grad, plan)
@@ -90,12 +87,9 @@ def _call(site: AttentionSite, proof: Proof, geometry: Geometry, needs_grad: boo
         key,
         value,
         key_mask,
-        geometry.sink,
-        geometry.window,
-        geometry.last,
+        replace(geometry, reach=proof.reach),
         site.scale,
         needs_grad,
-        proof.reach,
         dense_up_to=plan.config.min_seq_len if plan.host.short is Short.INSIDE else None,
         layout=None if order is None else permuted(order, site.result_order),
     )

@@ -77,13 +77,12 @@ class _Substituter:
                 factor = emit.source(site.factor)
                 operands[0] = self._cast(emit.call(torch.mul, operands[0], factor), out.dtype)
             operands[1:] = [keys.of(emit, operand) for operand in operands[1:]]
-            reach = () if proof.reach is None else (proof.reach,)
-            both = emit.call(OPERATOR, *operands, keys.mask, *call.geometry, site.scale, *reach)
+            counts = call.geometry.arguments(site.scale)
+            both = emit.call(OPERATOR, *operands, keys.mask, *counts)
             both.meta[FIRST_ROW], both.meta[LAYER] = keys.first_row, item.layer.index
             result = emit.call(operator.getitem, both, 0)
             if keys.shown is not None:
-                arguments = (*operands, keys.mask, keys.shown, *call.geometry, site.scale)
-                result = emit.call(KEEP_WINDOW, result, *arguments, *reach)
+                result = emit.call(KEEP_WINDOW, result, *operands, keys.mask, keys.shown, *counts)
             result = self._laid_out(result, site)
         self._emit.replace(site.node, result)
         _check_same(result, out)

@@ -26,8 +26,8 @@ from torch import Tensor
 
 from tmx_compile.lowering.base import AttentionCall
 from tmx_compile.lowering.triton.lowering import attend as triton_attention
-from tmx_compile.operator import ALL_ROWS, documents, kernel, triangle_attention
-from tmx_compile.operator.kernel import Geometry
+from tmx_compile.mask.geometry import ALL_ROWS, Geometry
+from tmx_compile.operator import documents, kernel, triangle_attention
 
 Piece = tuple[int, tuple[int, int, int]]
 """Rows up to an end, and the sinks, window and last rows of the prompt that ends there."""
@@ -80,7 +80,7 @@ class AttentionInputs:
         """Triangle attention alone, (B, H, Sq, Dv), by the purpose-built kernel where there is a GPU for it."""
         if self.query.is_cuda:
             operands = (self.query, self.key, self.value, self.key_mask)
-            out = triton_attention(AttentionCall(*operands, *geometry, self.scale, False, self.reach))
+            out = triton_attention(AttentionCall(*operands, Geometry(*geometry, self.reach), self.scale, False))
             if isinstance(out, Tensor):
                 return out
         return self.triangle(geometry)[0]

@@ -34,7 +34,8 @@ import torch.nn.functional as F
 from tmx_compile.lowering import rows
 from tmx_compile.lowering.ascend.calls import Calls, Part
 from tmx_compile.lowering.base import arange, example, first_position, length
-from tmx_compile.operator import ALL_ROWS
+from tmx_compile.mask import formula
+from tmx_compile.mask.geometry import Geometry
 
 ALIGNMENT = 16
 _KEY_BIAS = -(2.0**15)  # in float16's range
@@ -42,17 +43,25 @@ _LEAST_BIAS = 3e4  # on a padded score, at most twice this: e^-30000 is 0, and t
 
 
 @dataclass(frozen=True)
-class Geometry:
-    """What a row attends to.
+class Sections:
+    """How the rows of a geometry without a reach are put together from head, stream and final.
 
     ``dense_up_to`` is None for a graph whose guards are checked. One that serves every length from 1 on attends a
     prompt of at most so many rows densely.
     """
 
-    sink: int
-    window: int
-    last: int
+    geometry: Geometry
     dense_up_to: int | None = None
+
+    @property
+    def sink(self) -> int:
+        """The number of sinks."""
+        return self.geometry.sink
+
+    @property
+    def last(self) -> int:
+        """The number of rows of the final part."""
+        return self.geometry.last
 
     @property
     def head(self) -> int:
@@ -60,23 +69,19 @@ class Geometry:
         return max(self.first_sparse, self.dense_up_to or 0)
 
     @property
-    def is_dense(self) -> bool:
-        """Whether all rows are last rows, whatever the length."""
-        return self.last >= ALL_ROWS
-
-    @property
     def first_sparse(self) -> int:
         """The first row with a key that it does not attend to. Without sinks, the band alone has all rows."""
-        return self.sink + self.window + 1 if self.sink else 0
+        return self.sink + self.geometry.window + 1 if self.sink else 0
 
-    def within(self, q_len: int, kv_len: int, *, padded: bool) -> Geometry:
+    def within(self, q_len: int, kv_len: int, *, padded: bool) -> Sections:
         """The same mask for known lengths, with no count beyond them; all dense where it is, or short."""
-        dense = self.is_dense or q_len <= (self.dense_up_to or 0) or self.window + 1 >= kv_len
-        sink, window, last = min(self.sink, kv_len), min(self.window, kv_len), min(self.last, q_len)
+        geometry = self.geometry.bounded(kv_len, q_len)
+        sink, window, last = geometry.counts
+        dense = self.geometry.is_dense or q_len <= (self.dense_up_to or 0) or window + 1 >= kv_len
         # Rows behind the last valid key are no last rows, and see less than all keys.
         if dense or (not padded and (last == q_len or window + 1 + sink + last >= kv_len)):
-            return Geometry(0, 0, ALL_ROWS)
-        return Geometry(sink, window, last)
+            geometry = self.geometry.as_dense()
+        return Sections(geometry)
 
 
 def padded_dim(head_dim: int, value_dim: int, masked: bool) -> int:
@@ -89,23 +94,23 @@ def query_bias(columns: int, scale: float) -> float:
     return 2.0 ** math.ceil(math.log2(_LEAST_BIAS / (columns * -_KEY_BIAS * scale)))
 
 
-def attention(q: Any, k: Any, v: Any, key_mask: Any, geometry: Geometry, calls: Calls) -> Part:
+def attention(q: Any, k: Any, v: Any, key_mask: Any, sections: Sections, calls: Calls) -> Part:
     """(B, H, Sq, Dv) from (B, H, Sq, D), (B, Hkv, Skv, D), (B, Hkv, Skv, Dv) and (B, Skv) bool or None."""
     n, kv_len, value_dim = length(q, 2), length(k, 2), length(v, 3)
     fixed = isinstance(n, int) and isinstance(kv_len, int)
-    geometry = geometry.within(n, kv_len, padded=key_mask is not None) if fixed else geometry
-    spare = 0 if fixed or geometry.dense_up_to is None else 1
+    sections = sections.within(n, kv_len, padded=key_mask is not None) if fixed else sections
+    spare = 0 if fixed or sections.dense_up_to is None else 1
     dim = padded_dim(length(q, 3), value_dim, key_mask is not None)
     if key_mask is None:
         q, k, v = (_wider(x, dim, spare).contiguous() for x in (q, k, v))
-        if geometry.is_dense:
+        if sections.geometry.is_dense:
             done = calls.final_rows(q, k, v)
             done = done.map(lambda x: x[:, :, :n]) if spare else done
         else:
-            done = _fixed(q, k, v, geometry, calls) if fixed else _dynamic(q, k, v, n, spare, geometry, calls)
+            done = _fixed(q, k, v, sections, calls) if fixed else _dynamic(q, k, v, n, spare, sections, calls)
     else:
         q, k, v, key_mask = _biased(q, k, v, key_mask, dim, spare, calls.scale)
-        done = _padded(q.contiguous(), k.contiguous(), v.contiguous(), key_mask, n, geometry, calls)
+        done = _padded(q.contiguous(), k.contiguous(), v.contiguous(), key_mask, n, sections, calls)
     return done if dim == value_dim else Part(done.out[..., :value_dim], done.lse)
 
 
@@ -132,11 +137,11 @@ def _stream(q: Any, k: Any, v: Any, sinks: tuple[Any, Any] | None, window: int, 
     return near if sinks is None else calls.merge([near, calls.all_keys(q, *sinks)])
 
 
-def _fixed(q: Any, k: Any, v: Any, geometry: Geometry, calls: Calls) -> Part:
-    n, before, last = length(q, 2), length(k, 2) - length(q, 2), geometry.last
-    head = max(geometry.head - before, 0)
-    sinks = (k[:, :, : geometry.sink].contiguous(), v[:, :, : geometry.sink].contiguous())
-    stream = _stream(q, k, v, sinks if geometry.sink else None, geometry.window, calls)
+def _fixed(q: Any, k: Any, v: Any, sections: Sections, calls: Calls) -> Part:
+    n, before, last = length(q, 2), length(k, 2) - length(q, 2), sections.last
+    head = max(sections.head - before, 0)
+    sinks = (k[:, :, : sections.sink].contiguous(), v[:, :, : sections.sink].contiguous())
+    stream = _stream(q, k, v, sinks if sections.sink else None, sections.geometry.window, calls)
     parts = [stream.map(lambda x: x[:, :, head : n - last])]
     if head:
         own = (x[:, :, : before + head].contiguous() for x in (k, v))
@@ -146,9 +151,9 @@ def _fixed(q: Any, k: Any, v: Any, geometry: Geometry, calls: Calls) -> Part:
     return Part.cat(parts)
 
 
-def _dynamic(q: Any, k: Any, v: Any, n: Any, spare: int, geometry: Geometry, calls: Calls) -> Part:
+def _dynamic(q: Any, k: Any, v: Any, n: Any, spare: int, sections: Sections, calls: Calls) -> Part:
     """``q``, ``k`` and ``v`` may have a spare row more than the n rows of the result."""
-    sink, last, head = geometry.sink, geometry.last, geometry.head
+    sink, last, head = sections.sink, sections.last, sections.head
     before = first_position(q, k)
     same = isinstance(before, int)
     row_end, key_end = (arange(x, 1) + (length(x, 2) - 1) for x in (q, k))
@@ -158,7 +163,7 @@ def _dynamic(q: Any, k: Any, v: Any, n: Any, spare: int, geometry: Geometry, cal
     if sink:
         first = arange(q, sink).minimum(key_end)
         sinks = (k.index_select(2, first), v.index_select(2, first))
-    parts = [_stream(q, k, v, sinks, geometry.window, calls)]
+    parts = [_stream(q, k, v, sinks, sections.geometry.window, calls)]
     if head:
         place = arange(q, head)
         keys = place.minimum(key_end)
@@ -171,11 +176,11 @@ def _dynamic(q: Any, k: Any, v: Any, n: Any, spare: int, geometry: Geometry, cal
     if len(parts) == 1 and not spare:
         return parts[0]
     row, whole = arange(q, n), arange(q, 1) + n
-    found = _place(row, row if same else row + before, row + last >= whole, last + spare, whole, geometry)
+    found = _place(row, row if same else row + before, row + last >= whole, last + spare, whole, sections)
     return Part.cat(parts).map(lambda x: x.index_select(2, found))
 
 
-def _place(row: Any, place: Any, is_last: Any, skipped: Any, n: Any, geometry: Geometry) -> Any:
+def _place(row: Any, place: Any, is_last: Any, skipped: Any, n: Any, sections: Sections) -> Any:
     """Where each row of the result is among the parts: head, stream, final.
 
     Args:
@@ -184,28 +189,28 @@ def _place(row: Any, place: Any, is_last: Any, skipped: Any, n: Any, geometry: G
         is_last: whether it is one of the last rows of its sequence.
         skipped: how far behind its place in the stream a last row's place in the final part is.
         n: the number of rows, as a tensor.
-        geometry: as given.
+        sections: as given.
     """
-    found = row + geometry.head
-    if geometry.last:
+    found = row + sections.head
+    if sections.last:
         found = torch.where(is_last, found + skipped, found)
-    if geometry.first_sparse:
-        found = torch.where(place < geometry.first_sparse, place, found)
-    if geometry.dense_up_to:
-        found = torch.where(n <= geometry.dense_up_to, place, found)
+    if sections.first_sparse:
+        found = torch.where(place < sections.first_sparse, place, found)
+    if sections.dense_up_to:
+        found = torch.where(n <= sections.dense_up_to, place, found)
     return found
 
 
-def _padded(q: Any, k: Any, v: Any, key_mask: Any, n: Any, geometry: Geometry, calls: Calls) -> Part:
+def _padded(q: Any, k: Any, v: Any, key_mask: Any, n: Any, sections: Sections, calls: Calls) -> Part:
     """All operands may have a spare row, which is padding, more than the n rows of the result."""
     q_len, kv_len, before = length(q, 2), length(k, 2), first_position(q, k)
     where = _extent(key_mask)
-    dense_alive = rows.alive(q, k, key_mask, where, 0, 0, ALL_ROWS)
-    if geometry.is_dense:
+    dense_alive = rows.alive(q, k, key_mask, where, sections.geometry.as_dense())
+    if sections.geometry.is_dense:
         done, lives = calls.final_rows(q, k, v), dense_alive[:, None, :, None]
         lse = None if done.lse is None else torch.where(lives, done.lse, float("-inf"))
         return Part(torch.where(lives, done.out, 0.0), lse).map(lambda x: x[:, :, :n])
-    sink, last, head = geometry.sink, geometry.last, geometry.head
+    sink, last, head = sections.sink, sections.last, sections.head
     row = arange(q, n)[None, :]
     position = row + before
 
@@ -215,7 +220,7 @@ def _padded(q: Any, k: Any, v: Any, key_mask: Any, n: Any, geometry: Geometry, c
 
     first_sinks, first = (where.start + arange(q, count)[None, :] for count in (sink, head))
     sinks = (at(k, first_sinks), at(v, first_sinks)) if sink else None
-    parts = [_stream(q, k, v, sinks, geometry.window, calls)]
+    parts = [_stream(q, k, v, sinks, sections.geometry.window, calls)]
     if head:
         parts.insert(0, calls.causal(at(q, first - before), at(k, first), at(v, first)))
     if last:
@@ -225,10 +230,10 @@ def _padded(q: Any, k: Any, v: Any, key_mask: Any, n: Any, geometry: Geometry, c
     # From its place in the stream to that in the final rows, whose first stands at end - last.
     skipped = arange(q, 1) + (q_len + before + last) - where.end
     whole = arange(q, 1) + n
-    found = _place(row, position - where.start, rows.is_last(position, where, last), skipped, whole, geometry)
-    alive = rows.alive(q, k, key_mask, where, sink, geometry.window, last)
-    if geometry.dense_up_to:
-        alive = torch.where(whole <= geometry.dense_up_to, dense_alive, alive)
+    found = _place(row, position - where.start, formula.is_last(position, where.end, last), skipped, whole, sections)
+    alive = rows.alive(q, k, key_mask, where, sections.geometry)
+    if sections.dense_up_to:
+        alive = torch.where(whole <= sections.dense_up_to, dense_alive, alive)
     # Rows that attend to nothing come from a row of zeros behind all parts.
     found = torch.where(alive[:, :n], found, arange(q, 1) + (q_len + head + last))
     zero = (arange(q, 1) * 0).to(example(q).dtype)[None, None, :, None]

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tmx_compile.lowering.ascend.attention import Geometry, attention
+from tmx_compile.lowering.ascend.attention import Sections, attention
 from tmx_compile.lowering.ascend.calls import Calls, compressed_mask
 from tmx_compile.lowering.ascend.lowering import Ascend
 from tmx_compile.lowering.base import AttentionCall, arange
+from tmx_compile.mask.geometry import Geometry
 from tmx_compile.operator.triangle import check, plain_forward
 from tmx_compile.report import Rejected
 
@@ -32,7 +33,7 @@ def forward(
     Arguments, result and errors are those of :func:`tmx_compile.operator.triangle_attention`.
     """
     check(query, key, value, key_mask, sink, window, last, reach)
-    call = AttentionCall(query, key, value, key_mask, sink, window, last, scale, False, reach)
+    call = AttentionCall(query, key, value, key_mask, Geometry(sink, window, last, reach), scale, False)
     if isinstance(Ascend().supports(call), Rejected):
         return plain_forward(query, key, value, key_mask, sink, window, last, scale, reach)
 
@@ -41,7 +42,7 @@ def forward(
 
     mask = functools.cache(lambda: compressed_mask(query, arange))
     calls = Calls(run, mask, query.shape[1], key.shape[1], scale, with_lse=True)
-    done = attention(query, key, value, key_mask, Geometry(sink, window, last), calls)
+    done = attention(query, key, value, key_mask, Sections(call.geometry), calls)
     # (B, Sq, H, Dv) in memory, as the operator's fake kernel says.
     return done.out.transpose(1, 2).contiguous().transpose(1, 2), done.lse[..., 0].contiguous()
 

@@ -12,7 +12,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from tmx_compile.graph.nodes import value_of
 from tmx_compile.lowering import base
-from tmx_compile.lowering.ascend.attention import Geometry, attention, padded_dim
+from tmx_compile.lowering.ascend.attention import Sections, attention, padded_dim
 from tmx_compile.lowering.ascend.calls import Calls, compressed_mask, missing
 from tmx_compile.lowering.base import AttentionCall, Operands, Writer
 from tmx_compile.report import Accepted, Reason, Rejected
@@ -42,8 +42,8 @@ class Ascend:
         heads, kv_heads = call.query.shape[1], call.key.shape[1]
         mask = functools.cache(lambda: _shared_mask(write, operands.query))
         calls = Calls(write.call, mask, heads, kv_heads, call.scale)
-        geometry = Geometry(*call.geometry, call.dense_up_to)
-        out: Proxy = attention(operands.query, operands.key, operands.value, operands.key_mask, geometry, calls).out
+        sections = Sections(call.geometry, call.dense_up_to)
+        out: Proxy = attention(operands.query, operands.key, operands.value, operands.key_mask, sections, calls).out
         return out
 
 
@@ -57,7 +57,7 @@ def _why_not(call: AttentionCall) -> str:
         return "the fused operator is for inference, call the model under torch.no_grad()"
     if call.documents:
         return "packed documents"
-    if call.reach is not None:
+    if call.geometry.reach is not None:
         return "a sliding window of the layer's own"
     if not isinstance(call.scale, float):
         return "a scale that is known only when the graph runs"
@@ -86,14 +86,14 @@ def _why_not(call: AttentionCall) -> str:
 def _geometry_why_not(call: AttentionCall) -> str:
     """With a length that is not fixed, some rows are taken in numbers that are; with padding, also a mask."""
     n, kv_len = call.query.shape[2], call.key.shape[2]
-    geometry = Geometry(*call.geometry, call.dense_up_to)
+    sections = Sections(call.geometry, call.dense_up_to)
     fixed = isinstance(n, int) and isinstance(kv_len, int)
-    geometry = geometry.within(n, kv_len, padded=call.key_mask is not None) if fixed else geometry
-    if not geometry.is_dense and isinstance(n, int) and n == 1:
+    sections = sections.within(n, kv_len, padded=call.key_mask is not None) if fixed else sections
+    if not sections.geometry.is_dense and isinstance(n, int) and n == 1:
         return "one row that is no last row: the fused operator has no band for one row"
-    if geometry.is_dense or (fixed and call.key_mask is None):
+    if sections.geometry.is_dense or (fixed and call.key_mask is None):
         return ""
-    counts = (("sink + window", geometry.first_sparse), ("last", geometry.last), ("min_seq_len", geometry.head))
+    counts = (("sink + window", sections.first_sparse), ("last", sections.last), ("min_seq_len", sections.head))
     for name, count in counts:
         if count > _MOST_FIXED_ROWS:
             return f"{name} of {count} rows without a fixed length, or with padding: at most {_MOST_FIXED_ROWS}"

@@ -18,6 +18,8 @@ from tmx_compile.lowering import rows
 from tmx_compile.lowering.base import AttentionCall, Operands, Writer, arange, example, first_position, length, symbol
 from tmx_compile.lowering.flex.call import flex_call, stored
 from tmx_compile.lowering.flex.plan import Tiles, last_plan, streaming_plan
+from tmx_compile.mask import formula
+from tmx_compile.mask.geometry import Geometry
 from tmx_compile.report import Accepted, Reason, Rejected
 
 # Wider plans would still be O(N), but their index tensors would be a burden of their own.
@@ -50,9 +52,9 @@ def supports(call: AttentionCall) -> Accepted | Rejected:
     if 0 in call.query.shape or 0 in call.key.shape:
         return Rejected(no, "flex: an empty tensor")
     for name, count, longest, limit in (
-        ("window", call.window, call.key.shape[2], _MAX_REACH),
-        ("sink", call.sink, call.key.shape[2], _MAX_REACH),
-        ("last", call.last, call.query.shape[2], rows.MAX_LAST_ROWS),
+        ("window", call.geometry.window, call.key.shape[2], _MAX_REACH),
+        ("sink", call.geometry.sink, call.key.shape[2], _MAX_REACH),
+        ("last", call.geometry.last, call.query.shape[2], rows.MAX_LAST_ROWS),
     ):
         if (min(count, longest) if isinstance(longest, int) else count) > limit:
             return Rejected(no, f"flex: {name}={count} is more than {limit}")
@@ -64,23 +66,18 @@ def emit(write: Writer, call: AttentionCall, operands: Operands) -> Proxy:
     q, key_mask = operands.query, operands.key_mask
     k, v = (_close_keys(x) for x in (operands.key, operands.value))
     q_len, kv_len = length(q, 2), length(k, 2)
-    sink, window, last = call.geometry
-    window = window if call.reach is None else min(window, call.reach)
-    if isinstance(kv_len, int):
-        sink, window = min(sink, kv_len), min(window, kv_len)
     where = rows.extent(key_mask, kv_len)
-    ending = where if key_mask is None else rows.last_extent(where, kv_len, last)
+    ending = where if key_mask is None else rows.last_extent(where, kv_len, call.geometry.last)
     whole_is_last = key_mask is None or ending is not where
-    if isinstance(q_len, int):
-        last = min(last, q_len)
+    geometry = call.geometry.within_reach().bounded(kv_len, q_len)
     # As int8, which is surely computed: `stored` must not meet a view.
     valid = None if key_mask is None else stored(key_mask.to(torch.int8))
-    if isinstance(q_len, int) and last == q_len and whole_is_last:
-        whole: Proxy = _last(write, [q, k, v], valid, ending, last, call)[0]
+    if isinstance(q_len, int) and geometry.last == q_len and whole_is_last:
+        whole: Proxy = _last(write, [q, k, v], valid, ending, geometry, call.scale)[0]
         return whole
-    out = _streaming(write, [q, k, v], valid, where, sink, window, call)
-    if last > 0:
-        final, index, position = _last(write, [q, k, v], valid, ending, last, call)
+    out = _streaming(write, [q, k, v], valid, where, geometry, call.scale)
+    if geometry.last > 0:
+        final, index, position = _last(write, [q, k, v], valid, ending, geometry, call.scale)
         # Inductor does `index_put` in place on the template's output; a concatenation would copy all of it. Rows that
         # do not exist repeat row 0 with row 0's own result.
         if valid is None:
@@ -140,36 +137,37 @@ def _options(tiles: Tiles, *, logsumexp: bool) -> dict[str, Any]:
 
 
 def _streaming(
-    write: Writer, qkv: list[Any], valid: Any, where: rows.Extent, sink: int, window: int, call: AttentionCall
+    write: Writer, qkv: list[Any], valid: Any, where: rows.Extent, geometry: Geometry, scale: float
 ) -> Proxy:
     q, k, v = qkv
     q_len, kv_len = length(q, 2), length(k, 2)
     offset = first_position(q, k)
-    tiles = stream_tiles(example(q).dtype, max(length(q, 3), length(v, 3)), window)
+    tiles = stream_tiles(example(q).dtype, max(length(q, 3), length(v, 3)), geometry.window)
     padded = valid is not None
-    plan = streaming_plan(q, q_len, kv_len, where, padded, sink, window, call.reach, tiles)
+    plan = streaming_plan(q, q_len, kv_len, where, padded, geometry, tiles)
     buffers: tuple[Any, ...] = ()
     if padded:
         buffers += (valid, stored(where.start[:, 0].to(torch.int32)))
     if isinstance(offset, Proxy):
         buffers += (stored((arange(q, 1) + offset).to(torch.int32)),)
     constant = None if isinstance(offset, Proxy) else offset
-    mask = _streaming_mask(padded, constant, sink, window, call.reach)
+    mask = _streaming_mask(padded, constant, geometry)
     options = _options(tiles, logsumexp=False)
-    flex = flex_call(write, qkv, (q_len, kv_len), plan, mask, buffers, call.scale, options)
+    flex = flex_call(write, qkv, (q_len, kv_len), plan, mask, buffers, scale, options)
     out: Proxy = write.call(operator.getitem, flex, 0)
     return out
 
 
 def _last(
-    write: Writer, qkv: list[Any], valid: Any, where: rows.Extent, last: int, call: AttentionCall
+    write: Writer, qkv: list[Any], valid: Any, where: rows.Extent, geometry: Geometry, scale: float
 ) -> tuple[Any, Any, Any]:
-    """Attention of the final ``last`` rows over all keys in reach, (B, H, last, Dv), their row numbers and positions.
+    """Attention of the last rows over all keys in reach, (B, H, last, Dv), their row numbers and positions.
 
     The row numbers are (last,), or (B, last) with padding; positions are those of :func:`_choose`. The query heads of a
     key head are rows of one head here, so that its keys are read once for all of them.
     """
     q, k, v = qkv
+    last, reach = geometry.last, geometry.reach
     batch, heads, kv_heads, dim, v_dim = length(q, 0), length(q, 1), length(k, 1), length(q, 3), length(v, 3)
     chosen, index, position = _choose(q, k, where, last, padded=valid is not None)
     count = heads // kv_heads * last
@@ -188,11 +186,11 @@ def _last(
     places = places[:, None].expand(-1, copies, -1).reshape(shape).to(torch.int32)
     first, final = _span(q, k, where, last, padded=valid is not None)
     kv_len = length(k, 2)
-    plan = last_plan(q, kv_len, where, valid is not None, first, final, call.reach, copies, blocks, tiles)
-    mask = _last_mask(valid is not None, call.reach)
+    plan = last_plan(q, kv_len, where, valid is not None, first, final, reach, copies, blocks, tiles)
+    mask = _last_mask(valid is not None, reach)
     buffers = (stored(places),) if valid is None else (stored(places), valid)
     options = _options(tiles, logsumexp=copies > 1)
-    flex = flex_call(write, [query, k, v], (copies * height, kv_len), plan, mask, buffers, call.scale, options)
+    flex = flex_call(write, [query, k, v], (copies * height, kv_len), plan, mask, buffers, scale, options)
     out: Any = write.call(operator.getitem, flex, 0)
     if copies > 1:
         out = out.reshape(batch, kv_heads, copies, height, v_dim)
@@ -262,7 +260,7 @@ def _merge(out: Any, lse: Any) -> Any:
     return summed / torch.where(total == 0.0, 1.0, total)[..., None]
 
 
-def _streaming_mask(padded: bool, offset: int | None, sink: int, window: int, reach: int | None) -> GraphModule:
+def _streaming_mask(padded: bool, offset: int | None, geometry: Geometry) -> GraphModule:
     """The streaming part of the mask, a graph of (batch, head, row, key) and valid, start, end, offset as there are."""
     graph = Graph()
     tracer = torch.fx.proxy.GraphAppendingTracer(graph)
@@ -277,8 +275,8 @@ def _streaming_mask(padded: bool, offset: int | None, sink: int, window: int, re
         valid, starts = map(placeholder, ("valid", "start"))
         start, inside = starts[b], valid[b, key] != 0
     position = row + (placeholder("offset")[0] if offset is None else offset)
-    allowed = (key <= position) & ((key < start + sink) | (position - key <= window))
-    allowed = rows.within(allowed, position, key, reach)
+    allowed = formula.causal(position, key) & formula.streamed(position, key, start, geometry)
+    allowed = formula.within(allowed, position, key, geometry.reach)
     if padded:
         allowed = allowed & inside
     graph.output(allowed.node)
@@ -295,7 +293,7 @@ def _last_mask(padded: bool, reach: int | None) -> GraphModule:
 
     b, _, row, key, positions = map(placeholder, ("b", "h", "row", "key", "positions"))
     position = positions[b, row] if padded else positions[row]
-    allowed = rows.within(key <= position, position, key, reach)
+    allowed = formula.within(formula.causal(position, key), position, key, reach)
     if padded:
         allowed = allowed & (placeholder("valid")[b, key] != 0)
     graph.output(allowed.node)

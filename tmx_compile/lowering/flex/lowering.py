@@ -19,6 +19,8 @@ from tmx_compile.lowering import rows
 from tmx_compile.lowering.base import AttentionCall, Operands, Writer, arange, first_position, length
 from tmx_compile.lowering.flex import cuda as flex_cuda
 from tmx_compile.lowering.flex.call import BlockPlan, flex_call, stored
+from tmx_compile.mask import formula
+from tmx_compile.mask.geometry import Geometry
 from tmx_compile.report import Accepted, Reason, Rejected
 
 # 64-wide blocks were fastest or equal on CPU, 128 slowest (benchmarks/results). A power of two: the plan divides by a
@@ -56,8 +58,9 @@ class Flex:
         if call.key_mask is not None and not isinstance(call.query.shape[0], int):
             return Rejected(Reason.NO_LOWERING, "flex: padding with a dynamic batch size")
         q_len = call.query.shape[2]
-        if (min(call.last, q_len) if isinstance(q_len, int) else call.last) > rows.MAX_LAST_ROWS:
-            return Rejected(Reason.NO_LOWERING, f"flex: last={call.last} is more than {rows.MAX_LAST_ROWS}")
+        last = call.geometry.last
+        if (min(last, q_len) if isinstance(q_len, int) else last) > rows.MAX_LAST_ROWS:
+            return Rejected(Reason.NO_LOWERING, f"flex: last={last} is more than {rows.MAX_LAST_ROWS}")
         return Accepted()
 
     def emit(self, write: Writer, call: AttentionCall, operands: Operands) -> Proxy:
@@ -66,22 +69,17 @@ class Flex:
             return flex_cuda.emit(write, call, operands)
         q, k, v, key_mask = operands.query, operands.key, operands.value, operands.key_mask
         q_len, kv_len = length(q, 2), length(k, 2)
-        sink, window, last = call.geometry
-        window = window if call.reach is None else min(window, call.reach)
-        if isinstance(kv_len, int):
-            sink, window = min(sink, kv_len), min(window, kv_len)
         where = rows.extent(key_mask, kv_len)
-        ending = where if key_mask is None else rows.last_extent(where, kv_len, last)
-        if isinstance(q_len, int):
-            last = min(last, q_len)
+        ending = where if key_mask is None else rows.last_extent(where, kv_len, call.geometry.last)
+        geometry = call.geometry.within_reach().bounded(kv_len, q_len)
         fakes = call.query, call.key, call.value
         own = [_own(x, fake) for x, fake in zip((q, k, v), fakes, strict=True)]
-        out = _streaming(write, own, key_mask, where, sink, window, call)
-        if last > 0:
-            final = rows.last_rows(q, k, v, key_mask, ending, last, call.scale, call.reach)
-            out = rows.join(out, final, q, k, key_mask, ending, last, call.layout)
+        out = _streaming(write, own, key_mask, where, geometry, call.scale)
+        if geometry.last > 0:
+            final = rows.last_rows(q, k, v, key_mask, ending, geometry, call.scale)
+            out = rows.join(out, final, q, k, key_mask, ending, geometry.last, call.layout)
         if key_mask is not None:
-            out = rows.zero_empty(out, q, k, key_mask, ending, sink, window, last, call.reach)
+            out = rows.zero_empty(out, q, k, key_mask, ending, geometry)
         return out
 
 
@@ -102,12 +100,12 @@ def _own(x: Any, fake: torch.Tensor) -> Any:
 
 
 def _streaming(
-    write: Writer, qkv: list[Any], key_mask: Any, where: rows.Extent, sink: int, window: int, call: AttentionCall
+    write: Writer, qkv: list[Any], key_mask: Any, where: rows.Extent, geometry: Geometry, scale: float
 ) -> Proxy:
     q, k, _ = qkv
     q_len, kv_len = length(q, 2), length(k, 2)
     offset = first_position(q, k)
-    plan = BlockPlan(_BLOCK, _BLOCK, *block_plan(q, q_len, kv_len, where, key_mask is not None, sink, window))
+    plan = BlockPlan(_BLOCK, _BLOCK, *block_plan(q, q_len, kv_len, where, key_mask is not None, geometry))
     buffers: tuple[Any, ...] = ()
     if key_mask is not None:
         # Keys first: the template's kernel knows no symbolic stride, and the batch is the static one of the two.
@@ -116,14 +114,14 @@ def _streaming(
         # As a tensor: the CPU template captures no expression of two lengths.
         buffers += (stored(arange(q, 1) + offset),)
     constant = None if isinstance(offset, Proxy) else offset
-    mask = _mask_mod(key_mask is not None, constant, sink, window, call.reach)
-    flex = flex_call(write, qkv, (q_len, kv_len), plan, mask, buffers, call.scale, {})
+    mask = _mask_mod(key_mask is not None, constant, geometry)
+    flex = flex_call(write, qkv, (q_len, kv_len), plan, mask, buffers, scale, {})
     out: Proxy = write.call(operator.getitem, flex, 0)
     return out
 
 
 def block_plan(
-    like: Any, q_len: Any, kv_len: Any, where: rows.Extent, padded: bool, sink: int, window: int
+    like: Any, q_len: Any, kv_len: Any, where: rows.Extent, padded: bool, geometry: Geometry
 ) -> tuple[Any, Any]:
     """Key blocks of every block of rows: counts (B or 1, 1, Q) and indices (B or 1, 1, Q, K), int32.
 
@@ -131,6 +129,7 @@ def block_plan(
     read, but the CPU template asserts a full width of K = Skv / block: ``as_strided`` lets rows overlap, so that the
     storage stays O(Q).
     """
+    sink, window = geometry.sink, geometry.window
     # Always a block to spare, and never one block alone: either would be a guard on the length. Inductor also asks if a
     # row's stride equals its width (a contiguous plan): one is odd, the other even, so that no length can answer yes.
     q_blocks = (q_len >> _SHIFT) + 2
@@ -161,7 +160,7 @@ def _blocks_of(keys: int) -> int:
     return -(-keys // _BLOCK)
 
 
-def _mask_mod(padded: bool, offset: int | None, sink: int, window: int, reach: int | None) -> GraphModule:
+def _mask_mod(padded: bool, offset: int | None, geometry: Geometry) -> GraphModule:
     """The streaming part of the mask as a graph of (batch, head, row, key) and its buffers."""
     graph = Graph()
     tracer = torch.fx.proxy.GraphAppendingTracer(graph)
@@ -180,7 +179,7 @@ def _mask_mod(padded: bool, offset: int | None, sink: int, window: int, reach: i
         masked_index = torch.ops.aten._unsafe_masked_index.default
         valid = tracer.create_proxy("call_function", masked_index, (key_mask, inside, [key, b], False), {})
     position = row + (placeholder("offset")[0] if offset is None else offset)
-    allowed = (key <= position) & ((key < start + sink) | (position - key <= window))
-    allowed = rows.within(allowed, position, key, reach)
+    allowed = formula.causal(position, key) & formula.streamed(position, key, start, geometry)
+    allowed = formula.within(allowed, position, key, geometry.reach)
     graph.output((allowed if valid is None else allowed & valid).node)
     return GraphModule({}, graph)

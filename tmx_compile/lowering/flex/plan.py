@@ -15,6 +15,7 @@ import torch
 from tmx_compile.lowering.base import arange
 from tmx_compile.lowering.flex.call import BlockPlan, stored
 from tmx_compile.lowering.rows import Extent
+from tmx_compile.mask.geometry import Geometry
 
 Range = tuple[Any, Any]
 
@@ -52,16 +53,15 @@ def streaming_plan(
     kv_len: Any,
     where: Extent,
     padded: bool,
-    sink: int,
-    window: int,
-    reach: int | None,
+    geometry: Geometry,
     tiles: Tiles,
 ) -> BlockPlan:
     """The plan of all rows as streaming rows: the blocks of the sinks, then those of the window.
 
-    ``window`` is at most ``reach``. Without padding, blocks inside the window of every row of their block of rows are
+    The window is at most the reach. Without padding, blocks inside the window of every row of their block of rows are
     full, where the window is wide enough for such blocks.
     """
+    sink, window, reach = geometry.sink, geometry.window, geometry.reach
     # A block to spare, and never one block alone: either would be a guard on the length. No row reads it.
     q_blocks = (q_len >> tiles.row_bits) + 2
     first = (arange(like, q_blocks) * tiles.rows + (kv_len - q_len))[None, None, :, None]

@@ -14,6 +14,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from tmx_compile.lowering.triton import tuning
 from tmx_compile.lowering.triton.devices import is_hopper, multiprocessors
 from tmx_compile.lowering.triton.hopper import hopper_kernel
+from tmx_compile.mask.geometry import Geometry
 
 _GROUP_ROWS = 64  # stacked rows of a computing group: one wgmma tile
 _GROUPS = 2  # computing groups of a CTA
@@ -48,14 +49,15 @@ def attend(
     value: Tensor,
     key_mask: Tensor | None,
     extent: Tensor | None,
-    sink: int,
-    window: int,
-    last: int,
+    geometry: Geometry,
     scale: float,
-    reach: int | None,
 ) -> Tensor:
-    """Run the kernel; arguments and result as for ``launch.attend``, for tensors that :func:`takes` accepts."""
+    """Run the kernel for tensors that :func:`takes` accepts.
+
+    Arguments and result are those of ``launch.attend``; no count of ``geometry`` is beyond its length.
+    """
     batch, heads, q_len, dim = query.shape
+    sink, window, last = geometry.counts
     kv_heads, kv_len = key.shape[1], key.shape[2]
     block_d = triton.next_power_of_2(dim)
     group = heads // kv_heads
@@ -86,10 +88,10 @@ def attend(
         _descriptor(key, 1, 16, 64), _descriptor(value, 1, 16, 64),
         out, key_mask if padded else out, extent if padded else out, part, part_lse, arrived,
         *out.stride()[:3], 0 if key_mask is None else key_mask.stride(0),
-        q_len, kv_len, sink, window, last, kv_len if reach is None else min(reach, kv_len), scale * math.log2(math.e),
+        q_len, kv_len, sink, window, last, geometry.reach_within(kv_len), scale * math.log2(math.e),
         last_items, last_tiles, splits, split_keys, tiles, stream_items, head_start,
         HEADS=heads, KV_HEADS=kv_heads, GROUP=group, HEAD_BOX=head_box, DIM=dim, BLOCK_D=block_d,
-        BLOCK_N=_KEYS, STAGES=_STAGES, PADDED=padded, REACH=reach is not None,
+        BLOCK_N=_KEYS, STAGES=_STAGES, PADDED=padded, REACH=geometry.reach is not None,
         CONSUMER_REGISTERS=_REGISTERS[1], PRODUCER_REGISTERS=_REGISTERS[2], num_warps=4, maxnreg=_REGISTERS[0],
     )  # fmt: skip
     return out

@@ -14,6 +14,7 @@ from tmx_compile.lowering.triton import tuning
 from tmx_compile.lowering.triton.devices import multiprocessors
 from tmx_compile.lowering.triton.kernel import triangle_kernel
 from tmx_compile.lowering.triton.tuning import Tuning
+from tmx_compile.mask.geometry import Geometry
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Whether Triton runs the kernels itself, on tensors of any device: TRITON_INTERPRET=1 was set at import."""
@@ -34,11 +35,8 @@ def attend(
     value: Tensor,
     key_mask: Tensor | None,
     extent: Tensor | None,
-    sink: int,
-    window: int,
-    last: int,
+    geometry: Geometry,
     scale: float,
-    reach: int | None,
     *,
     with_lse: bool = False,
     shapes: Tuning | None = None,
@@ -46,10 +44,10 @@ def attend(
     """Run the kernel.
 
     Args:
-        query, key, value, key_mask, sink, window, last, scale, reach: as for
-            :func:`tmx_compile.operator.triangle_attention`; key_mask bool.
+        query, key, value, key_mask, scale: as for :func:`tmx_compile.operator.triangle_attention`; key_mask bool.
         extent: (B, 3) int32 beside a key mask: first valid key, one past the last, whether a key between is masked;
             where all rows are last rows, the second is Skv (:func:`tmx_compile.lowering.triton.lowering.extents`).
+        geometry: the mask.
         with_lse: also return the log-sum-exp.
         shapes: runs the general kernel with these; by default the table decides.
 
@@ -60,12 +58,13 @@ def attend(
     key_mask = key_mask if key_mask is None or key_mask.stride(1) == 1 else key_mask.contiguous()
     batch, heads, q_len, dim = query.shape
     kv_heads, kv_len, v_dim = key.shape[1], key.shape[2], value.shape[3]
-    sink, window, last = min(sink, kv_len), min(window, kv_len), min(last, q_len)
+    geometry = geometry.bounded(kv_len, q_len)
+    sink, window, last = geometry.counts
     # Where many rows read all keys, those decide the block shapes.
     slots = sink + window if 4 * last < q_len else kv_len
     general = shapes is not None or with_lse or tuning.one_block(slots) or batch * q_len < tuning.HOPPER_FROM_TOKENS
     if not general and _HOPPER is not None and _HOPPER.takes(query, key, value):
-        return _HOPPER.attend(query, key, value, key_mask, extent, sink, window, last, scale, reach), None
+        return _HOPPER.attend(query, key, value, key_mask, extent, geometry, scale), None
     dtype = query.dtype
     if INTERPRETED and dtype == torch.bfloat16:
         # The interpreter multiplies bfloat16 as if it were integers.
@@ -93,10 +92,10 @@ def attend(
         key_mask if padded else out, extent if padded else out, part, part_lse, arrived,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
         0 if key_mask is None else key_mask.stride(0),
-        q_len, kv_len, sink, window, last, kv_len if reach is None else min(reach, kv_len),
+        q_len, kv_len, sink, window, last, geometry.reach_within(kv_len),
         scale * math.log2(math.e), last_programs, last_tiles, splits, split_keys,
         HEADS=heads, KV_HEADS=kv_heads, GROUP=group, DIM=dim, DIM_V=v_dim, BLOCK_D=block_d, BLOCK_DV=block_dv,
-        BLOCK_M=shapes.rows, BLOCK_N=shapes.keys, PADDED=padded, REACH=reach is not None, WRITE_LSE=with_lse,
+        BLOCK_M=shapes.rows, BLOCK_N=shapes.keys, PADDED=padded, REACH=geometry.reach is not None, WRITE_LSE=with_lse,
         FLOAT32=query.dtype == torch.float32, STAGES=shapes.stages,
         FULL_N=shapes.full_keys or shapes.keys, FULL_STAGES=shapes.full_stages or shapes.stages,
         num_warps=shapes.warps, num_stages=shapes.stages, maxnreg=shapes.registers,

@@ -54,7 +54,7 @@ class Triton:
         """The extents of padded sequences as ordinary nodes, shared by all layers, and one call."""
         extent = None
         if operands.key_mask is not None:
-            extent = extents(operands.key_mask, length(operands.key, 2), call.last)
+            extent = extents(operands.key_mask, length(operands.key, 2), call.geometry.last)
         out: Proxy = write.call(
             TRITON_OPERATOR,
             operands.query,
@@ -62,9 +62,7 @@ class Triton:
             operands.value,
             operands.key_mask,
             extent,
-            *call.geometry,
-            call.scale,
-            *(() if call.reach is None else (call.reach,)),
+            *call.geometry.arguments(call.scale),
         )
         return out
 
@@ -74,9 +72,9 @@ def attend(call: AttentionCall) -> Tensor | Rejected:
     answer = Triton().supports(call)
     if isinstance(answer, Rejected):
         return answer
-    extent = None if call.key_mask is None else extents(call.key_mask, call.key.shape[2], call.last)
+    extent = None if call.key_mask is None else extents(call.key_mask, call.key.shape[2], call.geometry.last)
     out: Tensor = TRITON_OPERATOR(
-        call.query, call.key, call.value, call.key_mask, extent, *call.geometry, call.scale, call.reach
+        call.query, call.key, call.value, call.key_mask, extent, *call.geometry.arguments(call.scale)
     )
     return out
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tmx_compile.mask.geometry import Geometry
+
 
 @torch.library.custom_op(
     "tmx::triangle_attention_triton",
@@ -31,7 +33,7 @@ def _forward(
 
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
-        return attend(query, key, value, key_mask, extent, sink, window, last, scale, reach)[0]
+        return attend(query, key, value, key_mask, extent, Geometry(sink, window, last, reach), scale)[0]
 
 
 @_forward.register_fake
