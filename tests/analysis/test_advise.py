@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.support import tiny_qwen3
+from tests.support.models import tiny_qwen3
 from tmx_compile import TriangleMixConfig, tmx_backend
 from tmx_compile.analysis import Choice, Evaluation, Interval, Record
 from tmx_compile.analysis.choose import advise

@@ -5,9 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.analysis.explicit import Decoder, GatedModel, middle_mask, one_gate
-from tests.layered import Stack
-from tests.support import masked_oracle, tiny_qwen3
+from tests.support.gates import Decoder, GatedModel, middle_mask, one_gate
+from tests.support.layers import Stack
+from tests.support.memory import Largest
+from tests.support.models import masked_oracle, tiny_qwen3
 from tmx_compile import TriangleMixConfig, TriangleMixError
 from tmx_compile.analysis import CapturedModel, Inputs
 from tmx_compile.analysis.capture import sections as sections_module
@@ -220,8 +221,6 @@ def test_padded_sequences_are_kept_apart(side):
 
 def test_no_attention_map_is_formed_on_the_way(monkeypatch):
     monkeypatch.setattr(sections_module, "_SCORE_BUDGET", 1 << 15)
-    from tests.analysis.test_sections import Largest
-
     n = 1024
     model = tiny_qwen3(layers=2)
     captured, ids = CapturedModel(model, TriangleMixConfig()), token_ids(n=n)

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.support import Case, attended
+from tests.support.calls import Case
+from tests.support.memory import Largest
+from tests.support.oracle import attended
 from tmx_compile.analysis.capture import sections
 from tmx_compile.analysis.capture.sections import AttentionInputs, RecordMiddle, middle_output, middle_sums
 from tmx_compile.operator import ALL_ROWS
@@ -103,21 +104,6 @@ def test_the_function_is_dense_attention_and_records_once():
     torch.testing.assert_close(found.sums, sums, rtol=2e-4, atol=2e-4)
     for got, want in zip(grads[1:], expected, strict=True):
         torch.testing.assert_close(got.double(), want, rtol=2e-4, atol=2e-4)
-
-
-class Largest(TorchDispatchMode):
-    """The largest number of elements that any operator returns."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in torch.utils._pytree.tree_leaves(out):
-            if isinstance(x, torch.Tensor):
-                self.elements = max(self.elements, x.numel())
-        return out
 
 
 def test_no_score_matrix_is_ever_whole():

@@ -6,9 +6,10 @@ The window is wider than the prompts, so that a sparse layer's numbers are those
 import pytest
 import torch
 import torch.nn.functional as F
-from support import Case, LoweringBackend, OneCall, oracle
 from torch import nn
 
+from tests.support.calls import Case, LoweringBackend, OneCall
+from tests.support.oracle import oracle
 from tmx_compile import Report, TriangleMixConfig, tmx_backend
 from tmx_compile.lowering.table import BLOCKED, OPERATOR, REFERENCE, TRITON
 from tmx_compile.operator import ALL_ROWS, triangle_attention
