@@ -58,7 +58,7 @@ def problem(case):
 @pytest.mark.parametrize("budget", [1 << 21, 1], ids=["one block", "small blocks"])
 @pytest.mark.parametrize("name", CASES)
 def test_sums_and_gradients_are_those_of_explicit_maps(monkeypatch, name, budget):
-    monkeypatch.setattr(sections, "_SCORE_BUDGET", budget)
+    monkeypatch.setattr(sections, "SCORE_BUDGET", budget)
     case = CASES[name]
     q, k, v, key_mask, d_out = problem(case)
     inputs = AttentionInputs(q, k, v, key_mask, case.scale, case.reach)
@@ -113,4 +113,4 @@ def test_no_score_matrix_is_ever_whole():
     out = inputs.dense()
     with Largest() as largest:
         middle_sums(inputs, (4, 32, 64), out, d_out)
-    assert largest.elements <= sections._SCORE_BUDGET < n * n / 16
+    assert largest.elements <= sections.SCORE_BUDGET < n * n / 16

@@ -54,7 +54,7 @@ def test_the_floor_of_a_known_machine():
 
 @pytest.mark.parametrize("geometry", [(4, 32, 16), (0, 0, 0), (200, 3, 500), (0, 0, 150)], ids=str)
 def test_the_reference_has_the_oracles_numbers(monkeypatch, geometry):
-    monkeypatch.setattr(reference, "_CELLS", 150 * 2 * 7)
+    monkeypatch.setattr(reference, "CELLS", 150 * 2 * 7)
     query, key, value = tensors(150)
     want, _ = oracle(query, key, value, None, *geometry, 0.25)
     rows = torch.randperm(150)[:90]

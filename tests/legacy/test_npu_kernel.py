@@ -158,7 +158,7 @@ def test_any_problem_equals_the_oracle(problem, density, budget):
     mask = mask + torch.randn(shape) * (seed % 2)
     scale = 0.5
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(block_sparse, "_BUDGET", budget)
+        patch.setattr(block_sparse, "BUDGET", budget)
         out = kernel(query, key, value, mask, scale, block)
         torch.testing.assert_close(out.double(), by_mask(query, key, value, mask, scale), rtol=0, atol=3e-5)
         config = TriangleMixConfig(*geometry, triangle_layer_indices=[1], min_seq_len=0)
@@ -229,7 +229,7 @@ def test_the_module_skips_what_its_plan_or_the_mask_empties():
 def test_the_kernel_gathers_no_more_than_its_budget(monkeypatch):
     """A row block that attends to all keys is walked in parts."""
     query, key, value = tensors(1, 512)
-    monkeypatch.setattr(block_sparse, "_BUDGET", 1 << 14)
+    monkeypatch.setattr(block_sparse, "BUDGET", 1 << 14)
     with Largest(only=torch.ops.aten.bmm.default) as largest:
         out = kernel(query, key, value, torch.zeros(512, 512), 0.3, 32)
     assert 0 < largest.numel <= 1 << 14

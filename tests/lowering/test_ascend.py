@@ -33,7 +33,7 @@ def _operators():
 def float32(monkeypatch):
     """float32 all the way through, which the operators do not take: so that the arithmetic shows."""
     for module in (ascend, manual):
-        monkeypatch.setattr(module, "_DTYPES", (*module._DTYPES, torch.float32))
+        monkeypatch.setattr(module, "DTYPES", (*module.DTYPES, torch.float32))
 
 
 def graph_of(case):

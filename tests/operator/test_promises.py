@@ -145,7 +145,7 @@ def test_the_check_reads_blocks(monkeypatch):
     whole = CHECK_MASK(mask, N, ROOM)
     assert int(whole[1]) == 17
     assert whole[2].tolist() == [19, 1]
-    monkeypatch.setattr(checks, "_CELLS", 2 * ROOM * 7)
+    monkeypatch.setattr(checks, "CELLS", 2 * ROOM * 7)
     assert all(torch.equal(a, b) for a, b in zip(whole, CHECK_MASK(mask, N, ROOM), strict=True))
     torch.library.opcheck(CHECK_MASK, (mask, N, ROOM))
 

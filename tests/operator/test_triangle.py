@@ -24,7 +24,7 @@ def run(case, *tensors):
 @settings(max_examples=60, deadline=None)
 def test_forward_and_gradients_against_float64(case, budget):
     # Small score budgets make many row blocks out of few rows, so that every border between blocks is exercised.
-    before, kernel._SCORE_BUDGET = kernel._SCORE_BUDGET, budget
+    before, kernel.SCORE_BUDGET = kernel.SCORE_BUDGET, budget
     try:
         *qkv, key_mask = case.tensors(requires_grad=True)
         out, lse = run(case, *qkv, key_mask)
@@ -40,7 +40,7 @@ def test_forward_and_gradients_against_float64(case, budget):
         for mine, theirs in zip(got, torch.autograd.grad(want_loss, qkv), strict=True):
             torch.testing.assert_close(mine, theirs.nan_to_num(0.0), atol=1e-5, rtol=1e-5)
     finally:
-        kernel._SCORE_BUDGET = before
+        kernel.SCORE_BUDGET = before
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

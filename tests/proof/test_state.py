@@ -132,8 +132,8 @@ TENSORS = {
 @pytest.mark.parametrize("cells", [1 << 22, 16, 1])
 @pytest.mark.parametrize("name", TENSORS)
 def test_every_cell_counts(name, cells, monkeypatch):
-    monkeypatch.setattr(constants, "_CELLS", cells)
-    monkeypatch.setattr(constants, "_ROWS", max(2, cells // 4) if cells < 100 else 256)
+    monkeypatch.setattr(constants, "CELLS", cells)
+    monkeypatch.setattr(constants, "ROWS", max(2, cells // 4) if cells < 100 else 256)
     tensor = TENSORS[name].clone()
     term = recognise(tensor)
     assert term is not None
@@ -162,8 +162,8 @@ def test_what_follows_no_rule_is_not_recognised():
 
 
 def test_no_temporary_of_the_size_of_the_mask(monkeypatch):
-    monkeypatch.setattr(constants, "_ROWS", 8)
-    monkeypatch.setattr(constants, "_CELLS", 8 * 512)
+    monkeypatch.setattr(constants, "ROWS", 8)
+    monkeypatch.setattr(constants, "CELLS", 8 * 512)
     mask = torch.where(torch.ones(512, 512, dtype=torch.bool).tril(), 0.0, LOW)
     largest = 0
 

@@ -46,8 +46,8 @@ _WRITES = (
 
 def compiled(dim, group, padded, reach):
     """The kernel as the launch asks for it."""
-    keys, stages = hopper_launch._KEYS, hopper_launch._STAGES
-    registers, consumer, producer = hopper_launch._REGISTERS
+    keys, stages = hopper_launch.KEYS, hopper_launch.STAGES
+    registers, consumer, producer = hopper_launch.REGISTERS
     box = triton.next_power_of_2(group)
     block = triton.next_power_of_2(dim)
     shapes = {

@@ -8,12 +8,14 @@ class Runs:
 
     def __init__(self, monkeypatch, most=10**9):
         self.count, self.most = 0, most
-        original = CapturedModel._run
+        for name in ("run", "trace", "rerun", "gradients"):
+            monkeypatch.setattr(CapturedModel, name, self.counted(getattr(CapturedModel, name)))
 
-        def counted(captured, *args):
+    def counted(self, original):
+        def call(*args, **kwargs):
             if self.count == self.most:
                 raise KeyboardInterrupt
             self.count += 1
-            return original(captured, *args)
+            return original(*args, **kwargs)
 
-        monkeypatch.setattr(CapturedModel, "_run", counted)
+        return call

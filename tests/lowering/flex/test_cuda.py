@@ -187,7 +187,7 @@ def test_far_keys_are_copied_together():
             return torch.empty(1, tokens, heads, 128, dtype=torch.bfloat16).transpose(1, 2)[:, :8]
 
         for x, copied in ((keys(200_000, 96), True), (keys(100_000, 96), False), (keys(2_000_000, 8), False)):
-            assert flex_cuda._close_keys(x).is_contiguous() == copied
+            assert flex_cuda.close_keys(x).is_contiguous() == copied
 
 
 @torch.library.custom_op("tmx_test::realized", mutates_args=())

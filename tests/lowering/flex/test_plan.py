@@ -77,7 +77,7 @@ def test_the_plan_of_the_last_rows_against_brute_force(case, tiles, copies, bloc
     last = min(max(case.last, 1), case.q_len)
     where = rows.extent(key_mask, case.kv_len)
     padded = key_mask is not None
-    first, final = flex_cuda._span(query, key, where, last, padded=padded)
+    first, final = flex_cuda.span(query, key, where, last, padded=padded)
     plan = last_plan(query, case.kv_len, where, padded, first, final, case.reach, copies, blocks, tiles)
     assert plan.counts.shape[2] == copies * blocks
     end = [case.kv_len] * case.batch if where.end is case.kv_len else where.end.flatten().tolist()

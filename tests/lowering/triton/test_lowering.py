@@ -163,7 +163,7 @@ def test_without_triton_it_says_so(monkeypatch):
 def test_an_old_gpu_is_refused(monkeypatch):
     cuda = SimpleNamespace(is_available=lambda: True, get_device_capability=lambda device: (7, 5))
     monkeypatch.setattr(lowering.torch, "cuda", cuda)
-    assert "8.0 (Ampere)" in lowering._missing(torch.device("cuda"))
+    assert "8.0 (Ampere)" in lowering.missing(torch.device("cuda"))
 
 
 def test_auto_takes_it_on_cuda_alone(monkeypatch):

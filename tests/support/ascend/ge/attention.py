@@ -17,7 +17,7 @@ from tests.support.ascend.ge.node import BOOL, FLOATING, Call, Invalid
 
 COMPRESSED = 2048
 """Side of the mask that sparse modes 2, 3 and 4 need."""
-_DTYPES = (torch.float16, torch.bfloat16)
+DTYPES = (torch.float16, torch.bfloat16)
 _MASK_DTYPES = (*BOOL, torch.int8, torch.uint8)
 _LAYOUTS = ("BNSD", "BSND", "BSH", "BNSD_BSND")
 _DEFAULT, _ALL, _LEFT_UP, _RIGHT_DOWN, _BAND = range(5)
@@ -95,7 +95,7 @@ _TOKENS = (("sparse_mode", 0), ("pre_tokens", _UNLIMITED), ("next_tokens", _UNLI
 
 def _operands(call: Call, layout: str) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value as (B, N, S, D), checked against the manual's limits."""
-    query = call.tensor("query", _DTYPES)
+    query = call.tensor("query", DTYPES)
     keys, values = call.dynamic("key", (query.dtype,)), call.dynamic("value", (query.dtype,))
     call.require(len(keys) == 1 and len(values) == 1, "tensor lists for key and value are not implemented")
     key, value = keys[0], values[0]
