@@ -50,7 +50,7 @@ APART = {
 TESTS = Path(__file__).parent
 TEST = re.compile(r"(^|\.)(test_|conftest$|trianglemix_attention_test$)")
 PRIVATE = re.compile(r"_[A-Za-z]\w*")
-# Read by tests until these files have their next form: what numbering costs, of backend.py, and the retracer of program.py.
+# Read by tests until backend.py and passes/program.py have their next form.
 STILL_PRIVATE = {
     ("tests/benchmarks/test_quality_page.py", "_FIRST_N_COST"),
     ("tests/export/test_graph_modules.py", "_Retracer"),

@@ -14,7 +14,7 @@ from tmx_compile.testing import captured_graphs
 
 
 def attention(change=lambda s, q: s, weigh=lambda w, q: w, scale=SCALE):
-    """Causal attention with something else done to its scores or weights; on one tensor, as ``layered`` calls it."""
+    """Causal attention with something else done to its scores or weights; on one tensor, as ``Stack`` calls it."""
 
     def attend(x):
         q, k, v = qkv(x)

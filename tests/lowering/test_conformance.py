@@ -4,12 +4,14 @@ Eager runs of the emitted graphs cover many problems; compiled runs cover what I
 has no eager meaning (flex would form all scores) runs compiled only.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from tests.support.calls import Case, LoweringBackend, OneCall
 from tests.support.oracle import oracle
-from tests.support.problems import CASES, check, f32, f64
+from tests.support.problems import CASES, check, check_static, f32, f64
 from tmx_compile.lowering.table import ASCEND, BLOCKED, FLEX, NAMED, OPERATOR, REFERENCE, TRITON
 from tmx_compile.report import Rejected
 
@@ -22,27 +24,19 @@ COMPILED = [FLEX, BLOCKED]
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("lowering", EAGER, ids=lambda low: low.name)
 def test_emitted_graph(lowering, name):
-    case = CASES[name]
-    backend = LoweringBackend(lowering, inductor=False)
-    check(case, torch.compile(OneCall(*case.one_call), backend=backend, dynamic=False))
+    check_static(CASES[name], lowering, inductor=False)
 
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("lowering", COMPILED, ids=lambda low: low.name)
 def test_compiled(lowering, name):
-    case = CASES[name]
-    backend = LoweringBackend(lowering, inductor=True)
-    check(case, torch.compile(OneCall(*case.one_call), backend=backend, dynamic=False))
+    check_static(CASES[name], lowering, inductor=True)
 
 
 @pytest.mark.parametrize("name", ["no valid key", "left padding", "prime length", "more keys than rows"])
 @pytest.mark.parametrize("lowering", [BLOCKED, REFERENCE, OPERATOR], ids=lambda low: low.name)
 def test_float64_to_the_last_digits(lowering, name):
-    from dataclasses import replace
-
-    case = replace(CASES[name], dtype=f64)
-    backend = LoweringBackend(lowering, inductor=False)
-    check(case, torch.compile(OneCall(*case.one_call), backend=backend, dynamic=False))
+    check_static(replace(CASES[name], dtype=f64), lowering, inductor=False)
 
 
 @pytest.mark.parametrize("valid", [False, True], ids=["plain", "padded"])

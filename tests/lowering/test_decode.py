@@ -9,6 +9,7 @@ from torch import nn
 from transformers import DynamicCache, StaticCache
 
 from tests.support.calls import Case
+from tests.support.layers import OneLayer
 from tests.support.models import tiny_qwen3
 from tests.support.oracle import oracle, tolerance
 from tests.support.serving import CONFIG, SETTINGS, check_generated, left_padded, oracle_logits, prompt
@@ -188,15 +189,6 @@ class Step(nn.Module):
 
     def __init__(self, kind):
         super().__init__()
-        self.layers = nn.ModuleList([_Attend(kind)])
-
-    def forward(self, *args):
-        return self.layers[0](*args)
-
-
-class _Attend(nn.Module):
-    def __init__(self, kind):
-        super().__init__()
         self.kind = kind
 
     def forward(self, x, past):
@@ -218,7 +210,7 @@ def test_only_a_step_that_appends_its_own_key_streams(kind, eager):
     config = TriangleMixConfig(triangle_layer_indices=[0], num_sink_tokens=4, sliding_window_size=16)
     x, past = torch.randn(1, 2, 1, 16), torch.randn(1, 2, 60, 16)
     backend = tmx_backend(config, decode="streaming")
-    got = torch.compile(Step(kind), backend=backend)(x, past)
+    got = torch.compile(OneLayer(Step(kind)), backend=backend)(x, past)
     (site,) = backend.report
     if kind == "self":
         assert site.decision == "streaming"
@@ -226,10 +218,10 @@ def test_only_a_step_that_appends_its_own_key_streams(kind, eager):
         torch.testing.assert_close(got.double(), oracle(x, k, v, None, 4, 16, 0, 0.25)[0], atol=2e-5, rtol=0)
         return
     assert (site.decision, site.reason) == ("dense", "NOT_CAUSAL")
-    assert torch.equal(got, Step(kind)(x, past))
+    assert torch.equal(got, OneLayer(Step(kind))(x, past))
     torch._dynamo.reset()
     with pytest.raises(Exception, match="not causal") as error:
-        torch.compile(Step(kind), backend=tmx_backend(config, decode="streaming", strict=True))(x, past)
+        torch.compile(OneLayer(Step(kind)), backend=tmx_backend(config, decode="streaming", strict=True))(x, past)
     assert isinstance(getattr(error.value, "inner_exception", error.value), StrictModeError)
 
 

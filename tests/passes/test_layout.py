@@ -198,7 +198,7 @@ def test_the_operators_say_what_they_return(layout):
 
 def test_an_overlapping_result_is_refused(monkeypatch):
     """No kernel of torch gives one; the pass must not depend on it."""
-    monkeypatch.setattr("tmx_compile.graph.layout.memory_order", lambda node: None)
+    monkeypatch.setattr("tmx_compile.passes.judge.memory_order", lambda node: None)
     report = explain(Model(sdpa), made("BHND"), config=CONFIG)
     assert [r.reason for r in report] == [Reason.LAYOUT.name]
 

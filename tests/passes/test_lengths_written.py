@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.export import Dim
 
+from tests.support.oracle import under_mask
 from tmx_compile import Report, TriangleMixConfig, rewrite, tmx_backend
 from tmx_compile.graph.nodes import value_of
 from tmx_compile.proof.expressions import Lengths, Unwritable
@@ -40,12 +41,6 @@ class Model(nn.Module):
         return [layer(x, keys) for layer in self.layers]
 
 
-def dense(x, keys, mask):
-    """Attention in float64 under an explicit mask; a row without keys is 0."""
-    scores = (x.double() @ keys.double().mT * x.shape[-1] ** -0.5).masked_fill(~mask, float("-inf"))
-    return torch.softmax(scores, -1).nan_to_num(0.0) @ keys.double()
-
-
 PADDING = {
     "max(0, n - w)": lambda n, row, key: (key <= row) & (key >= max(0, n - 300)),
     "n // k": lambda n, row, key: (key <= row) & (key >= n // 3),
@@ -67,7 +62,7 @@ def check(masks, report, model, x, keys):
         results = model(x, keys)
     for name, result in zip(masks, results, strict=True):
         mask = masks[name](x.shape[2], torch.arange(x.shape[2])[:, None], torch.arange(keys.shape[2])[None])
-        assert (result - dense(x, keys, mask)).abs().max() < 2e-5, name
+        assert (result - under_mask(x, keys, mask)).abs().max() < 2e-5, name
     assert report.graphs == 1
 
 
@@ -147,7 +142,7 @@ def test_a_length_that_only_an_expression_carries(extra):
             x = packed[:, extra:].reshape(1, n, 2, 16).transpose(1, 2)
             key = torch.arange(n)
             mask = (key[None] <= key[:, None]) & (key >= n % 5)
-            assert (sparse.module()(packed) - dense(x, x, mask)).abs().max() < 2e-5
+            assert (sparse.module()(packed) - under_mask(x, x, mask)).abs().max() < 2e-5
 
 
 def test_what_a_graph_tells_and_what_it_does_not():

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tests.support.graphs import called
 from tests.support.oracle import oracle
 from tmx_compile import TriangleMixConfig, tmx_backend
 from tmx_compile.errors import VerificationError
@@ -19,11 +20,6 @@ from tmx_compile.testing import captured_graphs, rewritten_graphs
 
 N = 150
 LOWERINGS = ["blocked", "flex", "reference"]
-
-
-def called(node):
-    """The bare name of what a node calls."""
-    return op_name(node).rpartition(".")[2]
 
 
 def config_for(layers):

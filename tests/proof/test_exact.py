@@ -36,6 +36,13 @@ def qk(more=0):
     return torch.randn(B, H, N, D), torch.randn(B, H, N + more, D)
 
 
+def check_triangle(form, q, k, *rest):
+    """The site goes sparse, with the oracle's numbers."""
+    out, sites = compiled(form, (q, k, *rest))
+    assert sites == [("triangle", "")]
+    torch.testing.assert_close(out.double(), want_of(q, k), atol=2e-5, rtol=0)
+
+
 def ones(n, **kwargs):
     return torch.ones(n, n, **kwargs)
 
@@ -75,27 +82,19 @@ LONGER = {
 
 @pytest.mark.parametrize("name", CAUSAL)
 def test_written_forms(name):
-    q, k = qk()
-    out, sites = compiled(masked(CAUSAL[name]), (q, k))
-    assert sites == [("triangle", "")]
-    torch.testing.assert_close(out.double(), want_of(q, k), atol=2e-5, rtol=0)
+    check_triangle(masked(CAUSAL[name]), *qk())
 
 
 @pytest.mark.parametrize("name", LONGER)
 def test_written_forms_with_more_keys_than_rows(name):
-    q, k = qk(MORE)
-    out, sites = compiled(masked(LONGER[name]), (q, k))
-    assert sites == [("triangle", "")]
-    torch.testing.assert_close(out.double(), want_of(q, k), atol=2e-5, rtol=0)
+    check_triangle(masked(LONGER[name]), *qk(MORE))
 
 
 @pytest.mark.parametrize("more", [0, MORE])
 def test_a_causal_bias_of_torch(more):
     """It has to come from outside: a graph breaks where one is made, and what follows belongs to no layer."""
     q, k = qk(more)
-    out, sites = compiled(masked(lambda bias: bias), (q, k, causal_lower_right(N, N + more)))
-    assert sites == [("triangle", "")]
-    torch.testing.assert_close(out.double(), want_of(q, k), atol=2e-5, rtol=0)
+    check_triangle(masked(lambda bias: bias), q, k, causal_lower_right(N, N + more))
 
 
 # Where the tensors are not what the numbers would be. Every row has a key.
@@ -191,10 +190,7 @@ def eager(change):
 @pytest.mark.parametrize("name", CLAMPED)
 def test_scores_clamped_where_nothing_is_lower(name):
     """As XGLM and OPT do it: the mask's numbers may have overflowed to minus infinity."""
-    q, k = qk()
-    out, sites = compiled(eager(CLAMPED[name]), (q, k))
-    assert sites == [("triangle", "")]
-    torch.testing.assert_close(out.double(), want_of(q, k), atol=2e-5, rtol=0)
+    check_triangle(eager(CLAMPED[name]), *qk())
 
 
 @pytest.mark.parametrize("name", CUT)

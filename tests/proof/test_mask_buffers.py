@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.support.masked import CONFIG, INF, Model, N, check, expected, keys, rows, tensors
+from tests.support.masked import CONFIG, INF, N, check, expected, keys, model_with, rows, tensors
 from tmx_compile import explain, tmx_backend
 from tmx_compile.errors import TriangleMixError
 from tmx_compile.report import Reason
@@ -42,13 +42,13 @@ def test_a_buffer_is_read_by_its_values(name, start, eager):
 
 def test_a_buffer_of_no_simple_rule_stays_unknown(eager):
     for mask in (BUFFERS["windowed"], lower ^ (torch.rand(400, 400) < 0.1)):
-        (site,) = explain(Model(Buffered(mask)), *tensors(), config=CONFIG)
+        (site,) = explain(model_with(Buffered(mask)), *tensors(), config=CONFIG)
         assert site.reason == Reason.MASK_UNKNOWN.name
 
 
 def test_a_changed_buffer_fails_loudly_and_the_same_again_does_not(eager):
     mask_of = Buffered(lower.clone())
-    model = torch.compile(Model(mask_of), backend=tmx_backend(CONFIG, lowering="operator", strict=True))
+    model = torch.compile(model_with(mask_of), backend=tmx_backend(CONFIG, lowering="operator", strict=True))
     args = tensors()
     want = model(*args)
     mask_of.mask.copy_(lower)

@@ -7,7 +7,21 @@ PyTorch computes it, and-ed with the triangle of the definition.
 import pytest
 import torch
 
-from tests.support.masked import CONFIG, INF, WINDOW, B, Model, N, causal, check, expected, keys, numbers, rows, tensors
+from tests.support.masked import (
+    CONFIG,
+    INF,
+    WINDOW,
+    B,
+    N,
+    causal,
+    check,
+    expected,
+    keys,
+    model_with,
+    numbers,
+    rows,
+    tensors,
+)
 from tmx_compile import explain, tmx_backend
 from tmx_compile.report import Reason
 
@@ -58,7 +72,7 @@ def test_a_windowed_layer_compiled_with_flex(padded):
         return mask & m.bool()[:, None, None, :] if padded else mask
 
     args = tensors()
-    got = torch.compile(Model(mask_of), backend=tmx_backend(CONFIG, lowering="flex", strict=True))(*args, valid)
+    got = torch.compile(model_with(mask_of), backend=tmx_backend(CONFIG, lowering="flex", strict=True))(*args, valid)
     torch.testing.assert_close(got.double(), expected(*args, mask_of(*args[:2], valid)), atol=2e-5, rtol=0)
 
 
@@ -66,7 +80,7 @@ def test_a_window_no_longer_than_the_triangles_saves_nothing(eager):
     def mask_of(q, k):
         return causal(q, k) & (rows(q) - keys(k) <= WINDOW)
 
-    report = explain(Model(mask_of), *tensors(), config=CONFIG)
+    report = explain(model_with(mask_of), *tensors(), config=CONFIG)
     (site,) = report
     assert site.reason == Reason.WINDOWED.name
     assert site.detail == f"{WINDOW + 1} keys"
@@ -112,7 +126,7 @@ def test_a_chunk_after_a_cache(eager):
 
 def test_a_row_beyond_the_cache_fails_loudly(eager):
     backend = tmx_backend(CONFIG, lowering="operator", strict=True)
-    model = torch.compile(Model(lambda q, k, start: keys(k) <= rows(q) + start), backend=backend)
+    model = torch.compile(model_with(lambda q, k, start: keys(k) <= rows(q) + start), backend=backend)
     with pytest.raises(ValueError, match=f"start at key 11, and {N} rows among {N + 10} keys start at 0 to 10"):
         model(*tensors(N + 10), torch.tensor(11))
 
@@ -151,7 +165,7 @@ def test_documents_of_other_keys_are_refused(eager):
     def mask_of(q, k, d):
         return causal(q, k) & (d[:, None, :, None] == d[:, None, None, :].flip(-1))
 
-    (site,) = explain(Model(mask_of), *tensors(), numbers(), config=CONFIG)
+    (site,) = explain(model_with(mask_of), *tensors(), numbers(), config=CONFIG)
     assert site.reason == Reason.MASK_UNKNOWN.name
 
 
@@ -209,5 +223,5 @@ def test_additive_masks(name, eager):
 
 
 def test_not_low_enough_is_a_bias(eager):
-    (site,) = explain(Model(big(-1000.0)), *tensors(), torch.ones(B, N), config=CONFIG)
+    (site,) = explain(model_with(big(-1000.0)), *tensors(), torch.ones(B, N), config=CONFIG)
     assert (site.reason, site.detail) == (Reason.FLOAT_BIAS.name, "adds -1000 to scores")

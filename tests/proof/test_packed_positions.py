@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.support.masked import CONFIG, Model, causal, check, numbers, tensors
+from tests.support.masked import CONFIG, causal, check, model_with, numbers, tensors
 from tmx_compile import explain
 from tmx_compile.report import Reason
 
@@ -58,6 +58,6 @@ def test_position_ids_prove_nothing_across_documents(eager):
 
     for mask_of in (alone, by_twos):
         torch._dynamo.reset()
-        (site,) = explain(Model(mask_of), *tensors(), positions_of(numbers()), config=CONFIG)
+        (site,) = explain(model_with(mask_of), *tensors(), positions_of(numbers()), config=CONFIG)
         assert site.decision == "dense"
         assert site.reason in (Reason.POSITIONS_UNKNOWN.name, Reason.MASK_UNKNOWN.name)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.support.masked import CONFIG, B, Model, N, check, expected, keys, tensors
+from tests.support.masked import CONFIG, B, N, check, expected, keys, model_with, tensors
 from tmx_compile import explain, tmx_backend
 from tmx_compile.report import Reason
 
@@ -24,7 +24,7 @@ def whole_mask(kv_len=N, first=0, dtype=torch.bool):
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32], ids=["bool", "float"])
 def test_a_mask_that_is_handed_in_needs_the_promise(dtype, eager):
     args, mask = tensors(), whole_mask(dtype=dtype)
-    (site,) = explain(Model(handed), *args, mask, config=CONFIG)
+    (site,) = explain(model_with(handed), *args, mask, config=CONFIG)
     assert site.reason == (Reason.MASK_UNKNOWN if dtype is torch.bool else Reason.FLOAT_BIAS).name
     torch._dynamo.reset()
     check(handed, args, mask, eager=eager, assume_causal=True)
@@ -49,7 +49,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_promise_fails_loudly(name, eager):
-    model = torch.compile(Model(handed), backend=tmx_backend(CONFIG, lowering="operator", assume_causal=True))
+    model = torch.compile(model_with(handed), backend=tmx_backend(CONFIG, lowering="operator", assume_causal=True))
     args = tensors()
     model(*args, whole_mask())
     with pytest.raises(ValueError, match="assume_causal was promised, but a mask is not causal"):
@@ -57,7 +57,7 @@ def test_a_broken_promise_fails_loudly(name, eager):
 
 
 def test_a_promised_bias_fails_loudly(eager):
-    model = torch.compile(Model(handed), backend=tmx_backend(CONFIG, lowering="operator", assume_causal=True))
+    model = torch.compile(model_with(handed), backend=tmx_backend(CONFIG, lowering="operator", assume_causal=True))
     with pytest.raises(ValueError, match="other than 0 and minus infinity"):
         model(*tensors(), whole_mask(dtype=torch.float32) - 0.5)
 
@@ -84,11 +84,11 @@ def test_a_constant_beside_the_promised_positions_counts(behind, eager):
 @pytest.mark.parametrize("mask_of", [by_positions, from_buffer])
 def test_row_positions_that_are_handed_in_need_the_promise(mask_of, eager):
     args, positions = tensors(300), torch.arange(20, 20 + N)
-    (site,) = explain(Model(mask_of), *args, positions, config=CONFIG)
+    (site,) = explain(model_with(mask_of), *args, positions, config=CONFIG)
     assert site.reason in (Reason.POSITIONS_UNKNOWN.name, Reason.MASK_UNKNOWN.name)
     torch._dynamo.reset()
     backend = tmx_backend(CONFIG, lowering="operator", strict=True, assume_causal=True)
-    model = torch.compile(Model(mask_of), backend=backend)
+    model = torch.compile(model_with(mask_of), backend=backend)
     want = expected(*args, mask_of(*args[:2], positions), 20)
     torch.testing.assert_close(model(*args, positions).double(), want, atol=2e-5, rtol=0)
     with pytest.raises(ValueError, match="the positions of the rows are not consecutive"):

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tests.support.oracle import under_mask
 from tmx_compile import Report, TriangleMixConfig, TriangleMixError, tmx_backend
 from tmx_compile.proof import constants
 from tmx_compile.proof.constants import KnownTensor, recognise
@@ -15,12 +16,6 @@ from tmx_compile.proof.constants import KnownTensor, recognise
 CONFIG = TriangleMixConfig(triangle_layer_indices=[0], sliding_window_size=4000, min_seq_len=32)
 N = 70
 LOW = torch.finfo(torch.float32).min
-
-
-def dense(x, keys, mask):
-    """Attention in float64 under an explicit mask; a row without keys is 0."""
-    scores = (x.double() @ keys.double().mT * x.shape[-1] ** -0.5).masked_fill(~mask, float("-inf"))
-    return torch.softmax(scores, -1).nan_to_num(0.0) @ keys.double()
 
 
 def square(diagonal=0):
@@ -71,12 +66,12 @@ def test_a_written_constant_is_noticed_however_it_was_written(write, kind, eager
     model, run = compiled(mask)
     x = torch.randn(1, 2, N, 16)
     with torch.no_grad():
-        assert (run(x) - dense(x, x, square())).abs().max() < 2e-5
+        assert (run(x) - under_mask(x, x, square())).abs().max() < 2e-5
         WRITES[write](model[0].mask)
         with pytest.raises(TriangleMixError, match="has changed since the model was compiled"):
             run(x)
         model[0].mask.data = square() if kind == "bool" else added(0.0, LOW)
-        assert (run(x) - dense(x, x, square())).abs().max() < 2e-5
+        assert (run(x) - under_mask(x, x, square())).abs().max() < 2e-5
 
 
 @pytest.mark.parametrize("write", WRITES)
@@ -93,7 +88,7 @@ def test_a_written_constant_runs_as_written_with_one_warning(write, eager):
             warnings.simplefilter("error")
             assert torch.equal(run(x), model(x))
         model[0].mask.data = square()
-        assert (run(x) - dense(x, x, square())).abs().max() < 2e-5
+        assert (run(x) - under_mask(x, x, square())).abs().max() < 2e-5
 
 
 def test_a_buffer_made_in_inference_mode(eager):
@@ -101,7 +96,7 @@ def test_a_buffer_made_in_inference_mode(eager):
     with torch.inference_mode():
         model, run = compiled(square())
         for _ in range(2):
-            assert (run(x) - dense(x, x, square())).abs().max() < 2e-5
+            assert (run(x) - under_mask(x, x, square())).abs().max() < 2e-5
         model[0].mask[9, 30] = True
         with pytest.raises(TriangleMixError, match="has changed"):
             run(x)
@@ -222,7 +217,7 @@ def test_rows_start_among_the_keys_or_the_call_says_so(by_positions, dynamic, lo
                 torch._dynamo.mark_dynamic(where, 0)
         with torch.no_grad():
             if 0 <= start <= room:
-                want = dense(x, keys, torch.arange(N + room)[None] <= rows[:, None])
+                want = under_mask(x, keys, torch.arange(N + room)[None] <= rows[:, None])
                 assert (model(x, keys, where) - want).abs().max() < 2e-5
             else:
                 with pytest.raises(ValueError, match=f"start at key {start}, and {N} rows|not consecutive"):

@@ -3,7 +3,7 @@
 import torch
 
 from tmx_compile.find import find_attention
-from tmx_compile.graph.nodes import value_of
+from tmx_compile.graph.nodes import op_name, value_of
 from tmx_compile.testing import captured_graphs
 
 
@@ -17,3 +17,8 @@ def squares(gm, n):
     """The tensors that have rows and keys: none may be left."""
     values = [(node, value_of(node)) for node in gm.graph.nodes]
     return [x.name for x, v in values if isinstance(v, torch.Tensor) and sum(bool(s == n) for s in v.shape) > 1]
+
+
+def called(node):
+    """The bare name of what a node calls."""
+    return op_name(node).rpartition(".")[2]

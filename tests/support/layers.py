@@ -30,11 +30,11 @@ class Call(nn.Module):
 
 
 class OneLayer(nn.Module):
-    """A call in the place of layer 0, and nothing else: its result is the model's."""
+    """A function or a module in the place of layer 0, and nothing else: its result is the model's."""
 
     def __init__(self, call):
         super().__init__()
-        self.layers = nn.ModuleList([Call(call)])
+        self.layers = nn.ModuleList([call if isinstance(call, nn.Module) else Call(call)])
 
     def forward(self, *args):
         return self.layers[0](*args)

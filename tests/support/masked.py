@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tests.support.layers import OneLayer
 from tests.support.oracle import rule
 from tmx_compile import TriangleMixConfig, tmx_backend
 from tmx_compile.operator import OPERATOR
@@ -31,13 +32,9 @@ class Layer(nn.Module):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask_of(q, k, *rest), enable_gqa=True)
 
 
-class Model(nn.Module):
-    def __init__(self, mask_of):
-        super().__init__()
-        self.layers = nn.ModuleList([Layer(mask_of)])
-
-    def forward(self, *args):
-        return self.layers[0](*args)
+def model_with(mask_of):
+    """The layer alone."""
+    return OneLayer(Layer(mask_of))
 
 
 def tensors(kv_len=N, batch=B):
@@ -75,7 +72,7 @@ def check(mask_of, args, *rest, eager, first=None, document=None, lowering="oper
         for x in (*args, *rest):
             if x.dim():
                 torch._dynamo.mark_dynamic(x, 2 if x.dim() == 4 and x.shape[-1] == D else x.dim() - 1)
-    got = torch.compile(Model(mask_of), backend=backend)(*args, *rest)
+    got = torch.compile(model_with(mask_of), backend=backend)(*args, *rest)
     want = expected(*args, mask_of(*args[:2], *rest), first, document)
     torch.testing.assert_close(got.double(), want, atol=2e-5, rtol=0)
     (site,) = backend.report

@@ -3,7 +3,7 @@
 import torch
 from hypothesis import strategies as st
 
-from tests.support.calls import Case
+from tests.support.calls import Case, LoweringBackend, OneCall
 from tests.support.oracle import oracle, tolerance
 from tmx_compile.operator import ALL_ROWS
 
@@ -69,6 +69,12 @@ def check(case, compiled, tol=None, dynamic=False):
     assert out.shape == want.shape
     assert out.dtype == case.dtype
     torch.testing.assert_close(out.double(), want, atol=tol or tolerance(case.dtype), rtol=0)
+
+
+def check_static(case, lowering, inductor):
+    """The case through one lowering, with constant lengths."""
+    backend = LoweringBackend(lowering, inductor)
+    check(case, torch.compile(OneCall(*case.one_call), backend=backend, dynamic=False))
 
 
 LENGTHS, NEVER = st.integers(1, 260), st.just(False)

@@ -1,7 +1,7 @@
 """Whole models through the real torchair, run from the protobuf by the interpreter, against float64 oracles.
 
 The oracle is Hugging Face's own eager attention in float64, with the triangle mask written out where a layer is
-sparse (``tests/support.py``): nothing of ``tmx_compile`` nor of the interpreter is in it.
+sparse (``tests/support``): nothing of ``tmx_compile`` nor of the interpreter is in it.
 """
 
 from __future__ import annotations

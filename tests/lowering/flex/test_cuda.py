@@ -10,9 +10,10 @@ from torch._subclasses import FakeTensorMode
 
 from tests.support.calls import Case, LoweringBackend, OneCall
 from tests.support.flex_eager import CudaFlexInEager, flex_eager
+from tests.support.graphs import called
 from tests.support.oracle import oracle
-from tests.support.problems import CASES, cases, check
-from tmx_compile.graph.nodes import INSERTED, fake_mode_of, op_name, tensor_of
+from tests.support.problems import CASES, cases, check, check_static
+from tmx_compile.graph.nodes import INSERTED, fake_mode_of, tensor_of
 from tmx_compile.lowering.base import AttentionCall
 from tmx_compile.lowering.flex import cuda as flex_cuda
 from tmx_compile.lowering.table import FLEX
@@ -23,15 +24,10 @@ from tmx_compile.report import Accepted, Rejected
 IN_EAGER = CudaFlexInEager()
 
 
-def called(node):
-    """The bare name of what a node calls."""
-    return op_name(node).rpartition(".")[2]
-
-
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.dim >= 16])
 def test_conformance(name):
     case = CASES[name]
-    check(case, torch.compile(OneCall(*case.one_call), backend=LoweringBackend(IN_EAGER, False), dynamic=False))
+    check_static(case, IN_EAGER, inductor=False)
 
 
 # Where every row is a last row, and where a sequence ends before or starts after some of the rows.
@@ -48,7 +44,7 @@ EDGES = {
 @pytest.mark.parametrize("name", EDGES)
 def test_edges(name):
     case = EDGES[name]
-    check(case, torch.compile(OneCall(*case.one_call), backend=LoweringBackend(IN_EAGER, False), dynamic=False))
+    check_static(case, IN_EAGER, inductor=False)
 
 
 @given(cases())
@@ -56,7 +52,7 @@ def test_edges(name):
 def test_random_problems(case):
     torch._dynamo.reset()
     case = replace(case, dim=16, v_dim=case.v_dim and 17, dtype=torch.float32)
-    check(case, torch.compile(OneCall(*case.one_call), backend=LoweringBackend(IN_EAGER, False), dynamic=False))
+    check_static(case, IN_EAGER, inductor=False)
 
 
 @pytest.mark.parametrize("valid", [False, True], ids=["plain", "padded"])

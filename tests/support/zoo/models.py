@@ -38,6 +38,21 @@ TEXT = WIDTH | dict(
     bos_token_id=START,
     eos_token_id=None,
 )
+ENCODER_DECODER = dict(
+    vocab_size=VOCABULARY,
+    d_model=32,
+    encoder_layers=2,
+    decoder_layers=2,
+    encoder_attention_heads=4,
+    decoder_attention_heads=4,
+    encoder_ffn_dim=48,
+    decoder_ffn_dim=48,
+    init_std=0.2,
+    bos_token_id=START,
+    pad_token_id=0,
+    eos_token_id=None,
+    decoder_start_token_id=START,
+)
 # Every expert takes part, so that rounding cannot change which.
 EXPERTS = dict(num_experts_per_tok=4, moe_intermediate_size=24)
 
@@ -315,21 +330,9 @@ MODELS: tuple[Model, ...] = (
     Model(
         "BART",
         lambda: hf.BartConfig(
-            vocab_size=VOCABULARY,
-            d_model=32,
-            encoder_layers=2,
-            decoder_layers=2,
-            encoder_attention_heads=4,
-            decoder_attention_heads=4,
-            encoder_ffn_dim=48,
-            decoder_ffn_dim=48,
             max_position_embeddings=512,
-            init_std=0.2,
-            bos_token_id=START,
-            pad_token_id=0,
-            eos_token_id=None,
             forced_eos_token_id=None,
-            decoder_start_token_id=START,
+            **ENCODER_DECODER,
         ),
         hf.BartForConditionalGeneration,
         r"model\.decoder\.layers\.\d+\.self_attn",
@@ -338,22 +341,10 @@ MODELS: tuple[Model, ...] = (
     Model(
         "Whisper",
         lambda: hf.WhisperConfig(
-            vocab_size=VOCABULARY,
             num_mel_bins=8,
-            d_model=32,
-            encoder_layers=2,
-            decoder_layers=2,
-            encoder_attention_heads=4,
-            decoder_attention_heads=4,
-            encoder_ffn_dim=48,
-            decoder_ffn_dim=48,
             max_source_positions=100,
             max_target_positions=512,
-            init_std=0.2,
-            bos_token_id=START,
-            pad_token_id=0,
-            eos_token_id=None,
-            decoder_start_token_id=START,
+            **ENCODER_DECODER,
         ),
         hf.WhisperForConditionalGeneration,
         r"model\.decoder\.layers\.\d+\.self_attn",
