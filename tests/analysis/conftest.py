@@ -6,14 +6,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
-from tests.support import tiny_qwen3
-
-LAYERS = 3
-
-
-def stored_model():
-    """The model of :func:`folder`; its weights are large enough for attention to matter."""
-    return tiny_qwen3(layers=LAYERS, initializer_range=0.2)
+from tests.support.models import stored_model
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.support import tiny_qwen3
+from tests.support.models import tiny_qwen3
 from tmx_compile import TriangleMixConfig, tmx_backend
 from tmx_compile.analysis import Choice, Evaluation, Interval, Record
 from tmx_compile.analysis.choose import advise
@@ -309,7 +309,7 @@ def test_the_lowering_is_the_one_that_auto_takes():
     backend = tmx_backend(TriangleMixConfig(*GEOMETRIES[0], triangle_layer_indices=[0], min_seq_len=256))
     x = torch.randn(1, 2, 400, 16)
     with torch.no_grad():
-        torch.compile(layer._Model(), backend=backend)(x, x[:, :1], x[:, :1])
+        torch.compile(layer.Model(), backend=backend)(x, x[:, :1], x[:, :1])
     assert [site.lowering for site in backend.report] == taken[:1]
 
 

@@ -6,7 +6,8 @@ On a GPU: ``python -m pytest tests/analysis/test_analysis_cuda.py``.
 import pytest
 import torch
 
-from tests.support import masked_oracle, tiny_qwen3, with_masks
+from tests.support.models import masked_oracle, tiny_qwen3, with_masks
+from tests.support.oracle import rule
 from tmx_compile import TriangleMixConfig, calibrate
 from tmx_compile.analysis import CapturedModel, Inputs
 from tmx_compile.analysis.capture import sections
@@ -52,12 +53,11 @@ def test_pieces(monkeypatch):
     answers, ids = watched(monkeypatch), torch.randint(0, 128, (1, 80))
     captured = CapturedModel(model, TriangleMixConfig(*GEOMETRY))
     inputs = Inputs(kwargs={"input_ids": ids.cuda(), "use_cache": False})
-    sink, window, last = GEOMETRY
+    sink, window, _ = GEOMETRY
     with captured.pieces([(40, GEOMETRY), (60, GEOMETRY), (80, (sink, window, 0))]):
         got = captured.run(inputs, (0, 1)).logits.cpu().double()
     row, key = torch.arange(80)[:, None], torch.arange(80)
-    whole = sum((row >= end - last) & (row < end) for end in (40, 60)).bool()
-    mask = (key <= row) & ((key < sink) | (key >= row - window) | whole)
+    mask = rule(row, key, 0, 40, *GEOMETRY) | rule(row, key, 0, 60, *GEOMETRY)
     torch.testing.assert_close(got, with_masks(same, ids, {0: mask, 1: mask}), atol=2e-3, rtol=0)
     assert [type(answer) for answer in answers] == [torch.Tensor] * 6
 

@@ -8,8 +8,8 @@ import warnings
 import pytest
 import torch
 
-from tests.analysis.explicit import Decoder, GatedModel, middle_mask, one_gate
-from tests.analysis.runs import Runs
+from tests.support.gates import Decoder, GatedModel, middle_mask, one_gate
+from tests.support.runs import Runs
 from tmx_compile import TriangleMixConfig, TriangleMixInferenceConfig, calibrate, tmx_backend
 from tmx_compile.analysis import Inputs, Sample
 from tmx_compile.analysis.capture.samples import final_logits, samples_of

@@ -5,13 +5,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.analysis.explicit import Decoder, GatedModel, middle_mask, one_gate
-from tests.layered import Stack
-from tests.support import masked_oracle, tiny_qwen3
+from tests.support.gates import Decoder, GatedModel, middle_mask, one_gate
+from tests.support.layers import Stack
+from tests.support.memory import Largest
+from tests.support.models import masked_oracle, tiny_qwen3
 from tmx_compile import TriangleMixConfig, TriangleMixError
 from tmx_compile.analysis import CapturedModel, Inputs
 from tmx_compile.analysis.capture import sections as sections_module
 from tmx_compile.analysis.capture.samples import final_logits
+from tmx_compile.analysis.capture.switch import Switchboard
 
 N, HEADS = 48, 4
 GEOMETRY = (2, 6, 5)
@@ -64,15 +66,15 @@ def test_a_trace_with_other_pieces_is_not_taken_up():
     assert not torch.equal(again, captured.run(inputs, (1, 2)).logits)
 
 
-def test_a_rerun_from_a_trace_is_the_run():
+def test_a_rerun_from_a_trace_is_the_run(monkeypatch):
     model = tiny_qwen3(layers=4)
     captured, inputs = CapturedModel(model, CONFIG), call(token_ids())
     logits, trace = captured.trace(inputs)
     assert torch.equal(logits.logits, captured.run(inputs).logits)
     assert sorted(trace.states) == [0, 1, 2, 3]
     visits = []
-    attend = captured._board.attend
-    captured._board.attend = lambda layer, x: visits.append(layer) or attend(layer, x)
+    attend = Switchboard.attend
+    monkeypatch.setattr(Switchboard, "attend", lambda board, layer, x: visits.append(layer) or attend(board, layer, x))
     for sparse in ((2,), (1, 3), (0,), ()):
         visits.clear()
         again = captured.rerun(trace, sparse).logits
@@ -219,9 +221,7 @@ def test_padded_sequences_are_kept_apart(side):
 
 
 def test_no_attention_map_is_formed_on_the_way(monkeypatch):
-    monkeypatch.setattr(sections_module, "_SCORE_BUDGET", 1 << 15)
-    from tests.analysis.test_sections import Largest
-
+    monkeypatch.setattr(sections_module, "SCORE_BUDGET", 1 << 15)
     n = 1024
     model = tiny_qwen3(layers=2)
     captured, ids = CapturedModel(model, TriangleMixConfig()), token_ids(n=n)

@@ -8,8 +8,9 @@ import statistics
 import pytest
 import torch
 
-from tests.analysis.runs import Runs
-from tests.support import attended, tiny_qwen3
+from tests.support.models import tiny_qwen3
+from tests.support.oracle import attended
+from tests.support.runs import Runs
 from tmx_compile import TriangleMixConfig, calibrate
 from tmx_compile.analysis import Choice, Evaluation, candidates, read_ranking
 from tmx_compile.analysis.judge import evaluate
@@ -45,10 +46,7 @@ def choice_masks(choice, total):
     sparse = dense.clone()
     sparse[:n, :n] = attended(n, n, None, *choice.geometry)[0]
     if choice.streaming:
-        sink, window, _ = choice.geometry
-        for row in range(n, total):
-            for column in range(row + 1):
-                sparse[row, column] = column < sink or row - column <= window
+        sparse[n:] = attended(total, total, None, *choice.geometry[:2], 0)[0, n:]
     return dense, sparse
 
 

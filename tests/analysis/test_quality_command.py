@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from tests.analysis.conftest import LAYERS, stored_model
+from tests.support.models import LAYERS, stored_model
 from tmx_compile import TriangleMixConfig
 from tmx_compile.analysis import Choice, Evaluation
 from tmx_compile.analysis.judge import command as quality_command

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.support import Case, attended
+from tests.support.calls import Case
+from tests.support.memory import Largest
+from tests.support.oracle import attended
 from tmx_compile.analysis.capture import sections
 from tmx_compile.analysis.capture.sections import AttentionInputs, RecordMiddle, middle_output, middle_sums
 from tmx_compile.operator import ALL_ROWS
@@ -57,7 +58,7 @@ def problem(case):
 @pytest.mark.parametrize("budget", [1 << 21, 1], ids=["one block", "small blocks"])
 @pytest.mark.parametrize("name", CASES)
 def test_sums_and_gradients_are_those_of_explicit_maps(monkeypatch, name, budget):
-    monkeypatch.setattr(sections, "_SCORE_BUDGET", budget)
+    monkeypatch.setattr(sections, "SCORE_BUDGET", budget)
     case = CASES[name]
     q, k, v, key_mask, d_out = problem(case)
     inputs = AttentionInputs(q, k, v, key_mask, case.scale, case.reach)
@@ -105,21 +106,6 @@ def test_the_function_is_dense_attention_and_records_once():
         torch.testing.assert_close(got.double(), want, rtol=2e-4, atol=2e-4)
 
 
-class Largest(TorchDispatchMode):
-    """The largest number of elements that any operator returns."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in torch.utils._pytree.tree_leaves(out):
-            if isinstance(x, torch.Tensor):
-                self.elements = max(self.elements, x.numel())
-        return out
-
-
 def test_no_score_matrix_is_ever_whole():
     n = 6144
     q, k, v, d_out = (torch.randn(1, 1, n, 8) for _ in range(4))
@@ -127,4 +113,4 @@ def test_no_score_matrix_is_ever_whole():
     out = inputs.dense()
     with Largest() as largest:
         middle_sums(inputs, (4, 32, 64), out, d_out)
-    assert largest.elements <= sections._SCORE_BUDGET < n * n / 16
+    assert largest.elements <= sections.SCORE_BUDGET < n * n / 16

@@ -4,11 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
-from support import attended, masked_oracle, tiny_qwen3
 from torch import nn
 from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
 from torch._higher_order_ops.wrap import tag_activation_checkpoint
 
+from tests.support.models import masked_oracle, tiny_qwen3
+from tests.support.oracle import attended
 from tmx_compile import TriangleMixConfig, tmx_backend
 from tmx_compile.graph.children import flatten, restore
 from tmx_compile.operator import OPERATOR

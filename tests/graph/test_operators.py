@@ -6,10 +6,10 @@ import operator
 import pytest
 import torch
 import torch.nn.functional as F
-from reading import evaluate
-from torch import nn
 from torch.fx import Graph, Node
 
+from tests.support.layers import OneLayer
+from tests.support.reading import evaluate
 from tmx_compile import Report, TriangleMixConfig, tmx_backend
 from tmx_compile.graph.calls import call_of
 from tmx_compile.graph.nodes import op_name
@@ -86,23 +86,12 @@ IMPOSTORS = {
 }
 
 
-class Model(nn.Module):
-    def __init__(self, form):
-        super().__init__()
-        layer = nn.Module()
-        layer.forward = form
-        self.layers = nn.ModuleList([layer])
-
-    def forward(self, x):
-        return self.layers[0](x)
-
-
 def judged(form, x):
     """What became of the sites, and the compiled result beside eager's; the triangle keeps all that is causal."""
     torch._dynamo.reset()
     report = Report()
     config = TriangleMixConfig(triangle_layer_indices=[0], sliding_window_size=4 * N, min_seq_len=64)
-    got = torch.compile(Model(form), backend=tmx_backend(config, report=report))(x)
+    got = torch.compile(OneLayer(form), backend=tmx_backend(config, report=report))(x)
     return [site.decision for site in report], got, form(x)
 
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import Case, LoweringBackend, OneCall, oracle, tolerance
-from test_conformance import CASES
 
-from tests.ascend import npu_ops
-from tests.ascend.ge import attention as manual
+from tests.support.ascend import npu_ops
+from tests.support.ascend.ge import attention as manual
+from tests.support.calls import Case, LoweringBackend, OneCall
+from tests.support.oracle import oracle, tolerance
+from tests.support.problems import CASES, check
 from tmx_compile.lowering.ascend import Ascend, calls, eager
 from tmx_compile.lowering.ascend import lowering as ascend
 from tmx_compile.lowering.base import AttentionCall
@@ -33,21 +34,7 @@ def _operators():
 def float32(monkeypatch):
     """float32 all the way through, which the operators do not take: so that the arithmetic shows."""
     for module in (ascend, manual):
-        monkeypatch.setattr(module, "_DTYPES", (*module._DTYPES, torch.float32))
-
-
-def check(case, compiled, dynamic=()):
-    *qkv, key_mask = case.tensors()
-    for x, dims in ((qkv[0], (2, 0)), (qkv[1], (2, 0)), (qkv[2], (2, 0)), (key_mask, (1, 0))):
-        if x is not None:
-            for dim in dims[: len(dynamic)]:
-                torch._dynamo.mark_dynamic(x, dim)
-    with torch.no_grad():
-        out = compiled(*qkv, key_mask)
-    want, _ = oracle(*qkv, key_mask, *case.arguments)
-    assert out.shape == want.shape
-    assert out.dtype == case.dtype
-    torch.testing.assert_close(out.double(), want, atol=tolerance(case.dtype), rtol=0)
+        monkeypatch.setattr(module, "DTYPES", (*module.DTYPES, torch.float32))
 
 
 def graph_of(case):
@@ -147,7 +134,7 @@ def test_one_compile_serves_every_length(geometry, valid, float32):
     for n in (150, *EDGES[1:]):
         ranges = ((n // 3, n), (0, n - n // 4)) if valid else None
         case = Case(n, n, *geometry, batch=2, heads=4, kv_heads=2, valid=ranges, dtype=torch.float32)
-        check(case, compiled, dynamic=(2,))
+        check(case, compiled, dynamic=True)
     assert backend.compiles == 1
 
 

@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support import Case, LoweringBackend, OneCall, oracle, tolerance
-from test_conformance import CASES
 
+from tests.support.calls import Case, LoweringBackend, OneCall
+from tests.support.oracle import oracle, tolerance
+from tests.support.problems import CASES
 from tmx_compile.lowering.table import NAMED
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")

@@ -6,22 +6,17 @@ The window is wider than the prompts, so that a sparse layer's numbers are those
 import pytest
 import torch
 import torch.nn.functional as F
-from support import Case, LoweringBackend, OneCall, oracle
 from torch import nn
 
+from tests.support.calls import Case, LoweringBackend, OneCall
+from tests.support.layers import OneLayer
+from tests.support.oracle import oracle, under_mask
 from tmx_compile import Report, TriangleMixConfig, tmx_backend
 from tmx_compile.lowering.table import BLOCKED, OPERATOR, REFERENCE, TRITON
 from tmx_compile.operator import ALL_ROWS, triangle_attention
 
 N = 70
 CONFIG = TriangleMixConfig(triangle_layer_indices=[0], sliding_window_size=4000, min_seq_len=32)
-
-
-def dense(x, mask):
-    """Attention in float64 under a (B, N, N) mask; a row without keys is 0."""
-    mask = mask[:, None]
-    scores = (x.double() @ x.double().mT * x.shape[-1] ** -0.5).masked_fill(~mask, float("-inf"))
-    return torch.softmax(scores, -1).nan_to_num(0.0) @ x.double()
 
 
 class Layer(nn.Module):
@@ -35,15 +30,6 @@ class Layer(nn.Module):
         if self.documents:
             mask = mask & (document[:, None, :, None] == document[:, None, None, :])
         return F.scaled_dot_product_attention(x, x, x, attn_mask=mask)
-
-
-class Model(nn.Module):
-    def __init__(self, documents):
-        super().__init__()
-        self.layers = nn.ModuleList([Layer(documents)])
-
-    def forward(self, *inputs):
-        return self.layers[0](*inputs)
 
 
 HIDDEN = {
@@ -65,7 +51,7 @@ def test_every_row_with_a_visible_key_equals_eager(path, dynamic, eager):
     documents = path == "documents"
     report = Report()
     lowering = "operator" if documents else path
-    model = torch.compile(Model(documents), backend=tmx_backend(CONFIG, report=report, lowering=lowering))
+    model = torch.compile(OneLayer(Layer(documents)), backend=tmx_backend(CONFIG, report=report, lowering=lowering))
     place = torch.arange(N)
     document = (place // 30)[None].expand(2, -1).contiguous()
     for name, hidden in HIDDEN.items():
@@ -78,7 +64,7 @@ def test_every_row_with_a_visible_key_equals_eager(path, dynamic, eager):
         if documents:
             mask = mask & (document[:, :, None] == document[:, None])
         with torch.no_grad():
-            assert (model(x, shown, document) - dense(x, mask)).abs().max() < 2e-5, name
+            assert (model(x, shown, document) - under_mask(x, x, mask[:, None])).abs().max() < 2e-5, name
     assert {site.decision for site in report} == {"triangle"}
 
 

@@ -3,43 +3,14 @@
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
-from support import Case, attended, oracle
 
+from tests.support.oracle import attended, oracle
+from tests.support.problems import cases
 from tmx_compile.lowering import rows
 from tmx_compile.lowering.blocked import blocked_attention
 from tmx_compile.lowering.flex.lowering import block_plan
 from tmx_compile.lowering.reference import reference_attention
 from tmx_compile.mask.geometry import Geometry
-
-counts = st.one_of(st.integers(0, 40), st.sampled_from([64, 100, 129, 1000]))
-
-
-@st.composite
-def cases(draw):
-    kv_len = draw(st.integers(1, 260))
-    q_len = draw(st.integers(1, kv_len)) if draw(st.booleans()) else kv_len
-    batch = draw(st.integers(1, 2))
-    valid = None
-    if draw(st.booleans()):
-        ends = [sorted((draw(st.integers(0, kv_len)), draw(st.integers(0, kv_len)))) for _ in range(batch)]
-        valid = tuple((a, b) for a, b in ends)
-    return Case(
-        q_len,
-        kv_len,
-        draw(counts),
-        draw(counts),
-        draw(counts),
-        batch=batch,
-        heads=2,
-        kv_heads=draw(st.integers(1, 2)),
-        dim=4,
-        v_dim=draw(st.sampled_from([None, 3])),
-        dtype=torch.float64,
-        valid=valid,
-        holes=draw(st.booleans()),
-        reach=draw(st.one_of(st.none(), st.integers(0, 60))),
-    )
 
 
 @pytest.mark.parametrize("attention", [blocked_attention, reference_attention])

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from layered import N, Stack, expected
-from support import attended
 
+from tests.support.layers import N, Stack, expected
+from tests.support.oracle import attended
 from tmx_compile import TriangleMixConfig, tmx_backend
 from tmx_compile.lowering.worth import break_even, least_length
 

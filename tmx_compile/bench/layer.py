@@ -116,7 +116,7 @@ class _Attention(nn.Module):
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
 
 
-class _Model(nn.Module):
+class Model(nn.Module):
     """One attention call whose recorded path has a layer index."""
 
     def __init__(self) -> None:
@@ -124,6 +124,7 @@ class _Model(nn.Module):
         self.layers = nn.ModuleList([_Attention()])
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """The attention of (B, H, N, D) query and (B, Hkv, N, D) key and value, in the shape of the query."""
         # What tracing knows of a model: there are as many keys as rows.
         for x in (key, value):
             torch._check(query.shape[2] == x.shape[2])  # type: ignore[no-untyped-call]
@@ -243,7 +244,7 @@ class _Layers:
         kind = (geometry, lowering, 0 if self._plan.dynamic else n)
         if kind not in self._made:
             backend = tmx_backend(_config(geometry), lowering=lowering)
-            compiled = torch.compile(_Model(), backend=backend, dynamic=None if self._plan.dynamic else False)
+            compiled = torch.compile(Model(), backend=backend, dynamic=None if self._plan.dynamic else False)
             self._made[kind] = compiled, backend
         compiled, backend = self._made[kind]
         return lambda: compiled(query, key, value), backend
@@ -254,7 +255,7 @@ def auto_lowering(plan: Plan, n: int, dtype: str, geometry: Geometry) -> str:
     shapes = [(heads, n, plan.head_dim) for heads in (plan.heads, plan.kv_heads, plan.kv_heads)]
     tensors = [torch.empty(1, *shape, device=plan.device, dtype=getattr(torch, dtype)) for shape in shapes]
     with torch.no_grad():
-        (site,) = explain(_Model(), *tensors, config=_config(geometry))
+        (site,) = explain(Model(), *tensors, config=_config(geometry))
     return site.lowering if site.decision == "triangle" else "dense"
 
 

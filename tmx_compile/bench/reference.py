@@ -8,7 +8,7 @@ from torch import Tensor
 from tmx_compile.bench.floor import Geometry
 
 # Cells of one chunk of scores.
-_CELLS = 2**26
+CELLS = 2**26
 
 
 def precise_dtype(query: Tensor) -> torch.dtype:
@@ -34,7 +34,7 @@ def attention_rows(query: Tensor, key: Tensor, value: Tensor, rows: Tensor, geom
     precise = precise_dtype(query)
     out = query.new_empty(1, heads, len(rows), dim, dtype=precise)
     column = torch.arange(n, device=query.device)[None, :]
-    chunk = max(1, _CELLS // (group * n))
+    chunk = max(1, CELLS // (group * n))
     for kv_head in range(key.shape[1]):
         keys, values = key[0, kv_head].to(precise), value[0, kv_head].to(precise)
         of_group = slice(kv_head * group, (kv_head + 1) * group)

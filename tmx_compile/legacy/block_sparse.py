@@ -19,7 +19,7 @@ from tmx_compile.operator import MASKED
 from tmx_compile.operator.kernel import Problem, accumulation_dtype, attended
 
 # Numbers gathered or computed at once: 2**24 float32 values are 64 MiB.
-_BUDGET = 1 << 24
+BUDGET = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def occupied(mask: Tensor, block: int, plan: Problem | None = None) -> Tensor:
     batch, heads, q_len, kv_len = mask.shape
     keys = torch.arange(kv_len, device=mask.device)
     # As many row blocks at once as the budget allows.
-    step = block * max(1, _BUDGET // max(1, batch * heads * kv_len * block))
+    step = block * max(1, BUDGET // max(1, batch * heads * kv_len * block))
     found = []
     for row in range(0, q_len, step):
         seen = _attended(mask[:, :, row : row + step])
@@ -133,7 +133,7 @@ class _Problem:
 
     def affordable(self, tasks: Tasks) -> Iterator[Tasks]:
         """The tasks in parts that fit the budget; at least one at a time."""
-        size = max(1, _BUDGET // (self.cost * tasks.blocks.shape[1]))
+        size = max(1, BUDGET // (self.cost * tasks.blocks.shape[1]))
         for first in range(0, len(tasks.where), size):
             yield Tasks(tasks.where[first : first + size], tasks.blocks[first : first + size])
 
@@ -159,7 +159,7 @@ class _Problem:
         top = query.new_full((*shape, 1), float("-inf"))
         total = torch.zeros_like(top)
         acc = query.new_zeros(*shape, self.value.shape[5])
-        width = max(1, _BUDGET // (self.cost * len(rows)))
+        width = max(1, BUDGET // (self.cost * len(rows)))
         for first in range(0, tasks.blocks.shape[1], width):
             keys = self._numbers(tasks.blocks[:, first : first + width])
             source = (batch, slice(None), keys.clamp(max=self.kv_len - 1), key_head)

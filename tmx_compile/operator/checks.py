@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 # Cells of a mask looked at together: 16 MiB of bool.
-_CELLS = 1 << 24
+CELLS = 1 << 24
 MASKED = -9984.0
 """Added scores from here down are masked: -1e4 as bfloat16 rounds it, the highest that models write."""
 
@@ -23,7 +23,7 @@ def _causal_key_mask(mask: Tensor, q_len: int, kv_len: int) -> tuple[Tensor, Ten
     batch, width = mask.shape[0], mask.shape[-1]
     if mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[2] != q_len or width < kv_len:
         raise ValueError(f"expected a mask of shape (batch, 1, {q_len}, at least {kv_len}), got {shape}")
-    step = max(1, _CELLS // max(1, batch * kv_len))
+    step = max(1, CELLS // max(1, batch * kv_len))
     blocks = [mask[:, 0, row : row + step, :kv_len] for row in range(0, q_len, step)]
     key = torch.arange(kv_len, device=mask.device)
     valid = torch.zeros(batch, kv_len, dtype=torch.bool, device=mask.device)

@@ -19,7 +19,7 @@ from tmx_compile.mask.geometry import Geometry
 
 # Scores held at once: 2**22 float32 values are 16 MiB, which stays near the caches and well under any tensor of a
 # long prompt.
-_SCORE_BUDGET = 1 << 22
+SCORE_BUDGET = 1 << 22
 _MAX_ROWS = 512
 
 
@@ -89,7 +89,7 @@ def blocks(p: Problem, heads: int, budget: int | None = None) -> Iterator[Block]
 
     A block has no more than ``budget`` scores, unless 16 rows have more.
     """
-    budget = _SCORE_BUDGET if budget is None else budget
+    budget = SCORE_BUDGET if budget is None else budget
     batch = p.start.shape[0]
     if batch == 0 or p.q_len == 0:
         return

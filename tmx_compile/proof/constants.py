@@ -24,8 +24,8 @@ _MOST_ELEMENTS = 1 << 30
 _DTYPES = frozenset({torch.bool, torch.float64, torch.float32, torch.bfloat16, torch.float16})
 _DTYPES |= {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8}
 # Elements looked at together, and rows at a diagonal: the temporaries of both are a few tens of MiB at most.
-_CELLS = 1 << 22
-_ROWS = 256
+CELLS = 1 << 22
+ROWS = 256
 
 
 def known_tensors(
@@ -114,15 +114,15 @@ def _matches(x: Tensor, term: Term) -> bool:
 
 
 def _blocks(x: Tensor, dim: int = 0, at: tuple[int, ...] = ()) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
-    """A tensor in parts of at most ``_CELLS`` elements, with the coordinates of each one's first element."""
+    """A tensor in parts of at most ``CELLS`` elements, with the coordinates of each one's first element."""
     if dim == x.dim():
         yield x, at
         return
     each = x.narrow(dim, 0, 1).numel()
-    size, step = x.shape[dim], max(1, _CELLS // each)
+    size, step = x.shape[dim], max(1, CELLS // each)
     for place in range(0, size, step):
         part = x.narrow(dim, place, min(step, size - place))
-        if each > _CELLS:
+        if each > CELLS:
             yield from _blocks(part, dim + 1, (*at, place))
         else:
             yield part, (*at, place, *(0,) * (x.dim() - dim - 1))
@@ -157,8 +157,8 @@ def _divided(x: Tensor, diagonal: int, low: bool | float, high: bool | float) ->
     rows, keys = x.shape
     inner, outer = (torch.tensor(value, dtype=x.dtype, device=x.device) for value in (low, high))
     parts = []
-    for row in range(0, rows, _ROWS):
-        block = x[row : row + _ROWS]
+    for row in range(0, rows, ROWS):
+        block = x[row : row + ROWS]
         begin = min(max(row + diagonal + 1, 0), keys)
         end = min(max(row + block.shape[0] + diagonal, 0), keys)
         near = torch.arange(begin, end, device=x.device) <= torch.arange(len(block), device=x.device)[:, None] + (

@@ -36,7 +36,7 @@ MEASURES = ("signed", "absolute", "renormalized", "renormalized_absolute")
 """The sums over the Middle section, in the order of :attr:`SectionSums.sums`."""
 
 # Scores of a block: half of what the operator's own passes take, for there are more tensors of that size here.
-_SCORE_BUDGET = 1 << 21
+SCORE_BUDGET = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -257,7 +257,7 @@ def _blocks(
     # Dense by its window too, because blocks of last rows alone are short.
     dense = kernel.problem(query, key, key_mask, Geometry(0, key.shape[2], ALL_ROWS, inputs.reach))
     triangle = kernel.problem(query, key, key_mask, Geometry(*geometry, inputs.reach))
-    for block in kernel.blocks(dense, query.shape[1], _SCORE_BUDGET):
+    for block in kernel.blocks(dense, query.shape[1], SCORE_BUDGET):
         position = torch.arange(block.row, block.row_end, device=query.device)[None, :, None] + dense.offset
         places = torch.arange(block.key, block.key_end, device=query.device)[None, None, :]
         # Rows behind the last valid key are padding, and no part of a prompt.

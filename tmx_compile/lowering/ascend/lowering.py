@@ -17,7 +17,7 @@ from tmx_compile.lowering.ascend.calls import Calls, compressed_mask, missing
 from tmx_compile.lowering.base import AttentionCall, Operands, Writer
 from tmx_compile.report import Accepted, Reason, Rejected
 
-_DTYPES = (torch.float16, torch.bfloat16)
+DTYPES = (torch.float16, torch.bfloat16)
 _MOST_DIM, _MOST_GROUP, _MOST_HEADS, _MOST_ROWS = 512, 64, 256, 20 * 2**20
 _MOST_FIXED_ROWS = 1 << 15
 _MASK = "tmx_compressed_mask"
@@ -51,7 +51,7 @@ def _why_not(call: AttentionCall) -> str:
     """The reason why a call cannot be lowered, or an empty string. Never guards."""
     query, key, value = call.query, call.key, call.value
     n, dim, value_dim = query.shape[2], query.shape[3], value.shape[3]
-    if query.dtype not in _DTYPES:
+    if query.dtype not in DTYPES:
         return f"the fused operator takes float16 and bfloat16, not {str(query.dtype).removeprefix('torch.')}"
     if call.needs_grad:
         return "the fused operator is for inference, call the model under torch.no_grad()"

@@ -64,7 +64,7 @@ def supports(call: AttentionCall) -> Accepted | Rejected:
 def emit(write: Writer, call: AttentionCall, operands: Operands) -> Proxy:
     """Streaming rows, last rows, and the last rows written over the streaming ones in place."""
     q, key_mask = operands.query, operands.key_mask
-    k, v = (_close_keys(x) for x in (operands.key, operands.value))
+    k, v = (close_keys(x) for x in (operands.key, operands.value))
     q_len, kv_len = length(q, 2), length(k, 2)
     where = rows.extent(key_mask, kv_len)
     ending = where if key_mask is None else rows.last_extent(where, kv_len, call.geometry.last)
@@ -116,7 +116,7 @@ def last_tiles(dtype: torch.dtype, dim: int, count: int) -> Tiles:
     return Tiles(64, 64, 4, 3) if narrow and dim <= 128 and count <= 64 else tiles
 
 
-def _close_keys(x: Any) -> Any:
+def close_keys(x: Any) -> Any:
     """Keys or values, copied together where the template's 32-bit offsets might not span them."""
     tensor = example(x)
     stride = tensor.stride(2)
@@ -184,7 +184,7 @@ def _last(
     # Without padding one line of numbers: an index into one dimension has to be all tensors.
     shape = (copies * height,) if valid is None else (batch, copies * height)
     places = places[:, None].expand(-1, copies, -1).reshape(shape).to(torch.int32)
-    first, final = _span(q, k, where, last, padded=valid is not None)
+    first, final = span(q, k, where, last, padded=valid is not None)
     kv_len = length(k, 2)
     plan = last_plan(q, kv_len, where, valid is not None, first, final, reach, copies, blocks, tiles)
     mask = _last_mask(valid is not None, reach)
@@ -226,7 +226,7 @@ def _choose(q: Any, k: Any, where: rows.Extent, last: int, *, padded: bool) -> t
     return chosen, index, position
 
 
-def _span(q: Any, k: Any, where: rows.Extent, last: int, *, padded: bool) -> tuple[Any, Any]:
+def span(q: Any, k: Any, where: rows.Extent, last: int, *, padded: bool) -> tuple[Any, Any]:
     """Lowest and highest position of the last rows, (B or 1, 1, 1, 1)."""
     kv_len = length(k, 2)
     zero = arange(q, 1)[:, None, None, None]

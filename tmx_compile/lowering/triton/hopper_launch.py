@@ -19,9 +19,9 @@ from tmx_compile.mask.geometry import Geometry
 _GROUP_ROWS = 64  # stacked rows of a computing group: one wgmma tile
 _GROUPS = 2  # computing groups of a CTA
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
-_KEYS = 64  # per block
-_STAGES = 4  # blocks in flight; with two queries deep this fills the shared memory at head dim 128
-_REGISTERS = (168, 232, 40)  # per thread: at launch, computing, copying
+KEYS = 64  # per block
+STAGES = 4  # blocks in flight; with two queries deep this fills the shared memory at head dim 128
+REGISTERS = (168, 232, 40)  # per thread: at launch, computing, copying
 
 
 def takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -69,12 +69,12 @@ def attend(
     tiles, last_tiles = triton.cdiv(q_len, rows), max(1, triton.cdiv(last, rows))
     ctas = multiprocessors(query.device)
     splits = tuning.splits(all_heads * last_tiles, kv_len, _GROUPS * _GROUP_ROWS, ctas) if last else 1
-    split_keys = triton.cdiv(triton.cdiv(kv_len, splits), _KEYS) * _KEYS
+    split_keys = triton.cdiv(triton.cdiv(kv_len, splits), KEYS) * KEYS
     last_items = all_heads * last_tiles * splits if last else 0
     stream_items = all_heads * tiles
     # Tiles that a CTA does while another does a last-row item: by their blocks, and 3 for a tile's own overhead.
-    tile_blocks = triton.cdiv(window + rows, _KEYS) + 3
-    head_start = split_keys // _KEYS // tile_blocks if last else 0
+    tile_blocks = triton.cdiv(window + rows, KEYS) + 3
+    head_start = split_keys // KEYS // tile_blocks if last else 0
     part = part_lse = arrived = out
     if last and splits > 1:
         groups = all_heads * last_tiles * _GROUPS
@@ -84,15 +84,15 @@ def attend(
     padded = key_mask is not None
     hopper_kernel[(min(ctas, stream_items + last_items),)](
         _descriptor(query, head_box, positions, block_d),
-        _descriptor(key, 1, _KEYS, block_d), _descriptor(value, 1, _KEYS, block_d),
+        _descriptor(key, 1, KEYS, block_d), _descriptor(value, 1, KEYS, block_d),
         _descriptor(key, 1, 16, 64), _descriptor(value, 1, 16, 64),
         out, key_mask if padded else out, extent if padded else out, part, part_lse, arrived,
         *out.stride()[:3], 0 if key_mask is None else key_mask.stride(0),
         q_len, kv_len, sink, window, last, geometry.reach_within(kv_len), scale * math.log2(math.e),
         last_items, last_tiles, splits, split_keys, tiles, stream_items, head_start,
         HEADS=heads, KV_HEADS=kv_heads, GROUP=group, HEAD_BOX=head_box, DIM=dim, BLOCK_D=block_d,
-        BLOCK_N=_KEYS, STAGES=_STAGES, PADDED=padded, REACH=geometry.reach is not None,
-        CONSUMER_REGISTERS=_REGISTERS[1], PRODUCER_REGISTERS=_REGISTERS[2], num_warps=4, maxnreg=_REGISTERS[0],
+        BLOCK_N=KEYS, STAGES=STAGES, PADDED=padded, REACH=geometry.reach is not None,
+        CONSUMER_REGISTERS=REGISTERS[1], PRODUCER_REGISTERS=REGISTERS[2], num_warps=4, maxnreg=REGISTERS[0],
     )  # fmt: skip
     return out
 

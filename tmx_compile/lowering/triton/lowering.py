@@ -48,7 +48,7 @@ class Triton:
             return "an empty tensor"
         if not 0 < call.scale < math.inf:
             return f"scale={call.scale} is not positive and finite"
-        return _missing(query.device)
+        return missing(query.device)
 
     def emit(self, write: Writer, call: AttentionCall, operands: Operands) -> Proxy:
         """The extents of padded sequences as ordinary nodes, shared by all layers, and one call."""
@@ -89,7 +89,7 @@ def extents(key_mask: Any, kv_len: Any, last: int) -> Any:
     return torch.cat([where.start, where.end, holes.to(torch.int64)], 1).to(torch.int32)
 
 
-def _missing(device: torch.device) -> str | None:
+def missing(device: torch.device) -> str | None:
     """What the kernels lack to run on a device, or None."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"

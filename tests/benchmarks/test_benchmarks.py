@@ -1,0 +1,394 @@
+"""What is written about speed and quality says what the stored measurements say. Nothing here is timed."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import common, docs, operator, peers, shapes, ttft
+from benchmarks.account import account, floor_limit, kernel_class
+from tmx_compile.bench.floor import Ceilings, Shape, attended_pairs, causal_pairs
+from tmx_compile.lowering.base import AttentionCall
+from tmx_compile.lowering.table import Role, Wish, candidates
+from tmx_compile.mask.geometry import Geometry
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+FILES = ("operator_cpu.json", "pass_cost.json", "prefill_memory.json", "first_n.json", "kv_cache.json")
+# Measured on a GPU; the page has their sections where they are there.
+GPU_FILES = tuple(
+    name
+    for name in ("operator_cuda.json", "ttft.json", "throughput_cuda.json", "million.json", "stages.json")
+    if (RESULTS / name).is_file()
+)
+
+
+def python(*arguments):
+    return subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def stored(name):
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", FILES + GPU_FILES)
+def test_a_stored_result_tells_where_it_comes_from(name):
+    result = stored(name)
+    assert not result["quick"]
+    assert result["command"].startswith("python -m benchmarks.run ")
+    assert result["hardware"]["cpu"]
+    assert result["hardware"]["memory_gib"] > 0
+    assert {"python", "torch", "transformers", "tmx_compile"} <= result["versions"].keys()
+    assert result["records"]
+    assert ("gpu" in result["hardware"]) == (name in GPU_FILES)
+
+
+def test_the_page_is_generated_from_the_stored_results():
+    done = python("benchmarks.docs", "--check")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda r: r["records"][0].pop("kl"), "first_n.json: record 0 lacks the field 'kl'"),
+        (lambda r: r["settings"].pop("score"), "first_n.json: settings lacks the field 'score'"),
+        (lambda r: r.pop("date"), "first_n.json lacks the field 'date'"),
+        (lambda r: r.update(quick=True), "first_n.json holds a --quick run"),
+    ],
+)
+def test_the_page_is_not_written_from_a_damaged_result(tmp_path, damage, reason):
+    for name in FILES:
+        result = stored(name)
+        if name == "first_n.json":
+            damage(result)
+        (tmp_path / name).write_text(json.dumps(result), encoding="utf-8")
+    done = python("benchmarks.docs", "--results", str(tmp_path), "--out", str(tmp_path / "page.md"))
+    assert done.returncode != 0
+    assert reason in done.stderr
+    assert not (tmp_path / "page.md").exists()
+
+
+def test_auto_prefers_what_was_measured_fastest():
+    result = stored("operator_cpu.json")
+    settings = result["settings"]
+    taken = {
+        (r["dtype"], tuple(r["geometry"]), r["n"], r["lowering"]): r["ms"] for r in result["records"] if r["n"] >= 8192
+    }
+    cases = sorted({key[:3] for key in taken})
+    assert len(cases) >= 2 * len(settings["geometries"]) * len(settings["dtypes"])
+    wrong = []
+    for dtype, geometry, n in cases:
+        of = {name: taken[dtype, geometry, n, name] for name in ("flex", "blocked")}
+        query, key, value = (
+            torch.empty(1, heads, n, settings["head_dim"], dtype=getattr(torch, dtype), device="meta")
+            for heads in (settings["heads"], settings["kv_heads"], settings["kv_heads"])
+        )
+        call = AttentionCall(query, key, value, None, Geometry(*geometry), settings["head_dim"] ** -0.5, False)
+        chosen = next(lowering.name for lowering in candidates("cpu", Role.PROMPT, call, Wish()) if lowering.name in of)
+        if of[chosen] > 1.15 * min(of.values()):
+            wrong.append((dtype, geometry, n, chosen, of))
+    assert not wrong
+
+
+def test_a_quick_run_writes_valid_records(tmp_path):
+    done = python("benchmarks.run", "operator", "--quick", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / operator.file()).read_text(encoding="utf-8"))
+    assert result["quick"]
+    assert str(tmp_path) not in json.dumps(result)
+    assert result["settings"]["left_out"] == {}
+    plan = operator.plan(True, operator.device())
+    assert [r["lowering"] for r in result["records"]] == list(plan.lowerings)
+    for record in result["records"]:
+        assert 0 < record["ms_min"] <= record["ms"] <= record["ms_max"]
+        assert 0 < record["attended_pairs"] < record["causal_pairs"] == record["n"] * (record["n"] + 1) // 2
+        assert record["ideal_speedup"] == pytest.approx(record["causal_pairs"] / record["attended_pairs"], rel=1e-5)
+        assert record["over_floor"] == pytest.approx(record["ms"] / record["floor_ms"], rel=1e-4)
+        assert record["error"] < 0.05
+
+
+def test_an_unknown_case_is_refused_with_the_known_ones():
+    done = python("benchmarks.run", "no_such_case")
+    assert done.returncode == 2
+    assert (
+        "unknown case no_such_case; known: operator, pass_cost, prefill_memory, first_n, calibration, quality, "
+        "recall, ttft, million, stages, kv_cache, throughput" in done.stderr
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["ttft", "--quick", "--only", "gpt/*"], "--only 'gpt/*' fits no part; known: llama/dense-causal, "),
+        (["operator", "--only", "llama"], "--only and --missing are for a case that comes in parts"),
+        pytest.param(
+            ["million"],
+            "case million needs a CUDA device",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device"),
+        ),
+    ],
+)
+def test_what_cannot_be_run_is_refused(arguments, reason):
+    done = python("benchmarks.run", *arguments)
+    assert done.returncode == 2
+    assert reason in done.stderr
+
+
+def test_peers_are_those_that_are_installed(monkeypatch):
+    assert peers.minference_tri_shape() is None
+    assert peers.peers() == {}
+    called = []
+
+    def tri_shape_kernel(query, key, value, config):
+        called.append((key.shape, value.shape, config))
+        return query
+
+    kernels = type(sys)("minference.ops.streaming_kernel")
+    kernels.tri_shape_kernel = tri_shape_kernel
+    monkeypatch.setitem(sys.modules, "minference", type(sys)("minference"))
+    monkeypatch.setitem(sys.modules, "minference.ops", type(sys)("minference.ops"))
+    monkeypatch.setitem(sys.modules, "minference.ops.streaming_kernel", kernels)
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: object())
+    (peer,) = peers.peers().values()
+    x = torch.zeros(1, 4, 10, 8)
+    assert peer(x, x[:, :2], x[:, :2], (4, 32, 5)) is None  # not on CUDA
+    on_gpu = _Somewhere(x)
+    assert peer(on_gpu, x[:, :2], x[:, :2], (4, 32, 0)) is None  # no last rows
+    peer(on_gpu, x[:, :2], x[:, :2], (4, 32, 5))()
+    config = {"attn_forward_config": {"n_init": 4, "n_local": 33, "n_last": 5}}
+    assert called == [(x.shape, x.shape, config)]
+
+
+class _Somewhere:
+    """A tensor that says it is on a GPU."""
+
+    def __init__(self, x):
+        self.x, self.shape, self.device = x, x.shape, torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7", "attention"),
+        ("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<128>>", "attention"),
+        ("fmha_cutlassF_bf16_aligned_64x128_rf_sm80", "attention"),
+        ("triton_tem_fused_flex_attention_3", "attention"),
+        ("triangle_kernel", "attention"),
+        ("nvjet_tst_192x192_64x4_2x1_v_bz_coopB_TNT", "matmul"),
+        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n", "matmul"),
+        ("aten::addmm", "matmul"),
+        ("triton_tem_fused_mm_2", "matmul"),
+        ("triton_poi_fused__scaled_dot_product_flash_attention_transpose_4", "other"),
+        ("triton_red_fused_rsqrt_mean_1", "other"),
+        ("Memcpy DtoD (Device -> Device)", "other"),
+    ],
+)
+def test_kernels_fall_into_classes(name, kind):
+    assert kernel_class(name) == kind
+
+
+def test_the_account_sums_what_was_run():
+    a = torch.randn(300, 300)
+    found = account(lambda: [a @ a for _ in range(3)] + [a.sin()], torch.device("cpu"))
+    names = {name: kind for name, kind, _ in found["longest"]}
+    assert names["aten::mm"] == "matmul"
+    assert names["aten::sin"] == "other"
+    assert found["matmul_ms"] > 0
+    assert found["attention_ms"] == 0
+    assert sum(ms for *_, ms in found["longest"]) <= found["matmul_ms"] + found["other_ms"] + 1e-9
+
+
+def test_the_limit_is_arithmetic():
+    """10 layers of 100 ms attention in a call of 3 s; a triangle layer at its floor costs what its pairs cost."""
+    shape, geometry = Shape(4096, 1, 2, 1, 8, 2), (4, 32, 64)
+    share = attended_pairs(4096, geometry) / causal_pairs(4096)
+    limit = floor_limit(3000.0, 1000.0, 1e30, shape, 10, 4, geometry)
+    assert limit == pytest.approx(3000 - 4 * (100 - 100 * share))
+    slow = Ceilings(1e4, 1e30).floor(shape, geometry)[0]
+    assert floor_limit(3000.0, 1000.0, 1e4, shape, 10, 4, geometry) == pytest.approx(3000 - 4 * (100 - slow))
+
+
+def ttft_record(variant, tokens, ms, **changes):
+    chosen = ttft.VARIANTS[variant]
+    record = {
+        "part": f"llama/{variant}",
+        "model": "Llama-3.1-8B",
+        "variant": variant,
+        "geometry": list(chosen.geometry) if chosen.geometry else None,
+        "triangle_layers": 16 if chosen.geometry else 0,
+        "layers": 32,
+        "mask": chosen.mask,
+        "graphs": chosen.graphs,
+        "tokens": tokens,
+        **ttft._EMPTY,
+        "ms": ms,
+        "compilations": 1,
+        "lowerings": "triton" if chosen.geometry else "as written",
+    }
+    return record | changes
+
+
+def ttft_records():
+    spent = {"attention_ms": 8000.0, "matmul_ms": 3500.0, "other_ms": 500.0, "kernels": 999, "longest": []}
+    records = [
+        ttft_record("dense-causal", 131072, 12000.0, account={**spent, "copy_bytes_per_s": 3e12}, peak_gib=40.0),
+        ttft_record("triangle-8-512-128", 131072, 8400.0, compile_s=33.0, peak_gib=41.5),
+        ttft_record("dense", 131072, None, oom=True),
+        ttft_record("dense", 4096, 300.0),
+        ttft_record("triangle-4-32-64", 4096, None, failed="RuntimeError: no luck"),
+        ttft_record("dense-causal+graphs", 4096, 200.0),
+        ttft_record("triangle-8-512-128+graphs", 4096, 190.0),
+    ]
+    ttft.finish(records)
+    return records
+
+
+def test_reductions_are_against_the_fastest_dense_of_the_same_kind():
+    dense, wide, lost, short, failed, _, graphs = ttft_records()
+    assert dense["reduction"] == 0
+    assert wide["reduction"] == pytest.approx(0.3)
+    assert wide["best_dense"] == "dense-causal"
+    # 250 ms of attention a layer; the floor is a few milliseconds.
+    assert 1 - 16 * 250 / 12000 < 1 - wide["limit_reduction"] < 1 - 16 * 240 / 12000
+    assert (lost["reduction"], failed["reduction"], short["reduction"]) == (None, None, 0)
+    assert graphs["reduction"] == pytest.approx(0.05)
+
+
+def test_a_whole_model_is_measured_in_parts(tmp_path, monkeypatch):
+    """One part of a tiny model for real; others are then put beside it, or found to be there."""
+    done = python("benchmarks.run", "ttft", "--quick", "--only", "llama/triangle-4-32-64", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    path = tmp_path / "ttft.json"
+    first = json.loads(path.read_text(encoding="utf-8"))
+    assert str(tmp_path) not in json.dumps(first)
+    assert [r["tokens"] for r in first["records"]] == ttft.QUICK["lengths"]
+    for record in first["records"]:
+        assert record["failed"] is None
+        assert not record["oom"]
+        assert record["ms"] > 0
+        assert record["compilations"] == 1
+        assert (record["triangle_layers"], record["layers"]) == (2, 4)
+    assert first["records"][0]["compile_s"] > 0
+    assert first["records"][1]["account"]["matmul_ms"] > 0
+
+    monkeypatch.setattr(shapes, "build", None)
+    monkeypatch.setattr(common, "note", lambda text: None)
+    fake = common.Case(
+        "ttft",
+        "ttft.json",
+        None,
+        ttft.COLUMNS,
+        common.Parts(ttft.names, ttft.settings, lambda part, quick: [{"ms": 1.0, "new": True}], lambda records: None),
+    )
+    merged = common.run_parts(fake, ["llama/dense-causal"], True, "again", path, 10)
+    assert merged == json.loads(path.read_text(encoding="utf-8"))
+    assert merged["records"] == [{"part": "llama/dense-causal", "ms": 1.0, "new": True}, *first["records"]]
+    assert {name: run["command"] for name, run in merged["runs"].items()} == {
+        "llama/triangle-4-32-64": first["command"],
+        "llama/dense-causal": "again",
+    }
+    late = common.run_parts(fake, ["llama/dense"], True, "late", path, -1)
+    assert late["records"] == merged["records"]
+    with pytest.raises(ValueError, match="holds a run with quick=True"):
+        common.run_parts(fake, ["llama/dense"], False, "real", path, 10)
+    merged["versions"]["torch"] = "1.0"
+    path.write_text(json.dumps(merged), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"ttft.json holds versions torch '1.0', this is "):
+        common.run_parts(fake, ["llama/dense"], True, "other", path, 10)
+
+
+@pytest.fixture
+def gpu_results(tmp_path):
+    """The stored results, and beside them made-up ones of a GPU."""
+    for name in FILES:
+        (tmp_path / name).write_text((RESULTS / name).read_text(encoding="utf-8"), encoding="utf-8")
+    layer = stored("operator_cpu.json")
+    layer["hardware"] |= {"gpu": "Imaginary 9000", "gpu_memory_gib": 80.0}
+    layer["versions"] |= {"cuda": "13.0"}
+    layer["settings"]["left_out"] = {"slow, 4/32/64, bfloat16, n = 4096": "RuntimeError: too slow"}
+    for r in layer["records"]:
+        r["extra_bytes"], r["timed"] = 3 * 2**20, "graph"
+    layer["records"][0] |= {"timed": "call", "ms": 77.7, "over_floor": 3.21, "speedup": 12.3}
+    removed = layer["records"].pop(1)
+    longest = dict(layer["records"][-1], n=1048576, dense_ms=None, dense_backend=None, speedup=None)
+    million = dict(layer, settings=dict(layer["settings"], lengths=[1048576]), records=[longest])
+    whole = dict(layer, command="last", settings=ttft.settings(False), records=ttft_records())
+    whole["runs"] = {f"llama/{i}": {"command": f"command {i}", "tmx_compile_sources": "abc"} for i in range(2)}
+    for name, content in (("operator_cuda.json", layer), ("million.json", million), ("ttft.json", whole)):
+        (tmp_path / name).write_text(json.dumps(content), encoding="utf-8")
+    return tmp_path, removed
+
+
+def test_the_page_says_what_the_gpu_results_say(gpu_results):
+    folder, removed = gpu_results
+    page, pictures = docs.generate(folder)
+    sections = dict(zip(*[iter(re.split(r"^## (.+)$", page, flags=re.MULTILINE)[1:])] * 2, strict=True))
+    layer = sections["One attention layer on a GPU"]
+    assert "Imaginary 9000, 80.0 GiB, CUDA 13.0; " in layer
+    assert "| 77.7 (12.3x, 3.21x floor) * |" in layer
+    row = next(line for line in layer.splitlines() if line.startswith("| 4,096") and "77.7" in line)
+    assert row.count(" - |") == 1, (row, removed)
+    assert "- slow, 4/32/64, bfloat16, n = 4096: RuntimeError: too slow" in layer
+    assert "| 1,048,576 | " in sections["A million tokens"]
+    models = sections["Time to first token of whole models"]
+    assert "| `triangle-8-512-128` | 16 of 32 |  | 8.4 (-30%) |" in models
+    assert "| `dense` | 0 of 32 | 0.3 | out of memory |" in models
+    assert "| `triangle-4-32-64` | 16 of 32 | failed |  |" in models
+    assert "`triangle-4-32-64` at 4,096 tokens: RuntimeError: no luck" in models
+    assert "| `dense-causal` | 131,072 | 12,000 | 8,000 | 3,500 | 500 | 999 |" in models
+    assert "`triangle-8-512-128`, 131,072 tokens: 30% reached; 33% if its 16 triangle layers" in models
+    assert "`command 0`, `command 1`, " in models
+    assert [picture.file for picture in pictures] == ["operator-cuda.svg", "ttft.svg", "operator-cpu.svg"]
+
+
+def test_the_page_tells_what_a_gpu_result_does_not_show_by_itself(gpu_results):
+    """Kernels in a class of an older rule, parts that are missing, small windows."""
+    folder, _ = gpu_results
+    plain = docs.generate(folder)[0]
+    assert "bound by latency" not in plain
+    whole = json.loads((folder / "ttft.json").read_text(encoding="utf-8"))
+    whole["records"][0]["account"]["longest"] = [["triangle_kernel", "other", 100.0], ["aten::mm", "matmul", 7.0]]
+    (folder / "ttft.json").write_text(json.dumps(whole), encoding="utf-8")
+    layer = json.loads((folder / "operator_cuda.json").read_text(encoding="utf-8"))
+    n = max(layer["settings"]["dense_lengths"])
+    layer["settings"]["lowerings"].append("triton")
+    for floor_by, geometry, over_floor in (("pairs", [8, 512, 128], 1.11), ("bytes", [4, 32, 64], 2.22)):
+        like = next(r for r in layer["records"] if (r["n"], r["geometry"]) == (n, geometry))
+        layer["records"].append(like | {"lowering": "triton", "floor_by": floor_by, "over_floor": over_floor})
+    (folder / "operator_cuda.json").write_text(json.dumps(layer), encoding="utf-8")
+    page = docs.generate(folder)[0]
+    assert "| `dense-causal` | 131,072 | 12,000 | 8,100 | 3,500 | 400 | 999 |" in page
+    missing = next(line for line in page.splitlines() if line.startswith("Not measured yet"))
+    assert "`llama/dense+mask`" in missing
+    assert "`llama/dense`" not in missing
+    assert "`triton` takes 1.11x the floor for 8/512/128, but 2.22x the floor for 4/32/64" in page
+
+
+def test_the_page_has_no_gpu_sections_without_gpu_results(gpu_results):
+    folder, _ = gpu_results
+    for name in ("operator_cuda.json", "million.json", "ttft.json"):
+        (folder / name).unlink()
+    page, pictures = docs.generate(folder)
+    assert "GPU" not in page
+    assert [picture.file for picture in pictures] == ["operator-cpu.svg"]
+
+
+def test_pictures_show_the_stored_numbers(gpu_results, tmp_path):
+    folder, _ = gpu_results
+    out = tmp_path / "docs"
+    arguments = ["--results", str(folder), "--out", str(out / "page.md")]
+    docs.main(arguments)
+    docs.main([*arguments, "--check"])
+    drawn = {path.name: path.read_bytes() for path in out.glob("*.svg")}
+    assert set(drawn) == {"operator-cuda.svg", "ttft.svg", "operator-cpu.svg"}
+    for picture in docs.generate(folder)[1]:
+        picture.write(out)
+        assert (out / picture.file).read_bytes() == drawn[picture.file]
+    (out / "ttft.svg").write_text((out / "ttft.svg").read_text().replace("data sha256 ", "data sha256 0"))
+    with pytest.raises(SystemExit, match=r"ttft.svg is out of date"):
+        docs.main([*arguments, "--check"])

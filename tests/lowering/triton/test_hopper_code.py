@@ -1,0 +1,40 @@
+"""The Hopper kernel's machine code: it cannot run without such a GPU, but it can be compiled and read anywhere."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton has wheels for Linux alone")
+
+SCRIPT = Path(__file__).parents[2] / "support" / "hopper_code.py"
+# Of one multiprocessor of an H100.
+SHARED_BYTES = 232448
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(dim=128, group=4, padded=False, reach=False),
+        dict(dim=128, group=5, padded=True, reach=True),
+        dict(dim=64, group=1, padded=True, reach=False),
+    ],
+    ids=str,
+)
+def test_the_code_is_what_the_design_needs(settings, tmp_path):
+    """Products that run beside the softmax, nothing in slow memory, and no descriptor that a path leaves unwritten."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    done = subprocess.run(
+        [sys.executable, SCRIPT, json.dumps(settings)], capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    assert found["products"] >= 32
+    assert found["shared_bytes"] <= SHARED_BYTES
+    assert not found["serialized"]
+    assert found["spilled_bytes"] <= 64
+    assert found["undefined"] == []

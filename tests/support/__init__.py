@@ -1,0 +1,1 @@
+"""What tests share, and the only place that tests import from: no test imports another."""
