@@ -103,3 +103,26 @@ def on_fakes(fake_mode: Any) -> Iterator[None]:
 def shape_env_of(value: torch.Tensor) -> Any:
     """The shape environment behind a fake tensor, or None (static shapes need none)."""
     return getattr(getattr(value, "fake_mode", None), "shape_env", None)
+
+
+def written(node: Node, like: Node, fake_mode: Any) -> Node:
+    """Give a new node what every node has that the pass or a lowering writes: origin, mark and example value.
+
+    Without the example value AOTAutograd bypasses its cache.
+
+    Args:
+        node: the node.
+        like: the node that it is written for.
+        fake_mode: of the graph.
+    """
+    node.meta.update({key: like.meta[key] for key in ORIGIN if key in like.meta})
+    node.meta[INSERTED] = True
+    if node.op in ("call_function", "call_method"):
+        args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), value_of)
+        with on_fakes(fake_mode):
+            if node.op == "call_method":
+                node.meta["example_value"] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            else:
+                assert callable(node.target)
+                node.meta["example_value"] = node.target(*args, **kwargs)
+    return node

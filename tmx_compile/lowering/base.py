@@ -13,7 +13,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.proxy import GraphAppendingTracer
 
 from tmx_compile.graph.layout import Order
-from tmx_compile.graph.nodes import INSERTED, ORIGIN, on_fakes, value_of
+from tmx_compile.graph.nodes import value_of, written
 from tmx_compile.mask.geometry import Geometry
 from tmx_compile.report import Accepted, Rejected
 
@@ -74,30 +74,17 @@ class Operands:
 
 
 class _RecordingTracer(GraphAppendingTracer):
-    """Appends nodes as code runs on proxies, and runs the same code on their example values.
-
-    Every node gets ``meta["example_value"]`` (without it AOTAutograd bypasses its cache) and the origin of the site.
-    """
+    """Appends nodes as code runs on proxies, and runs the same code on their example values."""
 
     def __init__(self, graph: torch.fx.Graph, fake_mode: Any, origin: Node) -> None:
         super().__init__(graph)
-        self._fake_mode = fake_mode
-        self._origin: dict[str, Any] = {key: origin.meta[key] for key in ORIGIN if key in origin.meta}
+        self._fake_mode, self._origin = fake_mode, origin
 
     def create_proxy(
         self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *rest: Any, **named: Any
     ) -> Proxy:
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **named)
-        node = proxy.node
-        node.meta.update(self._origin)
-        node.meta[INSERTED] = True
-        if kind in ("call_function", "call_method"):
-            values, keywords = torch.fx.node.map_arg((node.args, node.kwargs), value_of)
-            with on_fakes(self._fake_mode):
-                if kind == "call_method":
-                    node.meta["example_value"] = getattr(values[0], target)(*values[1:], **keywords)
-                else:
-                    node.meta["example_value"] = target(*values, **keywords)
+        written(proxy.node, self._origin, self._fake_mode)
         return proxy
 
 

@@ -14,7 +14,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from tmx_compile.errors import VerificationError
 from tmx_compile.find.site import AttentionSite, Operand
-from tmx_compile.graph.nodes import INSERTED, on_fakes, tensor_of, value_of
+from tmx_compile.graph.nodes import tensor_of, written
 from tmx_compile.graph.sizes import Size
 from tmx_compile.graph.storages import Storages
 from tmx_compile.operator import FIRST_POSITION
@@ -67,14 +67,7 @@ class Emitter:
         else:
             node = self._gm.graph.call_function(target, args, kwargs)
         assert self._like is not None
-        for key in ("nn_module_stack", "stack_trace"):
-            if key in self._like.meta:
-                node.meta[key] = self._like.meta[key]
-        node.meta[INSERTED] = True
-        values, keywords = torch.fx.node.map_arg((args, kwargs), value_of)
-        with on_fakes(self._fake_mode):
-            node.meta["example_value"] = target(*values, **keywords)
-        return node
+        return written(node, self._like, self._fake_mode)
 
     def arithmetic(self, combine: Any, a: Any, b: Any) -> Any:
         """Lengths combined: a number where both are, else a node."""
