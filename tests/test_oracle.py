@@ -22,9 +22,11 @@ def attended_cell(p, j, valid, own, sink, window, last, reach=None):
 
 
 def key_masks():
+    key = torch.arange(LENGTH)
     packed = ((torch.rand(2, LENGTH) < 0.15).long().cumsum(1) - 1).clamp(min=0)
     return {
         "no mask": None,
+        "padding": torch.stack([key >= 6, key < 15, (key >= 4) & (key < 19)]),
         "holes": torch.rand(3, LENGTH) < 0.7,
         "no key": torch.zeros(2, LENGTH, dtype=torch.bool),
         "documents": packed,

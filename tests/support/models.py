@@ -36,6 +36,12 @@ def stored_model():
     return tiny_qwen3(layers=LAYERS, initializer_range=0.2)
 
 
+def attentions(model):
+    """The self-attention module of every layer."""
+    body = getattr(model, "model", None) or model.transformer
+    return [getattr(layer, "self_attn", None) or layer.attn for layer in getattr(body, "layers", None) or body.h]
+
+
 def masked_oracle(model, config, ids, attention_mask=None):
     """Logits of a Hugging Face model in float64 with the triangle mask in the layers that ``config`` names.
 
@@ -45,7 +51,7 @@ def masked_oracle(model, config, ids, attention_mask=None):
     key_mask = None if attention_mask is None else attention_mask.bool()
     tri = attended(n, n, key_mask, *config.geometry)
     dense = attended(n, n, key_mask, 0, 0, n)
-    masks = {index: tri if index in config.layers() else dense for index in range(len(model.model.layers))}
+    masks = {index: tri if index in config.layers() else dense for index in range(len(attentions(model)))}
     return with_masks(model, ids, masks, attention_mask)
 
 
@@ -69,7 +75,8 @@ def with_masks(model, ids, masks, attention_mask=None):
 
         return before
 
-    for index, layer in enumerate(model.model.layers):
-        layer.self_attn.register_forward_pre_hook(hook(index), with_kwargs=True)
+    for index, attention in enumerate(attentions(model)):
+        # A model copied after it got the caches' hooks has them too; they do nothing without those caches.
+        attention.register_forward_pre_hook(hook(index), with_kwargs=True)
     with torch.no_grad():
         return model(ids, attention_mask=attention_mask, use_cache=False).logits

@@ -1,9 +1,8 @@
 """What the tests of serving share: an oracle with all keys and written-out masks, tiny models, padded prompts."""
 
-import copy
-
 import torch
 
+from tests.support.models import attentions, with_masks
 from tests.support.oracle import attended
 from tmx_compile import TriangleMixConfig
 
@@ -45,29 +44,10 @@ def row_masks(config, n, attention_mask=None, *, prompt=None, triangle=None, str
 
 def oracle_logits(model, config, ids, attention_mask=None, **rows):
     """Logits in float64 of the whole sequence in one pass with all keys; see :func:`row_masks`."""
-    model = copy.deepcopy(model).double()
-    n = ids.shape[1]
+    dense, triangle = row_masks(config, ids.shape[1], attention_mask, **rows)
     layers = set(config.layers())
-    masks = row_masks(config, n, attention_mask, **rows)
-    each = torch.arange(n)
-    for mask in masks:
-        mask[:, each, each] |= ~mask.any(-1)
-
-    def hook(index):
-        def before(module, args, kwargs):
-            mask = masks[index in layers][:, None].expand(ids.shape[0], -1, -1, -1)
-            zero = torch.zeros((), dtype=torch.float64)
-            return args, kwargs | {"attention_mask": torch.where(mask, zero, float("-inf"))}
-
-        return before
-
-    body = getattr(model, "model", None) or model.transformer
-    for index, layer in enumerate(getattr(body, "layers", None) or body.h):
-        attention = getattr(layer, "self_attn", None) or layer.attn
-        # A model copied after it got the caches' hooks has them too; they do nothing without those caches.
-        attention.register_forward_pre_hook(hook(index), with_kwargs=True)
-    with torch.no_grad():
-        return model(ids, attention_mask=attention_mask, use_cache=False).logits
+    masks = {index: triangle if index in layers else dense for index in range(len(attentions(model)))}
+    return with_masks(model, ids, masks, attention_mask)
 
 
 def check_generated(model, config, ids, mask, out, atol=2e-5, **rows):
