@@ -32,6 +32,14 @@ _COMMANDS = {
         "Trace a prompt through a Transformers model without its weights, and tell which layers would go sparse, why "
         "others would not, and how much of the attention is left.",
     ),
+    "export": _Command(
+        "export",
+        "arguments",
+        "run",
+        "write a model with sparse layers for Ascend NPUs (.air); needs torch_npu and CANN, but no NPU",
+        "Write a Transformers model with TriangleMix inside for offline use on Ascend NPUs: prompts of one sequence "
+        "in, the logits of the last token out. Needs torch_npu and CANN, but no NPU.",
+    ),
     "bench": _Command(
         "bench",
         "arguments",

@@ -70,12 +70,16 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
             out.write_text(page(outcome), encoding="utf-8")
     except (ValueError, OSError, TriangleMixError) as error:
         parser.error(str(error))
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=_WIDTH)
+    console = console_for_tables()
     show(outcome, console)
     if out is not None:
         console.print(f"wrote {os.fspath(out)}", markup=False, highlight=False)
+
+
+def console_for_tables() -> Console:
+    """The terminal, or where there is none lines that are wide enough for the reasons."""
+    console = Console()
+    return console if console.is_terminal else Console(width=_WIDTH)
 
 
 def show(outcome: Outcome, console: Console) -> None:

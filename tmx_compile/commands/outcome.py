@@ -79,7 +79,7 @@ class Outcome:
         share = f" ({self.attended / self.causal:.1%})" if self.causal else ""
         lowerings = sorted({row.lowering for row in self.of_kind("triangle")})
         lines = [
-            ("model", f"{self.model} ({self.kind}), weights not loaded"),
+            ("model", f"{self.model} ({self.kind})"),
             ("prompt", f"{self.tokens:,} tokens on {self.device}"),
             ("mask", f"{sink} sinks, window {window}, {last} last rows"),
             ("sparse", f"{_listed(self.of_kind('triangle'))} of {len(self.rows)} layers"),
