@@ -173,3 +173,27 @@ def test_pips_own_output_is_shown_where_it_fails(repository: Path, bin_folder: P
     assert "setup: pip failed on 'setuptools -c " in result.stderr
     assert result.stderr.endswith(": no such thing\n")
     assert not (repository / ".venv/setup-demo.stamp").exists()
+
+
+def script_beside(repository: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a copy of the test file that runs by itself, with a Python that has no packages."""
+    (repository / "tests").mkdir()
+    script = shutil.copy(ROOT / "tests/trianglemix_attention_test.py", repository / "tests")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-I", "-S", str(script), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_the_test_file_that_runs_by_itself_goes_on_with_the_python_that_was_set_up(repository: Path) -> None:
+    (repository / ".venv").mkdir()
+    (repository / ".venv/bin").mkdir()
+    (repository / ".venv/bin/python").write_text('#!/bin/sh\necho "went on with $2"\n')
+    (repository / ".venv/bin/python").chmod(0o755)
+    assert script_beside(repository, "softmax").stdout == "went on with softmax\n"
+
+
+def test_the_test_file_that_runs_by_itself_says_what_to_run_first(repository: Path) -> None:
+    result = script_beside(repository)
+    assert result.returncode == 1
+    (line,) = result.stderr.splitlines()
+    assert "run `make test`" in line
