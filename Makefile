@@ -9,7 +9,7 @@ SETUP := $(PYTHON) tools/setup_env.py --extra
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test check lint bench matrix clean
+.PHONY: help demo test check lint bench matrix package clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
@@ -37,6 +37,10 @@ bench: ## the benchmarks; results go to benchmarks/results
 matrix: ## what the pass does with every model of tests/support/zoo, into docs/support-matrix.md (half an hour)
 	@$(SETUP) dev
 	@$(RUN) tools/support_matrix.py $(ARGS)
+
+package: ## build the package and try it in an empty environment (minutes; ARGS=--quick: seconds, without trying it)
+	@$(SETUP) dev
+	@$(RUN) tools/check_package.py $(ARGS)
 
 clean: ## remove .venv, .npu, caches and build outputs
 	@rm -rf .venv .npu build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -134,3 +134,66 @@ def test_a_finished_set_up_returns_at_once_until_its_inputs_change(repository: P
     with (repository / "constraints.txt").open("a") as constraints:
         constraints.write("# changed\n")
     assert run(repository, bin_folder, "--extra", "dev", "--python", "none").returncode == 1
+
+
+def environment_with_pip(repository: Path, bin_folder: Path, pip: str) -> subprocess.CompletedProcess[str]:
+    """Run the set-up on a .venv whose Python says that it fits, and whose pip installs as ``pip`` says (shell)."""
+    add_program(bin_folder, "g++")
+    python = repository / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    about = json.dumps({"version": (3, 11), "lacks": [], "header": True})
+    script = f"""#!/bin/sh
+case "$*" in
+*--version*) echo "pip 24.0 from nowhere" ;;
+*install*) {pip} ;;
+*) echo '{about}' ;;
+esac
+"""
+    python.write_text(script)
+    python.chmod(0o755)
+    return run(repository, bin_folder, "--extra", "demo", "--python", str(python))
+
+
+def test_every_step_is_one_line_without_pips_log(repository: Path, bin_folder: Path) -> None:
+    pip = 'echo "Collecting torch"; echo "  Downloading torch.whl"; echo "Successfully installed a-1 b-2"'
+    result = environment_with_pip(repository, bin_folder, pip)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert [line.split(" ... ")[1].split(",")[0] for line in lines[:-1]] == ["2 packages"] * 3
+    assert "installing the project with its extra 'demo'" in lines[1]
+    assert lines[-1] == f"setup: ready: {repository / '.venv/bin/python'}"
+    assert all(line.startswith("setup: ") for line in lines)
+
+
+def test_pips_own_output_is_shown_where_it_fails(repository: Path, bin_folder: Path) -> None:
+    pip = 'echo "Collecting setuptools"; echo "ERROR: no such thing"; exit 1'
+    result = environment_with_pip(repository, bin_folder, pip)
+    assert result.returncode == 1
+    assert "\n  Collecting setuptools\n  ERROR: no such thing\n" in result.stdout
+    assert "setup: pip failed on 'setuptools -c " in result.stderr
+    assert result.stderr.endswith(": no such thing\n")
+    assert not (repository / ".venv/setup-demo.stamp").exists()
+
+
+def script_beside(repository: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a copy of the test file that runs by itself, with a Python that has no packages."""
+    (repository / "tests").mkdir()
+    script = shutil.copy(ROOT / "tests/trianglemix_attention_test.py", repository / "tests")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-I", "-S", str(script), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_the_test_file_that_runs_by_itself_goes_on_with_the_python_that_was_set_up(repository: Path) -> None:
+    (repository / ".venv").mkdir()
+    (repository / ".venv/bin").mkdir()
+    (repository / ".venv/bin/python").write_text('#!/bin/sh\necho "went on with $2"\n')
+    (repository / ".venv/bin/python").chmod(0o755)
+    assert script_beside(repository, "softmax").stdout == "went on with softmax\n"
+
+
+def test_the_test_file_that_runs_by_itself_says_what_to_run_first(repository: Path) -> None:
+    result = script_beside(repository)
+    assert result.returncode == 1
+    (line,) = result.stderr.splitlines()
+    assert "run `make test`" in line

@@ -36,7 +36,8 @@ FREE = {
     "analysis": {*ORDER, "bench"} - {"export"},
     "bench": {"version", "config", "legacy", "mask", "lowering", "backend"},
     "integrations": {"config", "legacy"},
-    "cli": {"analysis", "bench", "config", "legacy"},
+    "cli": {"commands"},
+    "commands": {*ORDER, "analysis", "bench"},
     "__init__": None,
 }
 # The original API's classes stand on the operator alone.

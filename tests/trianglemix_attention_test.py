@@ -6,18 +6,29 @@ Run alone with ``python tests/trianglemix_attention_test.py [test name]``.
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 import re
 import sys
+from pathlib import Path
 
-import pytest
-import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+try:
+    import pytest
+    import torch
+    from hypothesis import given, settings
+    from hypothesis import strategies as st
 
-from tmx_compile.analysis import TriangleMixAnalyzer
-from tmx_compile.config import TriangleMixConfig
-from tmx_compile.legacy.masks import TriangleMixAttention, TriangleMixMaskGenerator
+    from tmx_compile.analysis import TriangleMixAnalyzer
+    from tmx_compile.config import TriangleMixConfig
+    from tmx_compile.legacy.masks import TriangleMixAttention, TriangleMixMaskGenerator
+except ModuleNotFoundError as missing:
+    if __name__ != "__main__":
+        raise
+    # Run with another Python than the one that was set up: go on with that one.
+    venv = Path(__file__).resolve().parent.parent / ".venv"
+    if Path(sys.prefix).resolve() != venv.resolve() and (venv / "bin/python").exists():
+        os.execv(venv / "bin/python", [str(venv / "bin/python"), *sys.argv])
+    sys.exit(f"{missing}; run `make test`, or `python tools/setup_env.py --extra dev`, once: that installs it")
 
 SECTIONS = ("streaming", "last", "middle", "triangle", "dense")
 GEOMETRIES = [

@@ -3,19 +3,75 @@
 from __future__ import annotations
 
 import argparse
-import functools
+import importlib
 import shlex
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
-import torch
-from rich.console import Console
 
-from tmx_compile.analysis.choose import command as calibrate_command
-from tmx_compile.analysis.judge import command as quality_command
-from tmx_compile.bench import layer, record
-from tmx_compile.bench.timing import Rounds
+class _Command(NamedTuple):
+    """Where a command is, and what ``--help`` says of it.
+
+    ``module`` has ``<prefix>arguments(parser)``, and ``<prefix>run(options, parser)``, under these names.
+    """
+
+    module: str
+    arguments: str
+    run: str
+    help: str
+    description: str
+
+
+_COMMANDS = {
+    "explain": _Command(
+        "explain",
+        "arguments",
+        "run",
+        "which layers of a model would go sparse, and why others would not; needs no weights",
+        "Trace a prompt through a Transformers model without its weights, and tell which layers would go sparse, why "
+        "others would not, and how much of the attention is left.",
+    ),
+    "export": _Command(
+        "export",
+        "arguments",
+        "run",
+        "write a model with sparse layers for Ascend NPUs (.air); needs torch_npu and CANN, but no NPU",
+        "Write a Transformers model with TriangleMix inside for offline use on Ascend NPUs: prompts of one sequence "
+        "in, the logits of the last token out. Needs torch_npu and CANN, but no NPU.",
+    ),
+    "bench": _Command(
+        "bench",
+        "arguments",
+        "run",
+        "time one attention layer: dense against each lowering, and the floor",
+        "Time one attention layer: dense by its best backend against each lowering, and the floor.",
+    ),
+    "calibrate": _Command(
+        "calibrate",
+        "arguments",
+        "run",
+        "measure which layers of a model can go sparse, and save them as a profile",
+        "Measure which layers of a Transformers model need the Middle section of their attention least, on "
+        "plain text, and save a profile for TriangleMixConfig.from_profile.",
+    ),
+    "evaluate": _Command(
+        "quality",
+        "evaluate_arguments",
+        "run_evaluate",
+        "measure what sparse layers cost a model, against dense attention",
+        "Measure what sparse layers cost a Transformers model on plain text: next-token divergence and "
+        "perplexity against dense attention, by layers, how many, and geometry.",
+    ),
+    "advise": _Command(
+        "quality",
+        "advise_arguments",
+        "run_advise",
+        "the fastest of the evaluated choices within a budget of quality",
+        "Choose among the evaluated sparse layers and geometries: within a budget of quality, those that "
+        "save most attention time at a prompt length. Prints the choice as code; exits with 1 where nothing fits.",
+    ),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -23,132 +79,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(prog="tmx", description="Tools of tmx_compile.")
     commands = parser.add_subparsers(dest="command", required=True)
-    add_command = functools.partial(commands.add_parser, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    bench = add_command(
-        "bench",
-        help="time one attention layer: dense against each lowering, and the floor",
-        description="Time one attention layer: dense by its best backend against each lowering, and the floor.",
-    )
-    _bench_arguments(bench)
-    calibration = add_command(
-        "calibrate",
-        help="measure which layers of a model can go sparse, and save them as a profile",
-        description="Measure which layers of a Transformers model need the Middle section of their attention least, on "
-        "plain text, and save a profile for TriangleMixConfig.from_profile.",
-    )
-    calibrate_command.arguments(calibration)
-    evaluation = add_command(
-        "evaluate",
-        help="measure what sparse layers cost a model, against dense attention",
-        description="Measure what sparse layers cost a Transformers model on plain text: next-token divergence and "
-        "perplexity against dense attention, by layers, how many, and geometry.",
-    )
-    quality_command.evaluate_arguments(evaluation)
-    advice = add_command(
-        "advise",
-        help="the fastest of the evaluated choices within a budget of quality",
-        description="Choose among the evaluated sparse layers and geometries: within a budget of quality, those that "
-        "save most attention time at a prompt length. Prints the choice as code; exits with 1 where nothing fits.",
-    )
-    quality_command.advise_arguments(advice)
-    options = parser.parse_args(given)
-    if options.command == "calibrate":
-        calibrate_command.run(options, calibration)
-    elif options.command == "evaluate":
-        quality_command.run_evaluate(options, evaluation)
-    elif options.command == "advise":
-        quality_command.run_advise(options, advice)
-    else:
-        _bench(options, bench, shlex.join(["tmx", *given]))
-
-
-def _bench_arguments(bench: argparse.ArgumentParser) -> None:
-    def add(name: str, kind: Callable[[str], object], default: object, text: str, **more: object) -> None:
-        bench.add_argument(f"--{name}", type=kind, default=default, help=text, **more)  # type: ignore[arg-type]
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    add("device", str, device, "cpu or cuda")
-    add("lengths", _integers(",", "4096,32768"), (4096, 32768), "tokens, by commas", metavar="N,N,...")
-    add("geometry", _geometries, ((8, 512, 128),), "sinks/window/last rows, several by commas", metavar="S/W/L")
-    add("heads", _integer, 32, "query heads")
-    add("kv-heads", _integer, 8, "key heads")
-    add("dim", _integer, 128, "head dim")
-    add("dtype", _names, ("bfloat16",), f"{', '.join(layer.DTYPES)}; several by commas")
-    add("lowering", _names, (), "lowerings by commas; none: those worth timing on the device", metavar="NAME,...")
-    add("rounds", _integer, 11, "the most rounds of timing")
-    add("budget", _seconds, 8.0, "seconds to spend on the rounds of a length; five rounds at least")
-    bench.add_argument("--static", action="store_true", help="a compile for each length, not one for all")
-    add("out", Path, None, "file for the results, JSON", metavar="FILE")
-
-
-def _bench(options: argparse.Namespace, parser: argparse.ArgumentParser, command: str) -> None:
-    try:
-        plan = layer.Plan(
-            device=options.device,
-            lengths=options.lengths,
-            geometries=options.geometry,
-            dtypes=options.dtype,
-            heads=options.heads,
-            kv_heads=options.kv_heads,
-            head_dim=options.dim,
-            lowerings=options.lowering,
-            dynamic=not options.static,
-            rounds=Rounds(options.budget, min(5, options.rounds), options.rounds),
+    chosen: Any = None
+    for name, command in _COMMANDS.items():
+        sub = commands.add_parser(
+            name,
+            help=command.help,
+            description=command.description,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
-        if options.out is not None and not options.out.parent.is_dir():
-            raise ValueError(f"out must be a file in an existing folder, got {str(options.out)!r}")
-    except ValueError as error:
-        parser.error(str(error))
-    terminal, notes = Console(), Console(stderr=True)
-    before = record.hardware()
-    measured = layer.measure(plan, note=lambda text: notes.print(f"[dim]{text}"))
-    content = record.result("operator", command, False, before, measured)
-    console = terminal if terminal.is_terminal else Console(width=180)
-    console.print(record.table(content, layer.COLUMNS))
-    for name, reason in content["settings"]["left_out"].items():
-        notes.print(f"left out: {name}: {reason}", markup=False)
-    if options.out is not None:
-        record.write(content, options.out)
-        console.print(f"wrote {options.out}", markup=False)
-
-
-def _integer(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
-    return value
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number of seconds, got {text!r}")
-    return value
-
-
-def _integers(separator: str, example: str) -> Callable[[str], tuple[int, ...]]:
-    def read(text: str) -> tuple[int, ...]:
-        parts = text.split(separator)
-        if not all(part.strip().isdecimal() for part in parts):
-            raise argparse.ArgumentTypeError(f"must be whole numbers as in {example}, got {text!r}")
-        return tuple(int(part) for part in parts)
-
-    return read
-
-
-def _geometries(text: str) -> tuple[tuple[int, ...], ...]:
-    read = _integers("/", "8/512/128")
-    found = tuple(read(part) for part in text.split(","))
-    if any(len(geometry) != 3 for geometry in found):
-        raise argparse.ArgumentTypeError(f"must be sinks/window/last rows as in 8/512/128, got {text!r}")
-    return found
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(","))
+        # Only the module of the command that is run: the others need not be imported to list them.
+        if given[:1] == [name]:
+            module = importlib.import_module(f"tmx_compile.commands.{command.module}")
+            getattr(module, command.arguments)(sub)
+            chosen = (getattr(module, command.run), sub)
+    options = parser.parse_args(given, argparse.Namespace(command_line=shlex.join(["tmx", *given])))
+    run, sub = chosen
+    run(options, sub)

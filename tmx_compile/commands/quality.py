@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
 
 import torch
@@ -11,20 +10,13 @@ from rich.console import Console
 from rich.table import Table
 
 from tmx_compile.analysis.choose.advise import BOUNDS, Advice, advise
-from tmx_compile.analysis.choose.command import (
-    DTYPES,
-    check_folders,
-    count,
-    depth_of,
-    geometry,
-    loaded,
-    model_arguments,
-)
 from tmx_compile.analysis.judge.evaluate import candidates, evaluate, read_ranking
 from tmx_compile.analysis.judge.evaluation import METRICS, Evaluation
 from tmx_compile.analysis.judge.intervals import Interval
 from tmx_compile.analysis.judge.language_model import pieces
 from tmx_compile.bench.layer_times import read_times
+from tmx_compile.commands.calibrate import DTYPES, depth_of, loaded, model_arguments
+from tmx_compile.commands.values import check_folders, count, geometry, number
 from tmx_compile.config import TriangleMixConfig
 
 # Of a table that goes to no terminal.
@@ -101,7 +93,7 @@ def advise_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("evaluation", type=Path, metavar="EVALUATION", help="what `tmx evaluate` wrote")
     budget_help = "the most that may be lost: nats for kl_..., perplexity over dense perplexity less 1 for ppl_..."
-    add("--budget", required=True, type=_number, help=budget_help)
+    add("--budget", required=True, type=number, help=budget_help)
     add("--tokens", required=True, type=count, help="the prompt length to be fast at")
     add("--metric", choices=METRICS, default="ppl_final", help="what the budget is of")
     bound_help = "what has to be within the budget: the upper end of the cost's interval, or its mean"
@@ -110,7 +102,7 @@ def advise_arguments(parser: argparse.ArgumentParser) -> None:
     add("--times", type=Path, metavar="FILE", help="layer times that `tmx bench --out` wrote; none: measure them here")
     add("--device", help="where to measure, cpu or cuda; none: where the evaluation ran")
     add("--dtype", choices=DTYPES, help="of the measured layers; none: that of the evaluation")
-    add("--seconds", type=_number, default=5.0, help="to spend on the timed rounds of each geometry")
+    add("--seconds", type=number, default=5.0, help="to spend on the timed rounds of each geometry")
     add("--min-seq-len", type=count, default=TriangleMixConfig.min_seq_len, help="prompts up to here stay dense")
     add("--save", type=Path, metavar="FILE", help="the profile to write, for TriangleMixConfig.from_profile")
 
@@ -204,13 +196,3 @@ def _counts(text: str) -> tuple[int, ...]:
 
 def _geometries(text: str) -> tuple[tuple[int, int, int], ...]:
     return tuple(dict.fromkeys(geometry(part.strip()) for part in text.split(",")))
-
-
-def _number(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {text!r}")
-    return value

@@ -15,6 +15,7 @@ from tmx_compile.analysis.capture.sections import MEASURES
 from tmx_compile.analysis.choose.calibration import Calibration
 from tmx_compile.analysis.choose.estimate import ESTIMATORS, calibrate
 from tmx_compile.analysis.judge.language_model import load, prompts, read_texts
+from tmx_compile.commands.values import check_folders, count, geometry
 from tmx_compile.config import TriangleMixConfig
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -91,13 +92,6 @@ def table(found: Calibration) -> Table:
     return shown
 
 
-def check_folders(**files: Path | None) -> None:
-    """``ValueError``, with the option's name, for a file to write whose folder does not exist."""
-    for name, path in files.items():
-        if path is not None and not path.parent.is_dir():
-            raise ValueError(f"{name} must be a file in an existing folder, got {str(path)!r}")
-
-
 def loaded(options: argparse.Namespace) -> tuple[nn.Module, Any, list[str]]:
     """The model, its tokenizer and the texts that :func:`model_arguments` name.
 
@@ -115,19 +109,3 @@ def depth_of(model: nn.Module) -> int | None:
     """How many layers the model's configuration tells."""
     depth: int | None = getattr(getattr(model, "config", None), "num_hidden_layers", None)
     return depth
-
-
-def count(text: str) -> int:
-    """An option's value that is a whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
-    return int(text)
-
-
-def geometry(text: str) -> tuple[int, int, int]:
-    """An option's value such as 8/64/128."""
-    parts = text.split("/")
-    if len(parts) != 3 or not all(part.isdecimal() for part in parts):
-        raise argparse.ArgumentTypeError(f"must be sinks/window/last rows as in 8/64/128, got {text!r}")
-    sink, window, last = map(int, parts)
-    return sink, window, last
