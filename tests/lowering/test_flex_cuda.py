@@ -19,7 +19,7 @@ from tmx_compile.graph.nodes import INSERTED, fake_mode_of, op_name, tensor_of
 from tmx_compile.lowering import rows
 from tmx_compile.lowering.base import AttentionCall
 from tmx_compile.lowering.flex import cuda as flex_cuda
-from tmx_compile.lowering.flex.call import BlockPlan
+from tmx_compile.lowering.flex.call import KeyBlocks
 from tmx_compile.lowering.flex.plan import Tiles, last_plan, streaming_plan
 from tmx_compile.lowering.table import FLEX
 from tmx_compile.mask.geometry import Geometry
@@ -463,7 +463,7 @@ def test_the_stand_in_reads_plans_as_the_template_does():
     where = rows.extent(key_mask, case.kv_len)
     tile = Tiles(64, 64, 4, 3)
     plan = streaming_plan(qkv[0], 200, 200, where, True, Geometry(4, 20, 0), tile)
-    flat = BlockPlan(64, 64, torch.as_strided(plan.counts, plan.counts.shape, (plan.counts.stride(0), 0, 1)), None)
+    flat = KeyBlocks(64, 64, torch.as_strided(plan.counts, plan.counts.shape, (plan.counts.stride(0), 0, 1)), None)
     assert [as_read(plan.counts, b, 0, 0) for b in range(3)] == plan.counts[:, 0, 0].tolist()
     assert len({as_read(flat.counts, b, 0, 0) for b in range(3)}) == 1
     assert len(set(plan.counts[:, 0, 0].tolist())) > 1
