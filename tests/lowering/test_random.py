@@ -8,7 +8,7 @@ from tests.support.oracle import attended, oracle
 from tests.support.problems import cases
 from tmx_compile.lowering import rows
 from tmx_compile.lowering.blocked import blocked_attention
-from tmx_compile.lowering.flex.lowering import block_plan
+from tmx_compile.lowering.flex.lowering import key_blocks
 from tmx_compile.lowering.reference import reference_attention
 from tmx_compile.mask.geometry import Geometry
 
@@ -30,7 +30,7 @@ def test_the_flex_block_plan_covers_every_streaming_pair_once(case):
     query, _, _, key_mask = case.tensors()
     geometry = case.mask.bounded(case.kv_len)
     where = rows.extent(key_mask, case.kv_len)
-    count, index = block_plan(query, case.q_len, case.kv_len, where, key_mask is not None, geometry)
+    count, index = key_blocks(query, case.q_len, case.kv_len, where, key_mask is not None, geometry)
     assert count.dtype == index.dtype == torch.int32
     mask = attended(case.q_len, case.kv_len, key_mask, geometry.sink, geometry.window, 0)
     for b in range(mask.shape[0]):
@@ -47,6 +47,6 @@ def test_the_flex_block_plan_is_linear_in_storage():
     """Full width is only a view: 131,072 tokens have 2,050 blocks a side, 16.8 MB as an array of int32."""
     like = torch.empty(1, 1, 1, 1)
     n = 131072
-    count, index = block_plan(like, n, n, rows.Extent(0, n), False, Geometry(8, 512, 0))
+    count, index = key_blocks(like, n, n, rows.Extent(0, n), False, Geometry(8, 512, 0))
     assert index.shape[-1] * 64 >= n
     assert index.untyped_storage().nbytes() + count.untyped_storage().nbytes() < 200_000

@@ -17,7 +17,7 @@ from tmx_compile.commands.page import page
 from tmx_compile.commands.selection import selected, selection_arguments
 from tmx_compile.commands.values import check_folders, count
 from tmx_compile.errors import TriangleMixError
-from tmx_compile.lowering.table import ASCEND, CHOICES
+from tmx_compile.lowering.table import ASCEND, LOWERINGS
 
 DTYPES = ("float32", "bfloat16", "float16")
 # Of a table that goes to no terminal.
@@ -31,7 +31,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("model", metavar="MODEL", help="folder with a config.json, or name, of a causal language model of Transformers")
     add("--tokens", required=True, type=count, metavar="N", help="length of the prompt")
     selection_arguments(parser, required=False)
-    names = [name for name in CHOICES if name != ASCEND.name]
+    names = [name for name in LOWERINGS if name != ASCEND.name]
     add("--lowering", choices=names, default="auto", help="how sparse layers are computed")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", choices=("cpu", "cuda"), default=device, help="what the lowerings answer for")

@@ -10,7 +10,7 @@ from torch.fx import GraphModule, Node
 
 from tmx_compile.find.repeat import divides, same, unrepeated
 from tmx_compile.find.sdpa import scale_of
-from tmx_compile.find.site import AttentionSite, BlockPlan, MaskMod, Operand
+from tmx_compile.find.site import AttentionSite, BlockMaskNodes, MaskMod, Operand
 from tmx_compile.graph.calls import bound, named
 from tmx_compile.graph.erase import dead_ends
 from tmx_compile.graph.nodes import INSERTED, tensor_of, value_of
@@ -87,7 +87,7 @@ def _layout(node: Node, query: Operand, key: Operand, value: Operand) -> Rejecte
 
 def _mask(
     node: Node, given: dict[str, Any], operands: tuple[Operand, Operand, Operand]
-) -> tuple[MaskMod, BlockPlan | None] | Rejected:
+) -> tuple[MaskMod, BlockMaskNodes | None] | Rejected:
     """The mask_mod and the block plan. The tuple has 13 entries in torch 2.11 and 17 in 2.13: its ends are the same."""
     entries = given["block_mask"]
     if not isinstance(entries, (tuple, list)) or len(entries) < 13:
@@ -110,7 +110,7 @@ def _mask(
         fake = tensor_of(each)
         if fake is None or not _broadcasts(fake.shape[:2], q.shape[:2]):
             return Rejected(Reason.LAYOUT, "the block mask is for another batch or number of heads", node)
-    return mod, BlockPlan(rows, keys, tuple(partial), tuple(full) if len(kept) == 4 else None)
+    return mod, BlockMaskNodes(rows, keys, tuple(partial), tuple(full) if len(kept) == 4 else None)
 
 
 def _child(node: Node, arg: Any) -> GraphModule | None:

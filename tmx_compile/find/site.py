@@ -63,8 +63,8 @@ class MaskMod:
 
 
 @dataclass(frozen=True)
-class BlockPlan:
-    """The blocks of a FlexAttention call: its kernel reads a pair of blocks only where the plan lists it.
+class BlockMaskNodes:
+    """The ``BlockMask`` of a FlexAttention call in a graph: its kernel reads a pair of blocks only where it is listed.
 
     Attributes:
         rows: rows in a block, a number of the graph where it is a node.
@@ -115,7 +115,7 @@ class AttentionSite:
     form: str
     factor: Node | None = None
     result_order: tuple[int, ...] | None = None
-    block_plan: BlockPlan | None = None
+    block_plan: BlockMaskNodes | None = None
     effects: tuple[Node, ...] = ()
     versions: Mapping[Node, int] = field(default_factory=dict, compare=False)
 

@@ -9,7 +9,7 @@ from torch._higher_order_ops.flex_attention import flex_attention
 from tests.support.flex_eager import as_read, flex_eager
 from tests.support.problems import CASES
 from tmx_compile.lowering import rows
-from tmx_compile.lowering.flex.call import BlockPlan
+from tmx_compile.lowering.flex.call import KeyBlocks
 from tmx_compile.lowering.flex.plan import Tiles, streaming_plan
 from tmx_compile.mask.geometry import Geometry
 
@@ -78,7 +78,7 @@ def test_the_stand_in_reads_plans_as_the_template_does():
     where = rows.extent(key_mask, case.kv_len)
     tile = Tiles(64, 64, 4, 3)
     plan = streaming_plan(qkv[0], 200, 200, where, True, Geometry(4, 20, 0), tile)
-    flat = BlockPlan(64, 64, torch.as_strided(plan.counts, plan.counts.shape, (plan.counts.stride(0), 0, 1)), None)
+    flat = KeyBlocks(64, 64, torch.as_strided(plan.counts, plan.counts.shape, (plan.counts.stride(0), 0, 1)), None)
     assert [as_read(plan.counts, b, 0, 0) for b in range(3)] == plan.counts[:, 0, 0].tolist()
     assert len({as_read(flat.counts, b, 0, 0) for b in range(3)}) == 1
     assert len(set(plan.counts[:, 0, 0].tolist())) > 1

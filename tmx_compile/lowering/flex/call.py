@@ -24,7 +24,7 @@ _OPTIONS = {
 
 
 @dataclass(frozen=True)
-class BlockPlan:
+class KeyBlocks:
     """Which blocks of keys each block of rows reads.
 
     counts (B or 1, 1, Q) and indices (B or 1, 1, Q, K), int32, for blocks of ``rows`` x ``keys``: of the K columns of a
@@ -44,7 +44,7 @@ def flex_call(
     write: Writer,
     qkv: Sequence[Any],
     lengths: tuple[Any, Any],
-    plan: BlockPlan,
+    plan: KeyBlocks,
     mask_mod: GraphModule,
     buffers: tuple[Any, ...],
     scale: float,

@@ -18,7 +18,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from tmx_compile.lowering import rows
 from tmx_compile.lowering.base import AttentionCall, Operands, Writer, arange, first_position, length
 from tmx_compile.lowering.flex import cuda as flex_cuda
-from tmx_compile.lowering.flex.call import BlockPlan, flex_call, stored
+from tmx_compile.lowering.flex.call import KeyBlocks, flex_call, stored
 from tmx_compile.mask import formula
 from tmx_compile.mask.geometry import Geometry
 from tmx_compile.report import Accepted, Reason, Rejected
@@ -105,7 +105,7 @@ def _streaming(
     q, k, _ = qkv
     q_len, kv_len = length(q, 2), length(k, 2)
     offset = first_position(q, k)
-    plan = BlockPlan(_BLOCK, _BLOCK, *block_plan(q, q_len, kv_len, where, key_mask is not None, geometry))
+    plan = KeyBlocks(_BLOCK, _BLOCK, *key_blocks(q, q_len, kv_len, where, key_mask is not None, geometry))
     buffers: tuple[Any, ...] = ()
     if key_mask is not None:
         # Keys first: the template's kernel knows no symbolic stride, and the batch is the static one of the two.
@@ -120,7 +120,7 @@ def _streaming(
     return out
 
 
-def block_plan(
+def key_blocks(
     like: Any, q_len: Any, kv_len: Any, where: rows.Extent, padded: bool, geometry: Geometry
 ) -> tuple[Any, Any]:
     """Key blocks of every block of rows: counts (B or 1, 1, Q) and indices (B or 1, 1, Q, K), int32.

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from tmx_compile.lowering.base import arange
-from tmx_compile.lowering.flex.call import BlockPlan, stored
+from tmx_compile.lowering.flex.call import KeyBlocks, stored
 from tmx_compile.lowering.rows import Extent
 from tmx_compile.mask.geometry import Geometry
 
@@ -55,7 +55,7 @@ def streaming_plan(
     padded: bool,
     geometry: Geometry,
     tiles: Tiles,
-) -> BlockPlan:
+) -> KeyBlocks:
     """The plan of all rows as streaming rows: the blocks of the sinks, then those of the window.
 
     The window is at most the reach. Without padding, blocks inside the window of every row of their block of rows are
@@ -102,7 +102,7 @@ def last_plan(
     copies: int,
     blocks: int,
     tiles: Tiles,
-) -> BlockPlan:
+) -> KeyBlocks:
     """The plan of the last rows, written out ``copies`` times, a power of two: copy c reads the c-th part of the keys.
 
     A copy is ``blocks`` blocks of rows. ``first`` and ``final``, (B or 1, 1, 1, 1), are the lowest and the highest
@@ -141,10 +141,10 @@ def _inside(low: Any, high: Any, oldest: Any, newest: Any, tiles: Tiles) -> Rang
 
 def _plan(
     like: Any, ranges: Sequence[Range], full: Sequence[Range], padded: bool, width: Any, kv_len: Any, tiles: Tiles
-) -> BlockPlan:
+) -> KeyBlocks:
     # torch 2.11 reads the full blocks with the strides of the others: both lists have one width.
     lists = [_listed(like, part, width, kv_len, tiles) for part in (ranges, full) if part]
-    return BlockPlan(tiles.rows, tiles.keys, *(x for pair in lists for x in pair))
+    return KeyBlocks(tiles.rows, tiles.keys, *(x for pair in lists for x in pair))
 
 
 def _listed(like: Any, ranges: Sequence[Range], width: Any, kv_len: Any, tiles: Tiles) -> tuple[Any, Any]:

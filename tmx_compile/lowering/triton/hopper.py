@@ -10,6 +10,8 @@ Importing this module needs Triton with Gluon for Hopper (``triton.experimental.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -20,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from tmx_compile.lowering.triton.hopper_walk import item, layout_slots, schedule
+from tmx_compile.lowering.triton.hopper_walk import Counts, item, layout_slots, schedule
 
 # Of the threads of one group. Triton 3.6 calls it thread_barrier.
 _barrier = getattr(gl, "thread_barrier", None) or gl.barrier
@@ -28,6 +30,36 @@ _barrier = getattr(gl, "thread_barrier", None) or gl.barrier
 _NO_MAXIMUM = gl.constexpr(-3.0e38)
 # Computing groups of a CTA: they share every key block, so that half as many keys go through the caches.
 CONSUMERS = gl.constexpr(2)
+
+
+class Common(NamedTuple):
+    """What the copying warp and the computing groups of a CTA have in common."""
+
+    q_desc: Any
+    k_desc: Any
+    v_desc: Any
+    piece_k: Any  # the same keys in pieces of 16 by 64 columns
+    piece_v: Any
+    q_full: Any  # barriers: two query slots, and STAGES slots of keys and of values
+    q_empty: Any
+    k_full: Any
+    v_full: Any
+    kv_empty: Any
+    q_bufs: Any
+    k_bufs: Any
+    v_bufs: Any
+    counts: Any
+    extent_ptr: Any
+    part_ptr: Any
+    part_lse_ptr: Any
+    arrived_ptr: Any
+    mask_ptr: Any
+    out_ptr: Any
+    o_batch: Any
+    o_head: Any
+    o_row: Any
+    scale: Any
+    mask_batch: Any
 
 
 @gluon.jit
@@ -49,39 +81,35 @@ def _copy_pieces(
 
 @gluon.jit
 def _produce(
-    tensors,
+    common,
     GROUP: gl.constexpr, HEADS: gl.constexpr, KV_HEADS: gl.constexpr, HEAD_BOX: gl.constexpr,
     DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr, PADDED: gl.constexpr, REACH: gl.constexpr,
 ):  # fmt: skip
     """The copying warp: queries two tiles deep, sinks, and a ring of key and value blocks."""
-    (
-        descs, bars, bufs, args, extent_ptr, part_ptr, part_lse_ptr, arrived_ptr, mask_ptr, out_ptr, out_strides, scale,
-        mask_batch,
-    ) = tensors  # fmt: skip
-    q_desc, k_desc, v_desc, piece_k, piece_v = descs
-    q_full, q_empty, k_full, v_full, kv_empty = bars
-    q_bufs, k_bufs, v_bufs = bufs
+    q_desc, k_desc, v_desc = common.q_desc, common.k_desc, common.v_desc
+    q_full, q_empty, k_full, v_full = common.q_full, common.q_empty, common.k_full, common.v_full
+    kv_empty, q_bufs, k_bufs, v_bufs = common.kv_empty, common.q_bufs, common.k_bufs, common.v_bufs
+    counts = common.counts
     POSITIONS: gl.constexpr = 64 // HEAD_BOX
     ROWS: gl.constexpr = POSITIONS * CONSUMERS
-    offset = args[1] - args[0]
-    shares = schedule(args)
+    offset = counts.kv_len - counts.q_len
+    share = schedule(counts)
     loaded = 0
-    for index in range(shares[3]):
-        (
-            is_last, tile, head_block, batch, split, start, end, holes, last_low, span, sinks, sink_low, first, stop,
-            low, high,
-        ) = item(index, shares, args, extent_ptr, GROUP, HEADS, ROWS, PADDED, REACH)  # fmt: skip
-        kv_head = head_block * GROUP // (HEADS // KV_HEADS)
+    for index in range(share.items):
+        work = item(index, share, counts, common.extent_ptr, GROUP, HEADS, ROWS, PADDED, REACH)
+        kv_head = work.head_block * GROUP // (HEADS // KV_HEADS)
         q_slot = index % 2
         mbarrier.wait(q_empty.index(q_slot), (index // 2 & 1) ^ 1)
         mbarrier.expect(q_full.index(q_slot), CONSUMERS * q_desc.block_type.nbytes)
         for c in gl.static_range(CONSUMERS):
             tma.async_copy_global_to_shared(
-                q_desc, [batch, head_block * GROUP, first + c * POSITIONS - offset, 0], q_full.index(q_slot),
+                q_desc,
+                [work.batch, work.head_block * GROUP, work.first + c * POSITIONS - offset, 0],
+                q_full.index(q_slot),
                 q_bufs.index(q_slot * CONSUMERS + c),
-            )  # fmt: skip
-        far, blocks, shift = layout_slots(sinks, low, high, BLOCK_N)
+            )
+        far, blocks, shift = layout_slots(work.sinks, work.low, work.high, BLOCK_N)
         for block in range(blocks):
             slot = loaded % STAGES
             first_slot = block * BLOCK_N
@@ -89,12 +117,12 @@ def _produce(
             mbarrier.expect(k_full.index(slot), k_desc.block_type.nbytes)
             if first_slot < far:
                 _copy_pieces(
-                    piece_k,
+                    common.piece_k,
                     first_slot,
                     far,
-                    sink_low,
+                    work.sink_low,
                     shift,
-                    batch,
+                    work.batch,
                     kv_head,
                     k_full.index(slot),
                     k_bufs.index(slot),
@@ -103,17 +131,17 @@ def _produce(
                 )
             else:
                 tma.async_copy_global_to_shared(
-                    k_desc, [batch, kv_head, first_slot + shift, 0], k_full.index(slot), k_bufs.index(slot)
+                    k_desc, [work.batch, kv_head, first_slot + shift, 0], k_full.index(slot), k_bufs.index(slot)
                 )
             mbarrier.expect(v_full.index(slot), v_desc.block_type.nbytes)
             if first_slot < far:
                 _copy_pieces(
-                    piece_v,
+                    common.piece_v,
                     first_slot,
                     far,
-                    sink_low,
+                    work.sink_low,
                     shift,
-                    batch,
+                    work.batch,
                     kv_head,
                     v_full.index(slot),
                     v_bufs.index(slot),
@@ -122,7 +150,7 @@ def _produce(
                 )
             else:
                 tma.async_copy_global_to_shared(
-                    v_desc, [batch, kv_head, first_slot + shift, 0], v_full.index(slot), v_bufs.index(slot)
+                    v_desc, [work.batch, kv_head, first_slot + shift, 0], v_full.index(slot), v_bufs.index(slot)
                 )
             loaded += 1
 
@@ -139,40 +167,37 @@ def _softmax(scores, maximum, total, scale):
 
 @gluon.jit
 def _mask(
-    scores, position, first_slot, far, shift, sinks, sink_low, low, high, sink_end, span, reach, holes, mask_ptr,
+    scores, position, first_slot, far, shift, work, counts, mask_ptr,
     layout: gl.constexpr, BLOCK_N: gl.constexpr, PADDED: gl.constexpr, REACH: gl.constexpr,
 ):  # fmt: skip
     """Drop what a block holds beyond the mask."""
+    sink_end = work.start + counts.sink
     slot = first_slot + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, layout))
     is_sink = slot < far
-    place = gl.where(is_sink, sink_low + slot, shift + slot)
-    used = gl.where(is_sink, slot - sinks, gl.maximum(low - place - 1, place - high)) < 0
+    place = gl.where(is_sink, work.sink_low + slot, shift + slot)
+    used = gl.where(is_sink, slot - work.sinks, gl.maximum(work.low - place - 1, place - work.high)) < 0
     if PADDED:
-        if holes != 0:
+        if work.holes != 0:
             used = used & (gl.load(mask_ptr + place, mask=used, other=0) != 0)
     row = gl.expand_dims(position, 1)
     key = gl.expand_dims(place, 0)
-    allowed = (key <= row) & ((row - key <= span) | (key < sink_end)) & gl.expand_dims(used, 0)
+    allowed = (key <= row) & ((row - key <= work.span) | (key < sink_end)) & gl.expand_dims(used, 0)
     if REACH:
-        allowed = allowed & (row - key <= reach)
+        allowed = allowed & (row - key <= counts.reach)
     return gl.where(allowed, scores, float("-inf"))
 
 
 @gluon.jit
 def _consume(
-    c, tensors,
+    c, common,
     GROUP: gl.constexpr, HEADS: gl.constexpr, KV_HEADS: gl.constexpr, HEAD_BOX: gl.constexpr,
     DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr, PADDED: gl.constexpr, REACH: gl.constexpr,
 ):  # fmt: skip
     """A computing group of four warps: 64 stacked rows of every tile, number ``c`` of the CTA's groups."""
-    (
-        descs, bars, bufs, args, extent_ptr, part_ptr, part_lse_ptr, arrived_ptr, mask_ptr, out_ptr, out_strides, scale,
-        mask_batch,
-    ) = tensors  # fmt: skip
-    q_desc, k_desc, v_desc, piece_k, piece_v = descs
-    q_full, q_empty, k_full, v_full, kv_empty = bars
-    q_bufs, k_bufs, v_bufs = bufs
+    q_full, q_empty, k_full, v_full = common.q_full, common.q_empty, common.k_full, common.v_full
+    kv_empty, q_bufs, k_bufs, v_bufs = common.kv_empty, common.q_bufs, common.k_bufs, common.v_bufs
+    counts, scale = common.counts, common.scale
     POSITIONS: gl.constexpr = 64 // HEAD_BOX
     ROWS: gl.constexpr = POSITIONS * CONSUMERS
     HEAD_BLOCKS: gl.constexpr = HEADS // GROUP
@@ -181,39 +206,31 @@ def _consume(
     P: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUT, k_width=2)
     LANES: gl.constexpr = BLOCK_D // 8 if BLOCK_D < 256 else 32
     STORE: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LANES, LANES], [4, 1], [1, 0])
-    dtype: gl.constexpr = k_desc.dtype
-    kv_len = args[1]
-    offset = kv_len - args[0]
-    sink = args[2]
-    reach = args[5]
-    last_tiles = args[7]
-    splits = args[8]
-    o_batch, o_head, o_row = out_strides
-    shares = schedule(args)
+    dtype: gl.constexpr = common.k_desc.dtype
+    kv_len, splits = counts.kv_len, counts.splits
+    offset = kv_len - counts.q_len
+    share = schedule(counts)
     taken = 0
     row = gl.arange(0, 64, layout=gl.SliceLayout(1, S))
-    for index in range(shares[3]):
-        (
-            is_last, tile, head_block, batch, split, start, end, holes, last_low, span, sinks, sink_low, first, stop,
-            low, high,
-        ) = item(index, shares, args, extent_ptr, GROUP, HEADS, ROWS, PADDED, REACH)  # fmt: skip
-        mine_first = first + c * POSITIONS
-        mine_stop = gl.minimum(mine_first + POSITIONS, stop)
+    for index in range(share.items):
+        work = item(index, share, counts, common.extent_ptr, GROUP, HEADS, ROWS, PADDED, REACH)
+        mine_first = work.first + c * POSITIONS
+        mine_stop = gl.minimum(mine_first + POSITIONS, work.stop)
         position = mine_first + row % POSITIONS
-        this_mask = mask_ptr
+        this_mask = common.mask_ptr
         if PADDED:
-            this_mask = mask_ptr + batch.to(gl.int64) * mask_batch
+            this_mask = common.mask_ptr + work.batch.to(gl.int64) * common.mask_batch
         q_slot = index % 2
         mbarrier.wait(q_full.index(q_slot), index // 2 & 1)
         query = q_bufs.index(q_slot * CONSUMERS + c).reshape([64, BLOCK_D])
         acc = gl.zeros([64, BLOCK_D], gl.float32, OUT)
         total = gl.zeros([64], gl.float32, gl.SliceLayout(1, S))
         maximum = gl.full([64], _NO_MAXIMUM, gl.float32, gl.SliceLayout(1, S))
-        far, blocks, shift = layout_slots(sinks, low, high, BLOCK_N)
+        far, blocks, shift = layout_slots(work.sinks, work.low, work.high, BLOCK_N)
         # Slots that need a mask: those before `masked_front`, and from `masked_end` on.
-        masked_front = gl.maximum(far, gl.maximum(low, mine_stop - 1 - span) - shift)
+        masked_front = gl.maximum(far, gl.maximum(work.low, mine_stop - 1 - work.span) - shift)
         masked_end = mine_first + 1 - shift
-        if holes != 0:
+        if work.holes != 0:
             masked_front = blocks * BLOCK_N
         slot = taken % STAGES
         mbarrier.wait(k_full.index(slot), taken // STAGES & 1)
@@ -222,10 +239,7 @@ def _consume(
             gl.zeros([64, BLOCK_N], gl.float32, S), use_acc=False,
         )  # fmt: skip
         if (masked_front > 0) | (masked_end < BLOCK_N):
-            scores = _mask(
-                scores, position, 0, far, shift, sinks, sink_low, low, high, start + sink, span, reach, holes,
-                this_mask, S, BLOCK_N, PADDED, REACH,
-            )  # fmt: skip
+            scores = _mask(scores, position, 0, far, shift, work, counts, this_mask, S, BLOCK_N, PADDED, REACH)
         weights, maximum, total, shrink = _softmax(scores, maximum, total, scale)
         weights = gl.convert_layout(weights.to(dtype), P)
         for block in range(1, blocks):
@@ -241,9 +255,8 @@ def _consume(
             scores = warpgroup_mma_wait(1, deps=[pending])
             if (block * BLOCK_N < masked_front) | (block * BLOCK_N + BLOCK_N > masked_end):
                 scores = _mask(
-                    scores, position, block * BLOCK_N, far, shift, sinks, sink_low, low, high, start + sink, span,
-                    reach, holes, this_mask, S, BLOCK_N, PADDED, REACH,
-                )  # fmt: skip
+                    scores, position, block * BLOCK_N, far, shift, work, counts, this_mask, S, BLOCK_N, PADDED, REACH
+                )
             next_weights, maximum, total, shrink = _softmax(scores, maximum, total, scale)
             acc, weights = warpgroup_mma_wait(0, deps=[product, weights])
             mbarrier.arrive(kv_empty.index(slot), count=1)
@@ -263,18 +276,18 @@ def _consume(
         acc = acc / gl.expand_dims(gl.convert_layout(divisor, gl.SliceLayout(1, OUT)), 1)
         # Which rows this item writes; the last split to arrive writes for all.
         wrote = 1
-        if is_last & (splits > 1):
-            number = ((batch * HEAD_BLOCKS + head_block) * last_tiles + tile) * CONSUMERS + c
+        if work.is_last & (splits > 1):
+            number = ((work.batch * HEAD_BLOCKS + work.head_block) * counts.last_tiles + work.tile) * CONSUMERS + c
             o_r = gl.arange(0, 64, layout=gl.SliceLayout(1, OUT))
             o_c = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, OUT))
             inner = gl.expand_dims(o_r * BLOCK_D, 1) + gl.expand_dims(o_c, 0)
-            part_at = part_ptr + number.to(gl.int64) * splits * (64 * BLOCK_D)
-            lse_at = part_lse_ptr + number.to(gl.int64) * splits * 64
-            gl.store(part_at + split * (64 * BLOCK_D) + inner, acc)
-            gl.store(lse_at + split * 64 + row, lse)
+            part_at = common.part_ptr + number.to(gl.int64) * splits * (64 * BLOCK_D)
+            lse_at = common.part_lse_ptr + number.to(gl.int64) * splits * 64
+            gl.store(part_at + work.split * (64 * BLOCK_D) + inner, acc)
+            gl.store(lse_at + work.split * 64 + row, lse)
             # Every thread's stores before the one thread's release.
             _barrier()
-            before = gl.atomic_add(arrived_ptr + number, 1, sem="acq_rel")
+            before = gl.atomic_add(common.arrived_ptr + number, 1, sem="acq_rel")
             _barrier()
             wrote = (before == splits - 1).to(gl.int32)
             if before == splits - 1:
@@ -306,11 +319,13 @@ def _consume(
         column = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, STORE))
         at_row = mine_first + r % POSITIONS
         head = r // POSITIONS
-        mine = (head < GROUP) & (at_row < stop) & (wrote != 0)
-        if is_last == 0:
-            mine = mine & ((at_row < last_low) | (at_row >= end))
-        where_row = (at_row - offset).to(gl.int64) * o_row + (head_block * GROUP + head).to(gl.int64) * o_head
-        pointers = out_ptr + batch.to(gl.int64) * o_batch + gl.expand_dims(where_row, 1) + gl.expand_dims(column, 0)
+        mine = (head < GROUP) & (at_row < work.stop) & (wrote != 0)
+        if work.is_last == 0:
+            mine = mine & ((at_row < work.last_low) | (at_row >= work.end))
+        where_row = (at_row - offset).to(gl.int64) * common.o_row
+        where_row += (work.head_block * GROUP + head).to(gl.int64) * common.o_head
+        whole = common.out_ptr + work.batch.to(gl.int64) * common.o_batch
+        pointers = whole + gl.expand_dims(where_row, 1) + gl.expand_dims(column, 0)
         keep = gl.expand_dims(mine, 1)
         if DIM != BLOCK_D:
             keep = keep & gl.expand_dims(column < DIM, 0)
@@ -353,34 +368,20 @@ def hopper_kernel(
         mbarrier.init(kv_empty.index(i), count=CONSUMERS)
     fence_async_shared()
     _barrier()
-    descs = (q_desc, k_desc, v_desc, piece_k, piece_v)
-    bars = (q_full, q_empty, k_full, v_full, kv_empty)
-    bufs = (q_bufs, k_bufs, v_bufs)
-    args = (
-        q_len,
-        kv_len,
-        sink,
-        window,
-        last,
-        reach,
-        last_items,
-        last_tiles,
-        splits,
-        split_keys,
-        tiles,
-        stream_items,
+    counts = Counts(
+        q_len, kv_len, sink, window, last, reach, last_items, last_tiles, splits, split_keys, tiles, stream_items,
         head_start,
-    )
-    out_strides = (o_batch, o_head, o_row)
-    tensors = (
-        descs, bars, bufs, args, extent_ptr, part_ptr, part_lse_ptr, arrived_ptr, mask_ptr, out_ptr, out_strides, scale,
+    )  # fmt: skip
+    common = Common(
+        q_desc, k_desc, v_desc, piece_k, piece_v, q_full, q_empty, k_full, v_full, kv_empty, q_bufs, k_bufs, v_bufs,
+        counts, extent_ptr, part_ptr, part_lse_ptr, arrived_ptr, mask_ptr, out_ptr, o_batch, o_head, o_row, scale,
         mask_batch,
     )  # fmt: skip
     gl.warp_specialize(
         [
-            (_consume, (0, tensors, GROUP, HEADS, KV_HEADS, HEAD_BOX, DIM, BLOCK_D, BLOCK_N, STAGES, PADDED, REACH)),
-            (_consume, (1, tensors, GROUP, HEADS, KV_HEADS, HEAD_BOX, DIM, BLOCK_D, BLOCK_N, STAGES, PADDED, REACH)),
-            (_produce, (tensors, GROUP, HEADS, KV_HEADS, HEAD_BOX, DIM, BLOCK_D, BLOCK_N, STAGES, PADDED, REACH)),
+            (_consume, (0, common, GROUP, HEADS, KV_HEADS, HEAD_BOX, DIM, BLOCK_D, BLOCK_N, STAGES, PADDED, REACH)),
+            (_consume, (1, common, GROUP, HEADS, KV_HEADS, HEAD_BOX, DIM, BLOCK_D, BLOCK_N, STAGES, PADDED, REACH)),
+            (_produce, (common, GROUP, HEADS, KV_HEADS, HEAD_BOX, DIM, BLOCK_D, BLOCK_N, STAGES, PADDED, REACH)),
         ],
         [4, 1], [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
     )  # fmt: skip

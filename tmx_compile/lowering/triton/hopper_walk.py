@@ -5,50 +5,88 @@ Importing this module needs Triton with Gluon for Hopper.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 
+class Counts(NamedTuple):
+    """The run-time numbers of a launch."""
+
+    q_len: Any
+    kv_len: Any
+    sink: Any
+    window: Any
+    last: Any
+    reach: Any
+    last_items: Any
+    last_tiles: Any
+    splits: Any
+    split_keys: Any
+    tiles: Any
+    stream_items: Any
+    head_start: Any
+
+
+class Share(NamedTuple):
+    """The items of a CTA."""
+
+    lasts: Any  # its last-row items
+    early: Any  # its tiles while others do last-row items
+    ahead: Any  # tiles of all CTAs that are done meanwhile
+    items: Any  # how many it has in all
+
+
+class Item(NamedTuple):
+    """One work item: which rows, and which keys they walk; see :mod:`kernel` for the names."""
+
+    is_last: Any
+    tile: Any
+    head_block: Any
+    batch: Any
+    split: Any
+    start: Any
+    end: Any
+    holes: Any
+    last_low: Any
+    span: Any
+    sinks: Any
+    sink_low: Any
+    first: Any
+    stop: Any
+    low: Any
+    high: Any
+
+
 @gluon.jit
-def schedule(args):
-    """This CTA's share: (its last-row items, its tiles while others do those, tiles before the rest, all its items).
+def schedule(counts):
+    """This CTA's :class:`Share`.
 
     Last-row items come first, one a CTA; a CTA without one takes ``head_start`` tiles meanwhile. Then all take turns.
     """
-    last_items, stream_items, head_start = args[6], args[11], args[12]
+    last_items, stream_items = counts.last_items, counts.stream_items
     cta = gl.program_id(0)
     ctas = gl.num_programs(0)
     lasts = (last_items - cta + ctas - 1) // ctas
     free = gl.maximum(ctas - last_items, 0)
-    ahead = gl.minimum(head_start * free, stream_items)
+    ahead = gl.minimum(counts.head_start * free, stream_items)
     early = 0
     if lasts == 0:
         early = (ahead - (cta - last_items) + free - 1) // free
-    return lasts, early, ahead, lasts + early + (stream_items - ahead - cta + ctas - 1) // ctas
+    return Share(lasts, early, ahead, lasts + early + (stream_items - ahead - cta + ctas - 1) // ctas)
 
 
 @gluon.jit
 def item(
-    index, shares, args, extent_ptr,
+    index, share, counts, extent_ptr,
     GROUP: gl.constexpr, HEADS: gl.constexpr, ROWS: gl.constexpr, PADDED: gl.constexpr, REACH: gl.constexpr,
 ):  # fmt: skip
-    """One work item: which rows, and which keys they walk; see :mod:`kernel` for the names."""
-    (
-        q_len,
-        kv_len,
-        sink,
-        window,
-        last,
-        reach,
-        last_items,
-        last_tiles,
-        splits,
-        split_keys,
-        tiles,
-        stream_items,
-        head_start,
-    ) = args
-    lasts, early, ahead, _ = shares
+    """The :class:`Item` with this number in a CTA's share."""
+    q_len, kv_len, last_items, last_tiles, splits = (
+        counts.q_len, counts.kv_len, counts.last_items, counts.last_tiles, counts.splits
+    )  # fmt: skip
+    lasts, early, ahead, _ = share
     HEAD_BLOCKS: gl.constexpr = HEADS // GROUP
     cta = gl.program_id(0)
     ctas = gl.num_programs(0)
@@ -72,8 +110,8 @@ def item(
         # Heads first: rows of one position lie together in models' memory, and so are read and written together.
         head_block = number % HEAD_BLOCKS
         rest = number // HEAD_BLOCKS
-        batch = rest // tiles
-        tile = rest - batch * tiles
+        batch = rest // counts.tiles
+        tile = rest - batch * counts.tiles
     start = 0
     end = kv_len
     holes = 0
@@ -81,50 +119,36 @@ def item(
         start = gl.load(extent_ptr + batch * 3)
         end = gl.load(extent_ptr + batch * 3 + 1)
         holes = gl.load(extent_ptr + batch * 3 + 2)
-    last_low = gl.maximum(gl.maximum(end - last, offset), start)
+    last_low = gl.maximum(gl.maximum(end - counts.last, offset), start)
     span = kv_len
     if REACH:
-        span = reach
+        span = counts.reach
     sinks = 0
     sink_low = start
     if is_last:
         first = last_low + tile * ROWS
         stop = gl.minimum(first + ROWS, end)
-        low = gl.maximum(start, split * split_keys)
+        low = gl.maximum(start, split * counts.split_keys)
         if REACH:
-            low = gl.maximum(low, first - reach)
-        high = gl.minimum(stop, (split + 1) * split_keys)
+            low = gl.maximum(low, first - counts.reach)
+        high = gl.minimum(stop, (split + 1) * counts.split_keys)
     else:
         first = offset + tile * ROWS
         stop = gl.minimum(first + ROWS, kv_len)
-        span = gl.minimum(span, window)
+        span = gl.minimum(span, counts.window)
         low = gl.maximum(start, first - span)
         high = gl.minimum(stop, end)
         if REACH:
-            sink_low = gl.maximum(start, first - reach)
-        sinks = gl.maximum(gl.minimum(gl.minimum(start + sink, low), high) - sink_low, 0)
+            sink_low = gl.maximum(start, first - counts.reach)
+        sinks = gl.maximum(gl.minimum(gl.minimum(start + counts.sink, low), high) - sink_low, 0)
         if ((first >= last_low) & (stop <= end)) | (stop <= start):
             high = low
             sinks = 0
     high = gl.maximum(high, low)
-    return (
-        is_last,
-        tile,
-        head_block,
-        batch,
-        split,
-        start,
-        end,
-        holes,
-        last_low,
-        span,
-        sinks,
-        sink_low,
-        first,
-        stop,
-        low,
+    return Item(
+        is_last, tile, head_block, batch, split, start, end, holes, last_low, span, sinks, sink_low, first, stop, low,
         high,
-    )
+    )  # fmt: skip
 
 
 @gluon.jit
