@@ -7,9 +7,8 @@ import torch
 
 from tests.support.models import LAYERS, stored_model
 from tmx_compile import TriangleMixConfig
-from tmx_compile.analysis import Choice, Evaluation
+from tmx_compile.analysis import Choice, Evaluation, evaluate
 from tmx_compile.analysis.judge import command as quality_command
-from tmx_compile.analysis.judge import evaluate
 from tmx_compile.bench import record
 from tmx_compile.cli import main
 
