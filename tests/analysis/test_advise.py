@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from tests.support.models import tiny_qwen3
 from tmx_compile import TriangleMixConfig, tmx_backend
-from tmx_compile.analysis import Choice, Evaluation, Interval, Record
-from tmx_compile.analysis.choose import advise
+from tmx_compile.analysis import Choice, Evaluation, Interval, Record, advise
 from tmx_compile.analysis.judge.evaluation import METRICS
 from tmx_compile.bench import layer, layer_times, record
 from tmx_compile.bench.layer_times import AttentionShape, LayerTime, measure_times, read_times

@@ -12,8 +12,7 @@ from tests.support.models import tiny_qwen3
 from tests.support.oracle import attended
 from tests.support.runs import Runs
 from tmx_compile import TriangleMixConfig, calibrate
-from tmx_compile.analysis import Choice, Evaluation, candidates, read_ranking
-from tmx_compile.analysis.judge import evaluate
+from tmx_compile.analysis import Choice, Evaluation, candidates, evaluate, read_ranking
 from tmx_compile.analysis.judge.evaluation import METRICS
 from tmx_compile.analysis.judge.intervals import interval
 from tmx_compile.bench.layer_times import AttentionShape
