@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tmx_compile.lowering.triton.walk import walk
+from tmx_compile.lowering.triton.walk import seen, walk
 
 # Finite, so that a row that has met no key yet subtracts no infinity from another.
 _NO_MAXIMUM = tl.constexpr(-3.0e38)
@@ -183,17 +183,11 @@ def triangle_kernel(
     for step in tl.range(0, masked, num_stages=STAGES):
         block = tl.where(step < masked_front, step, step - masked_front + full_end)
         slot = block * BLOCK_N + column - empty
-        is_sink = slot < sinks
-        place = tl.where(is_sink, sink_low + slot, low + slot - sinks)
+        place = tl.where(slot < sinks, sink_low + slot, low + slot - sinks)
         used = slot >= 0
         if PADDED:
             used = used & (tl.load(mask_ptr + batch64 * mask_batch + place, mask=used, other=0) != 0)
-        near = (position[:, None] - place[None, :] <= span) | is_sink[None, :]
-        if sink > 0:
-            near = near | (place < start + sink)[None, :]
-        allowed = near & (place[None, :] <= position[:, None]) & used[None, :]
-        if REACH:
-            allowed = allowed & (position[:, None] - place[None, :] <= reach)
+        allowed = seen(position[:, None], place[None, :], start + sink, span, reach, REACH) & used[None, :]
         wide = place.to(tl.int64)
         key = _load_rows(key_base, wide * k_row, 1, DIM, BLOCK_D, used)
         value = _load_rows(value_base, wide * v_row, 1, DIM_V, BLOCK_DV, used)

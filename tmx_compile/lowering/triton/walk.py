@@ -75,3 +75,15 @@ def walk(
             high = low
             sinks = 0
     return Walk(last_low, span, sinks, sink_low, first, stop, low, high)
+
+
+@triton.jit
+def seen(row, key, sink_end, span, reach, REACH: tl.constexpr):
+    """The formula of the mask (:mod:`tmx_compile.mask.formula`) for positions that broadcast, on keys that are valid.
+
+    ``sink_end`` is one past the last sink. A last row's ``span`` holds every key, which makes it see all before it.
+    """
+    allowed = (key <= row) & ((row - key <= span) | (key < sink_end))
+    if REACH:
+        allowed = allowed & (row - key <= reach)
+    return allowed
