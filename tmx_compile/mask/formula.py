@@ -2,7 +2,8 @@
 
 Every function uses Python's operators alone. So it takes ints, tensors that broadcast against each other, and proxies
 of a graph, also inside a FlexAttention ``mask_mod``; the result is of the same kind. ``row`` and ``key`` are absolute
-positions: the last row stands at the last key. ``start`` and ``end`` bound a sequence's valid keys.
+positions: the last row stands at the last key. ``start`` and ``end`` bound a sequence's valid keys. The GPU
+kernels cannot call Python functions: ``seen`` in ``lowering/triton/walk.py`` is the formula for them.
 """
 
 from __future__ import annotations

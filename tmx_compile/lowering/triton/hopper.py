@@ -23,6 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from tmx_compile.lowering.triton.hopper_walk import Counts, item, layout_slots, schedule
+from tmx_compile.lowering.triton.walk import seen
 
 # Of the threads of one group. Triton 3.6 calls it thread_barrier.
 _barrier = getattr(gl, "thread_barrier", None) or gl.barrier
@@ -181,9 +182,7 @@ def _mask(
             used = used & (gl.load(mask_ptr + place, mask=used, other=0) != 0)
     row = gl.expand_dims(position, 1)
     key = gl.expand_dims(place, 0)
-    allowed = (key <= row) & ((row - key <= work.span) | (key < sink_end)) & gl.expand_dims(used, 0)
-    if REACH:
-        allowed = allowed & (row - key <= counts.reach)
+    allowed = seen(row, key, sink_end, work.span, counts.reach, REACH) & gl.expand_dims(used, 0)
     return gl.where(allowed, scores, float("-inf"))
 
 

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from tmx_compile.lowering.triton.walk import walk
+
 
 class Counts(NamedTuple):
     """The run-time numbers of a launch."""
@@ -39,7 +41,7 @@ class Share(NamedTuple):
 
 
 class Item(NamedTuple):
-    """One work item: which rows, and which keys they walk; see :mod:`kernel` for the names."""
+    """One work item: which rows, and which keys they walk; see :class:`~tmx_compile.lowering.triton.walk.Walk`."""
 
     is_last: Any
     tile: Any
@@ -119,31 +121,10 @@ def item(
         start = gl.load(extent_ptr + batch * 3)
         end = gl.load(extent_ptr + batch * 3 + 1)
         holes = gl.load(extent_ptr + batch * 3 + 2)
-    last_low = gl.maximum(gl.maximum(end - counts.last, offset), start)
-    span = kv_len
-    if REACH:
-        span = counts.reach
-    sinks = 0
-    sink_low = start
-    if is_last:
-        first = last_low + tile * ROWS
-        stop = gl.minimum(first + ROWS, end)
-        low = gl.maximum(start, split * counts.split_keys)
-        if REACH:
-            low = gl.maximum(low, first - counts.reach)
-        high = gl.minimum(stop, (split + 1) * counts.split_keys)
-    else:
-        first = offset + tile * ROWS
-        stop = gl.minimum(first + ROWS, kv_len)
-        span = gl.minimum(span, counts.window)
-        low = gl.maximum(start, first - span)
-        high = gl.minimum(stop, end)
-        if REACH:
-            sink_low = gl.maximum(start, first - counts.reach)
-        sinks = gl.maximum(gl.minimum(gl.minimum(start + counts.sink, low), high) - sink_low, 0)
-        if ((first >= last_low) & (stop <= end)) | (stop <= start):
-            high = low
-            sinks = 0
+    last_low, span, sinks, sink_low, first, stop, low, high = walk(
+        is_last, tile, split, start, end, offset, kv_len, counts.sink, counts.window, counts.last, counts.reach,
+        counts.split_keys, ROWS, REACH,
+    )  # fmt: skip
     high = gl.maximum(high, low)
     return Item(
         is_last, tile, head_block, batch, split, start, end, holes, last_low, span, sinks, sink_low, first, stop, low,

@@ -17,6 +17,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from tmx_compile.lowering.triton.walk import seen, walk
+
 # Finite, so that a row that has met no key yet subtracts no infinity from another.
 _NO_MAXIMUM = tl.constexpr(-3.0e38)
 
@@ -143,33 +145,9 @@ def triangle_kernel(
         end = tl.load(extent_ptr + batch * 3 + 1)
         holes = tl.load(extent_ptr + batch * 3 + 2)
 
-    # Rows at absolute positions [first, stop), keys [low, high) after `sinks` sinks from `sink_low` on.
-    last_low = tl.maximum(tl.maximum(end - last, offset), start)
-    span = kv_len
-    if REACH:
-        span = reach
-    sinks = 0
-    sink_low = start
-    if is_last:
-        first = last_low + tile * ROWS
-        stop = tl.minimum(first + ROWS, end)
-        low = tl.maximum(start, split * split_keys)
-        if REACH:
-            low = tl.maximum(low, first - reach)
-        high = tl.minimum(stop, (split + 1) * split_keys)
-    else:
-        first = offset + tile * ROWS
-        stop = tl.minimum(first + ROWS, kv_len)
-        span = tl.minimum(span, window)
-        low = tl.maximum(start, first - span)
-        high = tl.minimum(stop, end)
-        if REACH:
-            sink_low = tl.maximum(start, first - reach)
-        sinks = tl.maximum(tl.minimum(tl.minimum(start + sink, low), high) - sink_low, 0)
-        # Nothing to do for a tile of last rows alone, or of rows before their sequence.
-        if ((first >= last_low) & (stop <= end)) | (stop <= start):
-            high = low
-            sinks = 0
+    last_low, span, sinks, sink_low, first, stop, low, high = walk(
+        is_last, tile, split, start, end, offset, kv_len, sink, window, last, reach, split_keys, ROWS, REACH
+    )
     keys = tl.maximum(high - low, 0)
     slots = sinks + keys
     blocks = tl.cdiv(slots, BLOCK_N)
@@ -205,17 +183,11 @@ def triangle_kernel(
     for step in tl.range(0, masked, num_stages=STAGES):
         block = tl.where(step < masked_front, step, step - masked_front + full_end)
         slot = block * BLOCK_N + column - empty
-        is_sink = slot < sinks
-        place = tl.where(is_sink, sink_low + slot, low + slot - sinks)
+        place = tl.where(slot < sinks, sink_low + slot, low + slot - sinks)
         used = slot >= 0
         if PADDED:
             used = used & (tl.load(mask_ptr + batch64 * mask_batch + place, mask=used, other=0) != 0)
-        near = (position[:, None] - place[None, :] <= span) | is_sink[None, :]
-        if sink > 0:
-            near = near | (place < start + sink)[None, :]
-        allowed = near & (place[None, :] <= position[:, None]) & used[None, :]
-        if REACH:
-            allowed = allowed & (position[:, None] - place[None, :] <= reach)
+        allowed = seen(position[:, None], place[None, :], start + sink, span, reach, REACH) & used[None, :]
         wide = place.to(tl.int64)
         key = _load_rows(key_base, wide * k_row, 1, DIM, BLOCK_D, used)
         value = _load_rows(value_base, wide * v_row, 1, DIM_V, BLOCK_DV, used)
