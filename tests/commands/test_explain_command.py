@@ -7,11 +7,12 @@ import pytest
 from transformers import Gemma3TextConfig, Qwen3Config
 
 from tmx_compile.cli import main
-from tmx_compile.commands.outcome import Outcome, Row
+from tmx_compile.commands.outcome import Outcome, Row, rows
 from tmx_compile.commands.page import page
 from tmx_compile.commands.picture import Shape, section_polygons, svg
 from tmx_compile.config import TriangleMixConfig
 from tmx_compile.mask import Grid, Window, attends, dense_section, last_section, middle_section, streaming_section
+from tmx_compile.report import Report, SiteRecord
 
 SIZES = dict(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
 VOID = {"meta", "br", "rect", "polygon"}
@@ -157,6 +158,19 @@ def test_a_selected_layer_that_stays_dense_is_told_apart(folder, capsys):
     shown = capsys.readouterr().out
     assert "dense although selected: 1 (2)" in shown
     assert "the prompt is not longer than min_seq_len" in shown
+
+
+def test_a_layer_is_selected_by_the_configuration_whatever_its_reason():
+    """Gemma 2's softcap is a reason to stay dense in a layer that was to stay dense anyway."""
+    site = dict(graph=0, path="", query=(1, 1, 9, 8), key=(1, 1, 9, 8), value=(1, 1, 9, 8), dtype="", dynamic=False)
+    refused = dict(decision="dense", reason="SCORE_CHANGED", detail="tanh", lowering="", attended_pairs=0)
+    report = Report([SiteRecord(**site, **refused, causal_pairs=0, layer=layer) for layer in (0, 1, None)])
+    config = TriangleMixConfig(triangle_layer_indices=[1])
+    found = rows(report, config, 3)
+    assert [(row.layer, row.kind) for row in found] == [(0, "dense"), (1, "refused"), (2, "none"), (None, "refused")]
+    summary = dict(Outcome("m", "C", 9, "cpu", config, found, []).summary())
+    assert summary["dense although selected"] == "2 (1)"
+    assert summary["attended pairs"] == "none: no attention was read"
 
 
 def test_what_a_model_says_is_escaped():
