@@ -209,6 +209,23 @@ def test_bad_input_is_one_clear_line(monkeypatch, capsys, folder, changes, messa
     assert said.splitlines()[-1].startswith("tmx explain: error: ")
 
 
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        ({}, ("--lowering", "blocked", "--geometry", "4/5000/64"), "lowering 'blocked' cannot take this attention: "),
+        ({"num_key_value_heads": 3}, (), "model of Qwen3Config cannot be traced without its weights: "),
+        ({"hidden_act": "no such"}, (), "model cannot be built from its Qwen3Config: "),
+    ],
+)
+def test_what_cannot_be_traced_is_one_clear_line(tmp_path, capsys, changes, options, message):
+    config = Qwen3Config(vocab_size=128, num_hidden_layers=1, max_position_embeddings=8192, **(SIZES | changes))
+    config.save_pretrained(tmp_path)
+    given = ("--tokens", "6000", "--deepest", "1", "--device", "cpu", *options)
+    with pytest.raises(SystemExit):
+        main(["explain", str(tmp_path), *given])
+    assert f"tmx explain: error: {message}" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_a_folder_that_is_no_model_is_named(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["explain", str(tmp_path), "--tokens", "300"])
