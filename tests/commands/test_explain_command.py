@@ -7,11 +7,12 @@ import pytest
 from transformers import Gemma3TextConfig, Qwen3Config
 
 from tmx_compile.cli import main
-from tmx_compile.commands.outcome import Outcome, Row
+from tmx_compile.commands.outcome import Outcome, Row, rows
 from tmx_compile.commands.page import page
 from tmx_compile.commands.picture import Shape, section_polygons, svg
 from tmx_compile.config import TriangleMixConfig
 from tmx_compile.mask import Grid, Window, attends, dense_section, last_section, middle_section, streaming_section
+from tmx_compile.report import Report, SiteRecord
 
 SIZES = dict(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
 VOID = {"meta", "br", "rect", "polygon"}
@@ -159,6 +160,19 @@ def test_a_selected_layer_that_stays_dense_is_told_apart(folder, capsys):
     assert "the prompt is not longer than min_seq_len" in shown
 
 
+def test_a_layer_is_selected_by_the_configuration_whatever_its_reason():
+    """Gemma 2's softcap is a reason to stay dense in a layer that was to stay dense anyway."""
+    site = dict(graph=0, path="", query=(1, 1, 9, 8), key=(1, 1, 9, 8), value=(1, 1, 9, 8), dtype="", dynamic=False)
+    refused = dict(decision="dense", reason="SCORE_CHANGED", detail="tanh", lowering="", attended_pairs=0)
+    report = Report([SiteRecord(**site, **refused, causal_pairs=0, layer=layer) for layer in (0, 1, None)])
+    config = TriangleMixConfig(triangle_layer_indices=[1])
+    found = rows(report, config, 3)
+    assert [(row.layer, row.kind) for row in found] == [(0, "dense"), (1, "refused"), (2, "none"), (None, "refused")]
+    summary = dict(Outcome("m", "C", 9, "cpu", config, found, []).summary())
+    assert summary["dense although selected"] == "2 (1)"
+    assert summary["attended pairs"] == "none: no attention was read"
+
+
 def test_what_a_model_says_is_escaped():
     evil = "<script>alert('x')</script>&\""
     row = Row(0, evil, "refused", evil, evil, 1, 1, Shape(1, None, None))
@@ -193,6 +207,23 @@ def test_bad_input_is_one_clear_line(monkeypatch, capsys, folder, changes, messa
     said = capsys.readouterr().err
     assert message in said
     assert said.splitlines()[-1].startswith("tmx explain: error: ")
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        ({}, ("--lowering", "blocked", "--geometry", "4/5000/64"), "lowering 'blocked' cannot take this attention: "),
+        ({"num_key_value_heads": 3}, (), "model of Qwen3Config cannot be traced without its weights: "),
+        ({"hidden_act": "no such"}, (), "model cannot be built from its Qwen3Config: "),
+    ],
+)
+def test_what_cannot_be_traced_is_one_clear_line(tmp_path, capsys, changes, options, message):
+    config = Qwen3Config(vocab_size=128, num_hidden_layers=1, max_position_embeddings=8192, **(SIZES | changes))
+    config.save_pretrained(tmp_path)
+    given = ("--tokens", "6000", "--deepest", "1", "--device", "cpu", *options)
+    with pytest.raises(SystemExit):
+        main(["explain", str(tmp_path), *given])
+    assert f"tmx explain: error: {message}" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_folder_that_is_no_model_is_named(tmp_path, capsys):

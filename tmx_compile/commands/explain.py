@@ -29,7 +29,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments to its parser."""
     add = parser.add_argument
     add("model", metavar="MODEL", help="folder with a config.json, or name, of a causal language model of Transformers")
-    add("--tokens", required=True, type=count, metavar="N", help="length of the prompt")
+    add("--tokens", required=True, type=count, default=argparse.SUPPRESS, metavar="N", help="length of the prompt")
     selection_arguments(parser, required=False)
     names = [name for name in LOWERINGS if name != ASCEND.name]
     add("--lowering", choices=names, default="auto", help="how sparse layers are computed")

@@ -75,7 +75,7 @@ def explain_shape(
         # On meta, because drawing initial values is the one thing that a fake CUDA tensor may not allow.
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=kind).eval()
-    except (ValueError, ImportError, TypeError, AttributeError) as error:
+    except (ValueError, ImportError, TypeError, AttributeError, KeyError) as error:
         raise ValueError(f"model cannot be built from its {type(config).__name__}: {first_line(error)}") from error
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         model.to_empty(device=device)
@@ -86,7 +86,7 @@ def explain_shape(
             # Our own words rather than Dynamo's around them.
             if isinstance(error.inner_exception, TriangleMixError):
                 raise error.inner_exception from error
-            raise _untraceable(config, error) from error
+            raise _untraceable(config, error.inner_exception) from error
         # A model may do anything at all with numbers that are not there.
         except (RuntimeError, ValueError, NotImplementedError, TypeError) as error:
             raise _untraceable(config, error) from error

@@ -76,14 +76,19 @@ class Outcome:
     def summary(self) -> list[tuple[str, str]]:
         """Names and values of what matters most."""
         sink, window, last = self.config.geometry
-        share = f" ({self.attended / self.causal:.1%})" if self.causal else ""
+        pairs = "none: no attention was read"
+        if self.causal:
+            pairs = f"{self.attended:,} of {self.causal:,} ({self.attended / self.causal:.1%}), one head, all layers"
+        unread = [row for row in self.rows if row.causal == 0]
+        if self.causal and unread:
+            pairs += f" but {_listed(unread)}"
         lowerings = sorted({row.lowering for row in self.of_kind("triangle")})
         lines = [
             ("model", f"{self.model} ({self.kind})"),
             ("prompt", f"{self.tokens:,} tokens on {self.device}"),
             ("mask", f"{sink} sinks, window {window}, {last} last rows"),
             ("sparse", f"{_listed(self.of_kind('triangle'))} of {len(self.rows)} layers"),
-            ("attended pairs", f"{self.attended:,} of {self.causal:,}{share}, one head, all layers"),
+            ("attended pairs", pairs),
         ]
         refused = self.of_kind("refused")
         if refused:
@@ -106,7 +111,9 @@ def _row(site: SiteRecord, config: TriangleMixConfig) -> Row:
     why = Reason[site.reason].value if site.reason else ""
     why = f"{why}: {site.detail}" if site.detail else why
     sparse = site.decision != "dense"
-    kind = "triangle" if sparse else "dense" if site.reason == Reason.NOT_SELECTED.name else "refused"
+    # By the configuration and not by the reason: a layer that is not selected may have another one too.
+    selected = site.layer is None or config.is_triangle_layer(site.layer)
+    kind = "triangle" if sparse else "refused" if selected else "dense"
     shape = None
     if site.causal_pairs and site.query[2] == site.key[2]:
         shape = Shape(site.query[2], config.geometry if sparse else None, _reach(site))

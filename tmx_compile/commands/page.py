@@ -88,7 +88,7 @@ def _figure(shape: Shape, shared: list[Row]) -> str:
         label = f"triangle: {sink:,} sinks, window {window:,}, {last:,} last rows{own}"
     row = shared[0]
     pairs = f"{row.attended:,} of {row.causal:,} pairs ({row.share})"
-    caption = f"<strong>{label}</strong><br>{pairs}<br>layers {layers}"
+    caption = f"<strong>{label}</strong><br>{pairs}<br>layer{'s' * (len(shared) > 1)} {layers}"
     return f"<figure>{svg(shape, label)}<figcaption>{caption}</figcaption></figure>"
 
 
