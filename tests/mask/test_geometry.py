@@ -4,8 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import attended
 
+from tests.support.oracle import attended
 from tmx_compile.mask import formula
 from tmx_compile.mask.geometry import ALL_ROWS, Geometry
 
