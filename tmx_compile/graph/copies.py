@@ -8,6 +8,8 @@ from torch.fx import Graph, GraphModule, Node
 
 from tmx_compile.graph.nodes import INSERTED
 
+_SOURCE = "_dynamo_source"
+
 
 def copy_graph(gm: GraphModule) -> GraphModule:
     """A copy with a graph of its own; parameters, child graphs, hooks and example values are shared."""
@@ -23,9 +25,12 @@ def copy_graph(gm: GraphModule) -> GraphModule:
 
 
 def keep_names(before: Graph, after: Graph) -> None:
-    """Give inputs their names back: a copy names none as a builtin (``input``), and signatures go by names."""
+    """Give inputs their names and sources back: a copy names none as a builtin (``input``), and signatures need it."""
     for old, new in zip(before.find_nodes(op="placeholder"), after.find_nodes(op="placeholder"), strict=True):
         new.name = old.name
+        # AOTAutograd asks every input of a graph of Dynamo's where it comes from.
+        if hasattr(old, _SOURCE):
+            setattr(new, _SOURCE, getattr(old, _SOURCE))
 
 
 def with_graph(gm: GraphModule, graph: Graph) -> GraphModule:

@@ -108,13 +108,17 @@ def holds_always(expr: Any, bounds: Mapping[Any, Bounds]) -> bool:
 
 
 class _AtLengths(TensorReferenceAnalysis):
-    """Integer expressions over a tensor of lengths; lengths are positive, so both remainders are one."""
+    """Integer expressions over a tensor of lengths."""
 
     @staticmethod
     def mod(a: Any, b: Any) -> Any:
+        if bool((torch.as_tensor(a) < 0).any()):
+            raise NotImplementedError("the remainder of a negative number, which symbolic shapes leave undefined")
         return torch.remainder(a, b)
 
-    python_mod = mod
+    @staticmethod
+    def python_mod(a: Any, b: Any) -> Any:
+        return torch.remainder(a, b)
 
 
 def _holds_at_each(expr: Any, bounds: Mapping[Any, Bounds]) -> bool:
