@@ -27,8 +27,7 @@ from benchmarks.models import smollm2
 from benchmarks.quality_tasks import CUE, DIGITS, FOLLOWING, LISTED, Item, continuations, copies, digest, needles
 from benchmarks.texts import CALIBRATION, EVALUATION, token_stream
 from tmx_compile import TriangleMixConfig, calibrate
-from tmx_compile.analysis import CapturedModel, Change, Choice, Continued
-from tmx_compile.analysis.judge import compare
+from tmx_compile.analysis import CapturedModel, Change, Choice, Continued, compare
 from tmx_compile.analysis.judge.intervals import interval
 from tmx_compile.analysis.judge.language_model import call_arguments, sample_at
 

@@ -281,16 +281,16 @@ def _warn(request: Request, given: TriangleMixConfig | TriangleMixInferenceConfi
     """Say what a user may not expect of what was asked."""
     config = request.config
     if _lacks_analysis(given):
-        warnings.warn(_ANALYSIS_WARNING, stacklevel=5)
+        warnings.warn(_ANALYSIS_WARNING, stacklevel=6)
     if config is None:
         return
     if request.decode == "streaming" and config.layers():
-        warnings.warn(streaming_message(len(config.layers()), None, config), stacklevel=5)
+        warnings.warn(streaming_message(len(config.layers()), None, config), stacklevel=6)
     if not config.layers():
-        warnings.warn("the configuration selects no layer: every layer stays dense", stacklevel=5)
+        warnings.warn("the configuration selects no layer: every layer stays dense", stacklevel=6)
     elif config.uses_first_n:
         text = _FIRST_N_WARNING.format(n=config.num_triangle_layers, **_FIRST_N_COST)
-        warnings.warn(text, stacklevel=5)
+        warnings.warn(text, stacklevel=6)
 
 
 def _zeros_of(gm: GraphModule) -> Callable[..., Any]:

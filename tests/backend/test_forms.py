@@ -113,7 +113,7 @@ def test_explain_follows_the_device(monkeypatch):
     """As on a machine with an NPU: what torchair would get, not Inductor."""
     model, x = Stack(), random(1, 2, N, 16, dtype=torch.float16)
     assert decided(explain(model, x, config=CONFIG))[1] == ("triangle", "", "blocked")
-    monkeypatch.setattr(api.npu, "on_npu", lambda gm, example_inputs: True)
+    monkeypatch.setattr(api.torchair, "on_npu", lambda gm, example_inputs: True)
     site = explain(model, x, config=CONFIG).sites[1]
     assert (site.decision, site.reason) == ("dense", "NO_LOWERING")
     assert "torch_npu is not imported" in site.detail

@@ -278,7 +278,7 @@ def test_auto_is_inductor_without_an_npu(eager):
 @pytest.mark.parametrize("wanted", [True, False])
 def test_the_inference_configuration_says_whether_auto_takes_torchair(wanted, monkeypatch, eager):
     """As on a machine with an NPU; torchair itself is not there, and its name in the error shows who was asked."""
-    monkeypatch.setattr(api.npu, "on_npu", lambda gm, example_inputs: True)
+    monkeypatch.setattr(api.torchair, "on_npu", lambda gm, example_inputs: True)
     serving = TriangleMixInferenceConfig(
         enable_trianglemix=True, triangle_layer_indices=(1,), use_npu_optimization=wanted
     )
