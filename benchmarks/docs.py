@@ -123,7 +123,21 @@ def _origin(result: Fields, file: str) -> str:
 
 def _pass_cost(result: Fields) -> str:
     settings, records = result["settings"], result["records"]
-    stages = ("find", "prove", "decide", "substitute", "clean", "lower", "verify")
+    known = (
+        "open",
+        "find",
+        "prove",
+        "judge",
+        "settle",
+        "choose",
+        "decide",
+        "substitute",
+        "clean",
+        "lower",
+        "close",
+        "verify",
+    )
+    stages = [stage for stage in known if f"{stage}_ms" in records[0]]
 
     def searched(record: Fields) -> float:
         return (record["find_ms"] + record["prove_ms"]) / record["sites"]
