@@ -285,53 +285,37 @@ def test_serving_tells_what_streaming_costs():
     assert f"every choice of 30% costs {min(small):.0%} or more" in text.replace("\n", " ")
 
 
-def test_guide_and_readme_have_the_figures_of_the_model_that_recalls():
-    guide, readme = prose(DOCS / "guide.md"), prose(DOCS.parent / "README.md")
+def test_needles_alone_do_not_show_what_the_wrong_layers_break():
+    """What the guide says of the model that recalls: look-ups and copying stay, chains of facts do not."""
     records = json.loads((RESULTS / "recall.json").read_text(encoding="utf-8"))["records"]
     longest = {(r["policy"], tuple(r["geometry"]), r["count"]): r for r in records if r["tokens"] == 8192}
-
-    def answered(policy, task, count=3):
-        return f"{longest[policy, (8, 512, 128), count]['accuracy'][task]:.1%}"
-
-    assert f"answers {answered('dense', '2 hops', 0)} of the questions two names away at 8,192 tokens" in guide
-    assert f"sparse at 8/512/128 it answers {answered('direct', '2 hops')} where `direct` chose them" in guide
-    assert f"{answered('deepest', '2 hops')} with the deepest three and {answered('first', '2 hops')} with" in guide
-    deepest, first = answered("deepest", "1 hops"), answered("first", "1 hops")
-    assert deepest == answered("dense", "1 hops", 0)
-    assert f"{deepest} of the questions one name away with the deepest half of its layers sparse at 8/512/128" in readme
-    assert f"as many as dense, and {first} with the first half" in readme
+    chains = {name: longest[name, (8, 512, 128), 3]["accuracy"]["2 hops"] for name in ("direct", "deepest", "first")}
+    assert chains["direct"] >= chains["deepest"] > 0.9 > 0.1 > chains["first"]
     halves = [r for r in records if r["count"] == 3]
     assert all(r["dense"][task] - r["accuracy"][task] < 0.005 for r in halves for task in ("0 hops", "copy"))
 
 
-def test_guide_and_readme_have_the_measured_figures():
-    guide, readme = prose(DOCS / "guide.md"), prose(DOCS.parent / "README.md")
+def test_guide_has_the_measured_figures():
+    guide = prose(DOCS / "guide.md")
 
     def cost(policy, geometry, count, decode="dense"):
         key = "ppl_final" if decode == "dense" else "ppl_following"
-        return f"{the(policy, geometry, count, decode)[key][0]:+.1%}"
+        return the(policy, geometry, count, decode)[key][0]
 
     small, wide = (4, 32, 64), (8, 512, 128)
-    assert f"cost {cost('deepest', small, 15)} with 4/32/64" in guide
-    assert f"and {cost('deepest', wide, 15)} with 8/512/128" in guide
-    assert f"30% cost {cost('deepest', small, 9)} and {cost('deepest', wide, 9)}." in guide
-    streamed = [cost(policy, wide, 9, "streaming") for policy in ("gradient", "deepest")]
-    assert f"30% of the layers: {streamed[0]}, the deepest {streamed[1]}" in guide
-    assert f"first 9 change it by {cost('first', small, 9)}, the deepest 9 by {cost('deepest', small, 9)}" in readme
-    assert f"with 8/512/128 the same layers cost {cost('first', wide, 9)} and {cost('deepest', wide, 9)}" in readme
-    assert f"deepest half {cost('deepest', wide, 15)}" in readme
-    of = {tuple(r["geometry"]): r for r in measured() if r["part"] == "prompt-4096/ablations"}
-    for geometry, text in (
-        ((8, 64, 128), "by {} with 8/64/128"),
-        ((0, 64, 128), "by {} without its sinks"),
-        ((8, 0, 128), "by {} without its window"),
-        ((8, 64, 0), "by {} without its last rows"),
-    ):
-        assert text.format(f"{of[geometry]['ppl_final'][0]:.1%}") in guide
+    assert f"cost {cost('deepest', small, 15):+.1%} with 4/32/64" in guide
+    assert f"and {cost('deepest', wide, 15):+.1%} with 8/512/128" in guide
+    # The advice that the guide gives without figures.
+    streamed = {
+        geometry: [cost(p, geometry, 9, "streaming") for p in ("gradient", "deepest")] for geometry in (small, wide)
+    }
+    assert streamed[wide][0] < streamed[wide][1]
+    assert streamed[small][0] > streamed[small][1]
+    of = {tuple(r["geometry"]): r["ppl_final"][0] for r in measured() if r["part"] == "prompt-4096/ablations"}
+    assert all(of[without] > 10 * of[8, 64, 128] for without in ((0, 64, 128), (8, 0, 128), (8, 64, 0)))
     page = (DOCS / "quality.md").read_text(encoding="utf-8")
     for said in ("deepest n in 18 of 18", "deepest n in 10 of 27", "direct in 1 of 36"):
         assert said in page
-    assert "in 18 of 18 comparisons, and than those of `gradient` in 35 of 36" in guide
     for geometry in ((4, 32, 64), (8, 64, 128), (8, 512, 128)):
         for count in (3, 5, 9):
             assert the("direct", geometry, count)["indices"] == the("deepest", geometry, count)["indices"]
