@@ -2,7 +2,7 @@
 
 The streaming rows are one ``flex_attention`` higher-order call. Its block plan is ordinary arange / where / clamp
 nodes, O(N) in memory; the graph is its own cache key. The last rows are a second, small call (``rows.last_rows``):
-inside the first, few blocks would walk all keys. This file has the CPU's form; CUDA's is in ``flex_cuda``.
+inside the first, few blocks would walk all keys. This file has the CPU's form; CUDA's is in ``cuda.py``.
 """
 
 from __future__ import annotations
