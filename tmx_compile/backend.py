@@ -67,7 +67,7 @@ class TmxBackend:
         if self.request.target == "ascend":
             torchair.check_config(self.request.compiler_config)
         self.report = Report() if report is None else report
-        _warn(self.request, config)
+        warn_of(self.request, config, stacklevel=5)
 
     @property
     def config(self) -> TriangleMixConfig | None:
@@ -277,20 +277,21 @@ def _lacks_analysis(config: TriangleMixConfig | TriangleMixInferenceConfig) -> b
     return config.enable_trianglemix and config.use_gradient_analysis and not config.triangle_layer_indices
 
 
-def _warn(request: Request, given: TriangleMixConfig | TriangleMixInferenceConfig) -> None:
-    """Say what a user may not expect of what was asked."""
+def warn_of(request: Request, given: TriangleMixConfig | TriangleMixInferenceConfig, stacklevel: int) -> None:
+    """Say what a user may not expect of what was asked; ``stacklevel`` counts from the caller of this function."""
+    stacklevel += 1
     config = request.config
     if _lacks_analysis(given):
-        warnings.warn(_ANALYSIS_WARNING, stacklevel=6)
+        warnings.warn(_ANALYSIS_WARNING, stacklevel=stacklevel)
     if config is None:
         return
     if request.decode == "streaming" and config.layers():
-        warnings.warn(streaming_message(len(config.layers()), None, config), stacklevel=6)
+        warnings.warn(streaming_message(len(config.layers()), None, config), stacklevel=stacklevel)
     if not config.layers():
-        warnings.warn("the configuration selects no layer: every layer stays dense", stacklevel=6)
+        warnings.warn("the configuration selects no layer: every layer stays dense", stacklevel=stacklevel)
     elif config.uses_first_n:
         text = _FIRST_N_WARNING.format(n=config.num_triangle_layers, **_FIRST_N_COST)
-        warnings.warn(text, stacklevel=6)
+        warnings.warn(text, stacklevel=stacklevel)
 
 
 def _zeros_of(gm: GraphModule) -> Callable[..., Any]:
