@@ -95,7 +95,10 @@ class TriangleAttention:
         """The attention (B, H, Sq, Dv) and the lowering that computed it, or why none takes the call."""
         assert self._judge is not None
         request, limit = self.request, self._judge.limit(call.query.device)
-        place = "one node" if torch.compiler.is_compiling() else "eager"
+        kind = call.query.device.type
+        # Other devices (NPUs) have kernels of their own behind the operator.
+        one_node = torch.compiler.is_compiling() or kind not in ("cpu", "cuda")
+        place = f"{'node' if one_node else 'eager'} {'cuda' if kind == 'cuda' else 'cpu'}"
         role = Role.CHUNK if request.chunked_prefill else Role.PROMPT
         lowering = choose(place, role, call, Wish(request.lowering, limit))
         if isinstance(lowering, Rejected):

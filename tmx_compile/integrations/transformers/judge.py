@@ -115,9 +115,15 @@ class Judge:
     ) -> _Shown | Rejected:
         rows, keys = query.shape[2], key.shape[2]
         if mask is None:
-            # Rows 0, 1, ... of the keys from the first on, as ``sdpa`` has it: a static cache holds more keys.
-            return Rejected(Reason.MORE_QUERIES) if rows > keys else _Shown()
+            # As ``sdpa`` has it: one row sees every key, several begin at the first (a static cache holds more keys).
+            first = keys - 1 if rows == 1 else 0
+            return Rejected(Reason.MORE_QUERIES) if rows > keys else _Shown(first)
         if not isinstance(mask, CausalMask):
+            if rows == 1 and mask.dtype == torch.bool and not torch.compiler.is_compiling():
+                # A row of a prompt in chunks: it is the last key's where that is shown, which a static cache hides.
+                seen = mask[:, 0, 0]
+                if seen.shape == (query.shape[0], keys) and bool(seen[:, -1].all()):
+                    return _Shown(keys - 1, seen)
             own = settings.get("sliding_window")
             if own is None:
                 return Rejected(Reason.MASK_UNKNOWN, "handed in, or of the model's own making")
