@@ -21,6 +21,7 @@ from tmx_compile.errors import StrictModeError
 from tmx_compile.integrations.transformers.causal_mask import CausalMask, causal_mask
 from tmx_compile.integrations.transformers.dense import dense_attention
 from tmx_compile.integrations.transformers.judge import Judge, layer_of
+from tmx_compile.integrations.transformers.paged import no_mask, paged_attention
 from tmx_compile.integrations.transformers.records import Records
 from tmx_compile.legacy.inference import TriangleMixInferenceConfig
 from tmx_compile.lowering.base import AttentionCall, immediate
@@ -36,6 +37,8 @@ class TriangleAttention:
 
     Attributes:
         name: what ``set_attn_implementation`` takes.
+        paged_name: the name that :meth:`batch_continuously` gives. Transformers packs requests without a mask where the
+            name has "flash" in it.
         request: what was asked, checked.
         report: one record for each kind of call that each layer has had (long prompt, short prompt, decode step, ...),
             with the shapes of the first; ``graph`` counts the kinds of a layer. The path is the module's class.
@@ -44,6 +47,7 @@ class TriangleAttention:
 
     def __init__(self, name: str, request: Request, report: Report) -> None:
         self.name = name
+        self.paged_name = f"flash_{name}"
         self.request = request
         self.report = report
         config = request.config
@@ -84,12 +88,38 @@ class TriangleAttention:
         done = call if isinstance(call, Rejected) else self._attend(call)
         if not isinstance(done, Rejected):
             out, lowering = done
-            self.record(module, query, key, value, lowering)
+            self.record(module, query, key, value, attention_mask, lowering)
             return out.transpose(1, 2).contiguous(), None
-        self.record(module, query, key, value, done)
+        self.record(module, query, key, value, attention_mask, done)
         if self.request.strict and self._judge.is_missed(module, done, settings):
             raise StrictModeError(f"layer {layer_of(module)}, {type(module).__name__}: {done}")
         return dense_attention(module, query, key, value, attention_mask, scaling=scaling, **settings)
+
+    def batch_continuously(self, model: nn.Module) -> None:
+        """Switch a model to continuous batching: before ``generate_batch`` and its like.
+
+        Each request's prompt, or chunk of a prompt, is judged by its own number of rows, and goes sparse by the plan.
+        For models of several parts, the text's part is switched. ``model.set_attn_implementation`` ends it.
+        """
+        # set_attn_implementation would look for a flash kernel of the name.
+        config: Any = model.config
+        text = config.get_text_config(decoder=True)
+        parts = [name for name in config.sub_configs if getattr(config, name, None) is text]
+        config._attn_implementation = dict.fromkeys(["", *parts], self.paged_name)
+
+    def forward_paged(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: None,
+        scaling: float | None = None,
+        **settings: Any,
+    ) -> tuple[Tensor, None]:
+        """As :meth:`forward`, of requests packed in one sequence: see ``paged_attention``."""
+        done: tuple[Tensor, None] = paged_attention(self.forward, module, query, key, value, scaling, settings)
+        return done
 
     def _attend(self, call: AttentionCall) -> tuple[Tensor, str] | Rejected:
         """The attention (B, H, Sq, Dv) and the lowering that computed it, or why none takes the call."""
@@ -111,23 +141,33 @@ class TriangleAttention:
         out: Tensor = CHUNK(q, k, v, key_mask, first, *geometry.counts, call.scale, geometry.reach, request.lowering)
         return out, lowering.name
 
-    def record(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, done: str | Rejected) -> None:
+    def record(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: CausalMask | Tensor | None,
+        done: str | Rejected,
+    ) -> None:
         """Put a call into the report; while Dynamo traces a model, the call that it is tracing."""
         path, layer, name = type(module).__name__, layer_of(module), self.name
+        window = mask.window if isinstance(mask, CausalMask) else None
         if isinstance(done, Rejected):
             lowering, reason, detail = "as written", done.reason.name, done.detail
         else:
             lowering, reason, detail = done, "", ""
         if torch.compiler.is_compiling():
-            _traced(name, path, layer, query, key, value, lowering, reason, detail)
+            _traced(name, path, layer, window, query, key, value, lowering, reason, detail)
         else:
-            self.records.add(path, layer, query, key, value, lowering, reason, detail)
+            self.records.add(path, layer, window, query, key, value, lowering, reason, detail)
 
 
 def _traced(
     name: str,
     path: str,
     layer: int | None,
+    window: int | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -141,7 +181,8 @@ def _traced(
 def _record_traced(context: Any) -> None:
     """Called by Dynamo where it traces :func:`_traced`, whose arguments are its locals."""
     local = context.get_local
-    words = {name: local(name).as_python_constant() for name in ("path", "layer", "lowering", "reason", "detail")}
+    constants = ("path", "layer", "window", "lowering", "reason", "detail")
+    words = {name: local(name).as_python_constant() for name in constants}
     tensors = {name: local(name).as_fake() for name in ("query", "key", "value")}
     registered = ALL_ATTENTION_FUNCTIONS[local("name").as_python_constant()]
     registered.__self__.records.add(**words, **tensors)
@@ -179,8 +220,8 @@ def register_attention(
     Warns:
         UserWarning: the configuration selects no layer, or the first n layers.
     """
-    if not isinstance(name, str) or not name or "|" in name:
-        raise ValueError(f"name must be a non-empty string without '|', got {name!r}")
+    if not isinstance(name, str) or not name or "|" in name or "flash" in name:
+        raise ValueError(f"name must be a non-empty string without '|' and 'flash', got {name!r}")
     registered = dict(ALL_ATTENTION_FUNCTIONS).get(name)
     if name == "eager" or (registered is not None and not isinstance(_owner(registered), TriangleAttention)):
         raise ValueError(f"name={name!r} is an attention implementation already")
@@ -193,6 +234,8 @@ def register_attention(
     attention = TriangleAttention(name, request, Report() if report is None else report)
     AttentionInterface.register(name, attention.forward)
     AttentionMaskInterface.register(name, causal_mask)
+    AttentionInterface.register(attention.paged_name, attention.forward_paged)
+    AttentionMaskInterface.register(attention.paged_name, no_mask)
     return attention
 
 

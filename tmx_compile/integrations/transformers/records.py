@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,7 @@ class Records:
         self,
         path: str,
         layer: int | None,
+        window: int | None,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -32,14 +35,18 @@ class Records:
         reason: str = "",
         detail: str = "",
     ) -> None:
-        """Record a call of real or fake tensors: sparse by a lowering, or dense for a reason (its name)."""
+        """Record a call of real or fake tensors: sparse by a lowering, or dense for a reason (its name).
+
+        ``window`` is the layer's own sliding window in keys, where it has one.
+        """
         kinds = self._seen.setdefault((path, layer), [])
         kind = lowering, reason, detail
         if kind in kinds:
             return
         kinds.append(kind)
         shapes = [tuple(hint(size) for size in x.shape) for x in (query, key, value)]
-        attended, causal = pair_counts(self._geometry, shapes[0][2], shapes[1][2])
+        geometry = replace(self._geometry, reach=None if window is None else window - 1)
+        attended, causal = pair_counts(geometry, shapes[0][2], shapes[1][2])
         self._report.add_call(
             SiteRecord(
                 graph=len(kinds) - 1,
