@@ -50,6 +50,8 @@ def paged_attention(
     cache = settings.get("cache")
     if cache is None or settings.get("cu_seq_lens_q") is None:
         raise ValueError("this implementation is for continuous batching (generate_batch), and got a call without it")
+    if query.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise ValueError("lengths are read on the host: pass ContinuousBatchingConfig(use_cuda_graph=False)")
     window = settings.get("sliding_window")
     key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=settings)
     rows, keys = (settings[name].tolist() for name in ("cu_seq_lens_q", "cu_seq_lens_k"))
