@@ -8,8 +8,11 @@ import torch
 from transformers import StaticCache
 from transformers.masking_utils import (
     bidirectional_mask_function,
+    blockwise_overlay,
     causal_mask_function,
     chunked_causal_mask_function,
+    create_causal_mask,
+    create_sliding_window_causal_mask,
     sdpa_mask,
     sliding_window_causal_mask_function,
 )
@@ -56,6 +59,15 @@ def test_the_plan_equals_the_oracle(attention, name, sides):
     assert (got - dense).abs().max() > 1e-3
     assert decisions(attention.report) == {0: KEPT, 1: SPARSE, 2: SPARSE}
     assert {site.lowering for site in attention.report.triangle()} == {"blocked"}
+
+
+@pytest.mark.parametrize("lowering", ["triton", "operator"])
+def test_a_lowering_by_name(lowering):
+    """``triton`` in its interpreter."""
+    ids, mask = prompt(2, 50), padded(((5, 10), (12, 3)), 50)
+    with registered(lowering=lowering) as attention, torch.no_grad():
+        close(switched_model()(ids, attention_mask=mask).logits, plan_oracle("Llama", CONFIG, ids, mask), mask)
+    assert {site.lowering for site in attention.report.triangle()} == {lowering}
 
 
 def test_no_mask_of_all_rows_and_keys_is_made(attention):
@@ -230,3 +242,25 @@ def test_other_ways_to_generate(attention, extra):
     assert decisions(attention.report) == {0: KEPT, 1: SPARSE, 2: SPARSE}
     later = {site.reason for site in attention.report if site.graph > 0 and site.layer != 0}
     assert later == {"SHORT_PROMPT"}
+
+
+@pytest.mark.parametrize("image", [False, True], ids=["text", "image"])
+def test_blocks_that_see_both_ways(image):
+    """Gemma 3's token types: a prompt of text alone goes sparse; an image's tokens see one another."""
+    types = torch.zeros(2, 100, dtype=torch.int64)
+    types[1, 40:60] = 1 if image else 0
+    blocks = torch.where(types == 1, 0, -1)
+    ids, model = prompt(), switched_model("Gemma3", "sdpa")
+    settings = dict(config=model.config, inputs_embeds=model.model.embed_tokens(ids), past_key_values=None)
+    found = {}
+    for kind in ("sdpa", "tmx"):
+        with registered(), torch.no_grad():
+            model.set_attn_implementation(kind)
+            full = create_causal_mask(**settings, attention_mask=None, block_sequence_ids=blocks)
+            slide = create_sliding_window_causal_mask(
+                **settings, attention_mask=None, or_mask_function=blockwise_overlay(blocks)
+            )
+            found[kind] = full, slide
+    for ours, theirs in zip(found["tmx"], found["sdpa"], strict=True):
+        assert isinstance(ours, mask_module.CausalMask) == (not image)
+        assert torch.equal(ours if image else ours.for_sdpa(torch.device("cpu")), theirs)

@@ -13,7 +13,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.masking_utils import causal_mask_function, sdpa_mask, sliding_window_causal_mask_function
+from transformers.masking_utils import (
+    blockwise_overlay,
+    causal_mask_function,
+    or_masks,
+    sdpa_mask,
+    sliding_window_causal_mask_function,
+)
 
 
 @dataclass(eq=False)
@@ -114,16 +120,19 @@ def causal_mask(
             mask_function=mask_function,
             attention_mask=attention_mask,
             local_size=local_size,
-            allow_is_causal_skip=skip,
+            allow_is_causal_skip=skip and allow_is_causal_skip,
             **settings,
         )
         return written
 
-    window = None if mask_function is causal_mask_function else _window(mask_function, local_size)
-    plain = window is not None or mask_function is causal_mask_function
+    shown = _without_blocks(mask_function)
+    # Such a mask is always written out, for the blocks; every other one because the model asks for it.
+    wanted = not allow_is_causal_skip and shown is mask_function
+    window = None if shown is causal_mask_function else _window(shown, local_size)
+    plain = window is not None or shown is causal_mask_function
     padding = attention_mask is None or (isinstance(attention_mask, Tensor) and attention_mask.dim() == 2)
-    if q_length == 1 or not allow_is_causal_skip or not plain or not padding:
-        return write(allow_is_causal_skip)
+    if q_length == 1 or wanted or not plain or not padding:
+        return write(True)
     if isinstance(q_offset, Tensor):
         if torch.compiler.is_compiling():
             return write(True)
@@ -139,6 +148,22 @@ def causal_mask(
     return CausalMask(shape, key_mask, q_offset - kv_offset, kv_offset, window, write)
 
 
+def _without_blocks(mask_function: Callable[..., Any]) -> Callable[..., Any]:
+    """The mask function without blocks that see both ways (images' tokens) where a prompt has no such block."""
+    if torch.compiler.is_compiling() or not _same_code(mask_function, or_masks()):
+        return mask_function
+    (joined,) = _cells(mask_function)
+    if (
+        not isinstance(joined, tuple)
+        or len(joined) != 2
+        or not _same_code(joined[1], blockwise_overlay(torch.empty(0)))
+    ):
+        return mask_function
+    (blocks,) = _cells(joined[1])
+    function: Callable[..., Any] = joined[0]
+    return function if bool((blocks < 0).all()) else mask_function
+
+
 def _window(mask_function: Callable[..., Any], local_size: int | None) -> int | None:
     """The size of a sliding window, its own key included, where a mask function is that of one; else None."""
     # Dynamo does not look into functions.
@@ -152,7 +177,14 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, tuple) and isinstance(b, tuple):
         return len(a) == len(b) and all(map(_same, a, b))
     if callable(a) and callable(b):
-        code = getattr(a, "__code__", None)
-        cells = [[cell.cell_contents for cell in getattr(f, "__closure__", None) or ()] for f in (a, b)]
-        return a is b or (code is not None and code is getattr(b, "__code__", None) and _same(*map(tuple, cells)))
+        return a is b or (_same_code(a, b) and _same(_cells(a), _cells(b)))
     return type(a) is type(b) and isinstance(a, int) and bool(a == b)
+
+
+def _same_code(a: Any, b: Any) -> bool:
+    code = getattr(a, "__code__", None)
+    return code is not None and code is getattr(b, "__code__", None)
+
+
+def _cells(function: Any) -> tuple[Any, ...]:
+    return tuple(cell.cell_contents for cell in function.__closure__ or ())
