@@ -158,10 +158,12 @@ def test_gradients(attention):
         torch.testing.assert_close(ours.grad.double(), theirs.grad, atol=1e-4, rtol=1e-3, msg=name)
 
 
-def test_autocast(attention):
+@pytest.mark.parametrize("lowering", ["auto", "operator"])
+def test_autocast(lowering):
     """The result has autocast's dtype, as SDPA's has."""
-    module, x = switched_model().model.layers[1].self_attn, torch.randn(1, 4, 100, 16)
-    with torch.autocast("cpu", torch.bfloat16):
+    x = torch.randn(1, 4, 100, 16)
+    with registered(lowering=lowering) as attention, torch.autocast("cpu", torch.bfloat16):
+        module = switched_model().model.layers[1].self_attn
         got, _ = attention.forward(module, x, x[:, :2], x[:, :2], None, scaling=0.25)
     want, _ = oracle(x.bfloat16(), x[:, :2].bfloat16(), x[:, :2].bfloat16(), None, *CONFIG.geometry, 0.25)
     assert got.dtype == torch.bfloat16

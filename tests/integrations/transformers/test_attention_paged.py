@@ -8,8 +8,6 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from tests.support.oracle import oracle, tolerance
 from tests.support.switched import CONFIG, WINDOW, prompt, registered, switched_model
 
-SMALL = ContinuousBatchingConfig(page_size=32, num_blocks=32, max_batch_tokens=512, use_cuda_graph=False)
-
 
 class Layer(nn.Module):
     is_causal, layer_idx, num_key_value_groups = True, 1, 2
@@ -66,10 +64,11 @@ def test_generate_batch():
         with registered(CONFIG), torch.no_grad():
             want = [model.generate(torch.tensor([ids]), **settings)[0, len(ids) :].tolist() for ids in prompts]
         attention.batch_continuously(model)
+        small = ContinuousBatchingConfig(page_size=32, num_blocks=32, max_batch_tokens=512, use_cuda_graph=False)
         found = model.generate_batch(
             inputs=prompts,
             generation_config=GenerationConfig(**settings),
-            continuous_batching_config=SMALL,
+            continuous_batching_config=small,
             warmup=False,
         )
         assert [result.generated_tokens for result in found.values()] == want

@@ -6,12 +6,14 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._dynamo.comptime import comptime
 from transformers import AttentionInterface
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -100,7 +102,12 @@ class TriangleAttention:
 
         Each request's prompt, or chunk of a prompt, is judged by its own number of rows, and goes sparse by the plan.
         For models of several parts, the text's part is switched. ``model.set_attn_implementation`` ends it.
+
+        Raises:
+            ImportError: a Transformers whose paged cache is called in another way.
         """
+        if "kwargs" not in inspect.signature(PagedAttentionCache.update).parameters:
+            raise ImportError("continuous batching needs Transformers 5.23: the paged cache of this one is another")
         # set_attn_implementation would look for a flash kernel of the name.
         config: Any = model.config
         text = config.get_text_config(decoder=True)
