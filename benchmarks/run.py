@@ -24,6 +24,7 @@ from benchmarks import (
     quality,
     recall,
     stages,
+    switch,
     throughput,
     ttft,
 )
@@ -40,6 +41,7 @@ CASES = {
         quality.CASE,
         recall.CASE,
         ttft.CASE,
+        switch.CASE,
         million.CASE,
         stages.CASE,
         kv_cache.CASE,

@@ -112,12 +112,21 @@ def test_a_quick_run_writes_valid_records(tmp_path):
         assert record["error"] < 0.05
 
 
+def test_the_switch_is_measured_beside_sdpa(tmp_path):
+    done = python("benchmarks.run", "switch", "--quick", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "switch.json").read_text(encoding="utf-8"))
+    found = [(r["padding"], r["attention"]) for r in result["records"]]
+    assert found == [(padding, name) for padding in ("none", "left") for name in ("sdpa", "tmx")]
+    assert all(r["ms"] > 0 and r["failed"] is None for r in result["records"])
+
+
 def test_an_unknown_case_is_refused_with_the_known_ones():
     done = python("benchmarks.run", "no_such_case")
     assert done.returncode == 2
     assert (
         "unknown case no_such_case; known: operator, pass_cost, prefill_memory, first_n, calibration, quality, "
-        "recall, ttft, million, stages, kv_cache, throughput" in done.stderr
+        "recall, ttft, switch, million, stages, kv_cache, throughput" in done.stderr
     )
 
 
