@@ -52,6 +52,11 @@ _MODELS = {
     "Gemma2": ("Gemma2", _GEMMA, (0, 2)),
     "GptOss": ("GptOss", dict(head_dim=16, num_local_experts=2, num_experts_per_tok=1), ()),
     "DeepseekV3": ("DeepseekV3", _LATENT, ()),
+    "DeepseekV32": (
+        "DeepseekV32",
+        _LATENT | dict(index_topk=30, index_n_heads=2, index_head_dim=16, first_k_dense_replace=3),
+        (),
+    ),
     "GPT2": ("GPT2", dict(n_embd=64, n_layer=3, n_head=4), ()),
 }
 

@@ -1,5 +1,6 @@
 """``attn_implementation="tmx"``: the plan of the layers without compiling, against float64 under written-out masks."""
 
+import operator
 from unittest import mock
 
 import accelerate
@@ -205,7 +206,14 @@ def test_a_mask_in_words_is_the_mask_wherever_a_model_computes_with_it(window):
     assert (words.shape, words.ndim, words.window, words.first_row) == (want.shape, 4, window, 15)
     assert torch.equal(words[:, :, :, :50], want[:, :, :, :50])
     assert torch.equal(torch.where(words, 0.0, -1.0), torch.where(want, 0.0, -1.0))
+    assert torch.equal(words[:, :, -3:, :], want[:, :, -3:, :])
+    assert words[:, :, 0:, :] is words
     assert torch.equal(words.float(), want.float())
+    other = torch.rand(2, 1, 40, 60) < 0.5
+    for join in (operator.and_, operator.or_, operator.add, operator.mul):
+        assert torch.equal(join(words, other), join(want, other))
+        assert torch.equal(join(other, words), join(other, want))
+    assert torch.equal(~words, ~want)
     assert words.to("cpu").contiguous() is words
     assert torch.equal(words.for_sdpa(torch.device("cpu")), want)
     assert mask_module.causal_mask(**made | dict(attention_mask=words)) is words

@@ -35,6 +35,20 @@ def prompt_of_one():
     return torch.randint(3, 128, (1, 100), generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.parametrize("sides", [None, ((30, 0), (0, 20))])
+def test_keys_that_the_model_selects(sides):
+    """A model that would hand them to a kernel: they are a mask again, as for sdpa."""
+    ids, mask = prompt(), None if sides is None else padded(sides)
+    found = by_sdpa("DeepseekV32", lambda model: model(ids, attention_mask=mask).logits)
+    assert found == {("MASK_UNKNOWN", "keys that the model selects")}
+
+
+def test_blocks_that_the_model_selects_are_refused():
+    x = torch.randn(1, 4, 100, 16)
+    with registered(CONFIG) as attention, pytest.raises(ValueError, match="Bare selects blocks of keys"):
+        attention.forward(Bare(1), x, x, x, None, block_indices=torch.zeros(1, 4, 100, 2))
+
+
 def test_a_mask_that_is_handed_in():
     """Causal or not, boolean or added: nothing tells."""
     ids = prompt()

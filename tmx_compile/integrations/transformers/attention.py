@@ -216,7 +216,8 @@ def register_attention(
         name: the implementation's name. One that is registered already is replaced, for models that use it too.
         report: a report to fill; a new one by default, found as ``.report`` of the result.
         lowering: "auto", "triton", "blocked" or "operator"; as for :func:`tmx_compile.tmx_backend`. Inside of a model
-            that is compiled by whatever backend, "auto" is one node: ``triton`` on CUDA, else ``operator``.
+            that is compiled by whatever backend, "auto" is one node: ``triton`` on CUDA, else ``operator``; "blocked"
+            gives that backend its operations.
         strict: raise :class:`~tmx_compile.errors.StrictModeError` where a layer that the configuration names stays
             dense in a long prompt.
         chunked_prefill: prompts may come in chunks, announced by :func:`tmx_compile.prefill`; inference only.

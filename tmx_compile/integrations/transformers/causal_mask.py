@@ -35,7 +35,8 @@ class CausalMask:
         first_row: the place of row 0 among the keys.
         first_key: the position of the first key in the sequence: not 0 where a cache has let go of what was before.
         window: how many keys, its own included, the layer lets a row see; None: all.
-        write: writes the mask out as ``sdpa_mask`` does; its argument tells whether the answer may be None (causal).
+        write: writes the mask out as ``sdpa_mask`` does, for the rows from its second argument on; the first tells
+            whether the answer may be None (causal).
     """
 
     shape: tuple[int, int, int, int]
@@ -43,7 +44,7 @@ class CausalMask:
     first_row: int
     first_key: int
     window: int | None
-    write: Callable[[bool], Tensor | None]
+    write: Callable[[bool, int], Tensor | None]
     _written: dict[torch.device, Tensor | None] = field(default_factory=dict)
 
     ndim = 4
@@ -52,9 +53,9 @@ class CausalMask:
         """The mask that Transformers gives its ``sdpa`` attention, None where it gives none; shared by all layers."""
         if torch.compiler.is_compiling():
             # A change of this object would be a side effect of the graph; equal masks become one there anyway.
-            return self.write(True)
+            return self.write(True, 0)
         if device not in self._written:
-            written = self.write(True)
+            written = self.write(True, 0)
             self._written[device] = None if written is None else written.to(device)
         return self._written[device]
 
@@ -67,7 +68,10 @@ class CausalMask:
         return self
 
     def _out(self) -> Tensor:
-        written = self.write(False)
+        return self._rows_from(0)
+
+    def _rows_from(self, first: int) -> Tensor:
+        written = self.write(False, first)
         assert written is not None
         return written
 
@@ -76,8 +80,30 @@ class CausalMask:
             raise AttributeError(name)
         return getattr(self._out(), name)
 
-    def __getitem__(self, index: Any) -> Tensor:
+    def __getitem__(self, index: Any) -> CausalMask | Tensor:
+        last = index[2] if isinstance(index, tuple) and len(index) == 4 else None
+        if isinstance(last, slice) and all(index[i] == slice(None) for i in (0, 1, 3)):
+            first, end, step = last.indices(self.shape[2])
+            if (end, step) == (self.shape[2], 1):
+                return self if first == 0 else self._rows_from(first)
         return self._out()[index]
+
+    def __and__(self, other: Any) -> Tensor:
+        joined: Tensor = self._out().bitwise_and(other)
+        return joined
+
+    def __or__(self, other: Any) -> Tensor:
+        joined: Tensor = self._out().bitwise_or(other)
+        return joined
+
+    def __invert__(self) -> Tensor:
+        return ~self._out()
+
+    def __add__(self, other: Any) -> Tensor:
+        return self._out() + other
+
+    def __mul__(self, other: Any) -> Tensor:
+        return self._out() * other
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -110,12 +136,12 @@ def causal_mask(
         # Made before the call of the model, as generate does it for static caches.
         return attention_mask
 
-    def write(skip: bool) -> Tensor | None:
+    def write(skip: bool, first: int) -> Tensor | None:
         written: Tensor | None = sdpa_mask(
             batch_size=batch_size,
-            q_length=q_length,
+            q_length=q_length - first,
             kv_length=kv_length,
-            q_offset=q_offset,
+            q_offset=q_offset + first,
             kv_offset=kv_offset,
             mask_function=mask_function,
             attention_mask=attention_mask,
@@ -132,10 +158,10 @@ def causal_mask(
     plain = window is not None or shown is causal_mask_function
     padding = attention_mask is None or (isinstance(attention_mask, Tensor) and attention_mask.dim() == 2)
     if q_length == 1 or wanted or not plain or not padding:
-        return write(True)
+        return write(True, 0)
     if isinstance(q_offset, Tensor):
         if torch.compiler.is_compiling():
-            return write(True)
+            return write(True, 0)
         # A static cache counts in place: what is written later has to know where it stood now.
         q_offset = int(q_offset)
     key_mask = None

@@ -21,7 +21,12 @@ from tmx_compile.request import Request
 _TRANSFORMERS_LAYOUT = (0, 2, 1, 3)
 """Transformers wants results as (B, rows, H, Dv): in this order they need no copy."""
 
-_CHANGES_SCORES = (("softcap", "a softcap"), ("s_aux", "learned sinks"), ("position_bias", "a bias of the positions"))
+_CHANGES_SCORES = (
+    ("softcap", "a softcap"),
+    ("s_aux", "learned sinks"),
+    ("sinks", "learned sinks"),
+    ("position_bias", "a bias of the positions"),
+)
 
 
 @dataclass(frozen=True)
@@ -162,6 +167,8 @@ def _against_form(module: nn.Module, settings: Mapping[str, Any]) -> Rejected | 
     for name, what in _CHANGES_SCORES:
         if settings.get(name) is not None:
             return Rejected(Reason.SCORE_CHANGED, what)
+    if settings.get("indices") is not None or settings.get("block_indices") is not None:
+        return Rejected(Reason.MASK_UNKNOWN, "keys that the model selects")
     if settings.get("cache") is not None:
         return Rejected(Reason.FORM, "continuous batching: requests packed in one sequence, in a paged cache")
     return None
