@@ -100,10 +100,12 @@ class CausalMask:
         return ~self._out()
 
     def __add__(self, other: Any) -> Tensor:
-        return self._out() + other
+        joined: Tensor = self._out() + other
+        return joined
 
     def __mul__(self, other: Any) -> Tensor:
-        return self._out() * other
+        joined: Tensor = self._out() * other
+        return joined
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
