@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from torch import nn
-from transformers import AttentionInterface, DynamicCache, StaticCache
+from transformers import AttentionInterface, BloomConfig, BloomForCausalLM, DynamicCache, StaticCache
 
 from tests.support.serving import oracle_logits
 from tests.support.switched import CONFIG, WINDOW, decisions, padded, plan_oracle, prompt, registered, switched_model
@@ -243,6 +243,16 @@ def test_registering_again_replaces_the_plan_and_a_report_can_be_shared():
         register_attention(CONFIG.replace(triangle_layer_indices=[0]), report=report)
         model(ids)
     assert [site.layer for site in report.triangle()] == [1, 2, 0]
+
+
+def test_a_model_with_attention_of_its_own():
+    """Bloom adds its mask to the scores, whatever it is: a boolean one would be wrong without a word."""
+    sizes = BloomConfig(vocab_size=128, hidden_size=64, n_layer=2, n_head=4)
+    with registered(CONFIG):
+        sizes._attn_implementation = "tmx"
+        model = BloomForCausalLM(sizes)
+        with pytest.raises(ValueError, match="BloomModel has attention of its own"):
+            model(prompt())
 
 
 def test_warnings():

@@ -6,6 +6,7 @@ sliding window, in O(N); for every other mask it gives what ``sdpa`` would get.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import MODEL_MAPPING
 from transformers.masking_utils import (
     blockwise_overlay,
     causal_mask_function,
@@ -133,7 +135,13 @@ def causal_mask(
     Returns:
         A :class:`CausalMask` for several rows whose mask is causal and-ed with padding, or with a sliding window too;
         for everything else, and where a model asks for the mask itself, what ``sdpa_mask`` returns.
+
+    Raises:
+        ValueError: for a model with attention of its own, which would read the mask in its own way.
     """
+    if not torch.compiler.is_compiling():
+        kind: Any = type(settings.get("config"))
+        _check_model(kind)
     if isinstance(attention_mask, CausalMask):
         # Made before the call of the model, as generate does it for static caches.
         return attention_mask
@@ -174,6 +182,15 @@ def causal_mask(
             key_mask = None
     shape = (batch_size, 1, q_length, kv_length)
     return CausalMask(shape, key_mask, q_offset - kv_offset, kv_offset, window, write)
+
+
+@functools.cache
+def _check_model(config: type) -> None:
+    """Refuse models in whose attention an implementation by name has no place; Transformers itself lets them by."""
+    models = MODEL_MAPPING.get(config, ())
+    for model in models if isinstance(models, tuple) else (models,):
+        if not model._can_set_attn_implementation():
+            raise ValueError(f"{model.__name__} has attention of its own, which attn_implementation does not reach")
 
 
 def _without_blocks(mask_function: Callable[..., Any]) -> Callable[..., Any]:
