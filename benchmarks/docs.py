@@ -95,13 +95,15 @@ def _load(path: Path) -> Fields:
     return result
 
 
-_MOST_COMMANDS = 4
+_MOST_COMMANDS = 2
 
 
 def _origin(result: Fields, file: str) -> str:
     machine, version = result["hardware"], result["versions"]
     telling = [flag for flag in machine["flags"] if flag in ("avx2", "avx512f", "avx512_bf16", "avx512_fp16")]
-    amx = [flag for flag in machine["flags"] if flag.startswith("amx")] or ["no AMX"]
+    telling += [flag for flag in machine["flags"] if flag.startswith("amx")] or ["no AMX"]
+    # What a GPU took, the instructions of its host do not tell.
+    flags = "" if "gpu" in machine else f", {', '.join(telling)}"
     gpu = f"{machine['gpu']}, {machine['gpu_memory_gib']} GiB, CUDA {version['cuda']}; " if "gpu" in machine else ""
     commands = [result["command"], *(run["command"] for run in result.get("runs", {}).values())]
     sources = [version["tmx_compile_sources"]]
@@ -114,30 +116,25 @@ def _origin(result: Fields, file: str) -> str:
     else:
         said = ", ".join(f"`{command}`" for command in different)
     return (
-        f"{gpu}{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, {machine['memory_gib']} GiB, "
-        f"{', '.join([*telling, *amx])}. Python {version['python']}, torch {version['torch']}, "
+        f"{gpu}{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, {machine['memory_gib']} GiB"
+        f"{flags}. Python {version['python']}, torch {version['torch']}, "
         f"transformers {version['transformers']}, tmx_compile {version['tmx_compile']} "
         f"(sources {', '.join(dict.fromkeys(sources))}). {result['date']}, {said}, `benchmarks/results/{file}`."
     )
 
 
+_STAGES = (
+    *("open", "find", "prove", "judge", "settle", "choose", "decide"),
+    *("substitute", "clean", "lower", "verify", "close"),
+)
+"""Every stage that a file of pass_cost may have, in the order of the pass; older files have others than newer ones."""
+
+
 def _pass_cost(result: Fields) -> str:
     settings, records = result["settings"], result["records"]
-    known = (
-        "open",
-        "find",
-        "prove",
-        "judge",
-        "settle",
-        "choose",
-        "decide",
-        "substitute",
-        "clean",
-        "lower",
-        "close",
-        "verify",
-    )
-    stages = [stage for stage in known if f"{stage}_ms" in records[0]]
+    stages = [stage for stage in _STAGES if f"{stage}_ms" in records[0]]
+    if not stages:
+        raise ValueError(f"pass_cost.json: record 0 has the time of no stage; known are {', '.join(_STAGES)}")
 
     def searched(record: Fields) -> float:
         return (record["find_ms"] + record["prove_ms"]) / record["sites"]

@@ -67,7 +67,6 @@ def sections(result: Fields, more: Sequence[str] = ()) -> str:
     parts: list[tuple[str, Callable[[Results], str]]] = [
         ("In short", lambda found: "\n".join([short(found), *(f"- {line}" for line in more)])),
         ("Which layers", _which),
-        ("How many layers are free", _free),
         ("What sinks, window and last rows buy", _ablations),
         ("Where it breaks: retrieval and copying", _tasks),
         ("The price of streaming decode", _streaming),
@@ -83,10 +82,6 @@ def figure(value: Figure, form: str = "+.1%") -> str:
     return f"{mean:{form}} ({low:{form}} to {high:{form}})"
 
 
-def _of_dense(record: Fields, task: str) -> str:
-    return f"{record[task][0]:.0%} of {record[f'{task}_dense']:.0%}"
-
-
 def short(found: Results) -> str:
     lines = [_duels(found, "gradient"), _duels(found, "direct")]
     for budget in BUDGETS:
@@ -94,6 +89,7 @@ def short(found: Results) -> str:
         for geometry in found.geometries:
             most = {p: _most(found, (p, g), budget)[0] for p, g in found.places if g == geometry}
             said.append(f"{slashed(geometry)}: {_list(most.values())} at {_list(f'{p:,}' for p in most)} tokens")
+        # Both intervals, of the prompt's last tokens and of what follows, by the best of the three ranked policies.
         text = f"Free within {budget:.1%} perplexity (upper ends of the intervals), of {_layers(found)} layers"
         lines.append(f"{text}, with {'; '.join(said)}.")
     lines += [_presets(found), _worst(found)]
@@ -198,45 +194,51 @@ def _worst(found: Results) -> str:
     return f"With half of the layers sparse, {'; '.join(said)}." if said else ""
 
 
+def _shares(found: Results) -> tuple[int, int]:
+    """The numbers of layers that the tables show: the share of the published presets, and half."""
+    return round(0.3 * _layers(found)), _layers(found) // 2
+
+
 def _which(found: Results) -> str:
-    parts = ["Perplexity of the prompt's last tokens, and the divergence from dense in nats, with 95% intervals."]
+    rows, everything = [], []
     for prompt, geometry in found.places:
         own = found.where(prompt=prompt, geometry=list(geometry))
-        counts = sorted({r["count"] for r in own if r["policy"] != "all"})
-        rows = []
-        for policy in dict.fromkeys(r["policy"] for r in own):
-            cells = {r["count"]: r for r in own if r["policy"] == policy}
-            if policy == "all":
+        for count in _shares(found):
+            cells = {r["policy"]: r for r in own if r["count"] == count}
+            if not cells:
                 continue
-            rows += [
-                [policy, "perplexity", *(figure(cells[n]["ppl_final"]) if n in cells else "" for n in counts)],
-                ["", "KL", *(figure(cells[n]["kl_final"], ".3g") if n in cells else "" for n in counts)],
-            ]
-        everything = [r for r in own if r["policy"] == "all"]
-        last = (
-            f"\n\nAll {_layers(found)} layers sparse: perplexity {figure(everything[0]['ppl_final'])}."
-            if everything
-            else ""
-        )
-        head = ["layers", "", *(f"{n} of {_layers(found)}" for n in counts)]
-        parts.append(f"### {_at((prompt, geometry))}\n\n{table(head, rows)}{last}")
-    return "\n\n".join([*parts, f"![divergence by number of layers]({PICTURES[0]})"])
-
-
-def _free(found: Results) -> str:
-    rows = []
-    for place in found.places:
-        row = [f"{place[0]:,}", slashed(place[1])]
-        for budget in BUDGETS:
-            count, policy = _most(found, place, budget)
-            row.append(f"{count} ({policy})" if count else "none measured")
-        rows.append(row)
-    head = ["tokens", "geometry", *(f"within {budget:.1%}" for budget in BUDGETS)]
-    counts = ", ".join(map(str, found.settings["counts"]))
+            drawn = [cells[name]["ppl_final"][0] for name in _RANDOM if name in cells]
+            rows.append(
+                [
+                    f"{prompt:,}",
+                    slashed(geometry),
+                    str(count),
+                    *(f"{cells[p]['ppl_final'][0]:+.1%}" if p in cells else "" for p in ("gradient", "direct")),
+                    figure(cells["deepest"]["ppl_final"]) if "deepest" in cells else "",
+                    f"{cells['first']['ppl_final'][0]:+.1%}" if "first" in cells else "",
+                    f"{statistics.fmean(drawn):+.1%}" if drawn else "",
+                ]
+            )
+        everything += [r["ppl_final"][0] for r in own if r["policy"] == "all"]
+    last = f" All {_layers(found)} layers sparse: {_span(everything)}." if everything else ""
+    most = max((r["count"] for p in _RANKED for r in found.where(policy=p)), default=0)
+    if most > _shares(found)[1]:
+        costs = [r["ppl_final"][0] for p in _RANKED for r in found.where(policy=p, count=most)]
+        last = f" The most that were ranked, {most}: {_span(costs)}.{last}"
+    head = [
+        "tokens",
+        "geometry",
+        f"layers of {_layers(found)}",
+        "gradient",
+        "direct",
+        "deepest",
+        "first",
+        "random (mean)",
+    ]
     return (
-        f"The most layers, of the numbers tried ({counts}), with which the upper ends of both perplexity intervals, of "
-        "the prompt's last tokens and of what follows, stay within a budget, and the policy that picks them (of those "
-        f"that do, the one with the lowest divergence).\n\n{table(head, rows)}"
+        "Perplexity of the prompt's last tokens, with the 95% interval for the deepest layers; the file has every "
+        f"interval, the divergences and the other numbers of layers.{last}\n\n{table(head, rows)}\n\n"
+        f"![divergence by number of layers]({PICTURES[0]})"
     )
 
 
@@ -244,104 +246,102 @@ def _ablations(found: Results) -> str:
     cells = [r for r in found.records if r["part"].endswith("/ablations")]
     if not cells:
         return ""
+    longest = sorted({r["prompt"] for r in cells})[-2:]
     rows = [
         [
             f"{r['prompt']:,}",
             slashed(r["geometry"]),
             figure(r["ppl_final"]),
-            figure(r["ppl_following"]),
-            _of_dense(r, "needle"),
-            _of_dense(r, "copy"),
+            f"{r['ppl_following'][0]:+.1%}",
+            _answers(r),
         ]
         for r in cells
+        if r["prompt"] in longest
     ]
-    head = ["tokens", "sinks/window/last", "perplexity, last tokens", "perplexity after", "needle", "copy"]
-    return f"The deepest {cells[0]['count']} layers sparse, one count changed at a time.\n\n{table(head, rows)}"
+    head = ["tokens", "sinks/window/last", "perplexity, last tokens", "perplexity after", "needle/copy"]
+    return (
+        f"The deepest {cells[0]['count']} layers sparse, one count changed at a time; the longest prompts. Needle and "
+        f"copy are the tasks of the next section.\n\n{table(head, rows)}"
+    )
 
 
 def _tasks(found: Results) -> str:
+    half = _shares(found)[1]
     rows = []
-    for r in found.plain:
-        if r["policy"] not in (*_RANKED, "first", "all"):
+    for prompt, geometry in found.places:
+        like = {"prompt": prompt, "geometry": list(geometry)}
+        cells = {r["policy"]: r for r in found.where(**like) if r["count"] == half or r["policy"] == "all"}
+        if not cells:
             continue
-        rows.append(
-            [
-                f"{r['prompt']:,}",
-                slashed(r["geometry"]),
-                r["policy"],
-                str(r["count"]),
-                figure(r["ppl_following"]),
-                _of_dense(r, "needle"),
-                f"{r['needle_nll'][0]:+.3f}",
-                _of_dense(r, "copy"),
-                f"{r['copy_nll'][0]:+.3f}",
-            ]
-        )
-    head = ["tokens", "geometry", "policy", "layers", "perplexity after", "needle", "nats", "copy", "nats"]
+        some = next(iter(cells.values()))
+        row = [f"{prompt:,}", slashed(geometry), f"{some['needle_dense']:.0%}/{some['copy_dense']:.0%}"]
+        rows.append([*row, *(_answers(cells[p]) if p in cells else "" for p in (*_RANKED, "first", "all"))])
+    if not rows:
+        return ""
+    head = ["tokens", "geometry", "dense", *_RANKED, "first", f"all {_layers(found)}"]
     return (
-        f"What follows the prompt, decoded densely: text, {found.settings['needle']}; {found.settings['copy']}. "
-        "Each beside what dense attention reaches, and the change of the answer's mean negative log-likelihood in "
-        f"nats.\n\n{table(head, rows)}\n\n![tasks by number of layers]({PICTURES[1]})"
+        f"Needle: {found.settings['needle']}. Copy: {found.settings['copy']}. Both decoded densely with {half} of "
+        f"{_layers(found)} layers sparse; right answers, needle/copy.\n\n{table(head, rows)}\n\n"
+        f"![tasks by number of layers]({PICTURES[1]})"
     )
+
+
+def _answers(record: Fields) -> str:
+    """Shares of right answers, needle and copy."""
+    return f"{record['needle'][0]:.0%}/{record['copy'][0]:.0%}"
 
 
 def _streaming(found: Results) -> str:
     cells = [r for r in found.records if r["decode"] == "streaming"]
     if not cells:
         return ""
+    counts = [n for n in _shares(found) if any(r["count"] == n for r in cells)]
     rows = []
-    for r in cells:
-        like = {name: r[name] for name in ("prompt", "geometry", "policy", "count")}
-        dense = found.where(**like)
-        held = r["geometry"][0] + r["geometry"][1] + 1
-        saved = r["count"] / _layers(found) * (1 - min(1.0, held / r["prompt"]))
-        rows.append(
-            [
-                f"{r['prompt']:,}",
-                slashed(r["geometry"]),
-                r["policy"],
-                f"{r['count']} ({r['count'] / _layers(found):.0%})",
-                f"{saved:.0%}",
-                figure(dense[0]["ppl_following"]) if dense else "",
-                figure(r["ppl_following"]),
-                _of_dense(r, "needle"),
-                _of_dense(r, "copy"),
-            ]
-        )
-    head = ["tokens", "geometry", "policy", "layers", "cache saved", "perplexity, decoded densely", "streaming"]
+    for prompt, geometry, policy in dict.fromkeys((r["prompt"], tuple(r["geometry"]), r["policy"]) for r in cells):
+        own = {r["count"]: r for r in cells if _is(r, prompt, geometry) and r["policy"] == policy}
+        shown = (f"{own[n]['ppl_following'][0]:+.1%} ({_answers(own[n])})" if n in own else "" for n in counts)
+        rows.append([f"{prompt:,}", slashed(geometry), policy, *shown])
+    head = ["tokens", "geometry", "policy", *(f"{n} of {_layers(found)} layers" for n in counts)]
     return (
-        f'`decode="streaming"` and `StreamingCache`: the tokens after the prompt see sinks and window alone in the '
-        "sparse layers, and the cache keeps no more ([serving.md](serving.md)). Perplexity of what follows the prompt; "
-        "needle and copying with streaming decode. The share of the cache that is saved is that of this prompt "
-        f"length.\n\n{table([*head, 'needle', 'copy'], rows)}"
+        '`decode="streaming"` and `StreamingCache`: tokens after the prompt see sinks and window alone in the sparse '
+        "layers ([serving.md](serving.md)). Perplexity of what follows the prompt, in brackets needle/copy (dense: "
+        f"the table above).{_densely(found, cells)}\n\n{table(head, rows)}"
     )
+
+
+def _densely(found: Results, cells: Sequence[Fields]) -> str:
+    """What the same choices cost where the tokens after the prompt are decoded densely."""
+    same = ("prompt", "geometry", "policy", "count")
+    costs = [x["ppl_following"][0] for r in cells for x in found.where(**{name: r[name] for name in same})]
+    return f" Decoded densely the same layers change that perplexity by {_span(costs)}." if costs else ""
+
+
+def _is(record: Fields, prompt: int, geometry: tuple[int, ...]) -> bool:
+    return bool(record["prompt"] == prompt and tuple(record["geometry"]) == geometry)
 
 
 def _turns(found: Results) -> str:
     cells = [r for r in found.records if r["part"].endswith("/turns")]
     if not cells:
         return ""
-    rows = [
-        [
-            f"{r['prompt']:,}",
-            slashed(r["geometry"]),
-            str(r["count"]),
-            f"{r['turn']:,}" if r["turn"] else "",
-            f"turn, {r['rows']}" if r["turn"] else "one prompt",
-            figure(r["ppl_final"]),
-            figure(r["ppl_following"]),
-            _of_dense(r, "needle"),
-            _of_dense(r, "copy"),
-        ]
-        for r in cells
-    ]
-    head = ["tokens", "geometry", "layers", "new turn", "rows", "perplexity, last tokens", "perplexity after"]
+    rows = []
+    kinds = dict.fromkeys((tuple(r["geometry"]), f"turn, {r['rows']}" if r["turn"] else "one prompt") for r in cells)
+    for geometry, kind in kinds:
+        own = [r for r in cells if tuple(r["geometry"]) == geometry]
+        own = [r for r in own if (f"turn, {r['rows']}" if r["turn"] else "one prompt") == kind]
+        spans = (_span([r[name][0] for r in own]) for name in ("ppl_final", "ppl_following"))
+        # 0.0: where nothing falls, the largest fall is not "-0%".
+        falls = (f"{max(0.0, *(r[f'{task}_dense'] - r[task][0] for r in own)):.0%}" for task in ("needle", "copy"))
+        rows.append([slashed(geometry), kind, *spans, *falls])
+    lengths = _list(f"{n:,}" for n in dict.fromkeys(r["prompt"] for r in cells))
+    turns = sorted({r["turn"] for r in cells if r["turn"]})
+    new = f"{_list(f'{n:,}' for n in turns)} are" if turns else "tokens are"
+    counts = _list(sorted({r["count"] for r in cells}))
+    head = ["geometry", "rows", "perplexity, last tokens", "perplexity after", "needle falls", "copy falls"]
     return (
-        "The same tokens as one prompt, and as a conversation whose last tokens are a new turn "
-        "([serving.md](serving.md#continued-conversations)). *Sparse*: `prefill(total_tokens=...)` with the tokens of "
-        "the whole conversation, so that the new rows see sinks and window, and the last of them everything. *Dense*: "
-        "the new rows see everything. The deepest layers are sparse.\n\n"
-        f"{table([*head, 'needle', 'copy'], rows)}"
+        f"{lengths} tokens as one prompt, and as a conversation whose last {new} a new turn, sparse or "
+        f"dense ([serving.md](serving.md#continued-conversations)); the deepest {counts} layers sparse. Least to most "
+        f"over all of these; falls are the largest, in points of right answers.\n\n{table(head, rows)}"
     )
 
 

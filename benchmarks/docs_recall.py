@@ -107,7 +107,8 @@ def _at(records: Iterable[Fields], place: Place) -> list[Fields]:
 
 def _dense(records: Sequence[Fields], tasks: Sequence[str]) -> str:
     rows = []
-    for tokens in dict.fromkeys(r["tokens"] for r in records):
+    lengths = [r["tokens"] for r in records]
+    for tokens in (min(lengths), max(lengths)):
         dense = next(r["dense"] for r in records if r["tokens"] == tokens)
         rows.append([f"{tokens:,}", *(f"{dense[task]:.1%}" for task in tasks)])
     return f"Dense attention:\n\n{table(['tokens', *tasks], rows)}"
@@ -134,8 +135,11 @@ def _most(here: Sequence[Fields], tasks: Sequence[str], depth: int) -> tuple[int
 
 
 def _free(records: Sequence[Fields], tasks: Sequence[str], depth: int) -> str:
+    lengths = {r["tokens"] for r in records}
     rows = []
     for place in places(records):
+        if place[0] not in (min(lengths), max(lengths)):
+            continue
         here = _at(records, place)
         count, policy = _most(here, tasks, depth)
         row = [f"{place[0]:,}", slashed(place[1]), f"{count} ({policy})" if count else "none"]
@@ -145,7 +149,7 @@ def _free(records: Sequence[Fields], tasks: Sequence[str], depth: int) -> str:
     head = ["tokens", "geometry", f"free of {depth}", *_PLAIN]
     return (
         f"Layers that can go sparse, one after the other, before any task loses more than {KEPT:.0%}: by the best of "
-        f"four policies, and by each.\n\n{table(head, rows)}"
+        f"four policies, and by each; the shortest and the longest prompts.\n\n{table(head, rows)}"
     )
 
 
@@ -166,7 +170,8 @@ def _breaks(records: Sequence[Fields], tasks: Sequence[str], depth: int) -> str:
 
 def _halves(records: Sequence[Fields], tasks: Sequence[str], depth: int) -> str:
     rows: dict[tuple[Any, ...], list[str]] = {}
-    for place in places(records):
+    longest = max(r["tokens"] for r in records)
+    for place in (place for place in places(records) if place[0] == longest):
         for r in _at(records, place):
             if r["count"] == depth // 2:
                 indices = ", ".join(map(str, r["indices"]))
@@ -174,11 +179,12 @@ def _halves(records: Sequence[Fields], tasks: Sequence[str], depth: int) -> str:
                 # Policies often choose the same layers.
                 rows.setdefault((place, indices, *scores), []).append(r["policy"])
     lines = [
-        [f"{tokens:,}", slashed(geometry), ", ".join(policies), indices, *scores]
-        for ((tokens, geometry), indices, *scores), policies in rows.items()
+        [slashed(geometry), ", ".join(policies), indices, *scores]
+        for ((_, geometry), indices, *scores), policies in rows.items()
+        if not all(policy.startswith("random") for policy in policies)
     ]
-    head = ["tokens", "geometry", "policy", "layers", *tasks]
-    return f"Half of the layers sparse:\n\n{table(head, lines)}"
+    head = ["geometry", "policy", "layers", *tasks]
+    return f"Half of the layers sparse, {longest:,} tokens (random draws are in the file):\n\n{table(head, lines)}"
 
 
 def picture(result: Fields, depth: int) -> Picture:

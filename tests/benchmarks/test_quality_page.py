@@ -57,6 +57,7 @@ RECORDS = [
     cell("deepest", 15, 0.07, [0, 64, 128], part="prompt-2048/ablations"),
     cell("deepest", 9, 0.0035, part="prompt-2048/turns", turn=0, rows="sparse"),
     cell("deepest", 9, 0.045, part="prompt-2048/turns", turn=256, rows="sparse"),
+    cell("deepest", 15, 0.065, part="prompt-2048/turns", turn=256, rows="sparse", needle=[0.25, 0.2, 0.3]),
     cell("deepest", 9, 0.0255, part="prompt-2048/turns", turn=256, rows="dense"),
 ]
 
@@ -92,12 +93,17 @@ def test_the_page_tells_the_answers(page):
     # 8/512/128 lacks policies.
     assert "with 8/64/128: by gradient +0.4%, by divergence +0.1%, deepest +0.2% to +0.4%, first +25.0%." in text
     assert "needle retrieval falls most from 100% to 12% (deepest, 2,048 tokens with 8/64/128)" in text
-    assert "| 2,048 | 8/64/128 | gradient | 9 (30%) | 29% | +0.4% (+0.3% to +0.5%) | +11.0% (+10.9% to" in text
-    assert "| 2,048 | 0/64/128 | +7.0% (+6.9% to +7.1%) |" in text
-    assert "| 2,048 | 8/64/128 | 9 |  | one prompt | +0.4% (" in text
-    assert "| 2,048 | 8/64/128 | 9 | 256 | turn, sparse | +4.5% (" in text
-    assert "| 2,048 | 8/64/128 | 9 | 256 | turn, dense | +2.5% (" in text
-    assert "All 30 layers sparse: perplexity +90.0% (+89.9% to +90.1%)" in text
+    assert "| 2,048 | 8/64/128 | 9 | +0.4% |  | +0.4% (+0.2% to +0.5%) | +25.0% | +0.6% |" in text
+    assert "| 2,048 | 8/64/128 | 15 | +0.8% |  | +2.0% (+1.9% to +2.1%) |  |  |" in text
+    assert "| 2,048 | 8/64/128 | 100%/75% | 50%/50% |  | 12%/50% |  | 50%/50% |" in text
+    assert "Decoded densely the same layers change that perplexity by +0.4%." in text
+    assert "| 2,048 | 8/64/128 | gradient | +11.0% (50%/50%) |" in text
+    assert "| 2,048 | 0/64/128 | +7.0% (+6.9% to +7.1%) | +7.0% | 50%/50% |" in text
+    assert "| 8/64/128 | one prompt | +0.4% | +0.4% | 50% | 25% |" in text
+    assert "| 8/64/128 | turn, sparse | +4.5% to +6.5% | +4.5% to +6.5% | 75% | 25% |" in text
+    assert "| 8/64/128 | turn, dense | +2.5% | +2.5% | 50% | 25% |" in text
+    assert "All 30 layers sparse: +90.0%." in text
+    assert "The most that were ranked" not in text
 
 
 def test_what_was_not_measured_is_not_told(page):
@@ -113,6 +119,18 @@ def test_what_was_not_measured_is_not_told(page):
     ):
         assert absent not in text
     assert re.search(r"within 0.3% perplexity .*, of 30 layers, with 8/64/128: 9 at 2,048 tokens\.", text)
+
+
+def test_the_most_layers_that_were_ranked_are_told():
+    """The tables stop at half of the layers; what more of them cost stays on the page."""
+    records = [cell("deepest", 15, 0.002), cell("deepest", 21, 0.07), cell("gradient", 21, 0.12)]
+    text = docs_quality.sections({"settings": quality.settings(False) | quality._ITEMS["cpu"], "records": records})
+    assert "The most that were ranked, 21: +7.0% to +12.0%." in text
+
+
+def test_nothing_falls_by_less_than_nothing(page):
+    text = page([*RECORDS[:4], cell("deepest", 9, 0.0, part="p/turns", turn=0, rows="sparse", copy_dense=0.25)])
+    assert "| 8/64/128 | one prompt | +0.0% | +0.0% | 50% | 0% |" in text
 
 
 def test_noise_does_not_pass_for_free(page):
@@ -177,8 +195,11 @@ def test_the_model_that_recalls(page, tmp_path):
     # There the counts do not begin at one.
     assert "| 1,024 | 8/64/128 | none | 0 |  | 0 | 0 |" in text
     assert "| 1,024 | 87.5% | 75.0% |" in text
-    assert "| 8,192 | 8/64/128 | gradient | 0, 1 | 99.5% | 98.0% |" in text
-    assert "| 8,192 | 8/64/128 | first, random0 | 0, 1 | 6.2% | 30.0% |" in text
+    assert "| 8/64/128 | gradient | 0, 1 | 99.5% | 98.0% |" in text
+    assert "| 8/64/128 | first, random0 | 0, 1 | 6.2% | 30.0% |" in text
+    # Of the longest prompts alone.
+    assert "Half of the layers sparse, 8,192 tokens" in text
+    assert "| 0, 1 | 87.5% |" not in text
     assert (
         "3.1 million parameters (4 layers, hidden size 192, 6 heads), trained from seed 1 for 3 minutes, compilation"
         in text
