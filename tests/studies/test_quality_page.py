@@ -6,8 +6,9 @@ import re
 
 import pytest
 
-from benchmarks import docs, docs_quality, quality, recall
+from benchmarks import docs
 from benchmarks.common import RESULTS
+from studies import docs_quality, quality, recall
 from tmx_compile import backend as api
 from tmx_compile.config import prices as price
 
@@ -148,7 +149,7 @@ RECALL = [
     recalled("deepest", 2, 0.875, 0.75, tokens=1024, dense=(0.875, 0.75)),
 ]
 TRAINED = {
-    "command": "python -m benchmarks.recall_model --minutes 3",
+    "command": "python -m studies.recall_model --minutes 3",
     "shape": {"layers": 4, "hidden": 192, "heads": 6},
     "parameters": 3_140_000,
     "seed": 1,
