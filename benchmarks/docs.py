@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import docs_ascend, docs_operator, docs_quality, docs_recall, docs_throughput, docs_ttft, plots
+from benchmarks import docs_operator, docs_throughput, docs_ttft, plots
 from benchmarks.common import RESULTS
 from benchmarks.plots import Picture
 from benchmarks.tables import Fields, slashed, spans, table, times
+from studies import docs_ascend, docs_quality, docs_recall
 
 PAGE = RESULTS.parent.parent / "docs" / "benchmarks.md"
 
@@ -30,8 +31,11 @@ Every number on this page is read from a file under `benchmarks/results/`, which
 spreads, compile times, every setting. To measure on your own machine:
 
     python -m benchmarks.run            # all cases; name one to run it alone, --quick to see that it works
+    python -m studies.run               # what was found out once (which layers, quality, recall), the same way
     tmx bench                           # one attention layer of your own shape; needs no checkout
     python -m benchmarks.docs           # rewrite this page
+
+A result names the command of its time: studies were cases of `benchmarks.run` then.
 
 Times are medians. Variants that are compared run in turn (A B C A B C), so that a disturbance meets all of them.
 """
@@ -78,13 +82,13 @@ def generate_quality(folder: Path) -> tuple[str, list[Picture]] | None:
 def _training(path: Path) -> Fields:
     """The record that the training left."""
     if not path.is_file():
-        raise ValueError(f"{path.name} is missing: python -m benchmarks.recall_model writes it")
+        raise ValueError(f"{path.name} is missing: python -m studies.recall_model writes it")
     return Fields(json.loads(path.read_text(encoding="utf-8")), path.name)
 
 
 def _load(path: Path) -> Fields:
     if not path.is_file():
-        raise ValueError(f"{path.name} is missing; measure it with python -m benchmarks.run")
+        raise ValueError(f"{path.name} is missing; measure it with python -m benchmarks.run or studies.run")
     content = json.loads(path.read_text(encoding="utf-8"))
     result = Fields(content, path.name)
     if result["quick"]:

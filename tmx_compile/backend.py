@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 from tmx_compile.compilers import torchair
 from tmx_compile.compilers.inductor import Compiler, Inductor
 from tmx_compile.config import TriangleMixConfig
-from tmx_compile.config.prices import streaming_message
+from tmx_compile.config.prices import first_n_message, streaming_message
 from tmx_compile.errors import LoweringError
 from tmx_compile.graph.copies import copy_graph
 from tmx_compile.graph.nodes import value_of
@@ -32,13 +32,6 @@ from tmx_compile.version import __version__, package_fingerprint
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-# SmolLM2-135M, the last tokens of prompts of 4,096: benchmarks/results/quality_cuda.json, docs/quality.md.
-_FIRST_N_WARNING = (
-    "num_triangle_layers={n} makes the first {n} layers sparse, which is the worst choice: on SmolLM2-135M (9 of 30 "
-    "layers, 4/32/64) it costs {first:.0%} perplexity, the deepest 9 layers {deepest:.1%}. "
-    "Use TriangleMixConfig.deepest({n}, num_layers=...) or triangle_layer_indices."
-)
-_FIRST_N_COST = {"first": 0.284, "deepest": 0.012}
 _ANALYSIS_WARNING = (
     "use_gradient_analysis asks for layers chosen by gradients, and none are chosen yet: run "
     "tmx_compile.calibrate(model, batches, config=config) and compile with its .apply(config)"
@@ -289,8 +282,7 @@ def _warn(request: Request, given: TriangleMixConfig | TriangleMixInferenceConfi
     if not config.layers():
         warnings.warn("the configuration selects no layer: every layer stays dense", stacklevel=6)
     elif config.uses_first_n:
-        text = _FIRST_N_WARNING.format(n=config.num_triangle_layers, **_FIRST_N_COST)
-        warnings.warn(text, stacklevel=6)
+        warnings.warn(first_n_message(len(config.layers())), stacklevel=6)
 
 
 def _zeros_of(gm: GraphModule) -> Callable[..., Any]:

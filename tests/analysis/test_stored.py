@@ -15,7 +15,9 @@ def test_the_stored_calibration_says_how_it_was_made():
     assert {"python", "torch", "transformers", "tmx_compile"} <= result["versions"].keys()
     records = {record["part"]: record for record in result["records"]}
     for name in records:
-        assert result["runs"][name]["command"].startswith("python -m benchmarks.run calibration")
+        assert result["runs"][name]["command"].startswith(
+            ("python -m benchmarks.run calibration", "python -m studies.run calibration")
+        )
     assert records["gradient"]["batches"] == 16
     # What the guide says.
     guide = (RESULTS.parents[1] / "docs" / "guide.md").read_text(encoding="utf-8")

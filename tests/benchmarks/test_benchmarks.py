@@ -39,7 +39,7 @@ def stored(name):
 def test_a_stored_result_tells_where_it_comes_from(name):
     result = stored(name)
     assert not result["quick"]
-    assert result["command"].startswith("python -m benchmarks.run ")
+    assert result["command"].startswith(("python -m benchmarks.run ", "python -m studies.run "))
     assert result["hardware"]["cpu"]
     assert result["hardware"]["memory_gib"] > 0
     assert {"python", "torch", "transformers", "tmx_compile"} <= result["versions"].keys()
@@ -112,29 +112,38 @@ def test_a_quick_run_writes_valid_records(tmp_path):
         assert record["error"] < 0.05
 
 
-def test_an_unknown_case_is_refused_with_the_known_ones():
-    done = python("benchmarks.run", "no_such_case")
+@pytest.mark.parametrize(
+    ("module", "cases"),
+    [
+        ("benchmarks.run", "operator, pass_cost, prefill_memory, ttft, kv_cache, throughput"),
+        ("studies.run", "first_n, calibration, quality, recall, million, stages"),
+    ],
+)
+def test_an_unknown_case_is_refused_with_the_known_ones(module, cases):
+    done = python(module, "no_such_case")
     assert done.returncode == 2
-    assert (
-        "unknown case no_such_case; known: operator, pass_cost, prefill_memory, first_n, calibration, quality, "
-        "recall, ttft, million, stages, kv_cache, throughput" in done.stderr
-    )
+    assert f"python -m {module}: error: unknown case no_such_case; known: {cases}\n" in done.stderr
 
 
 @pytest.mark.parametrize(
-    ("arguments", "reason"),
+    ("module", "arguments", "reason"),
     [
-        (["ttft", "--quick", "--only", "gpt/*"], "--only 'gpt/*' fits no part; known: llama/dense-causal, "),
-        (["operator", "--only", "llama"], "--only and --missing are for a case that comes in parts"),
+        (
+            "benchmarks.run",
+            ["ttft", "--quick", "--only", "gpt/*"],
+            "--only 'gpt/*' fits no part; known: llama/dense-causal, ",
+        ),
+        ("benchmarks.run", ["operator", "--only", "llama"], "--only and --missing are for a case that comes in parts"),
         pytest.param(
+            "studies.run",
             ["million"],
             "case million needs a CUDA device",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device"),
         ),
     ],
 )
-def test_what_cannot_be_run_is_refused(arguments, reason):
-    done = python("benchmarks.run", *arguments)
+def test_what_cannot_be_run_is_refused(module, arguments, reason):
+    done = python(module, *arguments)
     assert done.returncode == 2
     assert reason in done.stderr
 

@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 
-from benchmarks import docs_throughput, run, throughput
+from benchmarks import common, docs_throughput, run, throughput
 from benchmarks.generation import Run
 from benchmarks.tables import Fields
 from tests.support.serving import oracle_logits
@@ -184,7 +184,7 @@ def test_the_page_tells_what_failed():
 
 
 def test_serving_has_the_measured_figures():
-    folder = run.common.RESULTS
+    folder = common.RESULTS
     text = " ".join((folder.parents[1] / "docs" / "serving.md").read_text(encoding="utf-8").split())
 
     def ratios(file, field):

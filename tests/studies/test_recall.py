@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from benchmarks import recall, recall_model
-from benchmarks import recall_tasks as tasks
-from benchmarks.recall_tasks import ASK, COPY, DEF, HOPS, IGNORED, LIST, LISTED, SLOT, Batch, evaluation, training
+from studies import recall, recall_model
+from studies import recall_tasks as tasks
+from studies.recall_tasks import ASK, COPY, DEF, HOPS, IGNORED, LIST, LISTED, SLOT, Batch, evaluation, training
 from tests.support.models import masked_oracle
 from tmx_compile import TriangleMixConfig
 

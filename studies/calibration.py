@@ -1,6 +1,6 @@
 """What calibrating SmolLM2-135M costs in time and memory, and which layers it finds.
 
-Each part is a process of its own (``python -m benchmarks.calibration`` with a task on standard input), because the peak
+Each part is a process of its own (``python -m studies.calibration`` with a task on standard input), because the peak
 that the system keeps of a process never falls. The calibrations also leave their profiles beside the results.
 """
 
@@ -60,7 +60,7 @@ def settings(quick: bool) -> dict[str, Any]:
 
 def measure(name: str, quick: bool) -> Records:
     task = {**(QUICK if quick else FULL), "name": name, "quick": quick}
-    return [in_process("benchmarks.calibration", task)]
+    return [in_process("studies.calibration", task)]
 
 
 def finish(records: Records) -> None:

@@ -24,7 +24,8 @@ INTRO = """# Quality: what sparse layers cost
 
 Every figure and every sentence with one on this page is computed from the result file named below. The model is small;
 what your own model loses, `tmx evaluate` and `tmx advise` measure
-([guide](guide.md#what-does-it-cost-on-my-model-and-what-should-i-choose)).
+([guide](guide.md#what-does-it-cost-on-my-model-and-what-should-i-choose)). `python -m studies.run quality` and
+`python -m studies.run recall` measure this page again; a result names the command of its time.
 """
 
 Figure = Sequence[float]

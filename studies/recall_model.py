@@ -1,6 +1,6 @@
 """A small decoder that recalls nearly perfectly over thousands of tokens, trained for the purpose in minutes on a GPU.
 
-    python -m benchmarks.recall_model --minutes 3 --out benchmarks/results/recall
+    python -m studies.recall_model --minutes 3 --out benchmarks/results/recall
 
 writes the weights (bfloat16) and a record of the training: seed, steps, losses, hardware, accuracy per task and length.
 ``--quick`` trains nothing worth keeping, anywhere. The tasks are in ``recall_tasks.py``; dense attention throughout.
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.common import note
-from benchmarks.recall_tasks import COPY, HOPS, VOCABULARY, Batch, evaluation, training
+from studies.recall_tasks import COPY, HOPS, VOCABULARY, Batch, evaluation, training
 from tmx_compile.bench.record import hardware, today, versions
 
 SEED = 20260729
@@ -117,7 +117,7 @@ def load(folder: Path) -> nn.Module:
 
     path = folder / WEIGHTS
     if not path.is_file():
-        raise RuntimeError(f"{path} is missing: python -m benchmarks.recall_model trains it, on a GPU")
+        raise RuntimeError(f"{path} is missing: python -m studies.recall_model trains it, on a GPU")
     record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     model = build(record["shape"]).to(torch.bfloat16)
     model.load_state_dict(load_file(path))
@@ -199,7 +199,7 @@ def evaluate(model: Any, device: torch.device, quick: bool) -> list[dict[str, An
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.recall_model", description="Train the recall model.")
+    parser = argparse.ArgumentParser(prog="python -m studies.recall_model", description="Train the recall model.")
     parser.add_argument("--minutes", type=float, default=3.0, help="of training")
     parser.add_argument("--out", type=Path, required=True, help="folder of the weights and the record")
     parser.add_argument("--quick", action="store_true", help="a tiny model for a moment: shows that it works")
@@ -220,7 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     weights = {name: x.cpu().contiguous() for name, x in kept.state_dict().items()}
     save_file(weights, options.out / WEIGHTS)
     record = {
-        "command": "python -m benchmarks.recall_model"
+        "command": "python -m studies.recall_model"
         + (" --quick" if options.quick else f" --minutes {options.minutes:g} --out benchmarks/results/recall"),
         "quick": options.quick,
         "date": today(),

@@ -1,6 +1,6 @@
 """What sparse layers cost in quality: SmolLM2-135M, dense against triangle, by layers, geometry, length and task.
 
-``python -m benchmarks.run quality`` measures part by part, each into the result file as soon as it is known; ``--only
+``python -m studies.run quality`` measures part by part, each into the result file as soon as it is known; ``--only
 'prompt-2048/*'``, ``--missing`` and ``--minutes`` choose a piece. The rankings come first: they calibrate the model for
 each geometry. Then, for every prompt length and geometry, ``ranked`` holds the policies that begin deep, with dense and
 with streaming decode, and ``contrast`` those that do not; ``ablations`` changes one count of the geometry at a time,
@@ -24,8 +24,8 @@ import torch
 
 from benchmarks.common import RESULTS, Case, Parts, Records, note
 from benchmarks.models import smollm2
-from benchmarks.quality_tasks import CUE, DIGITS, FOLLOWING, LISTED, Item, continuations, copies, digest, needles
 from benchmarks.texts import CALIBRATION, EVALUATION, token_stream
+from studies.quality_tasks import CUE, DIGITS, FOLLOWING, LISTED, Item, continuations, copies, digest, needles
 from tmx_compile import TriangleMixConfig, calibrate
 from tmx_compile.analysis import CapturedModel, Change, Choice, Continued, compare
 from tmx_compile.analysis.judge.intervals import interval

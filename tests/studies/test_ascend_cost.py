@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks import ascend_cost, docs, docs_ascend
-from benchmarks.ascend_cost import CHECK, CHIPS, FORMS, GEOMETRIES, LENGTHS, TILINGS, Problem, Tiling, Work, fused
+from benchmarks import docs
 from benchmarks.common import RESULTS
 from benchmarks.tables import Fields
+from studies import ascend_cost, docs_ascend
+from studies.ascend_cost import CHECK, CHIPS, FORMS, GEOMETRIES, LENGTHS, TILINGS, Problem, Tiling, Work, fused
 from tmx_compile.bench.floor import attended_pairs, causal_pairs
 
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from benchmarks.plots import Picture, grid
-from benchmarks.recall_tasks import HOPS, VALUES
 from benchmarks.tables import Fields, slashed, table
+from studies.recall_tasks import HOPS, VALUES
 
 FILE, TRAINING = "recall.json", "recall/recall-model.json"
 PICTURE = "quality-recall.svg"

@@ -6,9 +6,9 @@ import statistics
 import pytest
 import torch
 
-from benchmarks import quality, quality_tasks
-from benchmarks.quality import Cell, Lab
 from benchmarks.texts import CALIBRATION, EVALUATION
+from studies import quality, quality_tasks
+from studies.quality import Cell, Lab
 from tests.support.models import tiny_qwen3, with_masks
 from tests.support.oracle import rule
 from tmx_compile import TriangleMixConfig

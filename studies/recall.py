@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from benchmarks import recall_model
 from benchmarks.common import RESULTS, Case, Parts, Records, note
-from benchmarks.recall_model import QUESTIONS, TASKS
-from benchmarks.recall_tasks import COPY, HOPS, LISTED, Batch, evaluation
+from studies import recall_model
+from studies.recall_model import QUESTIONS, TASKS
+from studies.recall_tasks import COPY, HOPS, LISTED, Batch, evaluation
 from tmx_compile import TriangleMixConfig, calibrate
 from tmx_compile.analysis import CapturedModel, Inputs, Sample
 from tmx_compile.analysis.judge.language_model import call_arguments

@@ -6,10 +6,10 @@ import re
 
 import pytest
 
-from benchmarks import docs, docs_quality, quality, recall
+from benchmarks import docs
 from benchmarks.common import RESULTS
-from tmx_compile import backend as api
-from tmx_compile.config import prices as price
+from studies import docs_quality, quality, recall
+from tmx_compile.config.prices import prices
 
 DOCS = RESULTS.parents[1] / "docs"
 G1, G2 = [8, 64, 128], [8, 512, 128]
@@ -166,7 +166,7 @@ RECALL = [
     recalled("deepest", 2, 0.875, 0.75, tokens=1024, dense=(0.875, 0.75)),
 ]
 TRAINED = {
-    "command": "python -m benchmarks.recall_model --minutes 3",
+    "command": "python -m studies.recall_model --minutes 3",
     "shape": {"layers": 4, "hidden": 192, "heads": 6},
     "parameters": 3_140_000,
     "seed": 1,
@@ -243,34 +243,46 @@ def prose(path):
 
 
 @functools.cache
-def measured():
-    content = json.loads((RESULTS / "quality_cuda.json").read_text(encoding="utf-8"))
+def measured(path=RESULTS / "quality_cuda.json"):
+    content = json.loads(path.read_text(encoding="utf-8"))
     return [r for r in content["records"] if not r["part"].startswith("ranking/")]
 
 
-def the(policy, geometry, count, decode="dense", prompt=4096):
+def the(policy, geometry, count, decode="dense", prompt=4096, path=RESULTS / "quality_cuda.json"):
     part = f"prompt-{prompt}/{'-'.join(map(str, geometry))}/"
     [record] = [
         r
-        for r in measured()
+        for r in measured(path)
         if r["part"].startswith(part) and (r["policy"], r["count"], r["decode"]) == (policy, count, decode)
     ]
     return record
 
 
+def quoted(name):
+    """The prices of ``name``, and how to find the record that one was taken from, in the file that they name."""
+    price = prices()[name]
+    path = RESULTS.parents[1] / price["source"]
+    return price, functools.partial(the, prompt=prices()["prompt"], path=path)
+
+
 def test_the_warning_of_streaming_decode_has_the_measured_figures():
-    policies = {"the deepest": "deepest", "chosen by gradient": "gradient"}
-    for (layers, geometry), found in price.STREAMING_COST.items():
-        for share, (cost, copied) in zip(price.SHARES, found, strict=True):
-            record = the(policies[layers], geometry, round(share * 30), "streaming")
+    price, taken = quoted("streaming")
+    assert len(price["choices"]) == 3
+    for choice in price["choices"]:
+        for share, cost, copied in zip(price["shares"], choice["perplexity"], choice["copied"], strict=True):
+            count = round(share * prices()["layers_of_model"])
+            record = taken(choice["policy"], choice["geometry"], count, "streaming")
             assert record["ppl_following"][0] == pytest.approx(cost, abs=0.00051)
             assert record["copy"][0] == pytest.approx(copied, abs=0.0051)
-            assert record["copy_dense"] == pytest.approx(price.COPIED_BY_DENSE, abs=0.0051)
+            assert record["copy_dense"] == pytest.approx(price["copied_by_dense"], abs=0.0051)
 
 
 def test_the_warning_of_the_first_layers_has_the_measured_figures():
-    for policy, cost in api._FIRST_N_COST.items():
-        assert the(policy, (4, 32, 64), 9)["ppl_final"][0] == pytest.approx(cost, abs=0.0005)
+    price, taken = quoted("first_n")
+    assert price["perplexity"].keys() == {"first", "deepest"}
+    for policy, cost in price["perplexity"].items():
+        record = taken(policy, price["geometry"], price["layers"])
+        assert record["ppl_final"][0] == pytest.approx(cost, abs=0.0005)
 
 
 def test_serving_tells_what_a_new_turn_costs():

@@ -1,6 +1,6 @@
 """What triangle attention costs on Ascend 910B chips, on paper: a roofline. Arithmetic, not a measurement.
 
-    python -m benchmarks.ascend_cost        # writes benchmarks/results/ascend_cost.json
+    python -m studies.ascend_cost           # writes benchmarks/results/ascend_cost.json
     python -m benchmarks.docs               # writes the tables of docs/ascend.md from it
 
 A call of the fused operator is walked as CANN's published kernel walks it: blocks of query rows of one head, for each
@@ -331,7 +331,7 @@ def content() -> dict[str, Any]:
     }
     return {
         "case": "ascend_cost",
-        "command": "python -m benchmarks.ascend_cost",
+        "command": "python -m studies.ascend_cost",
         "kind": "arithmetic, not a measurement",
         "settings": record.rounded(settings),
         "check": [record.rounded(item) for item in check()],
@@ -340,7 +340,7 @@ def content() -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.ascend_cost", description="Cost on Ascend, on paper.")
+    parser = argparse.ArgumentParser(prog="python -m studies.ascend_cost", description="Cost on Ascend, on paper.")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file")
     record.write(content(), parser.parse_args(arguments).out / FILE)
 

@@ -1,0 +1,18 @@
+"""``python -m studies.run [case ...] [--quick] [--out FOLDER]``: run studies and store their results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from benchmarks import common
+from studies import calibration, first_n, million, quality, recall, stages
+
+CASES = (first_n.CASE, calibration.CASE, quality.CASE, recall.CASE, million.CASE, stages.CASE)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    common.main("studies.run", "Run studies of triangle attention.", CASES, arguments)
+
+
+if __name__ == "__main__":
+    main()
