@@ -121,11 +121,12 @@ def attention_layers(model: nn.Module) -> dict[nn.Module, int]:
         if name and getattr(module, "is_causal", None) is not False
     }
     numbers = {name: getattr(module, "layer_idx", None) for name, module in named.items()}
-    numbered = {name: module for name, module in named.items() if isinstance(numbers[name], int)}
+    numbered = {name: number for name, number in numbers.items() if isinstance(number, int)}
     # Blocks, experts and mixers may bear the number too: what is called attention is meant, if anything is.
-    chosen = _outermost(_called_attention(numbered) or numbered)
+    own = {name: named[name] for name in numbered}
+    chosen = _outermost(_called_attention(own) or own)
     if chosen:
-        layers = {name: LayerPath(name, _stack(name, layer := int(numbers[name])), layer) for name in chosen}
+        layers = {name: LayerPath(name, _stack(name, numbered[name]), numbered[name]) for name in chosen}
     else:
         chosen = _outermost(_called_attention(named)) or {
             n: m for n, m in named.items() if n.rsplit(".", 1)[-1].isdecimal()
