@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tmx_compile.lowering.triton.tiles import LOG2_E, arrived, load_lse, load_rows, stack, store_part, sum_parts
+from tmx_compile.lowering.triton.tiles import LOG2_E, arrived, load_rows, stack, store_part, sum_parts
 from tmx_compile.lowering.triton.walk import seen
 
 
@@ -44,8 +44,8 @@ def key_kernel(
     key_ptr,
     value_ptr,
     grad_ptr,  # of out
-    lse_ptr,  # (B, H, Sq) float32
-    delta_ptr,  # (B, H, Sq) float32
+    row_lse_ptr,  # (B, H / GROUP, Sq, GROUP) float32, as the query kernel left them
+    delta_ptr,
     mask_ptr,  # (B, Skv) bool, with PADDED
     extent_ptr,  # (B, 3) int32, with PADDED
     grad_key_ptr,
@@ -169,9 +169,12 @@ def key_kernel(
     kv_head64 = kv_head.to(tl.int64)
     key = load_rows(key_ptr + batch64 * k_batch + kv_head64 * k_head, wide * k_row, 1, DIM, BLOCK_D, valid)
     value = load_rows(value_ptr + batch64 * v_batch + kv_head64 * v_head, wide * v_row, 1, DIM_V, BLOCK_DV, valid)
-    query_base = query_ptr + batch64 * q_batch
-    grad_base = grad_ptr + batch64 * g_batch
-    first_place = batch64 * HEADS * q_len
+    # A stacked row's place from the first one's, once: (position, head) in the tensors, consecutive in lse and delta.
+    row = tl.arange(0, BLOCK_M)
+    query_base = query_ptr + batch64 * q_batch - offset.to(tl.int64) * q_row
+    grad_base = grad_ptr + batch64 * g_batch - offset.to(tl.int64) * g_row
+    query_at = (row // GROUP).to(tl.int64) * q_row + (row % GROUP).to(tl.int64) * q_head
+    grad_at = (row // GROUP).to(tl.int64) * g_row + (row % GROUP).to(tl.int64) * g_head
     grad_key = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     grad_value = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     scale2 = scale * LOG2_E
@@ -182,14 +185,15 @@ def key_kernel(
         index = tl.where(block < full_front, block, block + near_full)
         first = tl.where(is_near, low + index * ROWS, far_low + (block - near_masked + far_full) * ROWS)
         stop = tl.where(is_near, high, far_high)
-        position, head, exists = stack(first, stop, kv_head * HEAD_BLOCKS + step % HEAD_BLOCKS, GROUP, BLOCK_M)
-        safe_row = (tl.minimum(position, kv_len - 1) - offset).to(tl.int64)
-        head64 = head.to(tl.int64)
-        query = load_rows(query_base, safe_row * q_row + head64 * q_head, 1, DIM, BLOCK_D, exists)
-        grad = load_rows(grad_base, safe_row * g_row + head64 * g_head, 1, DIM_V, BLOCK_DV, exists)
-        place_of_row = first_place + head64 * q_len + safe_row
-        lse = load_lse(lse_ptr + place_of_row, exists)
-        delta = tl.load(delta_ptr + place_of_row, mask=exists, other=0.0)
+        head_block = kv_head * HEAD_BLOCKS + step % HEAD_BLOCKS
+        first_head = (head_block * GROUP).to(tl.int64)
+        position, _, exists = stack(first, stop, head_block, GROUP, BLOCK_M)
+        first64 = first.to(tl.int64)
+        query = load_rows(query_base + first64 * q_row + first_head * q_head, query_at, 1, DIM, BLOCK_D, exists)
+        grad = load_rows(grad_base + first64 * g_row + first_head * g_head, grad_at, 1, DIM_V, BLOCK_DV, exists)
+        stacked = ((batch64 * (HEADS // GROUP) + head_block) * q_len + first64 - offset) * GROUP
+        lse = tl.load(row_lse_ptr + stacked + row, mask=exists, other=float("inf"))
+        delta = tl.load(delta_ptr + stacked + row, mask=exists, other=0.0)
         row_span = tl.where((position >= last_low) & (position < end), kv_len, span)
         # What a sink is to a row is no matter here: a tile's keys are all sinks, or none is.
         allowed = seen(position[None, :], place[:, None], 0, row_span[None, :], reach, REACH)
@@ -200,18 +204,23 @@ def key_kernel(
     for step in tl.range(0, (near_full + far_full) * HEAD_BLOCKS, num_stages=STAGES):
         block = step // HEAD_BLOCKS
         first = tl.where(block < near_full, low + (full_front + block) * ROWS, far_low + (block - near_full) * ROWS)
-        position, head, exists = stack(first, first + ROWS, kv_head * HEAD_BLOCKS + step % HEAD_BLOCKS, GROUP, BLOCK_M)
-        keep = None
-        if ROWS * GROUP != BLOCK_M:
-            keep = exists
-            position = tl.minimum(position, first + ROWS - 1)
-        row64 = (position - offset).to(tl.int64)
-        head64 = head.to(tl.int64)
-        query = load_rows(query_base, row64 * q_row + head64 * q_head, 1, DIM, BLOCK_D, keep)
-        grad = load_rows(grad_base, row64 * g_row + head64 * g_head, 1, DIM_V, BLOCK_DV, keep)
-        place_of_row = first_place + head64 * q_len + row64
-        lse = load_lse(lse_ptr + place_of_row, keep)
-        delta = tl.load(delta_ptr + place_of_row)
+        head_block = kv_head * HEAD_BLOCKS + step % HEAD_BLOCKS
+        first_head = (head_block * GROUP).to(tl.int64)
+        first64 = first.to(tl.int64)
+        query_first = query_base + first64 * q_row + first_head * q_head
+        grad_first = grad_base + first64 * g_row + first_head * g_head
+        stacked = ((batch64 * (HEADS // GROUP) + head_block) * q_len + first64 - offset) * GROUP
+        if ROWS * GROUP == BLOCK_M:
+            query = load_rows(query_first, query_at, 1, DIM, BLOCK_D, None)
+            grad = load_rows(grad_first, grad_at, 1, DIM_V, BLOCK_DV, None)
+            lse = tl.load(row_lse_ptr + stacked + row)
+            delta = tl.load(delta_ptr + stacked + row)
+        else:
+            exists = row < ROWS * GROUP
+            query = load_rows(query_first, query_at, 1, DIM, BLOCK_D, exists)
+            grad = load_rows(grad_first, grad_at, 1, DIM_V, BLOCK_DV, exists)
+            lse = tl.load(row_lse_ptr + stacked + row, mask=exists, other=float("inf"))
+            delta = tl.load(delta_ptr + stacked + row, mask=exists, other=0.0)
         grad_key, grad_value = _add_rows(grad_key, grad_value, key, value, query, grad, lse, delta, None, scale2, FLOAT32)
 
     if SINKS:

@@ -9,7 +9,7 @@ from torch import Tensor
 from tmx_compile.lowering.triton import tuning
 from tmx_compile.lowering.triton.backward_keys import key_kernel
 from tmx_compile.lowering.triton.backward_queries import query_kernel
-from tmx_compile.lowering.triton.devices import has_little_memory, multiprocessors
+from tmx_compile.lowering.triton.devices import multiprocessors
 from tmx_compile.lowering.triton.launch import INTERPRETED, heads_per_tile, row_grid
 from tmx_compile.lowering.triton.op import gradient_of
 from tmx_compile.lowering.triton.tuning import BackwardTuning
@@ -61,16 +61,16 @@ def gradients(
         query.element_size(),
         max(block_d, block_dv),
         sink + window if 4 * last < q_len else kv_len,
-        little_memory=has_little_memory(query.device),
     )
     grad_query, grad_key, grad_value = (gradient_of(x) for x in (query, key, value))
-    delta = torch.empty_like(lse)
+    row_lse, delta = torch.empty_like(lse), torch.empty_like(lse)
 
     grid = row_grid(query, key, last, shapes.queries)
     # The sinks: as small a tile as holds them, and ranges of rows.
     sink_keys = min(shapes.sinks.keys, max(16, triton.next_power_of_2(sink)))
     sink_tiles = triton.cdiv(sink, sink_keys)
     group = heads // kv_heads
+    key_group = heads_per_tile(group, min(shapes.sinks.rows, shapes.keys.rows))
     all_tiles = batch * kv_heads * sink_tiles
     splits = tuning.sink_splits(all_tiles, q_len * group, multiprocessors(query.device)) if sink else 1
     part = sink_part = sink_part_value = arrived = delta
@@ -96,10 +96,10 @@ def gradients(
     }  # fmt: skip
     query_kernel[(grid.programs,)](
         query, key, value, out, grad_out, lse, delta if grad_lse is None else grad_lse,
-        mask, extent if padded else delta, grad_query, delta, part, arrived,
+        mask, extent if padded else delta, grad_query, row_lse, delta, part, arrived,
         *strides, *out.stride()[:3], *grad_out.stride()[:3], *grad_query.stride()[:3], mask_batch,
         *lengths, grid.last_programs, grid.last_tiles, grid.splits, grid.split_keys,
-        **same, GROUP=grid.group, BLOCK_M=shapes.queries.rows, BLOCK_N=shapes.queries.keys,
+        **same, GROUP=grid.group, KEY_GROUP=key_group, BLOCK_M=shapes.queries.rows, BLOCK_N=shapes.queries.keys,
         LSE_GRAD=grad_lse is not None, STAGES=shapes.queries.stages,
         num_warps=shapes.queries.warps, num_stages=shapes.queries.stages, maxnreg=shapes.queries.registers,
     )  # fmt: skip
@@ -110,11 +110,11 @@ def gradients(
         tiles = sink_tiles if sinks else triton.cdiv(kv_len, keys)
         parts = splits if sinks else 1
         key_kernel[(batch * kv_heads * tiles * parts,)](
-            query, key, value, grad_out, lse, delta, mask, extent if padded else delta, grad_key, grad_value,
+            query, key, value, grad_out, row_lse, delta, mask, extent if padded else delta, grad_key, grad_value,
             sink_part, sink_part_value, arrived[last_items:] if splits > 1 else arrived,
             *strides, *grad_out.stride()[:3], *grad_key.stride()[:3], *grad_value.stride()[:3], mask_batch,
             *lengths, tiles, parts, triton.cdiv(triton.cdiv(q_len, parts), shape.rows) * shape.rows,
-            **same, GROUP=heads_per_tile(group, shape.rows), BLOCK_M=shape.rows, BLOCK_N=keys, SINKS=sinks,
+            **same, GROUP=key_group, BLOCK_M=shape.rows, BLOCK_N=keys, SINKS=sinks,
             STAGES=shape.stages, num_warps=shape.warps, num_stages=shape.stages, maxnreg=shape.registers,
         )  # fmt: skip
     return grad_query.to(dtype), grad_key.to(dtype), grad_value.to(dtype)

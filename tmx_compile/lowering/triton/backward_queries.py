@@ -5,8 +5,8 @@ dP = dO V^T: dS = P * (dP - rowsum(dO * O) + dLSE), and from there dQ = dS K, dK
 times the scale. P and dP are computed twice, here and in :mod:`backward_keys`, so that no sum needs atomic additions
 and two runs give the same bits.
 
-A program walks its keys as the forward kernel does (:mod:`kernel`). It also leaves what of dS depends on the row alone,
-*delta*, for the other kernel. Splits of the last rows leave partial sums; the one that arrives last adds them, always
+A program walks its keys as the forward kernel does (:mod:`kernel`). It also leaves what depends on the row alone for the
+other kernel, in the order of its stacked rows: the log-sum-exp, and what dS takes from dP, *delta*. Splits of the last rows leave partial sums; the one that arrives last adds them, always
 in the same order.
 
 Importing this module needs Triton.
@@ -21,7 +21,6 @@ from tmx_compile.lowering.triton.tiles import (
     LOG2_E,
     arrived,
     blocks_of,
-    load_lse,
     load_rows,
     stack,
     store_part,
@@ -60,7 +59,8 @@ def query_kernel(
     mask_ptr,  # (B, Skv) bool, with PADDED
     extent_ptr,  # (B, 3) int32: start, end, whether a key between them is masked; with PADDED
     grad_query_ptr,
-    delta_ptr,  # (B, H, Sq) float32: rowsum(dO * O) - dLSE, written here
+    row_lse_ptr,  # (B, H / KEY_GROUP, Sq, KEY_GROUP) float32, written here: base 2, infinity for rows without keys
+    delta_ptr,  # the same shape, written here: rowsum(dO * O) - dLSE
     part_ptr,  # (last tiles of all heads, splits, BLOCK_M, DIM) float32
     arrived_ptr,  # (last tiles of all heads) int32, zeros
     q_batch,
@@ -96,6 +96,7 @@ def query_kernel(
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
+    KEY_GROUP: tl.constexpr,  # GROUP of the key kernel
     DIM: tl.constexpr,
     DIM_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -140,11 +141,16 @@ def query_kernel(
     out = load_rows(out_ptr + batch64 * o_batch, safe_row * o_row + head64 * o_head, 1, DIM_V, BLOCK_DV, exists)
     delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
     place_of_row = (batch64 * HEADS + head64) * q_len + safe_row
-    lse = load_lse(lse_ptr + place_of_row, exists)
+    lse = tl.load(lse_ptr + place_of_row, mask=exists, other=float("-inf")) * LOG2_E
+    # A row without keys: every weight is 0.
+    lse = tl.where(lse > float("-inf"), lse, float("inf"))
     if LSE_GRAD:
         delta -= tl.load(grad_lse_ptr + place_of_row, mask=exists, other=0.0)
     # Every row is in a tile of streaming rows, even where that has nothing else to do for it.
-    tl.store(delta_ptr + place_of_row, delta, mask=exists & (is_last == 0))
+    leave = exists & (is_last == 0)
+    stacked = ((batch64 * HEADS + head64) // KEY_GROUP * q_len + safe_row) * KEY_GROUP + head64 % KEY_GROUP
+    tl.store(row_lse_ptr + stacked, lse, mask=leave)
+    tl.store(delta_ptr + stacked, delta, mask=leave)
 
     key_base = key_ptr + batch64 * k_batch + kv_head.to(tl.int64) * k_head
     value_base = value_ptr + batch64 * v_batch + kv_head.to(tl.int64) * v_head

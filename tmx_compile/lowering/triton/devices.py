@@ -20,9 +20,3 @@ def multiprocessors(device: torch.device) -> int:
 def is_hopper(device: torch.device) -> bool:
     """Whether it is an NVIDIA GPU of compute capability 9."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
-
-
-@functools.cache
-def has_little_memory(device: torch.device) -> bool:
-    """Whether a program may share only about 100 KB: NVIDIA GPUs of compute capability 8.6 and 8.9, and 12."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0:2] in ((8, 6), (8, 9), (12, 0), (12, 1))

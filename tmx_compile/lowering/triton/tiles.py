@@ -103,19 +103,6 @@ def load_rows(base, rows, stride, DIM: tl.constexpr, BLOCK: tl.constexpr, keep):
 
 
 @triton.jit
-def load_lse(pointers, exists):
-    """The log-sum-exp of rows, base 2; plus infinity, which makes every weight 0, for rows that have no keys.
-
-    ``exists`` is None where all rows do.
-    """
-    if exists is not None:
-        lse = tl.load(pointers, mask=exists, other=float("-inf")) * LOG2_E
-    else:
-        lse = tl.load(pointers) * LOG2_E
-    return tl.where(lse > float("-inf"), lse, float("inf"))
-
-
-@triton.jit
 def arrived(arrived_ptr):
     """How many splits left their part before this one."""
     # Every thread's stores before the one thread's release.

@@ -61,17 +61,13 @@ class BackwardTuning:
     sinks: Tuning
 
 
-BACKWARD = BackwardTuning(Tuning(128, 64, 8, 2), Tuning(64, 128, 8, 2), Tuning(64, 64, 4, 2))
-BACKWARD_SMALL = BackwardTuning(Tuning(64, 64, 4, 1), Tuning(64, 64, 4, 2), Tuning(64, 64, 4, 2))
+BACKWARD = BackwardTuning(Tuning(128, 64, 8, 2), Tuning(64, 128, 8, 2), Tuning(64, 32, 4, 2))
+BACKWARD_SMALL = BackwardTuning(Tuning(64, 64, 4, 1), Tuning(64, 128, 8, 2), Tuning(64, 32, 4, 2))
 """One block holds all keys of a tile of rows."""
 
-BACKWARD_LARGE_HEADS = BackwardTuning(Tuning(64, 32, 4, 2), Tuning(32, 64, 8, 2), Tuning(32, 32, 4, 2))
-BACKWARD_FLOAT32 = BackwardTuning(Tuning(64, 32, 4, 1), Tuning(32, 32, 4, 1), Tuning(32, 32, 4, 1))
-BACKWARD_FLOAT32_LARGE_HEADS = BackwardTuning(Tuning(32, 16, 4, 1), Tuning(16, 32, 4, 1), Tuning(16, 16, 4, 1))
-BACKWARD_LITTLE_MEMORY = BackwardTuning(Tuning(64, 32, 4, 1), Tuning(32, 64, 4, 1), Tuning(32, 32, 4, 1))
-"""GPUs with 100 KB of shared memory a program: those of compute capability 8.6 and 8.9, for head dims up to 128."""
-
-BACKWARD_LITTLE_MEMORY_LARGE_HEADS = BackwardTuning(Tuning(32, 32, 4, 1), Tuning(32, 32, 4, 1), Tuning(32, 16, 4, 1))
+BACKWARD_LARGE_HEADS = BackwardTuning(Tuning(64, 16, 8, 2), Tuning(16, 64, 8, 2), Tuning(32, 16, 4, 2))
+BACKWARD_FLOAT32 = BackwardTuning(Tuning(32, 32, 8, 1), Tuning(32, 32, 8, 1), Tuning(32, 32, 8, 1))
+BACKWARD_FLOAT32_LARGE_HEADS = BackwardTuning(Tuning(16, 16, 4, 1), Tuning(16, 16, 8, 1), Tuning(16, 16, 8, 1))
 
 LEAST_SPLIT = 256
 """Keys that one part of the last rows walks at least, or rows that one of the sinks does: less would cost more in the merge than it saves."""
@@ -89,12 +85,10 @@ def choose(element_size: int, dim: int, slots: int) -> Tuning:
     return SMALL if one_block(slots) else LARGE
 
 
-def choose_backward(element_size: int, dim: int, slots: int, *, little_memory: bool = False) -> BackwardTuning:
-    """The backward kernels' shapes, as :func:`choose`; ``little_memory``: at most 100 KB shared by a program."""
+def choose_backward(element_size: int, dim: int, slots: int) -> BackwardTuning:
+    """The backward kernels' shapes, as :func:`choose`."""
     if element_size == 4:
         return BACKWARD_FLOAT32 if dim <= 128 else BACKWARD_FLOAT32_LARGE_HEADS
-    if little_memory:
-        return BACKWARD_LITTLE_MEMORY if dim <= 128 else BACKWARD_LITTLE_MEMORY_LARGE_HEADS
     if dim > 128:
         return BACKWARD_LARGE_HEADS
     return BACKWARD_SMALL if one_block(slots) else BACKWARD
