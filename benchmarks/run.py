@@ -25,6 +25,7 @@ from benchmarks import (
     recall,
     stages,
     throughput,
+    training,
     ttft,
 )
 from tmx_compile.bench import record
@@ -44,6 +45,7 @@ CASES = {
         stages.CASE,
         kv_cache.CASE,
         throughput.CASE,
+        training.CASE,
     )
 }
 

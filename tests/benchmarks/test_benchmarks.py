@@ -117,7 +117,7 @@ def test_an_unknown_case_is_refused_with_the_known_ones():
     assert done.returncode == 2
     assert (
         "unknown case no_such_case; known: operator, pass_cost, prefill_memory, first_n, calibration, quality, "
-        "recall, ttft, million, stages, kv_cache, throughput" in done.stderr
+        "recall, ttft, million, stages, kv_cache, throughput, training" in done.stderr
     )
 
 

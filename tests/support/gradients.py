@@ -37,6 +37,4 @@ def reference(case, tensors, grad_out, grad_lse=None, dtype=torch.float64, step=
 
 def worst_errors(got, want):
     """The largest difference in each gradient, relative to the largest number in it (or to 1, where that is less)."""
-    return [
-        float((a.to(b) - b).abs().max() / b.abs().max().clamp(min=1.0)) for a, b in zip(got, want, strict=True)
-    ]
+    return [float((a.to(b) - b).abs().max() / b.abs().max().clamp(min=1.0)) for a, b in zip(got, want, strict=True)]

@@ -79,7 +79,7 @@ def test_gradients(name):
 
 
 @given(cases(lengths=st.integers(1, 90)))
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_random_problems(case):
     assert max(errors(replace(case, dtype=f32), SHAPES)) < ERROR[f32]
 
@@ -93,17 +93,15 @@ TABLE = {
 }
 
 
-@pytest.mark.parametrize("shapes", TABLE.values(), ids=TABLE)
-def test_every_shape_of_the_table(shapes):
+@pytest.mark.parametrize("name", TABLE)
+def test_every_shape_of_the_table(name):
     """Two tiles of keys at least, blocks of rows that need no mask, and last rows beyond them."""
-    case = Case(300, 300, 20, 70, 40, heads=4, dtype=f32 if "float32" in _name(shapes) else f16)
-    assert max(errors(case, shapes, with_lse=False)) < ERROR[case.dtype]
-    padded = Case(150, 150, 4, 40, 30, batch=2, valid=((10, 140), (0, 150)), holes=True, dtype=bf16, reach=100)
+    shapes = TABLE[name]
+    dtype, keys = f32 if "float32" in name else f16, shapes.keys.keys
+    n = 2 * keys + 20
+    assert max(errors(Case(n, n, 20, keys + 30, 20, dtype=dtype), shapes, with_lse=False)) < ERROR[dtype]
+    padded = Case(n, n, 4, keys, 30, batch=2, valid=((10, n - 5), (0, n)), holes=True, dtype=bf16, reach=n - 20)
     assert max(errors(padded, shapes)) < ERROR[bf16]
-
-
-def _name(shapes):
-    return next(name for name, value in TABLE.items() if value is shapes)
 
 
 def test_the_table():
@@ -117,7 +115,8 @@ def test_the_table():
 @pytest.mark.parametrize(("heads", "kv_heads"), [(3, 1), (6, 2), (7, 1), (40, 1)], ids=str)
 def test_groups_of_any_size(heads, kv_heads):
     """Groups that fill no block evenly, and one that takes several stacks of heads for a key head."""
-    assert max(errors(Case(90, 90, 5, 20, 30, heads=heads, kv_heads=kv_heads), SHAPES)) < ERROR[f32]
+    n = 90 if heads < 40 else 20
+    assert max(errors(Case(n, n, 5, n // 4, n // 3, heads=heads, kv_heads=kv_heads), SHAPES)) < ERROR[f32]
 
 
 @pytest.mark.parametrize("splits", [1, 2, 5])
@@ -125,8 +124,9 @@ def test_any_number_of_splits_gives_the_same(splits, monkeypatch):
     """Parts of the last rows' keys and of the sinks' rows, ranges without any work among them."""
     monkeypatch.setattr(tuning, "splits", lambda *_: splits)
     monkeypatch.setattr(tuning, "sink_splits", lambda *_: splits)
-    for name in ("sinks beyond the end", "everything beyond the end", "shorter than sinks and last"):
-        assert max(errors(CASES[name], SHAPES)) < ERROR[f32]
+    assert max(errors(CASES["everything beyond the end"], SHAPES)) < ERROR[f32]
+    padded = Case(70, 70, 40, 10, 30, batch=2, valid=((60, 70), (30, 45)))
+    assert max(errors(padded, SHAPES)) < ERROR[f32]
 
 
 def test_the_memory_of_partial_sums_is_bounded():
@@ -138,11 +138,11 @@ def test_the_memory_of_partial_sums_is_bounded():
 
 
 def test_operands_of_any_strides():
-    case = replace(CASES["strided"], q_len=90, kv_len=90)
+    case = replace(CASES["strided"], q_len=60, kv_len=60)
     assert max(errors(case, SHAPES)) < ERROR[f32]
     # What summing a result leaves, and a gradient whose dims lie apart.
     assert max(errors(case, SHAPES, grad_out=torch.ones((), device=DEVICE))) < ERROR[f32]
-    apart = torch.randn(1, 16, 90, 4, device=DEVICE).permute(0, 3, 2, 1)
+    apart = torch.randn(1, 16, 60, 4, device=DEVICE).permute(0, 3, 2, 1)
     assert max(errors(case, SHAPES, grad_out=apart)) < ERROR[f32]
 
 
@@ -167,13 +167,13 @@ def test_padded_keys_may_hold_anything():
         assert gradient.masked_select(poison).abs().max() == 0
 
 
-@pytest.mark.parametrize("name", ["multi-query", "padding on both sides", "a window of the layer's own"])
-def test_opcheck(name):
-    case = replace(CASES[name], q_len=60, kv_len=70, valid=CASES[name].valid and ((7, 70), (3, 50)))
+@pytest.mark.parametrize("valid", [None, ((3, 20), (0, 18))], ids=["plain", "padded"])
+def test_opcheck(valid):
+    case = Case(18, 20, 2, 5, 4, batch=2, valid=valid, reach=None if valid else 9)
     *qkv, key_mask = case.tensors(requires_grad=True, device=DEVICE)
     arguments = (*qkv, key_mask, extent_of(key_mask, case), *case.arguments)
-    for operator in (torch.ops.tmx.triangle_attention_triton_training, torch.ops.tmx.triangle_attention_triton):
-        assert set(torch.library.opcheck(operator, arguments).values()) == {"SUCCESS"}
+    results = torch.library.opcheck(torch.ops.tmx.triangle_attention_triton_training, arguments)
+    assert set(results.values()) == {"SUCCESS"}
 
 
 @pytest.mark.parametrize("foreseen", [True, False])

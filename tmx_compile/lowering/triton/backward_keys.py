@@ -221,7 +221,9 @@ def key_kernel(
             grad = load_rows(grad_first, grad_at, 1, DIM_V, BLOCK_DV, exists)
             lse = tl.load(row_lse_ptr + stacked + row, mask=exists, other=float("inf"))
             delta = tl.load(delta_ptr + stacked + row, mask=exists, other=0.0)
-        grad_key, grad_value = _add_rows(grad_key, grad_value, key, value, query, grad, lse, delta, None, scale2, FLOAT32)
+        grad_key, grad_value = _add_rows(
+            grad_key, grad_value, key, value, query, grad, lse, delta, None, scale2, FLOAT32
+        )
 
     if SINKS:
         if splits > 1:

@@ -5,9 +5,9 @@ dP = dO V^T: dS = P * (dP - rowsum(dO * O) + dLSE), and from there dQ = dS K, dK
 times the scale. P and dP are computed twice, here and in :mod:`backward_keys`, so that no sum needs atomic additions
 and two runs give the same bits.
 
-A program walks its keys as the forward kernel does (:mod:`kernel`). It also leaves what depends on the row alone for the
-other kernel, in the order of its stacked rows: the log-sum-exp, and what dS takes from dP, *delta*. Splits of the last rows leave partial sums; the one that arrives last adds them, always
-in the same order.
+A program walks its keys as the forward kernel does (:mod:`kernel`). It also leaves what depends on the row alone for
+the other kernel, in the order of its stacked rows: the log-sum-exp, and what dS takes from dP, *delta*. Splits of the
+last rows leave partial sums; the one that arrives last adds them, always in the same order.
 
 Importing this module needs Triton.
 """

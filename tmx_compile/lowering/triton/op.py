@@ -19,9 +19,7 @@ def _on_device_of(x: Tensor) -> Any:
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
-@torch.library.custom_op(
-    "tmx::triangle_attention_triton", mutates_args=(), schema=f"({_INPUTS}, {_COUNTS}) -> Tensor"
-)
+@torch.library.custom_op("tmx::triangle_attention_triton", mutates_args=(), schema=f"({_INPUTS}, {_COUNTS}) -> Tensor")
 def _forward(
     query: Tensor,
     key: Tensor,

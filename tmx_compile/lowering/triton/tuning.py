@@ -48,7 +48,6 @@ FLOAT32 = Tuning(64, 32, 4, 2)
 FLOAT32_LARGE_HEADS = Tuning(32, 16, 4, 1)
 
 
-
 @dataclass(frozen=True)
 class BackwardTuning:
     """The launches of the backward pass: over tiles of rows, over tiles of keys, over the sinks.
@@ -70,7 +69,8 @@ BACKWARD_FLOAT32 = BackwardTuning(Tuning(32, 32, 8, 1), Tuning(32, 32, 8, 1), Tu
 BACKWARD_FLOAT32_LARGE_HEADS = BackwardTuning(Tuning(16, 16, 4, 1), Tuning(16, 16, 8, 1), Tuning(16, 16, 8, 1))
 
 LEAST_SPLIT = 256
-"""Keys that one part of the last rows walks at least, or rows that one of the sinks does: less would cost more in the merge than it saves."""
+"""Keys that one part of the last rows walks at least, or rows that one part of the sinks does: less would cost more in
+the merge than it saves."""
 
 HOPPER_FROM_TOKENS = 8192
 """Batch x rows from which the Hopper kernel pays: preparing its five descriptors takes the host 0.3 ms a call."""
