@@ -115,7 +115,7 @@ def test_a_quick_run_writes_valid_records(tmp_path):
 @pytest.mark.parametrize(
     ("module", "cases"),
     [
-        ("benchmarks.run", "operator, pass_cost, prefill_memory, ttft, kv_cache, throughput"),
+        ("benchmarks.run", "operator, pass_cost, prefill_memory, ttft, kv_cache, throughput, training"),
         ("studies.run", "first_n, calibration, quality, recall, million, stages"),
     ],
 )
