@@ -23,6 +23,11 @@ class Sample:
     Attributes:
         inputs: the call of the model.
         answer: (B,) int64, the token that follows each prompt; None: the one that the model finds most likely.
+
+    >>> import torch
+    >>> from tmx_compile.analysis import Inputs, Sample
+    >>> Sample(Inputs(kwargs={"input_ids": torch.zeros(2, 60, dtype=torch.int64)}), torch.tensor([7, 9])).lengths()
+    {60}
     """
 
     inputs: Inputs

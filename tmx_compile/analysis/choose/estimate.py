@@ -75,6 +75,23 @@ def calibrate(
     Raises:
         ValueError: a bad argument or batch; fewer batches than ``samples``; prompts too short for a Middle section.
         TriangleMixError: no attention of the model could be proven.
+
+    Layers 1 and 2 of this model have attention:
+
+    >>> import torch
+    >>> import torch.nn.functional as F
+    >>> from tmx_compile import TriangleMixConfig, calibrate
+    >>> class Layer(torch.nn.Module):
+    ...     def forward(self, x):
+    ...         x = x[:, None]
+    ...         return (x + F.scaled_dot_product_attention(x, x, x, is_causal=True))[:, 0]
+    >>> model = torch.nn.Sequential(torch.nn.Embedding(50, 16), Layer(), Layer(), torch.nn.Linear(16, 50))
+    >>> batches = [torch.randint(0, 50, (1, 60)) for _ in range(2)]
+    >>> found = calibrate(model, batches, config=TriangleMixConfig(2, 6, 5), progress=False)
+    >>> found.ranking  # the last layer has no later one to tell of its Middle section
+    (2, 1)
+    >>> found.to_config(1).layers()
+    (2,)
     """
     geometry, samples = _settings(config, estimator, samples)
     if measure not in MEASURES:
