@@ -13,12 +13,8 @@ from typing import Any
 
 import pytest
 
-MODULES = (
-    "tmx_compile",
-    "tmx_compile.analysis",
-    "tmx_compile.integrations.transformers",
-    "tmx_compile.testing",
-)
+from tools.build_docs import MODULES
+
 # Says nothing that an example could show.
 WITHOUT = {"tmx_compile.__version__"}
 FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.REPORT_ONLY_FIRST_FAILURE
@@ -46,8 +42,9 @@ def functions(name: str, what: Any) -> Iterator[tuple[str, Any, str]]:
 def examples() -> list[Any]:
     """One parameter for each docstring with an example; what is public in two modules comes once."""
     found: dict[int, Any] = {}
-    for name, what in public().items():
-        for test in doctest.DocTestFinder().find(what, name, globs={}):
+    modules = {name: importlib.import_module(name) for name in MODULES}
+    for name, what in {**modules, **public()}.items():
+        for test in doctest.DocTestFinder(recurse=name not in modules).find(what, name, globs={}):
             if test.examples:
                 found.setdefault(hash(test.docstring), pytest.param(test, id=test.name))
     return list(found.values())

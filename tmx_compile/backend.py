@@ -211,9 +211,9 @@ def tmx_backend(
 
     Args:
         config: which layers go sparse, and the geometry of their mask.
-        lowering: "auto" picks by a measured rule; a name ("flex", "blocked", "operator", "reference") takes that one
-            or raises :class:`~tmx_compile.errors.LoweringError`.
-        strict: raise :class:`~tmx_compile.errors.StrictModeError` where a site in a triangle layer cannot go sparse.
+        lowering: "auto" picks by a measured rule; a name ("triton", "flex", "blocked", "ascend", "operator" or
+            "reference") takes that one or raises :class:`tmx_compile.LoweringError`.
+        strict: raise :class:`tmx_compile.StrictModeError` where a site in a triangle layer cannot go sparse.
         assume_causal: your word that a mask which only the run can tell (a 4-D mask handed to the model) is causal
             and-ed with a padding mask, and that row positions handed to the model are consecutive. It is checked when
             the compiled model runs: a broken promise raises ``ValueError`` (on an accelerator, a device assertion).
@@ -222,7 +222,8 @@ def tmx_backend(
         compiler_config: a ``torchair.CompilerConfig`` for the target "ascend" (its ``mode`` chooses GE graphs, the
             default, or "npugraph_ex").
         decode: what triangle layers do in a call with one row: "dense" leaves it as it is; "streaming" attends to sinks
-            and window only. The cache still holds every key: see ``integrations.transformers.StreamingCache``.
+            and window only. The cache still holds every key: for one that does not, see
+            :class:`tmx_compile.integrations.transformers.StreamingCache`.
         chunked_prefill: compile for prompts that come in chunks, announced by :func:`tmx_compile.prefill`: the same
             outputs as in one pass, for chunks and prompts of any length without a compilation for each. Inference only;
             the lowering is "auto", "triton", "blocked" or "operator".

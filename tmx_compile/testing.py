@@ -1,7 +1,7 @@
 """For tests, yours and ours: graphs as Dynamo captures them and as the pass leaves them, rendered stably.
 
-graph, = rewritten_graphs(model, ids, config=cfg, lowering="flex")
-self.assertExpectedInline(render_graph(graph, only=attention_nodes(graph)), ...)
+:func:`rewritten_graphs` gives the graphs of a call, :func:`render_graph` text that can be compared with what it was,
+:func:`attention_nodes` the part of it that concerns attention.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LEFT_OUT = shutil.ignore_patterns(
-    ".git", ".venv", ".npu", "__pycache__", "build", "dist", "*.egg-info", ".*_cache", ".hypothesis", "results"
+    ".git", ".venv", ".npu", "__pycache__", "build", "dist", "site", "*.egg-info", ".*_cache", ".hypothesis", "results"
 )
 # What setuptools calls for PEP 517, without a tool around it.
 BUILD_SDIST = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Interpreter, Node
 
+from tmx_compile.analysis.capture.running import as_is, unlimited_recompiles
 from tmx_compile.analysis.capture.sections import Piece, SectionSums
 from tmx_compile.analysis.capture.switch import Switchboard, SwitchedAttention, install
 from tmx_compile.config import TriangleMixConfig
@@ -244,7 +245,7 @@ class CapturedModel:
         board.sparse, board.visited, board.shapes, self._replay = sparse, set(), {}, replay
         before = set(self._layers)
         try:
-            with _as_is(self.model), _unlimited_recompiles():
+            with as_is(self.model), unlimited_recompiles():
                 output = self._compiled(*inputs.args, **inputs.kwargs)
         finally:
             board.sparse, self._replay = frozenset(), None
@@ -386,38 +387,3 @@ class _Forget(dict[int, Any]):
 
     def __setitem__(self, layer: int, state: Any) -> None:
         pass
-
-
-@contextlib.contextmanager
-def _as_is(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode and without gradients of its weights; everything is put back.
-
-    Gradients of activations alone need far less memory, and a linear layer keeps nothing for them. Grad mode stays on
-    in every run, so that Dynamo has one graph for all.
-    """
-    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    training = [module for module in model.modules() if module.training]
-    own, compiled = torch.is_inference_mode_enabled(), getattr(model, "_compiled_call_impl", None)
-    if own:
-        raise ValueError("calibration needs autograd: call it outside torch.inference_mode()")
-    for parameter in wanted:
-        parameter.requires_grad_(False)
-    model.eval()
-    # `model.compile()` would run its own graph inside ours.
-    model._compiled_call_impl = None
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        model._compiled_call_impl = compiled
-        for parameter in wanted:
-            parameter.requires_grad_(True)
-        for module in training:
-            module.training = True
-
-
-@contextlib.contextmanager
-def _unlimited_recompiles() -> Iterator[None]:
-    """Past its limit Dynamo would run the model as it is, unmeasured; and these must not use up the user's."""
-    with torch._dynamo.config.patch(recompile_limit=2**31, accumulated_recompile_limit=2**31):
-        yield

@@ -12,9 +12,6 @@ from torch import Tensor
 
 from tmx_compile.analysis.capture.capture import Inputs
 
-Batch: TypeAlias = "Tensor | Mapping[str, Any] | tuple[Any, Tensor] | Sample"
-"""A prompt: token ids (B, N), or the model's keyword arguments; or a pair of these and the answers' token ids (B,)."""
-
 
 @dataclass(frozen=True)
 class Sample:
@@ -44,6 +41,10 @@ class Sample:
         for value in (*self.inputs.args, *sorted(self.inputs.kwargs.items()), self.answer):
             _feed(found, value)
         return found.hexdigest()[:16]
+
+
+Batch: TypeAlias = Tensor | Mapping[str, Any] | tuple[Any, Tensor] | Sample
+"""A prompt: token ids (B, N), or the model's keyword arguments; or a pair of these and the answers' token ids (B,)."""
 
 
 def samples_of(batches: Iterable[Batch]) -> Iterator[Sample]:

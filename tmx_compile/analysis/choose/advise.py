@@ -169,9 +169,10 @@ class Advice:
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Save the choice as a profile for :meth:`TriangleMixConfig.from_profile`, with the model's fingerprint.
+        """Save the choice as a profile for :meth:`tmx_compile.TriangleMixConfig.from_profile`.
 
-        Under ``advice`` the file says what was asked, the cost, the saving and the times it follows from.
+        The profile has the model's fingerprint. Under ``advice`` it says what was asked, the cost, the saving and the
+        times it follows from.
 
         Args:
             path: the file; one that exists is written over.
@@ -233,19 +234,20 @@ def advise(
     """Among the evaluated choices whose cost is within a budget, the one that saves most attention time.
 
     What a choice saves is the sum over its sparse layers of the time of dense attention less that of triangle attention
-    in one layer of that shape, at ``tokens``; the times are measured here (:func:`measure_times`) or given, and never
+    in one layer of that shape, at ``tokens``; the times are measured here (as ``tmx bench`` does) or given, and never
     taken from another length. Of choices that save the same, the one that costs less.
 
     Args:
         evaluation: what each choice costs.
         budget: the most it may cost: nats for "kl_...", perplexity over dense perplexity less 1 for "ppl_...".
         tokens: the prompt length to be fast at, over ``min_seq_len``.
-        metric: which cost, one of :data:`METRICS`.
+        metric: which cost: "kl_final", "kl_following", "ppl_final" or "ppl_following", as in :class:`Record`.
         bound: "upper": the upper end of the cost's 95% interval has to be within the budget, so that noise does not
             pass for quality; "mean": its mean.
         streaming: choose among the choices that were evaluated with streaming decode; otherwise among the others. The
             prompt's final tokens say nothing about streaming, so the metric has to be of the following ones.
-        times: measured ones, of any machine (:func:`read_times`); None: measure those of the choices that fit.
+        times: measured ones, of any machine (``tmx_compile.bench.layer_times.read_times``); None: measure those of the
+            choices that fit.
         device: where to measure, "cpu" or "cuda"; None: where the evaluation ran.
         dtype: of the times; None: that of the evaluation.
         seconds: to spend on the timed rounds of each geometry.

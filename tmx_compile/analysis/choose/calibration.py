@@ -97,11 +97,11 @@ class Calibration:
         return replace(config, triangle_layer_indices=self.layers(config.num_triangle_layers))
 
     def to_profile(self, path: str | os.PathLike[str], n: int) -> None:
-        """Save as a profile with ``n`` sparse layers, for :meth:`TriangleMixConfig.from_profile`.
+        """Save as a profile with ``n`` sparse layers, for :meth:`tmx_compile.TriangleMixConfig.from_profile`.
 
-        The file is what :meth:`TriangleMixConfig.to_profile` writes, and beside it the model's fingerprint, the
-        ``ranking`` (from which ``from_profile`` takes another number of layers if asked to) and, under ``calibration``,
-        the scores per layer and how they were obtained.
+        The file is what :meth:`tmx_compile.TriangleMixConfig.to_profile` writes, and beside it the model's fingerprint,
+        the ``ranking`` (from which ``from_profile`` takes another number of layers if asked to) and, under
+        ``calibration``, the scores per layer and how they were obtained.
 
         Args:
             path: the file; one that exists is written over.

@@ -91,8 +91,8 @@ def read_ranking(path: str | os.PathLike[str], *, num_layers: int, model: nn.Mod
         model: the model; None: whether the profile is for it cannot be told.
 
     Raises:
-        ValueError: what :meth:`TriangleMixConfig.from_profile` refuses: with ``model`` a profile for another model, a
-            file without a ranking, layers that a model of ``num_layers`` layers lacks.
+        ValueError: what :meth:`tmx_compile.TriangleMixConfig.from_profile` refuses: with ``model`` a profile for
+            another model, a file without a ranking, layers that a model of ``num_layers`` layers lacks.
         OSError: the file cannot be read.
 
     >>> import tempfile
@@ -130,7 +130,7 @@ def evaluate(
 ) -> Evaluation:
     """Measure what each choice of sparse layers changes in a language model's predictions, paired with dense attention.
 
-    The model is captured as :func:`~tmx_compile.analysis.calibrate` captures it: nothing is compiled for a choice, and
+    The model is captured as :func:`tmx_compile.calibrate` captures it: nothing is compiled for a choice, and
     only what comes after its first sparse layer runs again. The tokens that follow a prompt are given (teacher
     forcing), so they stand for decode steps: dense ones, or streaming ones where the choice says so. ``min_seq_len``
     does not apply.

@@ -28,10 +28,10 @@ class Record:
 
     Attributes:
         choice: the layers, their geometry, and how they decode.
-        kl_final: see :data:`METRICS`.
-        kl_following: likewise.
-        ppl_final: likewise.
-        ppl_following: likewise.
+        kl_final: divergence (KL, nats) of the next-token distributions, dense to sparse, of the prompt's final tokens.
+        kl_following: likewise, of the tokens that follow it.
+        ppl_final: perplexity over dense perplexity less 1, of the prompt's final tokens.
+        ppl_following: likewise, of the tokens that follow it.
         right: the share of the following tokens that is the most likely one, less that of dense attention.
 
     >>> from tmx_compile.analysis import Choice, Interval, Record
