@@ -50,7 +50,6 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pytest.importorskip("pdoc", reason="the extra 'docs' is not installed")
     out = tmp_path_factory.mktemp("docs") / "site"
     assert build_docs.main(["--out", str(out)]) == 0
     return out
