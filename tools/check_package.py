@@ -58,6 +58,7 @@ def check(work: Path, *, quick: bool) -> None:
     if quick:
         build_quick(source, built, work)
     else:
+        say("building the sdist, and the wheel from it, with the newest build and twine")
         tools = new_environment(work / "tools")
         run(tools, "-m", "pip", "install", "--quiet", "build", "twine")
         run(tools, "-m", "build", "--outdir", str(built), str(source))

@@ -85,6 +85,8 @@ class AscendTriangleMixAttention(nn.Module):
     def plan(self, q_len: int) -> TriangleMixConfig | None:
         """Return the configuration whose triangle mask a prompt of ``q_len`` rows gets here, or None for dense.
 
+        ``ValueError`` where that is no non-negative integer.
+
         >>> from tmx_compile import AscendTriangleMixAttention, TriangleMixConfig
         >>> attention = AscendTriangleMixAttention(4, 16, 0.25, TriangleMixConfig.deepest(1, num_layers=2), layer_idx=1)
         >>> attention.plan(2048) is None, attention.plan(2049).geometry  # min_seq_len is 2048

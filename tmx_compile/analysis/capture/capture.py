@@ -192,6 +192,10 @@ class CapturedModel:
             inputs: as for :meth:`run`.
             sparse: likewise.
             since: begin where this trace of the same inputs differs.
+
+        Raises:
+            ValueError: as :meth:`run`.
+            TriangleMixError: likewise.
         """
         output, replay = self._run(inputs, frozenset(sparse), self._from(since, sparse, keep=True))
         assert replay is not None
@@ -201,6 +205,10 @@ class CapturedModel:
         """The output for the inputs of ``trace`` with the layers ``sparse``: runs what comes after the first change.
 
         A model of several graphs, and one that writes to tensors in place, runs from its beginning.
+
+        Raises:
+            ValueError: as :meth:`run`.
+            TriangleMixError: likewise.
         """
         return self._run(trace.inputs, frozenset(sparse), self._from(trace, sparse, keep=False))[0]
 
@@ -225,6 +233,9 @@ class CapturedModel:
 
         Returns:
             The model's output, without its graph.
+
+        Raises:
+            TriangleMixError: as :meth:`run`; or the number carries no gradient of the attention.
         """
         board = self._board
         board.recorder = record

@@ -41,7 +41,7 @@ class Calibration:
     >>> import tempfile
     >>> import torch
     >>> import torch.nn.functional as F
-    >>> from tmx_compile import TriangleMixConfig, calibrate
+    >>> from tmx_compile import TriangleMixConfig, TriangleMixInferenceConfig, calibrate
     >>> class Layer(torch.nn.Module):
     ...     def forward(self, x):
     ...         x = x[:, None]
@@ -51,6 +51,8 @@ class Calibration:
     >>> found = calibrate(model, batches, config=TriangleMixConfig(2, 6, 5), progress=False)
     >>> found.num_layers, found.layers(1), sorted(found.scores["absolute"])
     (3, (2,), [1, 2])
+    >>> found.apply(TriangleMixInferenceConfig(True, 1, (), 2, 6, 5)).triangle_layer_indices
+    (2,)
     >>> with tempfile.NamedTemporaryFile(suffix=".json") as file:
     ...     found.to_profile(file.name, n=1)
     ...     TriangleMixConfig.from_profile(file.name, num_layers=3, model=model).layers()
