@@ -27,6 +27,7 @@ ORDER = [
     "layers",
     "request",
     "passes",
+    "remarks",
     "compilers",
     "backend",
     "export",
@@ -36,7 +37,7 @@ FREE = {
     # To advise, a layer has to be timed; what it computes is never taken from bench.
     "analysis": {*ORDER, "bench"} - {"export"},
     "bench": {"version", "config", "legacy", "mask", "lowering", "backend"},
-    "integrations": {"config", "legacy"},
+    "integrations": set(ORDER) - {"export"},
     "cli": {"commands"},
     "commands": {*ORDER, "analysis", "bench"},
     "__init__": None,

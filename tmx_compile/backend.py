@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,6 @@ from torch.fx import GraphModule
 from tmx_compile.compilers import torchair
 from tmx_compile.compilers.inductor import Compiler, Inductor
 from tmx_compile.config import TriangleMixConfig
-from tmx_compile.config.prices import first_n_message, streaming_message
 from tmx_compile.errors import LoweringError
 from tmx_compile.graph.copies import copy_graph
 from tmx_compile.graph.nodes import value_of
@@ -26,19 +24,14 @@ from tmx_compile.passes.one_row import one_row_chunk
 from tmx_compile.passes.plan import Plan
 from tmx_compile.passes.range_guards import RangeGuards
 from tmx_compile.passes.record import records
-from tmx_compile.passes.settle import missed
 from tmx_compile.proof.constants import watched
-from tmx_compile.report import Reason, Report
+from tmx_compile.remarks import warn_if_dense, warn_of
+from tmx_compile.report import Report
 from tmx_compile.request import INDUCTOR, TORCHAIR, Host, Options, Request, takes
 from tmx_compile.version import __version__, package_fingerprint
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-_ANALYSIS_WARNING = (
-    "use_gradient_analysis asks for layers chosen by gradients, and none are chosen yet: run "
-    "tmx_compile.calibrate(model, batches, config=config) and compile with its .apply(config)"
-)
 
 
 class TmxBackend:
@@ -48,6 +41,7 @@ class TmxBackend:
 
     Args:
         config: which layers go sparse, and the geometry of their mask.
+        model: the model that will be compiled with it.
         lowering: "auto", or the name of one.
         strict: raise where a site in a triangle layer cannot go sparse.
         assume_causal: your word about masks that only the run can tell.
@@ -86,7 +80,7 @@ class TmxBackend:
         if model is not None and self.request.config is not None:
             watch = Watch(self.report, self.request.config.min_seq_len, self.request.strict)
             hand_over(model, self.request.config, watch)
-        _warn(self.request, config)
+        warn_of(self.request, config, stacklevel=5)
 
     @property
     def config(self) -> TriangleMixConfig | None:
@@ -129,29 +123,8 @@ class TmxBackend:
         compiled, plan = self._compile(gm, host, compiler, example_inputs)
         # Only now: Dynamo may abandon a compilation half way and start again.
         self.report.add_graph(records(plan, self.report.graphs), plan.notes)
-        self._warn_if_dense(plan)
+        warn_if_dense(plan, self.report, self._handed_over)
         return compiled if one_row is None else one_row.beside(compiled)
-
-    def _warn_if_dense(self, plan: Plan) -> None:
-        """Say once where every layer that was to go sparse stays dense for a long prompt, and why the first does."""
-        dense = [] if plan.triangle else list(missed(plan, by_hint=True))
-        if not dense:
-            return
-        first = dense[0]
-        paths = ", ".join(dict.fromkeys(item.layer.path or item.node.name for item in dense[:3]))
-        text = (
-            f"no attention of a graph for a long prompt went sparse: {paths}{', ...' if len(dense) > 3 else ''}: "
-            f"{first.why} ({'' if first.why is None else first.why.reason.name}: docs/reasons.md)"
-        )
-        if first.why is not None and first.why.reason is Reason.LAYER_UNKNOWN:
-            text += (
-                "; a graph break inside the attention module? TORCH_LOGS=graph_breaks"
-                if self._handed_over
-                else "; hand the model over: tmx_backend(config, model=model)"
-            )
-        if text not in self.report.notes:
-            self.report.notes.append(text)
-            warnings.warn(text, stacklevel=2)
 
     def _compile(
         self, gm: GraphModule, host: Host, compiler: Compiler, example_inputs: Sequence[Any]
@@ -377,27 +350,6 @@ def _cache_tag(config: TriangleMixConfig) -> Iterator[None]:
     tag = torch.compiler.config.cache_key_tag
     with torch.compiler.config.patch(cache_key_tag=f"{tag}|{own}" if tag else own):  # type: ignore[attr-defined]
         yield
-
-
-def _lacks_analysis(config: TriangleMixConfig | TriangleMixInferenceConfig) -> bool:
-    if not isinstance(config, TriangleMixInferenceConfig):
-        return False
-    return config.enable_trianglemix and config.use_gradient_analysis and not config.triangle_layer_indices
-
-
-def _warn(request: Request, given: TriangleMixConfig | TriangleMixInferenceConfig) -> None:
-    """Say what a user may not expect of what was asked."""
-    config = request.config
-    if _lacks_analysis(given):
-        warnings.warn(_ANALYSIS_WARNING, stacklevel=6)
-    if config is None:
-        return
-    if request.decode == "streaming" and config.layers():
-        warnings.warn(streaming_message(len(config.layers()), None, config), stacklevel=6)
-    if not config.layers():
-        warnings.warn("the configuration selects no layer: every layer stays dense", stacklevel=6)
-    elif config.uses_first_n:
-        warnings.warn(first_n_message(len(config.layers())), stacklevel=6)
 
 
 def _zeros_of(gm: GraphModule) -> Callable[..., Any]:

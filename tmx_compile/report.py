@@ -51,6 +51,10 @@ class Reason(enum.Enum):
     NO_DISPATCH = "one graph has to serve lengths on both sides of min_seq_len, and nothing in it tells which"
 
 
+NOTHING_MISSED = (Reason.SHORT_PROMPT, Reason.NOT_FASTER, Reason.NOT_SELECTED, Reason.FEW_KEYS)
+"""Dense, and nothing is missed: strict mode takes it. Every other reason is an error in a long prompt."""
+
+
 @dataclass(frozen=True)
 class Accepted:
     """A yes, with an optional remark."""
@@ -191,22 +195,18 @@ class Report:
         sparse = sum(site.decision == "triangle" for site in sites)
         log.info("graph %d: %d attention sites, %d triangle", sites[0].graph, len(sites), sparse)
         for site in sites:
-            log.debug(
-                "%s layer=%s %s %s lowering=%s pairs=%d/%d%s",
-                site.path,
-                site.layer,
-                site.query,
-                site.decision,
-                site.lowering,
-                site.attended_pairs,
-                site.causal_pairs,
-                f" because {site.reason}: {site.detail}" if site.reason else "",
-            )
+            _tell(site)
         trace_structured(
             "artifact",
             metadata_fn=lambda: {"name": "tmx_compile_report", "encoding": "json"},
             payload_fn=lambda: json.dumps({"sites": [asdict(site) for site in sites], "notes": notes}),
         )
+
+    def add_call(self, site: SiteRecord) -> None:
+        """Record one call that was not compiled, and tell the log."""
+        self.graphs = max(self.graphs, site.graph + 1)
+        self.sites.append(site)
+        _tell(site)
 
     def to_dicts(self) -> list[dict[str, Any]]:
         """The records as plain data, ready for JSON.
@@ -270,3 +270,17 @@ def _spans(layers: Sequence[int]) -> str:
         else:
             runs.append([layer])
     return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs) or "?"
+
+
+def _tell(site: SiteRecord) -> None:
+    log.debug(
+        "%s layer=%s %s %s lowering=%s pairs=%d/%d%s",
+        site.path,
+        site.layer,
+        site.query,
+        site.decision,
+        site.lowering,
+        site.attended_pairs,
+        site.causal_pairs,
+        f" because {site.reason}: {site.detail}" if site.reason else "",
+    )

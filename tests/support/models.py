@@ -60,8 +60,13 @@ def with_masks(model, ids, masks, attention_mask=None):
 
     Other layers are causal.
     """
+    with torch.no_grad():
+        return masked(model, *ids.shape, masks)(ids, attention_mask=attention_mask, use_cache=False).logits
+
+
+def masked(model, batch, n, masks):
+    """A copy of a Hugging Face model in float64, for prompts of one size, that attends under the masks given."""
     model = copy.deepcopy(model).double()
-    batch, n = ids.shape
     causal = torch.ones(n, n, dtype=torch.bool).tril()
 
     def hook(index):
@@ -78,5 +83,4 @@ def with_masks(model, ids, masks, attention_mask=None):
     for index, attention in enumerate(attentions(model)):
         # A model copied after it got the caches' hooks has them too; they do nothing without those caches.
         attention.register_forward_pre_hook(hook(index), with_kwargs=True)
-    with torch.no_grad():
-        return model(ids, attention_mask=attention_mask, use_cache=False).logits
+    return model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -120,6 +120,23 @@ class Writer:
         name = f"{prefix}_{count}"
         self.gm.register_module(name, module)
         return self.tracer.create_proxy("get_attr", name, (), {})
+
+
+class Immediate(Writer):
+    """Computes what a lowering would write: its calls take real tensors, or those that Dynamo traces."""
+
+    def __init__(self) -> None:
+        pass
+
+    def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The call itself."""
+        return function(*args, **kwargs)
+
+
+def immediate(lowering: Lowering, call: AttentionCall) -> Tensor:
+    """Attention (B, H, Sq, Dv) of a call of tensors by a lowering that takes it and needs no graph."""
+    out: Any = lowering.emit(Immediate(), call, Operands(call.query, call.key, call.value, call.key_mask))
+    return cast("Tensor", out)
 
 
 def length(x: Any, dim: int) -> Any:

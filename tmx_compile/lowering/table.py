@@ -72,6 +72,11 @@ _TABLE: Mapping[tuple[str, Role], tuple[Lowering, ...]] = {
     ("portable", Role.PROMPT): (BLOCKED, OPERATOR),
     # What the others write, torchair does not convert.
     ("ascend", Role.PROMPT): (ASCEND,),
+    # No graph at all, or one node in a graph that somebody else compiles.
+    ("eager cpu", Role.PROMPT): (BLOCKED, OPERATOR),
+    ("eager cuda", Role.PROMPT): (TRITON, BLOCKED, OPERATOR),
+    ("node cpu", Role.PROMPT): (OPERATOR,),
+    ("node cuda", Role.PROMPT): (TRITON, OPERATOR),
     ("cpu", Role.STREAM): (DECODE, OPERATOR),
     ("cuda", Role.STREAM): (DECODE, OPERATOR),
     ("cpu", Role.MASKLESS): (DENSE,),
@@ -108,7 +113,8 @@ def choose(place: str, role: Role, call: AttentionCall, wish: Wish) -> Lowering 
     """The lowering for a call, or why it has none and stays as it is written.
 
     Args:
-        place: what compiles the graph, and where: "cpu", "cuda", "portable" or "ascend".
+        place: what compiles the graph, and where: "cpu", "cuda", "portable" or "ascend"; "eager cpu",
+            "eager cuda": nothing does; "node cpu", "node cuda": somebody else, for whom one node is to do it.
         role: what the call's rows are.
         call: fake tensors and constants.
         wish: what else the choice depends on.

@@ -26,7 +26,16 @@ from tmx_compile.mask.algebra import (
 )
 from tmx_compile.mask.blocks import BlockCounts, BlockKind, BlockPlan, Runs, block_plan
 from tmx_compile.mask.geometry import ALL_ROWS, Geometry
-from tmx_compile.mask.intervals import Affine, RowIntervals, Segment, equal, pair_count, row_intervals, subset
+from tmx_compile.mask.intervals import (
+    Affine,
+    RowIntervals,
+    Segment,
+    equal,
+    pair_count,
+    pair_counts,
+    row_intervals,
+    subset,
+)
 
 __all__ = [
     "ALL_ROWS",
@@ -56,6 +65,7 @@ __all__ = [
     "last_section",
     "middle_section",
     "pair_count",
+    "pair_counts",
     "row_intervals",
     "streaming_section",
     "subset",

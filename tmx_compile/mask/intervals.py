@@ -25,7 +25,22 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from itertools import pairwise
 
-from tmx_compile.mask.algebra import And, Causal, Grid, LastRows, Mask, Not, Or, Padding, Sink, Window, attends
+from tmx_compile.mask.algebra import (
+    And,
+    Causal,
+    Grid,
+    LastRows,
+    Mask,
+    Not,
+    Or,
+    Padding,
+    Sink,
+    Window,
+    attends,
+    dense_section,
+    triangle,
+)
+from tmx_compile.mask.geometry import Geometry
 
 
 @dataclass(frozen=True)
@@ -114,6 +129,19 @@ def row_intervals(mask: Mask, grid: Grid) -> RowIntervals:
 def pair_count(mask: Mask, grid: Grid) -> int:
     """The exact number of (row, key) pairs that the mask attends to."""
     return row_intervals(mask, grid).pair_count()
+
+
+def pair_counts(geometry: Geometry, q_len: int, kv_len: int) -> tuple[int, int]:
+    """The pairs of one sequence without padding and one head that a triangle layer attends to, and the causal ones.
+
+    Both within the layer's own reach; (0, 0) where there are no rows, or more of them than keys.
+    """
+    if not 0 < q_len <= kv_len:
+        return 0, 0
+    grid, causal, section = Grid(q_len, kv_len), dense_section(), triangle(*geometry.counts)
+    if geometry.reach is not None:
+        causal, section = causal & Window(geometry.reach), section & Window(geometry.reach)
+    return pair_count(section, grid), pair_count(causal, grid)
 
 
 def equal(a: Mask, b: Mask, grid: Grid) -> bool:

@@ -6,7 +6,7 @@ import torch
 
 from tmx_compile.graph.layer import LayerPath
 from tmx_compile.lowering.table import Role
-from tmx_compile.mask import Grid, Window, dense_section, pair_count, triangle
+from tmx_compile.mask import Geometry, pair_counts
 from tmx_compile.passes.lengths import hint
 from tmx_compile.passes.plan import Plan, SitePlan
 from tmx_compile.report import SiteRecord
@@ -31,14 +31,9 @@ def _record(item: SitePlan, plan: Plan, graph: int) -> SiteRecord:
     shapes = [tuple(hint(size) for size in x.shape) for x in tensors] or [(), (), ()]
     attended = causal = 0
     is_triangle = item.is_triangle
-    if site is not None and 0 < shapes[0][2] <= shapes[1][2]:
-        grid = Grid(shapes[0][2], shapes[1][2])
-        causal = pair_count(dense_section(), grid)
-        section = triangle(*geometry)
-        if item.proof is not None and item.proof.reach is not None:
-            causal = pair_count(dense_section() & Window(item.proof.reach), grid)
-            section = section & Window(item.proof.reach)
-        attended = pair_count(section, grid) if is_triangle else causal
+    if site is not None:
+        reach = None if item.proof is None else item.proof.reach
+        attended, causal = pair_counts(Geometry(*geometry, reach), shapes[0][2], shapes[1][2])
     return SiteRecord(
         graph=graph,
         path=item.layer.path,
@@ -53,6 +48,6 @@ def _record(item: SitePlan, plan: Plan, graph: int) -> SiteRecord:
         reason="" if item.why is None else item.why.reason.name,
         detail="" if item.why is None else item.why.detail,
         lowering="as written" if item.lowering is None else item.lowering.name,
-        attended_pairs=attended,
+        attended_pairs=attended if is_triangle else causal,
         causal_pairs=causal,
     )

@@ -16,11 +16,8 @@ from tmx_compile.lowering.table import Role
 from tmx_compile.passes.judge import short
 from tmx_compile.passes.lengths import Prompt, all_short, decide, has_fixed_range, hint, row_counts
 from tmx_compile.passes.plan import Plan, SitePlan
-from tmx_compile.report import Reason, Rejected
+from tmx_compile.report import NOTHING_MISSED, Reason, Rejected
 from tmx_compile.request import Short
-
-_FINE = (Reason.SHORT_PROMPT, Reason.NOT_FASTER, Reason.NOT_SELECTED, Reason.FEW_KEYS)
-"""Dense, and nothing is missed: strict mode takes it. Every other reason is an error in a long prompt."""
 
 
 def settle(plan: Plan) -> Plan:
@@ -86,7 +83,7 @@ def missed(plan: Plan, *, by_hint: bool = False) -> Iterator[SitePlan]:
     """
     for item in plan.sites:
         why = item.why
-        if why is None or why.reason in _FINE:
+        if why is None or why.reason in NOTHING_MISSED:
             continue
         named = item.selected
         if not item.layer.is_known and plan.config.layers():

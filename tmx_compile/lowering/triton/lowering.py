@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.fx import Proxy
 
 from tmx_compile.lowering import rows
-from tmx_compile.lowering.base import AttentionCall, Operands, Writer, length
+from tmx_compile.lowering.base import AttentionCall, Operands, Writer, immediate, length
 from tmx_compile.lowering.triton.op import TRAINING_OPERATOR, TRITON_OPERATOR
 from tmx_compile.report import Accepted, Reason, Rejected
 
@@ -49,7 +49,8 @@ class Triton:
             return "an empty tensor"
         if not 0 < call.scale < math.inf:
             return f"scale={call.scale} is not positive and finite"
-        return missing(query.device)
+        why: str | None = missing(query.device)
+        return why
 
     def emit(self, write: Writer, call: AttentionCall, operands: Operands) -> Proxy:
         """The extents of padded sequences as ordinary nodes, shared by all layers, and one call."""
@@ -73,11 +74,7 @@ def attend(call: AttentionCall) -> Tensor | Rejected:
     answer = Triton().supports(call)
     if isinstance(answer, Rejected):
         return answer
-    extent = None if call.key_mask is None else extents(call.key_mask, call.key.shape[2], call.geometry.last)
-    out: Tensor = TRITON_OPERATOR(
-        call.query, call.key, call.value, call.key_mask, extent, *call.geometry.arguments(call.scale)
-    )
-    return out
+    return immediate(Triton(), call)
 
 
 def extents(key_mask: Any, kv_len: Any, last: int) -> Any:
@@ -90,6 +87,8 @@ def extents(key_mask: Any, kv_len: Any, last: int) -> Any:
     return torch.cat([where.start, where.end, holes.to(torch.int64)], 1).to(torch.int32)
 
 
+# Dynamo asks while it traces a model that calls attention by itself; it cannot look into Triton.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def missing(device: torch.device) -> str | None:
     """What the kernels lack to run on a device, or None."""
     if importlib.util.find_spec("triton") is None:

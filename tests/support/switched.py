@@ -1,0 +1,113 @@
+"""Models for the attention implementation of Transformers, each with the masks that its layers have of themselves."""
+
+from __future__ import annotations
+
+import contextlib
+from unittest import mock
+
+import torch
+import transformers
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from tests.support.models import masked
+from tests.support.oracle import attended
+from tmx_compile import TriangleMixConfig
+from tmx_compile.integrations.transformers import register_attention
+
+CONFIG = TriangleMixConfig(
+    triangle_layer_indices=[1, 2], num_sink_tokens=4, sliding_window_size=16, num_last_tokens=8, min_seq_len=32
+)
+_SIZES = dict(
+    vocab_size=128,
+    hidden_size=64,
+    intermediate_size=96,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    num_hidden_layers=3,
+    initializer_range=0.2,
+    max_position_embeddings=4096,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=None,
+)
+WINDOW = 24
+"""The sliding window of the layers that have one, their own key included: longer than the triangle's."""
+_MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
+_GEMMA = dict(head_dim=16, query_pre_attn_scalar=16, sliding_window=WINDOW, layer_types=_MIXED)
+_LATENT = dict(
+    num_key_value_heads=4,
+    kv_lora_rank=16,
+    q_lora_rank=16,
+    qk_rope_head_dim=8,
+    qk_nope_head_dim=8,
+    v_head_dim=12,
+    first_k_dense_replace=3,
+)
+_MODELS = {
+    "Llama": ("Llama", {}, ()),
+    "Qwen3": ("Qwen3", dict(head_dim=16), ()),
+    "Mistral": ("Mistral", dict(sliding_window=WINDOW), (0, 1, 2)),
+    "Gemma3": ("Gemma3", _GEMMA, (0, 2)),
+    "Gemma2": ("Gemma2", _GEMMA, (0, 2)),
+    "GptOss": ("GptOss", dict(head_dim=16, num_local_experts=2, num_experts_per_tok=1), ()),
+    "DeepseekV3": ("DeepseekV3", _LATENT, ()),
+    "GPT2": ("GPT2", dict(n_embd=64, n_layer=3, n_head=4), ()),
+}
+
+
+def switched_model(name="Llama", implementation="tmx", **changes):
+    """A tiny random model; equal arguments give equal weights."""
+    family, special, _ = _MODELS[name]
+    kind = {"GPT2": "LMHeadModel"}.get(family, "ForCausalLM")
+    config = getattr(transformers, {"Gemma3": "Gemma3Text"}.get(family, family) + "Config")
+    torch.manual_seed(0)
+    model = getattr(transformers, family + kind)(config(**(_SIZES | special | changes))).eval()
+    model.set_attn_implementation(implementation)
+    return model
+
+
+def plan_oracle(name, config, ids, attention_mask=None):
+    """Logits in float64 with the triangle in the layers that ``config`` names, and each layer's own window."""
+    with torch.no_grad():
+        return plan_model(name, config, ids, attention_mask)(ids, attention_mask=attention_mask, use_cache=False).logits
+
+
+def plan_model(name, config, ids, attention_mask=None):
+    """The model of :func:`plan_oracle`, for prompts of this size and padding."""
+    batch, n = ids.shape
+    key_mask = None if attention_mask is None else attention_mask.bool()
+    masks = {}
+    for index in range(3):
+        reach = WINDOW - 1 if index in _MODELS[name][2] else None
+        geometry = config.geometry if index in config.layers() and n > config.min_seq_len else (0, 0, n)
+        masks[index] = attended(n, n, key_mask, *geometry, reach)
+    return masked(switched_model(name, "sdpa"), batch, n, masks)
+
+
+@contextlib.contextmanager
+def registered(config=CONFIG, **options):
+    """The switch, registered as ``tmx`` for a while."""
+    with (
+        mock.patch.dict(AttentionInterface._global_mapping),
+        mock.patch.dict(AttentionMaskInterface._global_mapping),
+    ):
+        yield register_attention(config, **options)
+
+
+def prompt(batch=2, n=100):
+    return torch.randint(3, 128, (batch, n))
+
+
+def padded(sides, n=100):
+    """(B, n) attention mask of sequences that each have so many hidden tokens on the left and on the right."""
+    mask = torch.ones(len(sides), n, dtype=torch.long)
+    for row, (left, right) in enumerate(sides):
+        mask[row, :left] = 0
+        mask[row, n - right :] = 0
+    return mask
+
+
+def decisions(report, graph=0):
+    """(decision, reason) by layer."""
+    return {site.layer: (site.decision, site.reason) for site in report.of_graph(graph)}

@@ -1,0 +1,250 @@
+"""TriangleMix as an attention implementation of Transformers: sparse layers without ``torch.compile``.
+
+``register_attention(config)`` once, then ``model.set_attn_implementation("tmx")``: from then on Transformers calls
+:meth:`TriangleAttention.forward` in every attention layer, with the layer's module and a mask in words.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo.comptime import comptime
+from transformers import AttentionInterface
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from tmx_compile.config import TriangleMixConfig
+from tmx_compile.errors import StrictModeError
+from tmx_compile.integrations.transformers.causal_mask import CausalMask, causal_mask
+from tmx_compile.integrations.transformers.dense import dense_attention
+from tmx_compile.integrations.transformers.judge import Judge, layer_of
+from tmx_compile.integrations.transformers.paged import no_mask, paged_attention
+from tmx_compile.integrations.transformers.records import Records
+from tmx_compile.legacy.inference import TriangleMixInferenceConfig
+from tmx_compile.lowering.base import AttentionCall, immediate
+from tmx_compile.lowering.chunk import CHUNK, FIRST_LAST_ROW
+from tmx_compile.lowering.table import CHUNK_LOWERINGS, Role, Wish, choose
+from tmx_compile.mask import Geometry
+from tmx_compile.remarks import warn_of
+from tmx_compile.report import Rejected, Report
+from tmx_compile.request import Request
+
+
+class TriangleAttention:
+    """What :func:`register_attention` has registered.
+
+    Attributes:
+        name: what ``set_attn_implementation`` takes.
+        paged_name: the name that :meth:`batch_continuously` gives. Transformers packs requests without a mask where the
+            name has "flash" in it.
+        request: what was asked, checked.
+        report: one record for each kind of call that each layer has had (long prompt, short prompt, decode step, ...),
+            with the shapes of the first; ``graph`` counts the kinds of a layer. The path is the module's class.
+        records: what fills the report.
+    """
+
+    def __init__(self, name: str, request: Request, report: Report) -> None:
+        self.name = name
+        self.paged_name = f"flash_{name}"
+        self.request = request
+        self.report = report
+        config = request.config
+        self._judge = None if config is None else Judge(request, config)
+        self.records = Records(report, Geometry(0, 0, 0) if config is None else Geometry(*config.geometry))
+
+    def forward(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: CausalMask | Tensor | None,
+        scaling: float | None = None,
+        **settings: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention of one layer, as Transformers calls it.
+
+        Args:
+            module: the layer's attention; its ``layer_idx`` is the layer's number.
+            query: (B, H, Sq, D).
+            key: (B, Hkv, Skv, D).
+            value: (B, Hkv, Skv, Dv).
+            attention_mask: from :func:`~tmx_compile.integrations.transformers.causal_mask.causal_mask`, or any other.
+            scaling: factor on the scores; ``1 / sqrt(D)`` when None.
+            settings: whatever else Transformers passes.
+
+        Returns:
+            out (B, Sq, H, Dv), and None in place of the weights.
+
+        Raises:
+            StrictModeError: in strict mode, where a layer that the configuration names stays dense in a long prompt.
+            LoweringError: the lowering chosen by name cannot take the call.
+        """
+        if self._judge is None:
+            return dense_attention(module, query, key, value, attention_mask, scaling=scaling, **settings)
+        call = self._judge.call(module, query, key, value, attention_mask, scaling, settings)
+        done = call if isinstance(call, Rejected) else self._attend(call)
+        if not isinstance(done, Rejected):
+            out, lowering = done
+            self.record(module, query, key, value, attention_mask, lowering)
+            return out.transpose(1, 2).contiguous(), None
+        self.record(module, query, key, value, attention_mask, done)
+        if self.request.strict and self._judge.is_missed(module, done, settings):
+            raise StrictModeError(f"layer {layer_of(module)}, {type(module).__name__}: {done}")
+        return dense_attention(module, query, key, value, attention_mask, scaling=scaling, **settings)
+
+    def batch_continuously(self, model: nn.Module) -> None:
+        """Switch a model to continuous batching: before ``generate_batch`` and its like.
+
+        Each request's prompt, or chunk of a prompt, is judged by its own number of rows, and goes sparse by the plan.
+        For models of several parts, the text's part is switched. ``model.set_attn_implementation`` ends it.
+
+        Raises:
+            ImportError: a Transformers whose paged cache is called in another way.
+        """
+        if "kwargs" not in inspect.signature(PagedAttentionCache.update).parameters:
+            raise ImportError("continuous batching needs Transformers 5.23: the paged cache of this one is another")
+        # set_attn_implementation would look for a flash kernel of the name.
+        config: Any = model.config
+        text = config.get_text_config(decoder=True)
+        parts = [name for name in config.sub_configs if getattr(config, name, None) is text]
+        config._attn_implementation = dict.fromkeys(["", *parts], self.paged_name)
+
+    def forward_paged(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: None,
+        scaling: float | None = None,
+        **settings: Any,
+    ) -> tuple[Tensor, None]:
+        """As :meth:`forward`, of requests packed in one sequence: see ``paged_attention``."""
+        done: tuple[Tensor, None] = paged_attention(self.forward, module, query, key, value, scaling, settings)
+        return done
+
+    def _attend(self, call: AttentionCall) -> tuple[Tensor, str] | Rejected:
+        """The attention (B, H, Sq, Dv) and the lowering that computed it, or why none takes the call."""
+        assert self._judge is not None
+        request, limit = self.request, self._judge.limit(call.query.device)
+        kind = call.query.device.type
+        # Other devices (NPUs) have kernels of their own behind the operator.
+        one_node = torch.compiler.is_compiling() or kind not in ("cpu", "cuda")
+        place = f"{'node' if one_node else 'eager'} {'cuda' if kind == 'cuda' else 'cpu'}"
+        role = Role.CHUNK if request.chunked_prefill else Role.PROMPT
+        lowering = choose(place, role, call, Wish(request.lowering, limit))
+        if isinstance(lowering, Rejected):
+            return lowering
+        if role is Role.PROMPT:
+            return immediate(lowering, call), lowering.name
+        q, k, v, key_mask, geometry = call.query, call.key, call.value, call.key_mask, call.geometry
+        like = q if key_mask is None else key_mask
+        first = FIRST_LAST_ROW(like, None, q.shape[2], k.shape[2], geometry.last, limit, False)
+        out: Tensor = CHUNK(q, k, v, key_mask, first, *geometry.counts, call.scale, geometry.reach, request.lowering)
+        return out, lowering.name
+
+    def record(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: CausalMask | Tensor | None,
+        done: str | Rejected,
+    ) -> None:
+        """Put a call into the report; while Dynamo traces a model, the call that it is tracing."""
+        path, layer, name = type(module).__name__, layer_of(module), self.name
+        window = mask.window if isinstance(mask, CausalMask) else None
+        if isinstance(done, Rejected):
+            lowering, reason, detail = "as written", done.reason.name, done.detail
+        else:
+            lowering, reason, detail = done, "", ""
+        if torch.compiler.is_compiling():
+            _traced(name, path, layer, window, query, key, value, lowering, reason, detail)
+        else:
+            self.records.add(path, layer, window, query, key, value, lowering, reason, detail)
+
+
+def _traced(
+    name: str,
+    path: str,
+    layer: int | None,
+    window: int | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lowering: str,
+    reason: str,
+    detail: str,
+) -> None:
+    comptime(_record_traced)
+
+
+def _record_traced(context: Any) -> None:
+    """Called by Dynamo where it traces :func:`_traced`, whose arguments are its locals."""
+    local = context.get_local
+    constants = ("path", "layer", "window", "lowering", "reason", "detail")
+    words = {name: local(name).as_python_constant() for name in constants}
+    tensors = {name: local(name).as_fake() for name in ("query", "key", "value")}
+    registered = ALL_ATTENTION_FUNCTIONS[local("name").as_python_constant()]
+    registered.__self__.records.add(**words, **tensors)
+
+
+def register_attention(
+    config: TriangleMixConfig | TriangleMixInferenceConfig,
+    *,
+    name: str = "tmx",
+    report: Report | None = None,
+    lowering: str = "auto",
+    strict: bool = False,
+    chunked_prefill: bool = False,
+) -> TriangleAttention:
+    """Make TriangleMix an attention implementation: ``model.set_attn_implementation("tmx")`` switches a model to it.
+
+    Nothing has to be compiled. A layer is known by its module's ``layer_idx``. It goes sparse where the configuration
+    names it, the prompt is long, and its mask is causal, with padding on either side or a sliding window of the layer's
+    own; everything else is what ``attn_implementation="sdpa"`` computes, to the last bit. No mask of all rows and keys
+    is made for sparse layers; one for the others is made where ``sdpa`` needs it.
+
+    Args:
+        config: which layers go sparse, and the geometry of their mask.
+        name: the implementation's name. One that is registered already is replaced, for models that use it too.
+        report: a report to fill; a new one by default, found as ``.report`` of the result.
+        lowering: "auto", "triton", "blocked" or "operator"; as for :func:`tmx_compile.tmx_backend`. Inside of a model
+            that is compiled by whatever backend, "auto" is one node: ``triton`` on CUDA, else ``operator``.
+        strict: raise :class:`~tmx_compile.errors.StrictModeError` where a layer that the configuration names stays
+            dense in a long prompt.
+        chunked_prefill: prompts may come in chunks, announced by :func:`tmx_compile.prefill`; inference only.
+
+    Raises:
+        ValueError: an argument of the wrong kind or value, or a name that Transformers uses itself.
+
+    Warns:
+        UserWarning: the configuration selects no layer, or the first n layers.
+    """
+    if not isinstance(name, str) or not name or "|" in name or "flash" in name:
+        raise ValueError(f"name must be a non-empty string without '|' and 'flash', got {name!r}")
+    registered = dict(ALL_ATTENTION_FUNCTIONS).get(name)
+    if name == "eager" or (registered is not None and not isinstance(_owner(registered), TriangleAttention)):
+        raise ValueError(f"name={name!r} is an attention implementation already")
+    if lowering not in CHUNK_LOWERINGS:
+        raise ValueError(f"lowering must be one of {', '.join(CHUNK_LOWERINGS)}, got {lowering!r}")
+    if report is not None and not isinstance(report, Report):
+        raise ValueError(f"report must be a tmx_compile.Report, got {report!r}")
+    request = Request.of(config, lowering=lowering, strict=strict, chunked_prefill=chunked_prefill)
+    warn_of(request, config, stacklevel=2)
+    attention = TriangleAttention(name, request, Report() if report is None else report)
+    AttentionInterface.register(name, attention.forward)
+    AttentionMaskInterface.register(name, causal_mask)
+    AttentionInterface.register(attention.paged_name, attention.forward_paged)
+    AttentionMaskInterface.register(attention.paged_name, no_mask)
+    return attention
+
+
+def _owner(function: Any) -> Any:
+    return getattr(function, "__self__", None)

@@ -1,0 +1,179 @@
+"""Whether one call of an attention layer goes sparse: the pass's rules, asked of real tensors and modules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tmx_compile.config import TriangleMixConfig
+from tmx_compile.integrations.transformers.causal_mask import CausalMask
+from tmx_compile.lowering.base import AttentionCall
+from tmx_compile.lowering.worth import least_length
+from tmx_compile.mask.geometry import Geometry
+from tmx_compile.operator.prefill import current_chunk
+from tmx_compile.report import NOTHING_MISSED, Reason, Rejected
+from tmx_compile.request import Request
+
+_TRANSFORMERS_LAYOUT = (0, 2, 1, 3)
+"""Transformers wants results as (B, rows, H, Dv): in this order they need no copy."""
+
+_CHANGES_SCORES = (("softcap", "a softcap"), ("s_aux", "learned sinks"), ("position_bias", "a bias of the positions"))
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """What a mask shows: the place of row 0 among the keys, which keys are valid, and the layer's own window."""
+
+    first_row: Any = 0
+    key_mask: Tensor | None = None
+    window: int | None = None
+
+
+class Judge:
+    """The rules for one request.
+
+    Attributes:
+        request: what the user asked; its configuration is not None.
+    """
+
+    def __init__(self, request: Request, config: TriangleMixConfig) -> None:
+        self.request = request
+        self._config = config
+        self._layers = frozenset(config.layers())
+        self._limits = {
+            kind: least_length(request.lowering, torch.device(kind), config.min_seq_len, config.geometry)
+            for kind in ("cpu", "cuda")
+        }
+
+    def limit(self, device: torch.device) -> int:
+        """The length up to which prompts stay dense."""
+        return self._limits["cuda" if device.type == "cuda" else "cpu"]
+
+    def call(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: CausalMask | Tensor | None,
+        scaling: float | None,
+        settings: Mapping[str, Any],
+    ) -> AttentionCall | Rejected:
+        """The call that a lowering is to take, or why the layer stays dense; see ``TriangleAttention.forward``."""
+        why = self._against_layer(module) or self._against_rows(query) or _against_form(module, settings)
+        shown = why or self._shown(query, key, mask, settings)
+        if isinstance(shown, Rejected):
+            return shown
+        if not _fits(query, key, value):
+            return Rejected(Reason.LAYOUT)
+        if torch.is_autocast_enabled(query.device.type):
+            # As autocast does for SDPA, whose place this takes.
+            dtype = torch.get_autocast_dtype(query.device.type)
+            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        keys = shown.first_row + query.shape[2]
+        needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+        return AttentionCall(
+            query,
+            key[:, :, :keys],
+            value[:, :, :keys],
+            None if shown.key_mask is None else shown.key_mask[:, :keys].to(query.device),
+            Geometry(*self._config.geometry, None if shown.window is None else shown.window - 1),
+            query.shape[3] ** -0.5 if scaling is None else float(scaling),
+            needs_grad,
+            layout=_TRANSFORMERS_LAYOUT,
+        )
+
+    def is_missed(self, module: nn.Module, why: Rejected, settings: Mapping[str, Any]) -> bool:
+        """Whether strict mode forbids a layer to stay dense for a reason: see ``passes.settle.check_strict``."""
+        if why.reason in NOTHING_MISSED:
+            return False
+        return layer_of(module) is not None or _is_causal(module, settings)
+
+    def _against_layer(self, module: nn.Module) -> Rejected | None:
+        layer = layer_of(module)
+        if layer is None:
+            return Rejected(Reason.LAYER_UNKNOWN, "the module has no layer_idx")
+        return None if layer in self._layers else Rejected(Reason.NOT_SELECTED)
+
+    def _against_rows(self, query: Tensor) -> Rejected | None:
+        rows, limit = query.shape[2], self.limit(query.device)
+        # What is said about chunks is known when the call runs, and in a graph the operator asks.
+        if self.request.chunked_prefill and (torch.compiler.is_compiling() or current_chunk() is not None):
+            return None
+        if rows == 1:
+            return Rejected(Reason.SHORT_PROMPT, "one row: a decode step")
+        if rows <= self._config.min_seq_len:
+            return Rejected(Reason.SHORT_PROMPT, f"at most {self._config.min_seq_len} tokens")
+        return Rejected(Reason.NOT_FASTER, f"up to {limit} tokens") if rows <= limit else None
+
+    def _shown(
+        self, query: Tensor, key: Tensor, mask: CausalMask | Tensor | None, settings: Mapping[str, Any]
+    ) -> _Shown | Rejected:
+        rows, keys = query.shape[2], key.shape[2]
+        if mask is None:
+            # As ``sdpa`` has it: one row sees every key, several begin at the first (a static cache holds more keys).
+            first = keys - 1 if rows == 1 else 0
+            return Rejected(Reason.MORE_QUERIES) if rows > keys else _Shown(first)
+        if not isinstance(mask, CausalMask):
+            if rows == 1 and mask.dtype == torch.bool and not torch.compiler.is_compiling():
+                # A row of a prompt in chunks: it is the last key's where that is shown, which a static cache hides.
+                seen = mask[:, 0, 0]
+                if seen.shape == (query.shape[0], keys) and bool(seen[:, -1].all()):
+                    return _Shown(keys - 1, seen)
+            own = settings.get("sliding_window")
+            if own is None:
+                return Rejected(Reason.MASK_UNKNOWN, "handed in, or of the model's own making")
+            return self._against_window(own) or Rejected(Reason.MASK_UNKNOWN, f"a sliding window of {own} keys")
+        if mask.shape != (query.shape[0], 1, rows, keys):
+            return Rejected(Reason.MASK_UNKNOWN, "made for tensors of another shape")
+        if mask.first_key > 0:
+            return Rejected(Reason.POSITIONS_UNKNOWN, "the cache has let go of the first keys")
+        if mask.first_row < 0 or mask.first_row + rows > keys:
+            return Rejected(Reason.MORE_QUERIES)
+        why = None if mask.window is None else self._against_window(mask.window)
+        return why or _Shown(mask.first_row, mask.key_mask, mask.window)
+
+    def _against_window(self, window: int) -> Rejected | None:
+        if window - 1 > self._config.sliding_window_size:
+            return None
+        return Rejected(Reason.WINDOWED, f"{window} keys")
+
+
+def layer_of(module: nn.Module) -> int | None:
+    """The number of an attention module's layer, None where it has none."""
+    layer = getattr(module, "layer_idx", None)
+    return layer if isinstance(layer, int) else None
+
+
+def _is_causal(module: nn.Module, settings: Mapping[str, Any]) -> bool:
+    causal = settings.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if causal is None else causal)
+
+
+def _against_form(module: nn.Module, settings: Mapping[str, Any]) -> Rejected | None:
+    if not _is_causal(module, settings):
+        return Rejected(Reason.NOT_CAUSAL, "is_causal=False")
+    if settings.get("dropout"):
+        return Rejected(Reason.DROPOUT)
+    for name, what in _CHANGES_SCORES:
+        if settings.get(name) is not None:
+            return Rejected(Reason.SCORE_CHANGED, what)
+    if settings.get("cache") is not None:
+        return Rejected(Reason.FORM, "continuous batching: requests packed in one sequence, in a paged cache")
+    return None
+
+
+def _fits(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether shapes, dtypes and devices are those that the operator takes."""
+    if not query.dim() == key.dim() == value.dim() == 4:
+        return False
+    if not (query.dtype == key.dtype == value.dtype and query.dtype.is_floating_point):
+        return False
+    if not query.device == key.device == value.device:
+        return False
+    shapes = query.shape[0] == key.shape[0] and query.shape[3] == key.shape[3] and key.shape[:3] == value.shape[:3]
+    return bool(shapes and key.shape[1] > 0 and query.shape[1] % key.shape[1] == 0)
