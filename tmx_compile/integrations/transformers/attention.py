@@ -45,6 +45,12 @@ class TriangleAttention:
         report: one record for each kind of call that each layer has had (long prompt, short prompt, decode step, ...),
             with the shapes of the first; ``graph`` counts the kinds of a layer. The path is the module's class.
         records: what fills the report.
+
+    >>> from tmx_compile import TriangleMixConfig
+    >>> from tmx_compile.integrations.transformers import register_attention
+    >>> attention = register_attention(TriangleMixConfig.deepest(1, num_layers=2), name="triangle")
+    >>> attention.name, len(attention.report)
+    ('triangle', 0)
     """
 
     def __init__(self, name: str, request: Request, report: Report) -> None:
@@ -226,6 +232,19 @@ def register_attention(
 
     Warns:
         UserWarning: the configuration selects no layer, or the first n layers.
+
+    >>> import torch
+    >>> from transformers import Qwen3Config, Qwen3ForCausalLM
+    >>> from tmx_compile import TriangleMixConfig
+    >>> from tmx_compile.integrations.transformers import register_attention
+    >>> sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2)
+    >>> model = Qwen3ForCausalLM(Qwen3Config(**sizes, num_attention_heads=2, num_key_value_heads=1, head_dim=16))
+    >>> attention = register_attention(TriangleMixConfig.deepest(1, num_layers=2, min_seq_len=256))
+    >>> model.set_attn_implementation("tmx")
+    >>> with torch.no_grad():
+    ...     out = model(torch.randint(0, 64, (1, 300)))
+    >>> [(site.layer, site.decision) for site in attention.report]
+    [(0, 'dense'), (1, 'triangle')]
     """
     if not isinstance(name, str) or not name or "|" in name or "flash" in name:
         raise ValueError(f"name must be a non-empty string without '|' and 'flash', got {name!r}")
