@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from benchmarks.common import RESULTS, Records, command, note
 from benchmarks.npu_platform import Cpu, Npu, Platform
 from benchmarks.shapes import MODELS, build
-from benchmarks.tables import slashed
 from tmx_compile import TmxBackend, TriangleMixConfig, triangle_attention
 from tmx_compile.bench import record, reference
 from tmx_compile.bench.record import Measured
@@ -119,9 +118,9 @@ def layer(platform: Platform, plan: Plan) -> Records:
     modes = plan.ways(platform)
     made: dict[str, tuple[Callable[..., Tensor], TmxBackend | None]] = {}
     for mode in modes:
-        made[f"dense, {mode}"] = platform.compile(_Layer(platform.dense), mode, None)
+        made[_name((), mode)] = platform.compile(_Layer(platform.dense), mode, None)
         for geometry in plan.geometries:
-            made[f"{slashed(geometry)}, {mode}"] = platform.compile(_Layer(), mode, plan.config(geometry, [0]))
+            made[_name(geometry, mode)] = platform.compile(_Layer(), mode, plan.config(geometry, [0]))
     found: Records = []
     # A graph that is not compiled for want of a place in Dynamo's cache would be timed uncompiled.
     limits = torch._dynamo.config.patch(recompile_limit=2**31, accumulated_recompile_limit=2**31)
@@ -154,7 +153,7 @@ def _layer_at(
         # On the host, whose float32 is float32.
         expected = reference.attention_rows(*(x.float() for x in host), rows, geometry or (0, 0, n))
         for mode in ("eager", *modes):
-            name = f"{slashed(geometry) if geometry else 'dense'}, {mode}"
+            name = _name(geometry, mode)
             item = {"part": "layer", "n": n, "geometry": list(geometry or ()), "mode": mode, **_EMPTY}
             records.append(item)
             try:
@@ -172,7 +171,7 @@ def _layer_at(
                 note(f"{name}, {n:,} tokens: {item['failed']}")
     timings = platform.interleaved(runs, plan.rounds, plan.warmup)
     for item in records:
-        name = f"{slashed(item['geometry']) or 'dense'}, {item['mode']}"
+        name = _name(item["geometry"], item["mode"])
         if name in timings:
             item |= timings[name].fields()
     dense = min((r["ms"] for r in records if not r["geometry"] and r["ms"]), default=None)
@@ -180,6 +179,10 @@ def _layer_at(
         item["dense_ms"] = dense
         item["speedup"] = dense / item["ms"] if dense and item["ms"] else None
     return records
+
+
+def _name(geometry: Sequence[int] | None, mode: str) -> str:
+    return f"{'/'.join(map(str, geometry)) if geometry else 'dense'}, {mode}"
 
 
 _EMPTY: dict[str, Any] = dict.fromkeys(("ms", "ms_min", "ms_max", "rounds", "error", "failed"))
@@ -251,7 +254,7 @@ def ttft(platform: Platform, plan: Plan) -> Records:
                 "layers": layers,
             }
             torch._dynamo.reset()
-            name = f"{slashed(geometry) if geometry else 'dense'}, {mode}"
+            name = _name(geometry, mode)
             own = mode == "eager" or config is None
             # Attention by the operators themselves; in graphs with triangle layers the pass finds SDPA.
             model.config._attn_implementation = _register(platform, config, name) if own else "sdpa"

@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import common, docs, operator, peers, shapes, ttft
+from benchmarks import common, operator, peers, shapes, ttft
 from benchmarks.account import account, floor_limit, kernel_class
 from tmx_compile.bench.floor import Ceilings, Shape, attended_pairs, causal_pairs
 from tmx_compile.lowering.base import AttentionCall
 from tmx_compile.lowering.table import Role, Wish, candidates
 from tmx_compile.mask.geometry import Geometry
+from tools.pages import page_benchmarks
+from tools.pages import run as command
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -48,7 +50,7 @@ def test_a_stored_result_tells_where_it_comes_from(name):
 
 
 def test_the_page_is_generated_from_the_stored_results():
-    done = python("benchmarks.docs", "--check")
+    done = python("tools.pages", "--check")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -67,10 +69,10 @@ def test_the_page_is_not_written_from_a_damaged_result(tmp_path, damage, reason)
         if name == "first_n.json":
             damage(result)
         (tmp_path / name).write_text(json.dumps(result), encoding="utf-8")
-    done = python("benchmarks.docs", "--results", str(tmp_path), "--out", str(tmp_path / "page.md"))
+    done = python("tools.pages", "--results", str(tmp_path), "--docs", str(tmp_path / "docs"))
     assert done.returncode != 0
     assert reason in done.stderr
-    assert not (tmp_path / "page.md").exists()
+    assert not (tmp_path / "docs").exists()
 
 
 def test_auto_prefers_what_was_measured_fastest():
@@ -335,7 +337,7 @@ def gpu_results(tmp_path):
 
 def test_the_page_says_what_the_gpu_results_say(gpu_results):
     folder, removed = gpu_results
-    page, pictures = docs.generate(folder)
+    page, pictures = page_benchmarks.generate(folder)
     sections = dict(zip(*[iter(re.split(r"^## (.+)$", page, flags=re.MULTILINE)[1:])] * 2, strict=True))
     layer = sections["One attention layer on a GPU"]
     assert "Imaginary 9000, 80.0 GiB, CUDA 13.0; " in layer
@@ -358,7 +360,7 @@ def test_the_page_says_what_the_gpu_results_say(gpu_results):
 def test_the_page_tells_what_a_gpu_result_does_not_show_by_itself(gpu_results):
     """Kernels in a class of an older rule, parts that are missing, small windows."""
     folder, _ = gpu_results
-    plain = docs.generate(folder)[0]
+    plain = page_benchmarks.generate(folder)[0]
     assert "bound by latency" not in plain
     whole = json.loads((folder / "ttft.json").read_text(encoding="utf-8"))
     whole["records"][0]["account"]["longest"] = [["triangle_kernel", "other", 100.0], ["aten::mm", "matmul", 7.0]]
@@ -370,7 +372,7 @@ def test_the_page_tells_what_a_gpu_result_does_not_show_by_itself(gpu_results):
         like = next(r for r in layer["records"] if (r["n"], r["geometry"]) == (n, geometry))
         layer["records"].append(like | {"lowering": "triton", "floor_by": floor_by, "over_floor": over_floor})
     (folder / "operator_cuda.json").write_text(json.dumps(layer), encoding="utf-8")
-    page = docs.generate(folder)[0]
+    page = page_benchmarks.generate(folder)[0]
     assert "| `dense-causal` | 131,072 | 12,000 | 8,100 | 3,500 | 400 | 999 |" in page
     missing = next(line for line in page.splitlines() if line.startswith("Not measured yet"))
     assert "`llama/dense+mask`" in missing
@@ -382,7 +384,7 @@ def test_the_page_has_no_gpu_sections_without_gpu_results(gpu_results):
     folder, _ = gpu_results
     for name in ("operator_cuda.json", "million.json", "ttft.json"):
         (folder / name).unlink()
-    page, pictures = docs.generate(folder)
+    page, pictures = page_benchmarks.generate(folder)
     assert "GPU" not in page
     assert [picture.file for picture in pictures] == ["operator-cpu.svg"]
 
@@ -390,14 +392,14 @@ def test_the_page_has_no_gpu_sections_without_gpu_results(gpu_results):
 def test_pictures_show_the_stored_numbers(gpu_results, tmp_path):
     folder, _ = gpu_results
     out = tmp_path / "docs"
-    arguments = ["--results", str(folder), "--out", str(out / "page.md")]
-    docs.main(arguments)
-    docs.main([*arguments, "--check"])
+    arguments = ["--results", str(folder), "--docs", str(out)]
+    command.main(arguments)
+    command.main([*arguments, "--check"])
     drawn = {path.name: path.read_bytes() for path in out.glob("*.svg")}
     assert set(drawn) == {"operator-cuda.svg", "ttft.svg", "operator-cpu.svg"}
-    for picture in docs.generate(folder)[1]:
+    for picture in page_benchmarks.generate(folder)[1]:
         picture.write(out)
         assert (out / picture.file).read_bytes() == drawn[picture.file]
     (out / "ttft.svg").write_text((out / "ttft.svg").read_text().replace("data sha256 ", "data sha256 0"))
     with pytest.raises(SystemExit, match=r"ttft.svg is out of date"):
-        docs.main([*arguments, "--check"])
+        command.main([*arguments, "--check"])

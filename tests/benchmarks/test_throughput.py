@@ -8,10 +8,11 @@ import warnings
 import pytest
 import torch
 
-from benchmarks import common, docs_throughput, run, throughput
+from benchmarks import common, run, throughput
 from benchmarks.generation import Run
-from benchmarks.tables import Fields
 from tests.support.serving import oracle_logits
+from tools.pages import section_throughput
+from tools.pages.markdown import Fields
 
 PLAN = throughput.QUICK
 (BATCH, TOKENS, ROUNDS) = PLAN["workloads"][0]
@@ -163,7 +164,7 @@ def result(failed=None):
 
 @pytest.mark.usefixtures("_light")
 def test_the_page_says_what_was_measured():
-    text = docs_throughput.section(result())
+    text = section_throughput.section(result())
     # 256 tokens in 24 s, and half of that time.
     assert "| 1 x 4,096 | `dense` | 8 | 16 | 10.7 | 15.9 | 0, 0 |" in text
     assert "| 1 x 4,096 | `triangle` | 4 (2.00x) | 8 | 21.3 (2.00x) | 31.9 (2.00x) | 0, 0 |" in text
@@ -177,10 +178,10 @@ def test_the_page_says_what_was_measured():
 
 @pytest.mark.usefixtures("_light")
 def test_the_page_tells_what_failed():
-    text = docs_throughput.section(result(failed=(8, "triangle")))
+    text = section_throughput.section(result(failed=(8, "triangle")))
     assert "| 8 x 2,304 | `triangle` | failed |  |  |  |  |" in text
     assert "- `triangle`, 8 x 2,304: RuntimeError: no luck" in text
-    assert docs_throughput.section(result(failed=(8, "dense"))).count("33% at") == 1
+    assert section_throughput.section(result(failed=(8, "dense"))).count("33% at") == 1
 
 
 def test_serving_has_the_measured_figures():

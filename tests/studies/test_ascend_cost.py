@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks import docs
 from benchmarks.common import RESULTS
-from benchmarks.tables import Fields
-from studies import ascend_cost, docs_ascend
+from studies import ascend_cost
 from studies.ascend_cost import CHECK, CHIPS, FORMS, GEOMETRIES, LENGTHS, TILINGS, Problem, Tiling, Work, fused
 from tmx_compile.bench.floor import attended_pairs, causal_pairs
+from tools.pages import page_ascend, run
+from tools.pages.markdown import Fields
 
 
 def stored():
@@ -117,16 +117,16 @@ def test_the_stored_file_is_what_the_formulae_give(tmp_path):
 
 def test_the_page_has_the_tables_of_the_stored_file(tmp_path):
     (tmp_path / ascend_cost.FILE).write_text((RESULTS / ascend_cost.FILE).read_text())
-    assert docs_ascend.inserted(tmp_path, tmp_path) is None
-    page = tmp_path / docs_ascend.PAGE
+    assert page_ascend.inserted(tmp_path, tmp_path) is None
+    page = tmp_path / page_ascend.PAGE
     page.write_text("before\nno marks\n")
     with pytest.raises(ValueError, match=r"ascend\.md lacks the marks"):
-        docs_ascend.inserted(tmp_path, tmp_path)
-    page.write_text(f"before\n{docs_ascend.BEGIN}\nold\n{docs_ascend.END}\nafter\n")
-    path, text = docs_ascend.inserted(tmp_path, tmp_path)
+        page_ascend.inserted(tmp_path, tmp_path)
+    page.write_text(f"before\n{page_ascend.BEGIN}\nold\n{page_ascend.END}\nafter\n")
+    path, text = page_ascend.inserted(tmp_path, tmp_path)
     assert path == page
     assert text.startswith("before\n")
-    assert text.endswith(f"{docs_ascend.END}\nafter\n")
+    assert text.endswith(f"{page_ascend.END}\nafter\n")
     assert "old" not in text
     some = next(r for r in stored()["records"] if r["chip"] == "910B3" and r["form"] == "lowering" and r["n"] == 131072)
     row = next(line for line in text.splitlines() if line.startswith("| 131,072 | 4/32/64 | lowering |"))
@@ -134,18 +134,18 @@ def test_the_page_has_the_tables_of_the_stored_file(tmp_path):
     damaged = stored()
     del damaged["records"][0]["chip"]
     with pytest.raises(ValueError, match="record 0 lacks the field 'chip'"):
-        docs_ascend.section(Fields(damaged, "x"))
+        page_ascend.section(Fields(damaged, "x"))
 
 
 def test_a_stale_page_is_told(tmp_path):
     results, out = tmp_path / "results", tmp_path / "docs"
     shutil.copytree(RESULTS, results)
     out.mkdir()
-    (out / docs_ascend.PAGE).write_text(f"{docs_ascend.BEGIN}\n{docs_ascend.END}\n")
-    arguments = ["--results", str(results), "--out", str(out / "page.md")]
-    docs.main(arguments)
-    docs.main([*arguments, "--check"])
-    text = (out / docs_ascend.PAGE).read_text()
-    (out / docs_ascend.PAGE).write_text(re.sub(r"-98\.\d%", "-99.9%", text))
+    (out / page_ascend.PAGE).write_text(f"{page_ascend.BEGIN}\n{page_ascend.END}\n")
+    arguments = ["--results", str(results), "--docs", str(out)]
+    run.main(arguments)
+    run.main([*arguments, "--check"])
+    text = (out / page_ascend.PAGE).read_text()
+    (out / page_ascend.PAGE).write_text(re.sub(r"-98\.\d%", "-99.9%", text))
     with pytest.raises(SystemExit, match=r"ascend\.md is out of date"):
-        docs.main([*arguments, "--check"])
+        run.main([*arguments, "--check"])

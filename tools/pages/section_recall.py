@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from benchmarks.plots import Picture, grid
-from benchmarks.tables import Fields, slashed, table
 from studies.recall_tasks import HOPS, VALUES
+from tools.pages.markdown import Fields, slashed, table
+from tools.pages.pictures import Picture, grid
+from tools.pages.results import today
 
 FILE, TRAINING = "recall.json", "recall/recall-model.json"
 PICTURE = "quality-recall.svg"
@@ -83,9 +84,9 @@ def _model(training: Fields, settings: Fields) -> str:
         f"A Llama of {training['parameters'] / 1e6:.1f} million parameters ({shape['layers']} layers, hidden size "
         f"{shape['hidden']}, {shape['heads']} heads), trained from seed {training['seed']} for {last['minutes']:.0f} "
         f"minutes, compilation included, {last['step']:,} steps, on one {training['hardware']['gpu']} by "
-        f"`{training['command']}`; its weights are in the repository. Three heads of the first layer begin looking "
-        "one, two and three tokens back, those of later layers looking for tokens like their own. It reads names that "
-        "are given values, names for names, and a list, in noise, and is asked for values "
+        f"`{today(training['command'])}`; its weights are in the repository. Three heads of the first layer begin "
+        "looking one, two and three tokens back, those of later layers looking for tokens like their own. It reads "
+        "names that are given values, names for names, and a list, in noise, and is asked for values "
         f"{_hops()} away and for the list. All questions stand among the last rows: what is lost was lost in the "
         f"middle. Each figure is the accuracy over {answers:,} answers, {copied:,} for the list; the same sequences "
         f"for every choice of layers. A guess among the {VALUES} values is right in {1 / VALUES:.1%}."

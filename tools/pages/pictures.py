@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.tables import slashed
+from tools.pages.markdown import slashed
 
 _DIGEST = re.compile(r"data sha256 ([0-9a-f]{64})")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from benchmarks.tables import Fields, mib, ms, slashed, table, times
+from tools.pages.markdown import Fields, mib, ms, slashed, table, times
 
 
 def section(result: Fields, picture: str) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 from benchmarks import ttft
 from benchmarks.account import kernel_class
-from benchmarks.tables import Fields, ms, percent, table
+from tools.pages.markdown import Fields, ms, percent, table
 
 
 def section(result: Fields, picture: str) -> str:

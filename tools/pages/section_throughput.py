@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.tables import Fields, ms, table, times
+from tools.pages.markdown import Fields, ms, table, times
 
 _HEAD = ("batch x prompt", "variant", "prefill, s", "decode, s", "tokens/s, end to end", "decoding only", "cache, MiB")
 
