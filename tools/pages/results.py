@@ -10,7 +10,10 @@ from tools.pages.markdown import Fields
 MOVED = {
     "benchmarks.run calibration": "studies.run calibration",
     "benchmarks.run first_n": "studies.run first_n",
+    "benchmarks.run kv_cache": "studies.run kv_cache",
     "benchmarks.run million": "studies.run million",
+    "benchmarks.run pass_cost": "studies.run pass_cost",
+    "benchmarks.run prefill_memory": "studies.run prefill_memory",
     "benchmarks.run quality": "studies.run quality",
     "benchmarks.run recall": "studies.run recall",
     "benchmarks.run stages": "studies.run stages",
