@@ -12,7 +12,7 @@ from benchmarks.common import RESULTS
 from studies import ascend_cost
 from studies.ascend_cost import CHECK, CHIPS, FORMS, GEOMETRIES, LENGTHS, TILINGS, Problem, Tiling, Work, fused
 from tmx_compile.bench.floor import attended_pairs, causal_pairs
-from tools.pages import page_ascend, run
+from tools.pages import blocks, page_ascend, page_benchmarks, run
 from tools.pages.markdown import Fields
 
 
@@ -116,21 +116,24 @@ def test_the_stored_file_is_what_the_formulae_give(tmp_path):
 
 
 def test_the_page_has_the_tables_of_the_stored_file(tmp_path):
-    (tmp_path / ascend_cost.FILE).write_text((RESULTS / ascend_cost.FILE).read_text())
-    assert page_ascend.inserted(tmp_path, tmp_path) is None
     page = tmp_path / page_ascend.PAGE
-    page.write_text("before\nno marks\n")
-    with pytest.raises(ValueError, match=r"ascend\.md lacks the marks"):
-        page_ascend.inserted(tmp_path, tmp_path)
-    page.write_text(f"before\n{page_ascend.BEGIN}\nold\n{page_ascend.END}\nafter\n")
-    path, text = page_ascend.inserted(tmp_path, tmp_path)
-    assert path == page
-    assert text.startswith("before\n")
-    assert text.endswith(f"{page_ascend.END}\nafter\n")
+    begin, end = blocks.marks(page_ascend.BLOCK)
+    page.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
+    assert page_ascend.generate(tmp_path, tmp_path) is None
+    (tmp_path / ascend_cost.FILE).write_text((RESULTS / ascend_cost.FILE).read_text())
+    text = page_ascend.generate(tmp_path, tmp_path)
+    assert text.startswith(f"before\n{begin}\n")
+    assert text.endswith(f"{end}\nafter\n")
     assert "old" not in text
-    some = next(r for r in stored()["records"] if r["chip"] == "910B3" and r["form"] == "lowering" and r["n"] == 131072)
-    row = next(line for line in text.splitlines() if line.startswith("| 131,072 | 4/32/64 | lowering |"))
-    assert f"| {some['floor_ms']:.3g} | {some['reduction']:+.1%} |" in row
+    kernel, some = (
+        next(r for r in stored()["records"] if (r["chip"], r["form"], r["n"]) == ("910B3", form, 131072))
+        for form in ("one kernel", "lowering")
+    )
+    assert some["geometry"] == kernel["geometry"] == [4, 32, 64]
+    told = [f"{r['floor_ms']:.3g} ({r['reduction']:+.1%})" for r in (some, kernel)]
+    assert f"| 131,072 | 4/32/64 | {' | '.join(told)} |\n" in text
+    dense = next(r for r in stored()["records"] if (r["chip"], r["form"], r["n"]) == ("910B3", "dense", 8192))
+    assert f"| 8,192 | dense | {dense['floor_ms']:.3g} |  |\n" in text
     damaged = stored()
     del damaged["records"][0]["chip"]
     with pytest.raises(ValueError, match="record 0 lacks the field 'chip'"):
@@ -141,7 +144,8 @@ def test_a_stale_page_is_told(tmp_path):
     results, out = tmp_path / "results", tmp_path / "docs"
     shutil.copytree(RESULTS, results)
     out.mkdir()
-    (out / page_ascend.PAGE).write_text(f"{page_ascend.BEGIN}\n{page_ascend.END}\n")
+    for name in (page_ascend.PAGE, page_benchmarks.PAGE):
+        shutil.copy(RESULTS.parents[1] / "docs" / name, out)
     arguments = ["--results", str(results), "--docs", str(out)]
     run.main(arguments)
     run.main([*arguments, "--check"])

@@ -60,25 +60,37 @@ def load(path: Path) -> Fields:
 
 def origin(result: Fields, file: str) -> str:
     """The machine, the versions, the date, the commands, and the file."""
+    sources = [result["versions"]["tmx_compile_sources"]]
+    sources += [run["tmx_compile_sources"] for run in result.get("runs", {}).values()]
+    machine, versions = machine_and_versions(result, threads=True)
+    return (
+        f"{machine}. {versions} (sources {', '.join(dict.fromkeys(sources))}). {result['date']}, {commands(result)}, "
+        f"`benchmarks/results/{file}`."
+    )
+
+
+def machine_and_versions(result: Fields, threads: bool = False) -> tuple[str, str]:
+    """The hardware, with the threads in use if asked for, and the software."""
     machine, version = result["hardware"], result["versions"]
     telling = [flag for flag in machine["flags"] if flag in ("avx2", "avx512f", "avx512_bf16", "avx512_fp16")]
     telling += [flag for flag in machine["flags"] if flag.startswith("amx")] or ["no AMX"]
     # What a GPU took, the instructions of its host do not tell.
     flags = "" if "gpu" in machine else f", {', '.join(telling)}"
     gpu = f"{machine['gpu']}, {machine['gpu_memory_gib']} GiB, CUDA {version['cuda']}; " if "gpu" in machine else ""
-    commands = [result["command"], *(run["command"] for run in result.get("runs", {}).values())]
-    sources = [version["tmx_compile_sources"]]
-    sources += [run["tmx_compile_sources"] for run in result.get("runs", {}).values()]
-    # A file in parts: the last command is only one of those that made it.
-    different = list(dict.fromkeys(map(today, commands[1:] or commands)))
-    if len(different) > _MOST_COMMANDS:
-        whole = " ".join(different[0].split()[:4])
-        said = f"`{whole}` in {len(different)} calls (`--only`; the file names the call of each part)"
-    else:
-        said = ", ".join(f"`{command}`" for command in different)
+    used = f", {machine['threads']} threads" if threads else ""
     return (
-        f"{gpu}{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, {machine['memory_gib']} GiB"
-        f"{flags}. Python {version['python']}, torch {version['torch']}, "
-        f"transformers {version['transformers']}, tmx_compile {version['tmx_compile']} "
-        f"(sources {', '.join(dict.fromkeys(sources))}). {result['date']}, {said}, `benchmarks/results/{file}`."
+        f"{gpu}{machine['cpu']}, {machine['cores']} cores{used}, {machine['memory_gib']} GiB{flags}",
+        f"Python {version['python']}, torch {version['torch']}, transformers {version['transformers']}, "
+        f"tmx_compile {version['tmx_compile']}",
     )
+
+
+def commands(result: Fields) -> str:
+    """The commands that measured the file, as they are called today; of many, what they have in common."""
+    # A file in parts: the last command is only one of those that made it.
+    found = [run["command"] for run in result.get("runs", {}).values()] or [result["command"]]
+    different = list(dict.fromkeys(map(today, found)))
+    if len(different) <= _MOST_COMMANDS:
+        return ", ".join(f"`{command}`" for command in different)
+    whole = " ".join(different[0].split()[:4])
+    return f"`{whole}` in {len(different)} calls (`--only`; the file names the call of each part)"

@@ -26,13 +26,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--check", action="store_true", help="write nothing; fail where a page is out of date")
     options = parser.parse_args(arguments)
     folder = options.docs
-    page, pictures = page_benchmarks.generate(options.results)
+    page, pictures = page_benchmarks.generate(options.results, folder)
     pages = [(folder / page_benchmarks.PAGE, page)]
     if (quality := page_quality.generate(options.results)) is not None:
         pages.append((folder / page_quality.PAGE, quality[0]))
         pictures += quality[1]
-    if (tables := page_ascend.inserted(options.results, folder)) is not None:
-        pages.append(tables)
+    if (ascend := page_ascend.generate(options.results, folder)) is not None:
+        pages.append((folder / page_ascend.PAGE, ascend))
     if not options.check:
         folder.mkdir(parents=True, exist_ok=True)
         for path, text in pages:

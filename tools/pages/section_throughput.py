@@ -1,26 +1,23 @@
-"""The page's sections on tokens per second end to end."""
+"""The blocks on tokens per second end to end."""
 
 from __future__ import annotations
 
-from tools.pages.markdown import Fields, ms, table, times
+from tools.pages.markdown import Fields, ms, slashed, table, times
 
-_HEAD = ("batch x prompt", "variant", "prefill, s", "decode, s", "tokens/s, end to end", "decoding only", "cache, MiB")
+_HEAD = ("batch x prompt", "variant", "prefill, s", "tokens/s, end to end", "decoding only", "cache, MiB")
 
 
 def section(result: Fields) -> str:
+    """The smallest and the largest batch; what is in between is in the file."""
     settings, records = result["settings"], result["records"]
-    used = list(dict.fromkeys(r["variant"] for r in records))
-    geometry = "/".join(str(settings[n]) for n in ("num_sink_tokens", "sliding_window_size", "num_last_tokens"))
+    geometry = slashed([settings[n] for n in ("num_sink_tokens", "sliding_window_size", "num_last_tokens")])
+    batches = [r["batch"] for r in records]
+    ends = [r for r in records if r["batch"] in (min(batches), max(batches))]
     out = [
-        f"{settings['model']}, {settings['dtype']}; {settings['triangle_layers']} are triangle layers, geometry "
-        f"{geometry}. A prompt for each sequence of the batch, then {settings['new_tokens']} generated tokens for "
-        f"each. Prompts: {settings['prompts']}. Generated: {settings['generated']}. Sizes: {settings['sizes']}.",
-        "\n".join(f"- `{name}`: {settings[name]}." for name in used),
-        f"Calls: `{settings['calls']}`. Attention: {settings['attention']}. Tokens per second end to end: "
-        f"{settings['tokens_per_s']}. Cache: {settings['cache_mib']}. In brackets the speed against `dense` with "
-        "the same batch; more than 1x is faster.",
-        table(_HEAD, [_row(r) for r in records]),
-        _costs(records),
+        f"{settings['model']}, {settings['dtype']}; triangle layers: {settings['triangle_layers']}, {geometry}. "
+        f"{settings['new_tokens']} tokens follow each prompt.",
+        table(_HEAD, _rows(ends)),
+        _first_runs(records),
     ]
     if failed := [f"- `{r['variant']}`, {_workload(r)}: {r['failed']}" for r in records if r["failed"]]:
         out.append("Failed:\n\n" + "\n".join(failed))
@@ -35,10 +32,16 @@ def _workload(record: Fields) -> str:
     return f"{record['batch']} x {record['tokens']:,}"
 
 
+def _rows(records: list[Fields]) -> list[list[str]]:
+    """The batch and the prompt stand in the first of their rows."""
+    rows = [_row(r) for r in records]
+    return [row if i == 0 or rows[i - 1][0] != row[0] else ["", *row[1:]] for i, row in enumerate(rows)]
+
+
 def _row(record: Fields) -> list[str]:
     head = [_workload(record), f"`{record['variant']}`"]
     if record["failed"]:
-        return [*head, "failed", "", "", "", ""]
+        return [*head, "failed", "", "", ""]
 
     def against(text: str, ratio: float | None) -> str:
         return text if record["variant"] == "dense" or ratio is None else f"{text} ({times(ratio)})"
@@ -46,38 +49,30 @@ def _row(record: Fields) -> list[str]:
     return [
         *head,
         against(f"{record['prefill_s']:.3g}", record["prefill_ratio"]),
-        f"{record['decode_s']:.3g}",
         against(ms(record["tokens_per_s"]), record["ratio"]),
         against(ms(record["decode_tokens_per_s"]), record["decode_ratio"]),
-        f"{record['cache_prompt_mib']:,.0f}, {record['cache_mib']:,.0f}",
+        f"{record['cache_mib']:,.0f}",
     ]
 
 
-def _costs(records: list[Fields]) -> str:
-    rows = []
-    for r in records:
-        if not r["failed"]:
-            peak = "-" if r["peak_gib"] is None else f"{r['peak_gib']:.1f}"
-            counts = [str(r["compilations"]), str(r["recompiles"]), str(r["rounds"])]
-            like = f"{r['like_dense']:.0%}" if r["like_dense"] is not None else "-"
-            rows.append(
-                [_workload(r), f"`{r['variant']}`", f"{r['compile_s']:.0f}", *counts, peak, like, r["lowerings"]]
-            )
-    head = ["batch x prompt", "variant", "first run, s", "graphs compiled", "after the first run", "rounds"]
-    return (
-        "What is not in those times. The first run compiles; compile caches are shared, so later rows find what "
-        "earlier ones made. *As dense* is the share of greedy choices that are those of `dense`, each after the same "
-        "tokens.\n\n" + table([*head, "peak, GiB", "as dense", "lowerings"], rows)
-    )
+def _first_runs(records: list[Fields]) -> str:
+    """What is not in the times: compiling, and how often the greedy choice is another."""
+    said = []
+    for variant in dict.fromkeys(r["variant"] for r in records if not r["failed"]):
+        of = [r for r in records if r["variant"] == variant and not r["failed"]]
+        like = [r["like_dense"] for r in of if r["like_dense"] is not None]
+        agreed = f", {_span(like, '.0%')} alike" if like and variant != "dense" else ""
+        said.append(f"`{variant}` {_span([r['compile_s'] for r in of], '.0f')} s{agreed}")
+    return f"First run, and greedy choices that are those of `dense`: {'; '.join(said)}."
+
+
+def _span(values: list[float], form: str) -> str:
+    low, high = f"{min(values):{form}}", f"{max(values):{form}}"
+    return low if low == high else f"{low} to {high}"
 
 
 def _limits(records: list[Fields]) -> str:
-    """What the figures say about the two halves of the time."""
+    """The share of the time that triangle layers work on."""
     dense = [r for r in records if r["variant"] == "dense" and not r["failed"]]
     shares = [f"{r['prefill_s'] / (r['prefill_s'] + r['decode_s']):.0%} at {_workload(r)}" for r in dense]
-    return (
-        "**What limits it.** Triangle layers work on the prompt, streaming on what follows, and end to end each counts "
-        f"by its share of the time. Of `dense` the prompt takes {', '.join(shares)}. A decode step also reads every "
-        "weight, in all variants alike, and attention over the cache in the layers that stay dense. What streaming "
-        "decode costs in quality is a measurement of its own."
-    )
+    return f"Of `dense` the prompt takes {', '.join(shares)}."

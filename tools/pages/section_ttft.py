@@ -1,4 +1,4 @@
-"""The page's section on the time to first token of whole models."""
+"""The block on the time to first token of whole models."""
 
 from __future__ import annotations
 
@@ -9,22 +9,15 @@ from benchmarks.account import kernel_class
 from tools.pages.markdown import Fields, ms, percent, table
 
 
-def section(result: Fields, picture: str) -> str:
+def section(result: Fields) -> str:
+    """Every model: times by length, and where the dense ones go."""
     settings, records = result["settings"], result["records"]
     lengths = sorted({r["tokens"] for r in records})
-    out = [
-        f"Whole models with random weights, {settings['dtype']}, batch {settings['batch']}, through "
-        f"`torch.compile`; {settings['shapes']}. A call is `{settings['call']}`. `dense` is {settings['dense']}. "
-        f"`dense-causal` is {settings['dense-causal']}. Triangle is {settings['triangle']}. `+graphs` is "
-        f"{settings['graphs']}. Time: {settings['timing']}. In brackets how much of the time is saved, "
-        f"{settings['reduction']}.",
-        f"![Time to first token]({picture})",
-    ]
+    out = [f"{settings['dtype']}, batch {settings['batch']}. Seconds; in brackets the change {settings['reduction']}."]
     for model in dict.fromkeys(r["model"] for r in records):
         own = [r for r in records if r["model"] == model]
-        out.append(f"### {model}\n\n{_times(own, lengths)}\n\n{_costs(own)}")
-        if any(r["account"] for r in own):
-            out.append(_accounts(own))
+        out.append(f"### {model}\n\n{_times(own, lengths)}")
+        out += [text for text in (_others(own), _account(own), _failed(own)) if text]
     if missing := [f"`{part}`" for part in ttft.names(False) if part not in {r["part"] for r in records}]:
         out.append(f"Not measured yet, by part of the case: {', '.join(missing)}.")
     return "\n\n".join(out)
@@ -32,12 +25,21 @@ def section(result: Fields, picture: str) -> str:
 
 def _times(records: list[Fields], lengths: list[int]) -> str:
     rows = []
-    for variant in dict.fromkeys(r["variant"] for r in records):
+    for variant in dict.fromkeys(r["variant"] for r in records if "+" not in r["variant"]):
         of = {r["tokens"]: r for r in records if r["variant"] == variant}
         some = next(iter(of.values()))
         sparse = f"{some['triangle_layers']} of {some['layers']}"
         rows.append([f"`{variant}`", sparse, *(_cell(of.get(tokens)) for tokens in lengths)])
-    return table(["variant, seconds", "triangle layers", *(f"{tokens:,}" for tokens in lengths)], rows)
+    return table(["variant", "triangle layers", *(f"{tokens:,}" for tokens in lengths)], rows)
+
+
+def _others(records: list[Fields]) -> str:
+    """The variants with a mask or CUDA graphs at their longest, without a row of their own."""
+    said = []
+    for variant in dict.fromkeys(r["variant"] for r in records if "+" in r["variant"]):
+        longest = max((r for r in records if r["variant"] == variant), key=lambda r: r["tokens"])
+        said.append(f"`{variant}` {_cell(longest)} at {longest['tokens']:,}")
+    return f"With a mask or CUDA graphs, at the longest: {'; '.join(said)}." if said else ""
 
 
 def _cell(record: Fields | None) -> str:
@@ -52,46 +54,26 @@ def _cell(record: Fields | None) -> str:
     return f"{record['ms'] / 1e3:.3g}{saved}"
 
 
-def _costs(records: list[Fields]) -> str:
-    rows = []
-    for variant in dict.fromkeys(r["variant"] for r in records):
-        of = [r for r in records if r["variant"] == variant]
-        peaks = [r for r in of if r["peak_gib"] is not None]
-        longest = max(peaks, key=lambda r: r["tokens"], default=None)
-        compiled = next((r["compile_s"] for r in of if r["compile_s"] is not None), None)
-        rows.append(
-            [
-                f"`{variant}`",
-                "-" if longest is None else f"{longest['peak_gib']:.1f} at {longest['tokens']:,}",
-                "-" if compiled is None else f"{compiled:.0f}",
-                str(max(r["compilations"] for r in of)),
-                of[-1]["lowerings"],
-            ]
-        )
+def _failed(records: list[Fields]) -> str:
     failed = [f"- `{r['variant']}` at {r['tokens']:,} tokens: {r['failed']}" for r in records if r["failed"]]
-    return table(["variant", "peak memory, GiB", "compile, s", "graphs compiled", "lowerings"], rows) + (
-        "\n\nFailed:\n\n" + "\n".join(failed) if failed else ""
-    )
+    return "Failed:\n\n" + "\n".join(failed) if failed else ""
 
 
-def _accounts(records: list[Fields]) -> str:
-    rows = []
-    for r in records:
-        if not r["account"]:
-            continue
-        spent = _by_class(r["account"])
-        shares = " | ".join(ms(spent[kind]) for kind in ("attention", "matmul", "other"))
-        rows.append(f"`{r['variant']}` | {r['tokens']:,} | {ms(r['ms'])} | {shares} | {r['account']['kernels']:,}")
+def _account(records: list[Fields]) -> str:
+    """Where the time of dense attention goes, and what can be saved of it."""
+    dense = next((r for r in records if r["account"] and r["geometry"] is None), None)
+    if dense is None:
+        return ""
+    spent = _by_class(dense["account"])
     limits = [
-        f"- `{r['variant']}`, {r['tokens']:,} tokens: {percent(r['reduction'])} reached; "
-        f"{percent(r['limit_reduction'])} if its {r['triangle_layers']} triangle layers cost only the floor."
+        f"`{r['variant']}` {percent(r['reduction'])} of {percent(r['limit_reduction'])}"
         for r in records
         if r["limit_reduction"] is not None and r["ms"]
     ]
     return (
-        "Where the time goes, milliseconds of GPU kernels in one call by the profiler:\n\n"
-        + table(["variant", "tokens", "time", "attention", "matrix products", "other", "kernels"], rows)
-        + ("\n\n**What limits it.** " + _LIMIT + "\n\n" + "\n".join(limits) if limits else "")
+        f"Of the {ms(dense['ms'])} ms of `{dense['variant']}` at {dense['tokens']:,} tokens attention takes "
+        f"{ms(spent['attention'])}, matrix products {ms(spent['matmul'])}, the rest {ms(spent['other'])}."
+        + (f" Saved, of what would be if triangle layers cost only the floor: {', '.join(limits)}." if limits else "")
     )
 
 
@@ -102,9 +84,3 @@ def _by_class(account: dict[str, Any]) -> dict[str, float]:
         spent[stored] -= took
         spent[kernel_class(name)] += took
     return spent
-
-
-_LIMIT = (
-    "The layers that stay dense keep their attention, and every layer its matrix products. The time saved, and the "
-    "most that arithmetic allows:"
-)
