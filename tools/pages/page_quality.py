@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tools.pages import section_recall
+from tools.pages import drawing, section_recall
 from tools.pages.markdown import Fields, slashed, table
-from tools.pages.pictures import Picture, grid
+from tools.pages.pictures import Picture
 from tools.pages.results import load, origin, training
 
 PAGE = "quality.md"
@@ -380,32 +380,52 @@ def _method(found: Results) -> str:
 
 
 def pictures(result: Fields) -> list[Picture]:
+    """What the choice of layers costs, and whether retrieval and copying survive it, where each shows most."""
     found = Results.of(result)
-    panels: dict[str, dict[str, list[list[float]]]] = {}
-    tasks: dict[str, dict[str, list[list[float]]]] = {}
-    for r in found.plain:
-        title, name = _at((r["prompt"], r["geometry"])), "random" if r["policy"] in _RANDOM else r["policy"]
+    return [_divergence(found), _answered(found)]
+
+
+def _divergence(found: Results) -> Picture:
+    """Of the place with the most cells; the longest prompt of these."""
+    place = max(found.places, key=lambda p: (len(found.where(prompt=p[0], geometry=list(p[1]))), p[0]))
+    lines: dict[str, list[list[float]]] = {}
+    for r in found.where(prompt=place[0], geometry=list(place[1])):
+        name = "random" if r["policy"] in _RANDOM else r["policy"]
         if name != "all":
-            panels.setdefault(title, {}).setdefault(name, []).append([r["count"], r["kl_final"][0]])
-        if r["policy"] == "deepest":
-            for task in ("needle", "copy"):
-                line = tasks.setdefault(title, {}).setdefault(task, [[0, r[f"{task}_dense"]]])
-                line.append([r["count"], r[task][0]])
-    return [Picture(PICTURES[0], panels, _draw_divergence), Picture(PICTURES[1], tasks, _draw_tasks)]
+            lines.setdefault(name, []).append([r["count"], r["kl_final"][0]])
+    data = {
+        "title": f"The first layers cost most ({_at(place)})",
+        "x": f"sparse layers of {_layers(found)}",
+        "y": "KL to dense, nats",
+        "scales": ["linear", "log"],
+        "named": "apart",
+        "lines": [
+            [name, sorted(points), "points" if name == "random" else "solid", i]
+            for i, (name, points) in enumerate(lines.items())
+        ],
+    }
+    return Picture(PICTURES[0], data, drawing.lines)
 
 
-def _draw_divergence(drawn: Any, panels: dict[str, dict[str, list[list[float]]]]) -> None:
-    for axes, lines in grid(drawn, panels):
-        for name, points in lines.items():
-            style = "kx" if name == "random" else "-o"
-            axes.plot(*zip(*sorted(points), strict=True), style, label=name, markersize=3)
-        axes.set_yscale("log")
-        axes.set_ylabel("KL to dense, nats")
-
-
-def _draw_tasks(drawn: Any, panels: dict[str, dict[str, list[list[float]]]]) -> None:
-    for axes, lines in grid(drawn, panels):
-        for name, points in lines.items():
-            axes.plot(*zip(*sorted(points), strict=True), "-o", label=name, markersize=3)
-        axes.set_ylim(-0.02, 1.02)
-        axes.set_ylabel("right, deepest layers sparse")
+def _answered(found: Results) -> Picture:
+    """Of the place where any choice loses most answers."""
+    tasks = ("needle", "copy")
+    worst = max(found.plain, key=lambda r: sum(r[f"{task}_dense"] - r[task][0] for task in tasks))
+    place = (worst["prompt"], tuple(worst["geometry"]))
+    lines: dict[str, list[list[float]]] = {}
+    for r in found.where(prompt=place[0], geometry=list(place[1])):
+        for task in tasks if r["policy"] in ("deepest", "first") else ():
+            line = lines.setdefault(f"{task}, {r['policy']}", [[0, r[f"{task}_dense"]]])
+            line.append([r["count"], r[task][0]])
+    data = {
+        "title": f"The deepest layers are not needed to find and copy ({_at(place)})",
+        "x": f"sparse layers of {_layers(found)}",
+        "y": "right answers",
+        "scales": ["linear", "share"],
+        "named": "ends",
+        "lines": [
+            [name, points, "dashed" if name.endswith("first") else "solid", tasks.index(name.partition(",")[0])]
+            for name, points in lines.items()
+        ],
+    }
+    return Picture(PICTURES[1], data, drawing.lines)

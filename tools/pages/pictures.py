@@ -1,6 +1,7 @@
-"""The page's pictures, as SVG.
+"""Pictures, as SVG, and what those of docs/benchmarks.md show.
 
-What is drawn is hashed into the file, so that the check does not depend on the drawing library's version.
+What is drawn, and the code that draws it, are hashed into the file, so that the check does not depend on the version of
+the drawing library.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tools.pages.markdown import slashed
+from tools.pages import drawing
+from tools.pages.markdown import percent, slashed
 
 _DIGEST = re.compile(r"data sha256 ([0-9a-f]{64})")
 
@@ -23,14 +25,16 @@ class Picture:
 
     def __init__(self, file: str, data: Any, draw: Callable[[Any, Any], None]) -> None:
         self.file = file
-        self._data, self._draw = data, draw
+        self.data, self.draw = data, draw
 
     @property
     def digest(self) -> str:
-        return hashlib.sha256(json.dumps([self._draw.__name__, self._data]).encode()).hexdigest()
+        """Of the data and of the style."""
+        style = Path(drawing.__file__).read_text(encoding="utf-8")
+        return hashlib.sha256(json.dumps([self.draw.__name__, self.data, style]).encode()).hexdigest()
 
     def is_current(self, folder: Path) -> bool:
-        """Whether the stored picture shows this data."""
+        """Whether the stored picture shows this data in this style."""
         path = folder / self.file
         match = _DIGEST.search(path.read_text(encoding="utf-8")) if path.is_file() else None
         return match is not None and match[1] == self.digest
@@ -40,9 +44,9 @@ class Picture:
         import matplotlib
         from matplotlib.figure import Figure
 
-        with matplotlib.rc_context({"svg.hashsalt": "tmx", "svg.fonttype": "none", "font.size": 9}):
-            figure = Figure(layout="constrained")
-            self._draw(figure, self._data)
+        with matplotlib.rc_context(drawing.STYLE):
+            figure = Figure()
+            self.draw(figure, self.data)
             about = {"Date": None, "Description": f"data sha256 {self.digest}"}
             drawn = io.StringIO()
             figure.savefig(drawn, format="svg", metadata=about)
@@ -52,72 +56,50 @@ class Picture:
         (folder / self.file).write_text(text, encoding="utf-8")
 
 
-def grid(drawn: Any, panels: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
-    """Axes for each panel of numbers of sparse layers, with what it holds; three in a row."""
-    columns = min(3, len(panels))
-    rows = -(-len(panels) // columns)
-    drawn.set_size_inches(3.4 * columns + 0.4, 2.8 * rows)
-    for i, (title, lines) in enumerate(panels.items()):
-        axes = drawn.add_subplot(rows, columns, i + 1)
-        axes.set_title(title, fontsize=8)
-        axes.set_xlabel("sparse layers")
-        axes.grid(alpha=0.3)
-        yield axes, lines
-        axes.legend(fontsize=7)
-
-
 def operator(result: Any, file: str) -> Picture:
-    """Milliseconds against tokens: dense, each lowering and the floor, a panel for each dtype and geometry."""
-    panels: dict[str, dict[str, list[list[float]]]] = {}
+    """How many times faster than dense the fastest lowering is, by tokens; a line for each dtype and geometry."""
+    several = len(result["settings"]["dtypes"]) > 1
+    ours = result["settings"]["lowerings"]
+    best: dict[str, dict[int, float]] = {}
     for r in result["records"]:
-        lines = panels.setdefault(f"{r['dtype']}, {slashed(r['geometry'])}", {})
-        for name, value in (("dense", r["dense_ms"]), ("floor", r["floor_ms"]), (r["lowering"], r["ms"])):
-            point = [r["n"], value]
-            if value is not None and point not in lines.setdefault(name, []):
-                lines[name].append(point)
-    return Picture(file, panels, _draw_lines)
+        if r["speedup"] is not None and r["lowering"] in ours:
+            line = best.setdefault(slashed(r["geometry"]) + (f", {r['dtype']}" if several else ""), {})
+            line[r["n"]] = max(r["speedup"], line.get(r["n"], 0.0))
+    lengths = sorted({n for line in best.values() for n in line})
+    data = {
+        "title": "One attention layer: the longer the prompt, the more is saved",
+        "x": "tokens",
+        "y": "times faster than dense",
+        "scales": ["log", "log"],
+        "named": "ends",
+        "lines": [
+            *([name, sorted(map(list, line.items())), "solid", i] for i, (name, line) in enumerate(best.items())),
+            ["dense", [[n, 1.0] for n in lengths], "rule", 0],
+        ],
+    }
+    return Picture(file, data, drawing.lines)
 
 
 def ttft(result: Any, file: str) -> Picture:
-    """Seconds of each variant that was run without a mask and without CUDA graphs, a panel for each model."""
-    panels: dict[str, dict[str, list[list[float]]]] = {}
-    for r in result["records"]:
-        if r["ms"] is not None and not r["mask"] and not r["graphs"]:
-            panels.setdefault(r["model"], {}).setdefault(r["variant"], []).append([r["tokens"], r["ms"] / 1e3])
-    return Picture(file, panels, _draw_bars)
-
-
-def _draw_lines(figure: Any, panels: dict[str, dict[str, list[list[float]]]]) -> None:
-    columns = 3 if len(panels) % 3 == 0 else min(2, len(panels))
-    rows = -(-len(panels) // columns)
-    figure.set_size_inches(3.2 * columns + 0.4, 2.8 * rows)
-    for i, (title, lines) in enumerate(panels.items()):
-        axes = figure.add_subplot(rows, columns, i + 1)
-        for name, points in lines.items():
-            style = {"dense": "k-o", "floor": "k:"}.get(name, "-o")
-            axes.plot(*zip(*sorted(points), strict=True), style, label=name, markersize=3)
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        axes.set_title(title)
-        axes.set_xlabel("tokens")
-        axes.set_ylabel("milliseconds")
-        axes.legend(fontsize=7)
-        axes.grid(alpha=0.3)
-
-
-def _draw_bars(figure: Any, panels: dict[str, dict[str, list[list[float]]]]) -> None:
-    figure.set_size_inches(4.6 * len(panels), 3.2)
-    for i, (title, bars) in enumerate(panels.items()):
-        axes = figure.add_subplot(1, len(panels), i + 1)
-        lengths = sorted({tokens for points in bars.values() for tokens, _ in points})
-        width = 0.8 / len(bars)
-        for number, (name, points) in enumerate(bars.items()):
-            at = [lengths.index(tokens) + number * width for tokens, _ in points]
-            axes.bar(at, [seconds for _, seconds in points], width, label=name)
-        axes.set_xticks([x + 0.4 - width / 2 for x in range(len(lengths))], [f"{n:,}" for n in map(int, lengths)])
-        axes.set_yscale("log")
-        axes.set_title(title)
-        axes.set_xlabel("tokens")
-        axes.set_ylabel("seconds to first token")
-        axes.legend(fontsize=7)
-        axes.grid(axis="y", alpha=0.3)
+    """Seconds at the longest prompt, of the best dense variant and the first triangle one of each model."""
+    timed = [r for r in result["records"] if r["ms"] is not None and not r["mask"] and not r["graphs"]]
+    longest = max(r["tokens"] for r in timed)
+    groups = []
+    for model in dict.fromkeys(r["model"] for r in timed):
+        own = [r for r in timed if (r["model"], r["tokens"]) == (model, longest)]
+        dense = min((r for r in own if r["geometry"] is None), key=lambda r: r["ms"], default=None)
+        sparse = next((r for r in own if r["geometry"] is not None), None)
+        if dense is None or sparse is None:
+            continue
+        name = f"{sparse['triangle_layers']} of {sparse['layers']} layers sparse"
+        groups.append(
+            [
+                model,
+                [
+                    ["dense", dense["ms"] / 1e3, f"{dense['ms'] / 1e3:.1f} s"],
+                    [name, sparse["ms"] / 1e3, f"{sparse['ms'] / 1e3:.1f} s ({percent(-sparse['reduction'], '+')})"],
+                ],
+            ]
+        )
+    data = {"title": f"Time to first token, a prompt of {longest:,} tokens", "x": "seconds", "groups": groups}
+    return Picture(file, data, drawing.bars)
