@@ -44,7 +44,8 @@ class Picture:
         import matplotlib
         from matplotlib.figure import Figure
 
-        with matplotlib.rc_context(drawing.STYLE):
+        style: Any = drawing.STYLE
+        with matplotlib.rc_context(style):
             figure = Figure()
             self.draw(figure, self.data)
             about = {"Date": None, "Description": f"data sha256 {self.digest}"}
