@@ -24,6 +24,7 @@ ORDER = [
     "find",
     "proof",
     "lowering",
+    "layers",
     "request",
     "passes",
     "compilers",

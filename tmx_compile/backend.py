@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from torch.fx import GraphModule
 
 from tmx_compile.compilers import torchair
@@ -17,6 +18,7 @@ from tmx_compile.config.prices import first_n_message, streaming_message
 from tmx_compile.errors import LoweringError
 from tmx_compile.graph.copies import copy_graph
 from tmx_compile.graph.nodes import value_of
+from tmx_compile.layers import Watch, hand_over
 from tmx_compile.legacy.inference import TriangleMixInferenceConfig
 from tmx_compile.passes import pipeline
 from tmx_compile.passes.lengths import Prompt, dispatch, hint
@@ -24,8 +26,9 @@ from tmx_compile.passes.one_row import one_row_chunk
 from tmx_compile.passes.plan import Plan
 from tmx_compile.passes.range_guards import RangeGuards
 from tmx_compile.passes.record import records
+from tmx_compile.passes.settle import missed
 from tmx_compile.proof.constants import watched
-from tmx_compile.report import Report
+from tmx_compile.report import Reason, Report
 from tmx_compile.request import INDUCTOR, TORCHAIR, Host, Options, Request, takes
 from tmx_compile.version import __version__, package_fingerprint
 
@@ -51,6 +54,7 @@ class TmxBackend:
         self,
         config: TriangleMixConfig | TriangleMixInferenceConfig,
         *,
+        model: nn.Module | None = None,
         report: Report | None = None,
         **options: Unpack[Options],
     ) -> None:
@@ -60,6 +64,10 @@ class TmxBackend:
         if self.request.target == "ascend":
             torchair.check_config(self.request.compiler_config)
         self.report = Report() if report is None else report
+        self._handed_over = model is not None
+        if model is not None and self.request.config is not None:
+            watch = Watch(self.report, self.request.config.min_seq_len, self.request.strict)
+            hand_over(model, self.request.config, watch)
         _warn(self.request, config)
 
     @property
@@ -89,7 +97,29 @@ class TmxBackend:
         compiled, plan = self._compile(gm, host, compiler, example_inputs)
         # Only now: Dynamo may abandon a compilation half way and start again.
         self.report.add_graph(records(plan, self.report.graphs), plan.notes)
+        self._warn_if_dense(plan)
         return compiled if one_row is None else one_row.beside(compiled)
+
+    def _warn_if_dense(self, plan: Plan) -> None:
+        """Say once where every layer that was to go sparse stays dense for a long prompt, and why the first does."""
+        dense = [] if plan.triangle else list(missed(plan, by_hint=True))
+        if not dense:
+            return
+        first = dense[0]
+        paths = ", ".join(dict.fromkeys(item.layer.path or item.node.name for item in dense[:3]))
+        text = (
+            f"no attention of a graph for a long prompt went sparse: {paths}{', ...' if len(dense) > 3 else ''}: "
+            f"{first.why} ({'' if first.why is None else first.why.reason.name}: docs/reasons.md)"
+        )
+        if first.why is not None and first.why.reason is Reason.LAYER_UNKNOWN:
+            text += (
+                "; a graph break inside the attention module? TORCH_LOGS=graph_breaks"
+                if self._handed_over
+                else "; hand the model over: tmx_backend(config, model=model)"
+            )
+        if text not in self.report.notes:
+            self.report.notes.append(text)
+            warnings.warn(text, stacklevel=2)
 
     def _compile(
         self, gm: GraphModule, host: Host, compiler: Compiler, example_inputs: Sequence[Any]
@@ -162,7 +192,11 @@ class TmxBackend:
 
 @takes(Options)
 def tmx_backend(
-    config: TriangleMixConfig | TriangleMixInferenceConfig, *, report: Report | None = None, **options: Unpack[Options]
+    config: TriangleMixConfig | TriangleMixInferenceConfig,
+    *,
+    model: nn.Module | None = None,
+    report: Report | None = None,
+    **options: Unpack[Options],
 ) -> TmxBackend:
     """A backend for ``torch.compile(model, backend=tmx_backend(config))``.
 
@@ -174,6 +208,10 @@ def tmx_backend(
         assume_causal: your word that a mask which only the run can tell (a 4-D mask handed to the model) is causal
             and-ed with a padding mask, and that row positions handed to the model are consecutive. It is checked when
             the compiled model runs: a broken promise raises ``ValueError`` (on an accelerator, a device assertion).
+        model: the model that will be compiled with it, or the decoder inside. Each of its attention modules then
+            carries what it is to be: layers compiled one by one, behind hooks or after graph breaks are placed, by two
+            kinds of graphs and not one a layer, and a triangle layer that runs uncompiled on a long prompt warns (or
+            raises, if strict). Without it a layer is known by its path in a graph of the whole model.
         report: a report to fill; a new one by default, found as ``backend.report``.
         target: what compiles the graphs. "inductor"; "ascend", torchair; "auto" takes torchair for graphs on an NPU.
         compiler_config: a ``torchair.CompilerConfig`` for the target "ascend" (its ``mode`` chooses GE graphs, the
@@ -191,7 +229,7 @@ def tmx_backend(
     Warns:
         UserWarning: the configuration selects no layer, or the first n layers; what ``decode="streaming"`` costs.
     """
-    return TmxBackend(config, report=report, **options)
+    return TmxBackend(config, model=model, report=report, **options)
 
 
 def tmx(

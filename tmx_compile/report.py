@@ -71,7 +71,8 @@ class SiteRecord:
 
     Shapes hold the lengths that compilation saw (the hints, where a length is dynamic, which ``dynamic`` tells). Pairs
     are (row, key) pairs of one sequence without padding and one head. ``decision`` is "dense", "triangle", or
-    "streaming" (a decode step that attends to sinks and window).
+    "streaming" (a decode step that attends to sinks and window). ``layer`` is None where the trace names none;
+    ``layers`` are then those that share the graph, as far as the model was handed over to the backend.
     """
 
     graph: int
@@ -88,15 +89,25 @@ class SiteRecord:
     lowering: str
     attended_pairs: int
     causal_pairs: int
+    layers: tuple[int, ...] = ()
 
 
 @dataclass
 class Report:
-    """Every site of every graph that a backend has compiled, in order; ``notes`` are remarks about a whole graph."""
+    """Every site of every graph that a backend has compiled, in order.
+
+    Attributes:
+        sites: one record per site and graph.
+        notes: remarks about a whole graph.
+        graphs: how many graphs were compiled.
+        uncompiled: calls of triangle layers of a model that was handed over, on long prompts, outside every compiled
+            graph, and so dense.
+    """
 
     sites: list[SiteRecord] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     graphs: int = 0
+    uncompiled: int = 0
 
     def __iter__(self) -> Iterator[SiteRecord]:
         return iter(self.sites)
@@ -159,7 +170,7 @@ class Report:
             table.add_row(
                 str(site.graph),
                 site.path or "?",
-                "?" if site.layer is None else str(site.layer),
+                _spans(site.layers or (() if site.layer is None else (site.layer,))),
                 *sizes,
                 site.decision,
                 site.lowering,
@@ -168,9 +179,24 @@ class Report:
             )
         return table
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Report:
+        # Whoever copies a backend, as generate does with its settings, still compiles for the one that the user holds.
+        return self
+
     def __str__(self) -> str:
         console = Console(width=160, record=True, file=io.StringIO(), color_system=None)
         console.print(self.table(shapes=True))
         for note in self.notes:
             console.print(f"note: {note}")
         return console.export_text()
+
+
+def _spans(layers: Sequence[int]) -> str:
+    """Numbers of layers, runs of them shortened; "?" for none."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs) or "?"

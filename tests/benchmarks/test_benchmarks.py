@@ -90,7 +90,10 @@ def test_a_quick_run_writes_valid_records(tmp_path):
     ("module", "cases"),
     [
         ("benchmarks.run", "operator, ttft, throughput"),
-        ("studies.run", "first_n, calibration, quality, recall, pass_cost, prefill_memory, kv_cache, million, stages"),
+        (
+            "studies.run",
+            "first_n, calibration, quality, recall, pass_cost, prefill_memory, kv_cache, million, stages, training",
+        ),
     ],
 )
 def test_an_unknown_case_is_refused_with_the_known_ones(module, cases):

@@ -17,6 +17,7 @@ MOVED = {
     "benchmarks.run quality": "studies.run quality",
     "benchmarks.run recall": "studies.run recall",
     "benchmarks.run stages": "studies.run stages",
+    "benchmarks.run training": "studies.run training",
     "benchmarks.recall_model": "studies.recall_model",
 }
 """Commands that stored results were measured by, and what the same code is called now."""
