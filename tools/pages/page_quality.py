@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from tools.pages import drawing, section_recall
+from tools.pages import section_recall
 from tools.pages.markdown import Fields, slashed, table
 from tools.pages.pictures import Picture
+from tools.pages.quality_cells import PICTURES, RANDOM, Results, pictures, told
 from tools.pages.results import load, origin, training
 
 PAGE = "quality.md"
 FILES = ("quality_cuda.json", "quality.json")
 """The first that is there is shown: a GPU has time for more items and cells."""
-PICTURES = ("quality-layers.svg", "quality-tasks.svg")
 BUDGETS = (0.003, 0.01)
 _RANKED = ("gradient", "direct", "deepest")
-_RANDOM = ("random0", "random1", "random2")
 
 INTRO = """# Quality: what sparse layers cost
 
@@ -32,37 +29,6 @@ what your own model loses, `tmx evaluate` and `tmx advise` measure
 """
 
 Figure = Sequence[float]
-
-
-@dataclass(frozen=True)
-class Results:
-    """The cells of a result file."""
-
-    settings: Fields
-    records: Sequence[Fields]
-
-    @classmethod
-    def of(cls, result: Fields) -> Results:
-        return cls(result["settings"], [r for r in result["records"] if not r["part"].startswith("ranking/")])
-
-    @property
-    def plain(self) -> list[Fields]:
-        """Cells with dense decoding, ablations apart."""
-        return [r for r in self.records if r["decode"] == "dense" and not r["part"].endswith(("/ablations", "/turns"))]
-
-    def where(self, **wanted: Any) -> list[Fields]:
-        """The plain cells with these fields."""
-        return [r for r in self.plain if all(r[name] == value for name, value in wanted.items())]
-
-    @property
-    def places(self) -> list[tuple[int, tuple[int, ...]]]:
-        """The (prompt, geometry) pairs of the plain cells, in order."""
-        return list(dict.fromkeys((r["prompt"], tuple(r["geometry"])) for r in self.plain))
-
-    @property
-    def geometries(self) -> list[tuple[int, ...]]:
-        """The geometries of the plain cells, in order."""
-        return list(dict.fromkeys(geometry for _, geometry in self.places))
 
 
 def generate(folder: Path) -> tuple[str, list[Picture]] | None:
@@ -114,7 +80,7 @@ def short(found: Results) -> str:
             most = {p: _most(found, (p, g), budget)[0] for p, g in found.places if g == geometry}
             said.append(f"{slashed(geometry)}: {_list(most.values())} at {_list(f'{p:,}' for p in most)} tokens")
         # Both intervals, of the prompt's last tokens and of what follows, by the best of the three ranked policies.
-        text = f"Free within {budget:.1%} perplexity (upper ends of the intervals), of {_layers(found)} layers"
+        text = f"Free within {budget:.1%} perplexity (upper ends of the intervals), of {found.layers} layers"
         lines.append(f"{text}, with {'; '.join(said)}.")
     lines += [_presets(found), _worst(found)]
     return "\n".join(f"- {line}" for line in lines if line)
@@ -125,18 +91,9 @@ def _list(items: Iterable[object]) -> str:
     return f"{', '.join(most)} and {last}" if most else last
 
 
-def _layers(found: Results) -> int:
-    return int(found.settings["layers"])
-
-
-def _at(place: tuple[int, tuple[int, ...]]) -> str:
-    prompt, geometry = place
-    return f"{prompt:,} tokens with {slashed(geometry)}"
-
-
 _RIVALS = {
-    "gradient": (("first n", ("first",)), ("deepest n", ("deepest",)), ("direct", ("direct",)), ("", _RANDOM)),
-    "direct": (("first n", ("first",)), ("deepest n", ("deepest",)), ("", _RANDOM)),
+    "gradient": (("first n", ("first",)), ("deepest n", ("deepest",)), ("direct", ("direct",)), ("", RANDOM)),
+    "direct": (("first n", ("first",)), ("deepest n", ("deepest",)), ("", RANDOM)),
 }
 _CHOSEN = {
     "gradient": "Layers chosen by gradient have a lower divergence (KL, last tokens), where the choices differ, than",
@@ -175,7 +132,7 @@ def _upper(record: Fields) -> float:
 
 def _presets(found: Results) -> str:
     """A calibrated choice of the share of layers that the published presets have, beside the layers they take."""
-    count = round(0.3 * _layers(found))
+    count = round(0.3 * found.layers)
     said = []
     for geometry in found.geometries:
         like = {"geometry": list(geometry), "count": count}
@@ -187,7 +144,7 @@ def _presets(found: Results) -> str:
         return ""
     return (
         f"The published presets make about 30% of the layers sparse, and `num_triangle_layers` takes the first ones. "
-        f"Perplexity with {count} of {_layers(found)}, over the lengths, with " + "; ".join(said) + "."
+        f"Perplexity with {count} of {found.layers}, over the lengths, with " + "; ".join(said) + "."
     )
 
 
@@ -201,14 +158,14 @@ _NAMES = (("gradient", "by gradient"), ("direct", "by divergence"), ("deepest", 
 
 def _worst(found: Results) -> str:
     """Where retrieval or copying suffers most with the deepest or calibrated half."""
-    half = _layers(found) // 2
+    half = found.layers // 2
     cells = [r for p in _RANKED for r in found.where(policy=p, count=half)]
     said = []
     for task in ("needle", "copy"):
         losses = [(r[f"{task}_dense"] - r[task][0], r) for r in cells if r[f"{task}_dense"] > 0]
         if losses:
             loss, r = max(losses, key=lambda pair: pair[0])
-            where = _at((r["prompt"], r["geometry"]))
+            where = told((r["prompt"], r["geometry"]))
             name = {"needle": "needle retrieval", "copy": "copying"}[task]
             said.append(
                 f"{name} falls most from {r[f'{task}_dense']:.0%} to {r[task][0]:.0%} ({r['policy']}, {where})"
@@ -220,7 +177,7 @@ def _worst(found: Results) -> str:
 
 def _shares(found: Results) -> tuple[int, int]:
     """The numbers of layers that the tables show: the share of the published presets, and half."""
-    return round(0.3 * _layers(found)), _layers(found) // 2
+    return round(0.3 * found.layers), found.layers // 2
 
 
 def _which(found: Results) -> str:
@@ -231,7 +188,7 @@ def _which(found: Results) -> str:
             cells = {r["policy"]: r for r in own if r["count"] == count}
             if not cells:
                 continue
-            drawn = [cells[name]["ppl_final"][0] for name in _RANDOM if name in cells]
+            drawn = [cells[name]["ppl_final"][0] for name in RANDOM if name in cells]
             rows.append(
                 [
                     f"{prompt:,}",
@@ -244,7 +201,7 @@ def _which(found: Results) -> str:
                 ]
             )
         everything += [r["ppl_final"][0] for r in own if r["policy"] == "all"]
-    last = f" All {_layers(found)} layers sparse: {_span(everything)}." if everything else ""
+    last = f" All {found.layers} layers sparse: {_span(everything)}." if everything else ""
     most = max((r["count"] for p in _RANKED for r in found.where(policy=p)), default=0)
     if most > _shares(found)[1]:
         costs = [r["ppl_final"][0] for p in _RANKED for r in found.where(policy=p, count=most)]
@@ -252,7 +209,7 @@ def _which(found: Results) -> str:
     head = [
         "tokens",
         "geometry",
-        f"layers of {_layers(found)}",
+        f"layers of {found.layers}",
         "gradient",
         "direct",
         "deepest",
@@ -302,10 +259,10 @@ def _tasks(found: Results) -> str:
         rows.append([*row, *(_answers(cells[p]) if p in cells else "" for p in (*_RANKED, "first", "all"))])
     if not rows:
         return ""
-    head = ["tokens", "geometry", "dense", *_RANKED, "first", f"all {_layers(found)}"]
+    head = ["tokens", "geometry", "dense", *_RANKED, "first", f"all {found.layers}"]
     return (
         f"Needle: {found.settings['needle']}. Copy: {found.settings['copy']}. Both decoded densely with {half} of "
-        f"{_layers(found)} layers sparse; right answers, needle/copy.\n\n{table(head, rows)}\n\n"
+        f"{found.layers} layers sparse; right answers, needle/copy.\n\n{table(head, rows)}\n\n"
         f"![tasks by number of layers]({PICTURES[1]})"
     )
 
@@ -325,7 +282,7 @@ def _streaming(found: Results) -> str:
         own = {r["count"]: r for r in cells if _is(r, prompt, geometry) and r["policy"] == policy}
         shown = (f"{own[n]['ppl_following'][0]:+.1%} ({_answers(own[n])})" if n in own else "" for n in counts)
         rows.append([f"{prompt:,}", slashed(geometry), policy, *shown])
-    head = ["tokens", "geometry", "policy", *(f"{n} of {_layers(found)} layers" for n in counts)]
+    head = ["tokens", "geometry", "policy", *(f"{n} of {found.layers} layers" for n in counts)]
     return (
         '`decode="streaming"` and `StreamingCache`: tokens after the prompt see sinks and window alone in the sparse '
         "layers ([serving.md](serving.md)). Perplexity of what follows the prompt, in brackets needle/copy (dense: "
@@ -377,55 +334,3 @@ def _method(found: Results) -> str:
         f"the prompt: {s['following_by']}. Intervals: {s['interval']}; they cover the choice of items, not of texts of "
         "another kind or of another model."
     )
-
-
-def pictures(result: Fields) -> list[Picture]:
-    """What the choice of layers costs, and whether retrieval and copying survive it, where each shows most."""
-    found = Results.of(result)
-    return [_divergence(found), _answered(found)]
-
-
-def _divergence(found: Results) -> Picture:
-    """Of the place with the most cells; the longest prompt of these."""
-    place = max(found.places, key=lambda p: (len(found.where(prompt=p[0], geometry=list(p[1]))), p[0]))
-    lines: dict[str, list[list[float]]] = {}
-    for r in found.where(prompt=place[0], geometry=list(place[1])):
-        name = "random" if r["policy"] in _RANDOM else r["policy"]
-        if name != "all":
-            lines.setdefault(name, []).append([r["count"], r["kl_final"][0]])
-    data = {
-        "title": f"The first layers cost most ({_at(place)})",
-        "x": f"sparse layers of {_layers(found)}",
-        "y": "KL to dense, nats",
-        "scales": ["linear", "log"],
-        "named": "apart",
-        "lines": [
-            [name, sorted(points), "points" if name == "random" else "solid", i]
-            for i, (name, points) in enumerate(lines.items())
-        ],
-    }
-    return Picture(PICTURES[0], data, drawing.lines)
-
-
-def _answered(found: Results) -> Picture:
-    """Of the place where any choice loses most answers."""
-    tasks = ("needle", "copy")
-    worst = max(found.plain, key=lambda r: sum(r[f"{task}_dense"] - r[task][0] for task in tasks))
-    place = (worst["prompt"], tuple(worst["geometry"]))
-    lines: dict[str, list[list[float]]] = {}
-    for r in found.where(prompt=place[0], geometry=list(place[1])):
-        for task in tasks if r["policy"] in ("deepest", "first") else ():
-            line = lines.setdefault(f"{task}, {r['policy']}", [[0, r[f"{task}_dense"]]])
-            line.append([r["count"], r[task][0]])
-    data = {
-        "title": f"The deepest layers are not needed to find and copy ({_at(place)})",
-        "x": f"sparse layers of {_layers(found)}",
-        "y": "right answers",
-        "scales": ["linear", "share"],
-        "named": "ends",
-        "lines": [
-            [name, points, "dashed" if name.endswith("first") else "solid", tasks.index(name.partition(",")[0])]
-            for name, points in lines.items()
-        ],
-    }
-    return Picture(PICTURES[1], data, drawing.lines)
