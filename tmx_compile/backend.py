@@ -44,9 +44,27 @@ _ANALYSIS_WARNING = (
 class TmxBackend:
     """A ``torch.compile`` backend: rewrites proven attention, then hands the graph to Inductor, or on NPUs to torchair.
 
+    :func:`tmx_compile.tmx_backend` makes one, and tells more about the arguments, and what they raise.
+
+    Args:
+        config: which layers go sparse, and the geometry of their mask.
+        lowering: "auto", or the name of one.
+        strict: raise where a site in a triangle layer cannot go sparse.
+        assume_causal: your word about masks that only the run can tell.
+        report: a report to fill.
+        target: "auto", "inductor" or "ascend".
+        compiler_config: torchair's.
+        decode: "dense" or "streaming".
+        chunked_prefill: compile for prompts that come in chunks.
+
     Attributes:
         request: what was asked, checked.
         report: one record per attention site of every compiled graph, in order.
+
+    >>> from tmx_compile import TmxBackend, TriangleMixConfig
+    >>> backend = TmxBackend(TriangleMixConfig.deepest(2, num_layers=4), lowering="blocked")
+    >>> backend.config.layers(), len(backend.report)
+    ((2, 3), 0)
     """
 
     @takes(Options)
@@ -83,7 +101,21 @@ class TmxBackend:
         mode: str | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> Callable[..., Any]:
-        """Compile one graph; called by Dynamo. ``mode`` and ``options`` go to Inductor, ``options`` to torchair too."""
+        """Compile one graph; called by Dynamo.
+
+        Args:
+            gm: the graph, as Dynamo captures it.
+            example_inputs: a value for each placeholder, fake or real.
+            mode: as in ``torch.compile``; for Inductor.
+            options: likewise; for Inductor and torchair.
+
+        Returns:
+            What computes the graph: called with the inputs, it returns a tuple of the outputs.
+
+        Raises:
+            LoweringError: the lowering that was named cannot take a call.
+            StrictModeError: with ``strict``, a site in a triangle layer has to stay dense.
+        """
         host = self._host(gm, example_inputs)
         compiler: Compiler = (
             torchair.Torchair(self.request.compiler_config, mode, options)
@@ -168,7 +200,15 @@ class TmxBackend:
         return dispatch(plan.length, plan.limit, short, long), done
 
     def explain(self, gm: GraphModule, example_inputs: Sequence[Any]) -> None:
-        """Report what compiling one graph would make of it; compiles nothing."""
+        """Report what compiling one graph would make of it; compiles nothing. :func:`tmx_compile.explain` calls it.
+
+        Args:
+            gm: the graph, as Dynamo captures it.
+            example_inputs: a value for each placeholder, fake or real.
+
+        Raises:
+            LoweringError: as compiling would raise it.
+        """
         host = self._host(gm, example_inputs)
         if self.request.config is None:
             return
@@ -200,11 +240,14 @@ def tmx_backend(
 ) -> TmxBackend:
     """A backend for ``torch.compile(model, backend=tmx_backend(config))``.
 
+    The mask is that of TriangleMix (arXiv 2507.21526). ``torch.compile(model, backend="tmx", options={"tmx_config":
+    config})`` is the same by name, with every argument below as an option ``tmx_...``.
+
     Args:
         config: which layers go sparse, and the geometry of their mask.
-        lowering: "auto" picks by a measured rule; a name ("flex", "blocked", "operator", "reference") takes that one
-            or raises :class:`~tmx_compile.errors.LoweringError`.
-        strict: raise :class:`~tmx_compile.errors.StrictModeError` where a site in a triangle layer cannot go sparse.
+        lowering: "auto" picks by a measured rule; a name ("triton", "flex", "blocked", "ascend", "operator" or
+            "reference") takes that one or raises :class:`tmx_compile.LoweringError`.
+        strict: raise :class:`tmx_compile.StrictModeError` where a site in a triangle layer cannot go sparse.
         assume_causal: your word that a mask which only the run can tell (a 4-D mask handed to the model) is causal
             and-ed with a padding mask, and that row positions handed to the model are consecutive. It is checked when
             the compiled model runs: a broken promise raises ``ValueError`` (on an accelerator, a device assertion).
@@ -217,7 +260,8 @@ def tmx_backend(
         compiler_config: a ``torchair.CompilerConfig`` for the target "ascend" (its ``mode`` chooses GE graphs, the
             default, or "npugraph_ex").
         decode: what triangle layers do in a call with one row: "dense" leaves it as it is; "streaming" attends to sinks
-            and window only. The cache still holds every key: see ``integrations.transformers.StreamingCache``.
+            and window only. The cache still holds every key: for one that does not, see
+            :class:`tmx_compile.integrations.transformers.StreamingCache`.
         chunked_prefill: compile for prompts that come in chunks, announced by :func:`tmx_compile.prefill`: the same
             outputs as in one pass, for chunks and prompts of any length without a compilation for each. Inference only;
             the lowering is "auto", "triton", "blocked" or "operator".
@@ -228,6 +272,20 @@ def tmx_backend(
 
     Warns:
         UserWarning: the configuration selects no layer, or the first n layers; what ``decode="streaming"`` costs.
+
+    >>> import torch
+    >>> import torch.nn.functional as F
+    >>> from tmx_compile import TriangleMixConfig, explain, tmx_backend
+    >>> class Layer(torch.nn.Module):
+    ...     def forward(self, x):
+    ...         return F.scaled_dot_product_attention(x, x, x, is_causal=True)
+    >>> model = torch.nn.Sequential(Layer(), Layer())
+    >>> config = TriangleMixConfig.deepest(1, num_layers=2, min_seq_len=256)
+    >>> backend = tmx_backend(config)
+    >>> compiled = torch.compile(model, backend=backend)  # compiles in its first call, and fills backend.report
+    >>> report = explain(model, torch.randn(1, 2, 300, 16), config=config)  # the same report, without compiling
+    >>> [(site.layer, site.decision) for site in report]
+    [(0, 'dense'), (1, 'triangle')]
     """
     return TmxBackend(config, model=model, report=report, **options)
 
@@ -275,10 +333,29 @@ def explain(
     The keyword arguments of :func:`tmx_backend` are taken here too, and the report is what that backend would come to;
     all others go to the model.
 
+    Args:
+        model: what ``torch.compile`` takes: a module or a function.
+        args: its arguments. Only their shapes, dtypes and devices matter.
+        config: which layers go sparse, and the geometry of their mask.
+        kwargs: its keyword arguments, and the backend's.
+
     Raises:
         ValueError: bad arguments, or a result whose shape is known only by running.
         ImportError: target "ascend" without a torch_npu that loads.
         LoweringError: as the backend would raise it.
+
+    >>> import torch
+    >>> import torch.nn.functional as F
+    >>> from tmx_compile import TriangleMixConfig, explain
+    >>> class Layer(torch.nn.Module):
+    ...     def forward(self, x):
+    ...         return F.scaled_dot_product_attention(x, x, x, is_causal=True)
+    >>> model = torch.nn.Sequential(Layer(), Layer())
+    >>> config = TriangleMixConfig.deepest(1, num_layers=2, min_seq_len=256)
+    >>> for site in explain(model, torch.randn(1, 2, 300, 16), config=config):
+    ...     print(site.layer, site.decision, site.reason or site.lowering)
+    0 dense NOT_SELECTED
+    1 triangle blocked
     """
     options = {name: kwargs.pop(name) for name in Options.__annotations__ if name in kwargs}
     backend = TmxBackend(config, **options)

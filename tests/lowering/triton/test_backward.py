@@ -86,7 +86,6 @@ def test_random_problems(case):
 
 TABLE = {
     "window": tuning.BACKWARD,
-    "one block": tuning.BACKWARD_SMALL,
     "large heads": tuning.BACKWARD_LARGE_HEADS,
     "float32": tuning.BACKWARD_FLOAT32,
     "float32, large heads": tuning.BACKWARD_FLOAT32_LARGE_HEADS,
@@ -105,11 +104,10 @@ def test_every_shape_of_the_table(name):
 
 
 def test_the_table():
-    assert tuning.choose_backward(2, 128, 36) is tuning.BACKWARD_SMALL
-    assert tuning.choose_backward(2, 64, 520) is tuning.BACKWARD
-    assert tuning.choose_backward(2, 256, 36) is tuning.BACKWARD_LARGE_HEADS
-    assert tuning.choose_backward(4, 128, 520) is tuning.BACKWARD_FLOAT32
-    assert tuning.choose_backward(4, 256, 520) is tuning.BACKWARD_FLOAT32_LARGE_HEADS
+    assert tuning.choose_backward(2, 128) is tuning.BACKWARD
+    assert tuning.choose_backward(2, 256) is tuning.BACKWARD_LARGE_HEADS
+    assert tuning.choose_backward(4, 128) is tuning.BACKWARD_FLOAT32
+    assert tuning.choose_backward(4, 256) is tuning.BACKWARD_FLOAT32_LARGE_HEADS
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(3, 1), (6, 2), (7, 1), (40, 1)], ids=str)

@@ -57,11 +57,7 @@ def gradients(
     geometry = geometry.bounded(kv_len, q_len)
     sink, window, last = geometry.counts
     block_d, block_dv = (max(16, triton.next_power_of_2(x)) for x in (dim, v_dim))
-    shapes = shapes or tuning.choose_backward(
-        query.element_size(),
-        max(block_d, block_dv),
-        sink + window if 4 * last < q_len else kv_len,
-    )
+    shapes = shapes or tuning.choose_backward(query.element_size(), max(block_d, block_dv))
     grad_query, grad_key, grad_value = (gradient_of(x) for x in (query, key, value))
     row_lse, delta = torch.empty_like(lse), torch.empty_like(lse)
 

@@ -60,10 +60,7 @@ class BackwardTuning:
     sinks: Tuning
 
 
-BACKWARD = BackwardTuning(Tuning(128, 64, 8, 2), Tuning(64, 128, 8, 2), Tuning(64, 32, 4, 2))
-BACKWARD_SMALL = BackwardTuning(Tuning(64, 64, 4, 1), Tuning(64, 128, 8, 2), Tuning(64, 32, 4, 2))
-"""One block holds all keys of a tile of rows."""
-
+BACKWARD = BackwardTuning(Tuning(64, 64, 4, 2), Tuning(32, 64, 4, 2), Tuning(64, 32, 4, 2))
 BACKWARD_LARGE_HEADS = BackwardTuning(Tuning(64, 16, 8, 2), Tuning(16, 64, 8, 2), Tuning(32, 16, 4, 2))
 BACKWARD_FLOAT32 = BackwardTuning(Tuning(32, 32, 8, 1), Tuning(32, 32, 8, 1), Tuning(32, 32, 8, 1))
 BACKWARD_FLOAT32_LARGE_HEADS = BackwardTuning(Tuning(16, 16, 4, 1), Tuning(16, 16, 8, 1), Tuning(16, 16, 8, 1))
@@ -85,13 +82,11 @@ def choose(element_size: int, dim: int, slots: int) -> Tuning:
     return SMALL if one_block(slots) else LARGE
 
 
-def choose_backward(element_size: int, dim: int, slots: int) -> BackwardTuning:
-    """The backward kernels' shapes, as :func:`choose`."""
+def choose_backward(element_size: int, dim: int) -> BackwardTuning:
+    """The backward kernels' shapes for a dtype's size in bytes and the larger padded head dim."""
     if element_size == 4:
         return BACKWARD_FLOAT32 if dim <= 128 else BACKWARD_FLOAT32_LARGE_HEADS
-    if dim > 128:
-        return BACKWARD_LARGE_HEADS
-    return BACKWARD_SMALL if one_block(slots) else BACKWARD
+    return BACKWARD if dim <= 128 else BACKWARD_LARGE_HEADS
 
 
 def one_block(slots: int) -> bool:
