@@ -9,7 +9,7 @@ SETUP := $(PYTHON) tools/setup_env.py --extra
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test check lint bench matrix docs package clean
+.PHONY: help demo test check lint bench studies matrix docs package clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
@@ -33,6 +33,10 @@ check: lint test ## everything that has to pass: lint, then test
 bench: ## the benchmarks; results go to benchmarks/results
 	@$(SETUP) dev
 	@$(RUN) -m benchmarks.run $(ARGS)
+
+studies: ## what was found out once, measured again (hours); results go to benchmarks/results
+	@$(SETUP) dev
+	@$(RUN) -m studies.run $(ARGS)
 
 matrix: ## what the pass does with every model of tests/support/zoo, into docs/support-matrix.md (half an hour)
 	@$(SETUP) dev

@@ -5,15 +5,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fnmatch
+import gc
 import json
 import os
 import shlex
-import subprocess
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -164,19 +164,17 @@ def note(text: str) -> None:
     Console(stderr=True).print(f"[dim]{time.strftime('%H:%M:%S')} {text}")
 
 
-def in_process(module: str, task: Mapping[str, Any], **environment: str) -> dict[str, Any]:
-    """Run ``python -m module`` with a task as JSON on its standard input; its last line of output, from JSON."""
-    done = subprocess.run(
-        [sys.executable, "-m", module],
-        input=json.dumps(task),
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=RESULTS.parent.parent,
-        env={**os.environ, **environment},
-        check=True,
-    )
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
+def device() -> torch.device:
+    """Where the cases run: on a GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def free() -> None:
+    """Let go of what nobody uses any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
 
 
 def command(module: str, given: Sequence[str]) -> str:

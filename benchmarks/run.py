@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from benchmarks import common, kv_cache, operator, pass_cost, prefill_memory, throughput, training, ttft
+from benchmarks import common, operator, throughput, ttft
 
-CASES = (operator.CASE, pass_cost.CASE, prefill_memory.CASE, ttft.CASE, kv_cache.CASE, throughput.CASE, training.CASE)
+CASES = (operator.CASE, ttft.CASE, throughput.CASE)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,7 +1,7 @@
 """What triangle attention costs on Ascend 910B chips, on paper: a roofline. Arithmetic, not a measurement.
 
     python -m studies.ascend_cost           # writes benchmarks/results/ascend_cost.json
-    python -m benchmarks.docs               # writes the tables of docs/ascend.md from it
+    python -m tools.pages               # writes the tables of docs/ascend.md from it
 
 A call of the fused operator is walked as CANN's published kernel walks it: blocks of query rows of one head, for each
 of them the keys that any of its rows may see, rounded outwards. Four rates bound it, and the slowest of them is its

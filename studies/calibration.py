@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import RESULTS, Case, Parts, Records, in_process, note
+from benchmarks.common import RESULTS, Case, Parts, Records, note
 from benchmarks.models import smollm2
-from benchmarks.prefill_memory import peak_mib, reset_peak, resident_mib
-from benchmarks.texts import CALIBRATION, token_stream
+from benchmarks.texts import token_stream
+from studies.processes import in_process, peak_mib, reset_peak, resident_mib
+from studies.texts import CALIBRATION
 from tmx_compile import TriangleMixConfig, calibrate
 from tmx_compile.analysis import Sample
 from tmx_compile.analysis.judge.language_model import call_arguments, sample_at

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from benchmarks import operator
-from benchmarks.common import Case, Measured, cold_compiles, note
+from benchmarks.common import Case, Measured, cold_compiles, device, note
 from tmx_compile.bench import layer
 from tmx_compile.bench.timing import Rounds
 
@@ -14,7 +14,7 @@ LENGTHS, DENSE_UP_TO = (131072, 1048576), 131072
 
 
 def measure(quick: bool) -> Measured:
-    plan = operator.plan(quick, operator.device())
+    plan = operator.plan(quick, device().type)
     if quick:
         plan = replace(plan, lengths=(320, 640), dense_up_to=320, lowerings=("blocked",))
     else:

@@ -22,10 +22,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import RESULTS, Case, Parts, Records, note
+from benchmarks.common import RESULTS, Case, Parts, Records, device, note
 from benchmarks.models import smollm2
-from benchmarks.texts import CALIBRATION, EVALUATION, token_stream
+from benchmarks.texts import EVALUATION, token_stream
 from studies.quality_tasks import CUE, DIGITS, FOLLOWING, LISTED, Item, continuations, copies, digest, needles
+from studies.texts import CALIBRATION
 from tmx_compile import TriangleMixConfig, calibrate
 from tmx_compile.analysis import CapturedModel, Change, Choice, Continued, compare
 from tmx_compile.analysis.judge.intervals import interval
@@ -82,14 +83,10 @@ RANKED = ("gradient", "direct", "deepest")
 CONTRAST = ("first", *(f"random{i}" for i in range(DRAWS)))
 
 
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def _plan(quick: bool) -> dict[str, Any]:
     if quick:
         return QUICK
-    kind = _device().type
+    kind = device().type
     calibration = FULL["calibration"] | {"direct": _DIRECT[kind]}
     return FULL | _ITEMS[kind] | {"direct_for": _DIRECT_FOR[kind], "calibration": calibration}
 
@@ -112,7 +109,7 @@ def names(quick: bool) -> list[str]:
 def settings(quick: bool) -> dict[str, Any]:
     return {
         **_plan(quick),
-        "device": _device().type,
+        "device": device().type,
         "model": "SmolLM2-135M-Instruct (4-bit weights, computed in bfloat16)",
         "final": FINAL,
         "policies": "gradient and direct: calibrated for the geometry at other text; random: three draws by seed",
@@ -195,7 +192,7 @@ def _geometry(slug: str) -> Geometry:
 
 def profile_path(geometry: Geometry, estimator: str, depth: int) -> Path:
     """The profile of a geometry; one of fewer layers is for trying out and stays out of the results."""
-    folder = PROFILES / "cuda" if _device().type == "cuda" else PROFILES
+    folder = PROFILES / "cuda" if device().type == "cuda" else PROFILES
     folder = folder if depth == FULL["layers"] else PROFILES / "quick"
     return folder / f"smollm2-135m-{_slug(geometry)}-{estimator}.json"
 
@@ -218,7 +215,7 @@ class Lab:
 
     def __init__(self, plan: dict[str, Any]) -> None:
         self.plan = plan
-        self.device = _device()
+        self.device = device()
         model, self.tokenizer = smollm2(plan["layers"])
         self.model = model.to(self.device, torch.bfloat16)
         self.captured = CapturedModel(self.model, TriangleMixConfig())

@@ -5,9 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from benchmarks import common
-from studies import calibration, first_n, million, quality, recall, stages
+from studies import (
+    calibration,
+    first_n,
+    kv_cache,
+    million,
+    pass_cost,
+    prefill_memory,
+    quality,
+    recall,
+    stages,
+    training,
+)
 
-CASES = (first_n.CASE, calibration.CASE, quality.CASE, recall.CASE, million.CASE, stages.CASE)
+CASES = (
+    *(first_n.CASE, calibration.CASE, quality.CASE, recall.CASE),
+    *(pass_cost.CASE, prefill_memory.CASE, kv_cache.CASE, million.CASE, stages.CASE, training.CASE),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

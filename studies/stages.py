@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import operator
+from benchmarks import common
 from benchmarks.common import Case, Measured
 from tmx_compile.bench.dense import dense_variants
 from tmx_compile.bench.floor import Ceilings, Shape, attended_pairs, causal_pairs, copy_rate
@@ -38,7 +38,7 @@ TOLD = {
 
 
 def measure(quick: bool) -> Measured:
-    device = torch.device(operator.device())
+    device = common.device()
     rounds = Rounds(0.1, 2, 3) if quick else Rounds(3.0, 7, 30)
     lengths = (640,) if quick else LENGTHS
     dtype = torch.bfloat16

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks import docs
 from benchmarks.common import RESULTS
-from benchmarks.tables import Fields
-from studies import ascend_cost, docs_ascend
+from studies import ascend_cost
 from studies.ascend_cost import CHECK, CHIPS, FORMS, GEOMETRIES, LENGTHS, TILINGS, Problem, Tiling, Work, fused
 from tmx_compile.bench.floor import attended_pairs, causal_pairs
+from tools.pages import blocks, page_ascend, page_benchmarks, run
+from tools.pages.markdown import Fields
 
 
 def stored():
@@ -116,36 +116,40 @@ def test_the_stored_file_is_what_the_formulae_give(tmp_path):
 
 
 def test_the_page_has_the_tables_of_the_stored_file(tmp_path):
+    page = tmp_path / page_ascend.PAGE
+    begin, end = blocks.marks(page_ascend.BLOCK)
+    page.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
+    assert page_ascend.generate(tmp_path, tmp_path) is None
     (tmp_path / ascend_cost.FILE).write_text((RESULTS / ascend_cost.FILE).read_text())
-    assert docs_ascend.inserted(tmp_path, tmp_path) is None
-    page = tmp_path / docs_ascend.PAGE
-    page.write_text("before\nno marks\n")
-    with pytest.raises(ValueError, match=r"ascend\.md lacks the marks"):
-        docs_ascend.inserted(tmp_path, tmp_path)
-    page.write_text(f"before\n{docs_ascend.BEGIN}\nold\n{docs_ascend.END}\nafter\n")
-    path, text = docs_ascend.inserted(tmp_path, tmp_path)
-    assert path == page
-    assert text.startswith("before\n")
-    assert text.endswith(f"{docs_ascend.END}\nafter\n")
+    text = page_ascend.generate(tmp_path, tmp_path)
+    assert text.startswith(f"before\n{begin}\n")
+    assert text.endswith(f"{end}\nafter\n")
     assert "old" not in text
-    some = next(r for r in stored()["records"] if r["chip"] == "910B3" and r["form"] == "lowering" and r["n"] == 131072)
-    row = next(line for line in text.splitlines() if line.startswith("| 131,072 | 4/32/64 | lowering |"))
-    assert f"| {some['floor_ms']:.3g} | {some['reduction']:+.1%} |" in row
+    kernel, some = (
+        next(r for r in stored()["records"] if (r["chip"], r["form"], r["n"]) == ("910B3", form, 131072))
+        for form in ("one kernel", "lowering")
+    )
+    assert some["geometry"] == kernel["geometry"] == [4, 32, 64]
+    told = [f"{r['floor_ms']:.3g} ({r['reduction']:+.1%})" for r in (some, kernel)]
+    assert f"| 131,072 | 4/32/64 | {' | '.join(told)} |\n" in text
+    dense = next(r for r in stored()["records"] if (r["chip"], r["form"], r["n"]) == ("910B3", "dense", 8192))
+    assert f"| 8,192 | dense | {dense['floor_ms']:.3g} |  |\n" in text
     damaged = stored()
     del damaged["records"][0]["chip"]
     with pytest.raises(ValueError, match="record 0 lacks the field 'chip'"):
-        docs_ascend.section(Fields(damaged, "x"))
+        page_ascend.section(Fields(damaged, "x"))
 
 
 def test_a_stale_page_is_told(tmp_path):
     results, out = tmp_path / "results", tmp_path / "docs"
     shutil.copytree(RESULTS, results)
     out.mkdir()
-    (out / docs_ascend.PAGE).write_text(f"{docs_ascend.BEGIN}\n{docs_ascend.END}\n")
-    arguments = ["--results", str(results), "--out", str(out / "page.md")]
-    docs.main(arguments)
-    docs.main([*arguments, "--check"])
-    text = (out / docs_ascend.PAGE).read_text()
-    (out / docs_ascend.PAGE).write_text(re.sub(r"-98\.\d%", "-99.9%", text))
+    for name in (page_ascend.PAGE, page_benchmarks.PAGE):
+        shutil.copy(RESULTS.parents[1] / "docs" / name, out)
+    arguments = ["--results", str(results), "--docs", str(out)]
+    run.main(arguments)
+    run.main([*arguments, "--check"])
+    text = (out / page_ascend.PAGE).read_text()
+    (out / page_ascend.PAGE).write_text(re.sub(r"-98\.\d%", "-99.9%", text))
     with pytest.raises(SystemExit, match=r"ascend\.md is out of date"):
-        docs.main([*arguments, "--check"])
+        run.main([*arguments, "--check"])

@@ -6,9 +6,10 @@ import statistics
 import pytest
 import torch
 
-from benchmarks.texts import CALIBRATION, EVALUATION
+from benchmarks.texts import EVALUATION
 from studies import quality, quality_tasks
 from studies.quality import Cell, Lab
+from studies.texts import CALIBRATION
 from tests.support.models import tiny_qwen3, with_masks
 from tests.support.oracle import rule
 from tmx_compile import TriangleMixConfig

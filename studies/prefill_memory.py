@@ -1,6 +1,6 @@
 """Peak memory and time of one long left-padded prefill: Hugging Face under Inductor against the rewritten graph.
 
-Every run is a process of its own (``python -m benchmarks.prefill_memory`` with a task on standard input), because the
+Every run is a process of its own (``python -m studies.prefill_memory`` with a task on standard input), because the
 peak that the system keeps of a process never falls.
 """
 
@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import functools
 import json
-import resource
 import statistics
 import sys
 import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.common import Case, Measured, in_process, note, seconds
-from benchmarks.models import left_padded, smollm2_shape
+from benchmarks.common import Case, Measured, note, seconds
+from studies.models import left_padded, smollm2_shape
+from studies.processes import in_process, peak_mib, resident_mib
 from tmx_compile import TriangleMixConfig, tmx_backend
 
 GEOMETRY = {"num_sink_tokens": 8, "sliding_window_size": 512, "num_last_tokens": 128}
@@ -48,7 +47,7 @@ def measure(quick: bool) -> Measured:
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in variants}
     cold: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="tmx-bench-") as cache:
-        run = functools.partial(in_process, "benchmarks.prefill_memory", TORCHINDUCTOR_CACHE_DIR=cache)
+        run = functools.partial(in_process, "studies.prefill_memory", TORCHINDUCTOR_CACHE_DIR=cache)
         for name, deepest in variants.items():
             note(f"prefill_memory: {name}, compiling")
             cold[name] = run({**plan, "deepest": deepest, "timed": False})
@@ -106,28 +105,6 @@ def child(task: dict[str, Any]) -> dict[str, Any]:
         raise RuntimeError(f"wanted {task['deepest']} triangle layers, got {sites}")
     lowerings = sorted({site.lowering for site in sites})
     return {**result, "peak_mib": peak_mib(), "lowerings": " ".join(lowerings) or "as written"}
-
-
-def resident_mib() -> float:
-    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    return pages * resource.getpagesize() / 2**20
-
-
-def peak_mib() -> float:
-    """The peak resident size of this program.
-
-    Linux folds the parent's peak into ``ru_maxrss`` when a child starts; the high-water mark of the memory map is the
-    same number without it.
-    """
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) / 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-
-
-def reset_peak() -> None:
-    """Forget the peak so far (loading a model may need more than running it). Linux alone."""
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 COLUMNS = (

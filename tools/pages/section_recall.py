@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from benchmarks.plots import Picture, grid
-from benchmarks.tables import Fields, slashed, table
 from studies.recall_tasks import HOPS, VALUES
+from tools.pages import drawing
+from tools.pages.markdown import Fields, slashed, table
+from tools.pages.pictures import Picture
+from tools.pages.results import today
 
 FILE, TRAINING = "recall.json", "recall/recall-model.json"
 PICTURE = "quality-recall.svg"
@@ -83,9 +85,9 @@ def _model(training: Fields, settings: Fields) -> str:
         f"A Llama of {training['parameters'] / 1e6:.1f} million parameters ({shape['layers']} layers, hidden size "
         f"{shape['hidden']}, {shape['heads']} heads), trained from seed {training['seed']} for {last['minutes']:.0f} "
         f"minutes, compilation included, {last['step']:,} steps, on one {training['hardware']['gpu']} by "
-        f"`{training['command']}`; its weights are in the repository. Three heads of the first layer begin looking "
-        "one, two and three tokens back, those of later layers looking for tokens like their own. It reads names that "
-        "are given values, names for names, and a list, in noise, and is asked for values "
+        f"`{today(training['command'])}`; its weights are in the repository. Three heads of the first layer begin "
+        "looking one, two and three tokens back, those of later layers looking for tokens like their own. It reads "
+        "names that are given values, names for names, and a list, in noise, and is asked for values "
         f"{_hops()} away and for the list. All questions stand among the last rows: what is lost was lost in the "
         f"middle. Each figure is the accuracy over {answers:,} answers, {copied:,} for the list; the same sequences "
         f"for every choice of layers. A guess among the {VALUES} values is right in {1 / VALUES:.1%}."
@@ -188,35 +190,28 @@ def _halves(records: Sequence[Fields], tasks: Sequence[str], depth: int) -> str:
 
 
 def picture(result: Fields, depth: int) -> Picture:
-    """The worst task's accuracy by number of layers, for every place of the two longest lengths."""
+    """The worst task's accuracy by number of layers, of the longest prompts with the widest geometry."""
     records = result["records"]
-    lengths = sorted({r["tokens"] for r in records})[-2:]
-    panels: dict[str, dict[str, list[list[float]]]] = {}
-    for place in places(records):
-        if place[0] not in lengths:
-            continue
-        own = _at(records, place)
-        dense = min(own[0]["dense"].values())
-        everything = [min(r["accuracy"].values()) for r in own if r["count"] == depth]
-        lines = panels.setdefault(f"{place[0]:,} tokens, {slashed(place[1])}", {})
-        for r in own:
-            if 0 < r["count"] < depth:
-                line = lines.setdefault(r["policy"], [[0, dense]])
-                line.append([r["count"], min(r["accuracy"].values())])
-        for line in lines.values():
-            line += [[depth, worst] for worst in everything]
-    return Picture(PICTURE, panels, _draw)
-
-
-def _draw(drawn: Any, panels: dict[str, dict[str, list[list[float]]]]) -> None:
-    for axes, lines in grid(drawn, panels):
-        for name, points in lines.items():
-            style = ":" if name.startswith("random") else "-o"
-            axes.plot(*zip(*sorted(points), strict=True), style, label=name, markersize=3)
-        axes.set_ylabel("accuracy of the worst task")
-        axes.set_ylim(-0.02, 1.02)
-    # The lines are the same in every panel; inside one a legend would cover points.
-    for axes in drawn.axes:
-        axes.get_legend().remove()
-    handles, labels = drawn.axes[0].get_legend_handles_labels()
-    drawn.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=7)
+    place = max(places(records), key=lambda p: (p[0], sum(p[1])))
+    own = _at(records, place)
+    dense = min(own[0]["dense"].values())
+    everything = [[depth, min(r["accuracy"].values())] for r in own if r["count"] == depth]
+    lines = {}
+    for policy in dict.fromkeys(r["policy"] for r in own):
+        points = [[r["count"], min(r["accuracy"].values())] for r in own if r["policy"] == policy]
+        if policy in _PLAIN:
+            inner = sorted(point for point in points if 0 < point[0] < depth)
+            lines[policy] = [[0, dense], *inner, *everything]
+    # Policies often choose the same layers.
+    same: dict[str, list[str]] = {}
+    for policy, points in lines.items():
+        same.setdefault(str(points), []).append(policy)
+    data = {
+        "title": f"Which layers go sparse decides what survives ({place[0]:,} tokens with {slashed(place[1])})",
+        "x": f"sparse layers of {depth}",
+        "y": "right answers of the worst task",
+        "scales": ["linear", "share"],
+        "named": "apart",
+        "lines": [[", ".join(names), lines[names[0]], "solid", i] for i, names in enumerate(same.values())],
+    }
+    return Picture(PICTURE, data, drawing.lines)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import operator
+from benchmarks import common
 from benchmarks.common import Case, Measured, Records, cold_compiles, note
 from tmx_compile import TriangleMixConfig, tmx_backend
 from tmx_compile.bench.dense import dense_variants
@@ -65,7 +65,7 @@ TOLD = {
 
 def measure(quick: bool) -> Measured:
     plan = QUICK if quick else FULL
-    device = torch.device(operator.device())
+    device = common.device()
     left_out: dict[str, str] = {}
     records: Records = []
     with cold_compiles():
@@ -204,4 +204,4 @@ def _record(
     }
 
 
-CASE = Case("training", "training.json", measure, COLUMNS, needs_cuda=True)
+CASE = Case("training", "training.json", measure, COLUMNS, needs_cuda=True, quick_anywhere=False)

@@ -6,10 +6,10 @@ import re
 
 import pytest
 
-from benchmarks import docs
 from benchmarks.common import RESULTS
-from studies import docs_quality, quality, recall
+from studies import quality, recall
 from tmx_compile.config.prices import prices
+from tools.pages import page_quality
 
 DOCS = RESULTS.parents[1] / "docs"
 G1, G2 = [8, 64, 128], [8, 512, 128]
@@ -73,7 +73,7 @@ def store(folder, case, settings, records):
 def page(tmp_path):
     def write(records):
         store(tmp_path, "quality", {**quality.settings(False), **quality._ITEMS["cpu"]}, records)
-        text, pictures = docs.generate_quality(tmp_path)
+        text, pictures = page_quality.generate(tmp_path)
         for picture in pictures:
             picture.write(tmp_path)
             assert picture.is_current(tmp_path)
@@ -124,7 +124,7 @@ def test_what_was_not_measured_is_not_told(page):
 def test_the_most_layers_that_were_ranked_are_told():
     """The tables stop at half of the layers; what more of them cost stays on the page."""
     records = [cell("deepest", 15, 0.002), cell("deepest", 21, 0.07), cell("gradient", 21, 0.12)]
-    text = docs_quality.sections({"settings": quality.settings(False) | quality._ITEMS["cpu"], "records": records})
+    text = page_quality.sections({"settings": quality.settings(False) | quality._ITEMS["cpu"], "records": records})
     assert "The most that were ranked, 21: +7.0% to +12.0%." in text
 
 
@@ -214,7 +214,7 @@ def test_a_model_without_the_record_of_its_training_is_refused(page, tmp_path):
 
 
 def test_there_is_no_page_without_results(tmp_path):
-    assert docs.generate_quality(tmp_path) is None
+    assert page_quality.generate(tmp_path) is None
 
 
 def test_a_missing_field_is_named(page):
@@ -228,8 +228,8 @@ def test_a_gpu_result_is_preferred(page, tmp_path):
     page(RECORDS)
     (tmp_path / "quality.json").rename(tmp_path / "quality_cuda.json")
     page([cell("deepest", 9, 0.001)])
-    assert docs_quality.FILES[0] == "quality_cuda.json"
-    assert "quality_cuda.json" in docs.generate_quality(tmp_path)[0]
+    assert page_quality.FILES[0] == "quality_cuda.json"
+    assert "quality_cuda.json" in page_quality.generate(tmp_path)[0]
 
 
 def test_the_same_layers_are_no_comparison(page):

@@ -9,15 +9,14 @@ from __future__ import annotations
 import ctypes
 import gc
 import math
-import resource
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks.common import Case, Measured, note
+from studies.processes import resident_mib
 from tmx_compile import TriangleMixConfig
 from tmx_compile.integrations.transformers import StreamingCache
 
@@ -120,8 +119,7 @@ def _resident_mib() -> float:
     gc.collect()
     # Without this the C library keeps freed memory, and a saving would not show.
     getattr(ctypes.CDLL(None), "malloc_trim", int)(0)
-    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    return pages * resource.getpagesize() / 2**20
+    return resident_mib()
 
 
 COLUMNS = (

@@ -13,7 +13,7 @@ from torch._inductor.compile_fx import compile_fx
 from torch.fx import GraphModule
 
 from benchmarks.common import Case, Measured, cold_compiles, note
-from benchmarks.models import left_padded, small_qwen3
+from studies.models import left_padded, small_qwen3
 from tmx_compile import TriangleMixConfig
 from tmx_compile.graph.copies import copy_graph
 from tmx_compile.passes.pipeline import compile
