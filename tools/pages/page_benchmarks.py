@@ -70,6 +70,7 @@ BLOCKS: dict[str, Callable[[Fields], str]] = {
     "operator_cuda": section_layer.section,
     "stages": section_layer.stages,
     "million": section_layer.million,
+    "training": section_layer.training,
     "ttft": section_ttft.section,
     "throughput_cuda": section_throughput.section,
     "operator_cpu": section_layer.section,

@@ -123,3 +123,16 @@ def _left_out(settings: Fields) -> str:
     """What was asked for and could not be measured, with the reason."""
     lines = [f"- {name}: {reason}" for name, reason in settings["left_out"].items()]
     return "\n\nLeft out, or timed as a plain call:\n\n" + "\n".join(lines) if lines else ""
+
+
+def training(result: Fields) -> str:
+    """Forward and backward together, a line a length, each geometry's time and how many times faster than dense."""
+    records = result["records"]
+    geometries = list(dict.fromkeys(slashed(r["geometry"]) for r in records))
+    lengths = [r["n"] for r in records if slashed(r["geometry"]) == geometries[0]]
+    shown = [n for n in lengths if n in (lengths[0], 32768, lengths[-1])]
+    rows = []
+    for n in shown:
+        here = [r for r in records if r["n"] == n]
+        rows.append([f"{n:,}", f"{here[0]['dense_ms']:.3g}", *(f"{r['ms']:.3g} ({r['speedup']:.3g}x)" for r in here)])
+    return table(["tokens", "dense", *geometries], rows)

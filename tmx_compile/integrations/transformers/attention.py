@@ -79,7 +79,7 @@ class TriangleAttention:
             query: (B, H, Sq, D).
             key: (B, Hkv, Skv, D).
             value: (B, Hkv, Skv, Dv).
-            attention_mask: from :func:`~tmx_compile.integrations.transformers.causal_mask.causal_mask`, or any other.
+            attention_mask: from ``causal_mask`` of this package, or any other.
             scaling: factor on the scores; ``1 / sqrt(D)`` when None.
             settings: whatever else Transformers passes.
 
@@ -223,7 +223,7 @@ def register_attention(
         report: a report to fill; a new one by default, found as ``.report`` of the result.
         lowering: "auto", "triton", "blocked" or "operator"; as for :func:`tmx_compile.tmx_backend`. Inside of a model
             that is compiled by whatever backend, "auto" is one node: ``triton`` on CUDA, else ``operator``.
-        strict: raise :class:`~tmx_compile.errors.StrictModeError` where a layer that the configuration names stays
+        strict: raise :class:`~tmx_compile.StrictModeError` where a layer that the configuration names stays
             dense in a long prompt.
         chunked_prefill: prompts may come in chunks, announced by :func:`tmx_compile.prefill`; inference only.
 
