@@ -15,12 +15,13 @@ from studies import (
     quality,
     recall,
     stages,
+    switch,
     training,
 )
 
 CASES = (
     *(first_n.CASE, calibration.CASE, quality.CASE, recall.CASE),
-    *(pass_cost.CASE, prefill_memory.CASE, kv_cache.CASE, million.CASE, stages.CASE, training.CASE),
+    *(pass_cost.CASE, prefill_memory.CASE, kv_cache.CASE, million.CASE, stages.CASE, switch.CASE, training.CASE),
 )
 
 

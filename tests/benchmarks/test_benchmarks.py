@@ -86,13 +86,22 @@ def test_a_quick_run_writes_valid_records(tmp_path):
         assert record["error"] < 0.05
 
 
+def test_the_switch_is_measured_beside_sdpa(tmp_path):
+    done = python("studies.run", "switch", "--quick", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "switch.json").read_text(encoding="utf-8"))
+    found = [(r["padding"], r["attention"]) for r in result["records"]]
+    assert found == [(padding, name) for padding in ("none", "left") for name in ("sdpa", "tmx")]
+    assert all(r["ms"] > 0 and r["failed"] is None for r in result["records"])
+
+
 @pytest.mark.parametrize(
     ("module", "cases"),
     [
         ("benchmarks.run", "operator, ttft, throughput"),
         (
             "studies.run",
-            "first_n, calibration, quality, recall, pass_cost, prefill_memory, kv_cache, million, stages, training",
+            "first_n, calibration, quality, recall, pass_cost, prefill_memory, kv_cache, million, stages, switch, training",
         ),
     ],
 )

@@ -39,6 +39,7 @@ def stored_model():
 def attentions(model):
     """The self-attention module of every layer."""
     body = getattr(model, "model", None) or model.transformer
+    body = getattr(body, "language_model", body)
     return [getattr(layer, "self_attn", None) or layer.attn for layer in getattr(body, "layers", None) or body.h]
 
 

@@ -67,6 +67,45 @@ def switched_model(name="Llama", implementation="tmx", **changes):
     return model
 
 
+def model_of_images(implementation="tmx"):
+    """A Qwen3-VL, whose vision tower's features go into the decoder between its layers (DeepStack)."""
+    rope = dict(rope_type="default", mrope_section=[2, 3, 3], rope_theta=10000.0, mrope_interleaved=True)
+    vision = dict(
+        depth=2,
+        hidden_size=32,
+        num_heads=2,
+        intermediate_size=48,
+        patch_size=4,
+        out_hidden_size=64,
+        deepstack_visual_indexes=[0],
+        num_position_embeddings=256,
+    )
+    config = transformers.Qwen3VLConfig(
+        text_config=_SIZES | dict(head_dim=16, rope_parameters=rope),
+        vision_config=vision,
+        image_token_id=5,
+        vision_start_token_id=6,
+        vision_end_token_id=7,
+        video_token_id=8,
+    )
+    torch.manual_seed(0)
+    model = transformers.Qwen3VLForConditionalGeneration(config).eval()
+    model.set_attn_implementation(implementation)
+    return model
+
+
+def prompt_with_an_image(n=150):
+    """What the model takes: an image of 64 tokens in a prompt."""
+    ids = torch.randint(10, 120, (1, n))
+    ids[0, 19], ids[0, 20:84], ids[0, 84] = 6, 5, 7
+    return dict(
+        input_ids=ids,
+        pixel_values=torch.randn(256, 96),
+        image_grid_thw=torch.tensor([[1, 16, 16]]),
+        mm_token_type_ids=(ids == 5).long(),
+    )
+
+
 def plan_oracle(name, config, ids, attention_mask=None):
     """Logits in float64 with the triangle in the layers that ``config`` names, and each layer's own window."""
     with torch.no_grad():

@@ -17,15 +17,18 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
-from tests.support.oracle import oracle, tolerance
+from tests.support.models import masked
+from tests.support.oracle import attended, oracle, tolerance
 from tests.support.serving import SETTINGS, check_generated
 from tests.support.switched import (
     CONFIG,
     decisions,
+    model_of_images,
     padded,
     plan_model,
     plan_oracle,
     prompt,
+    prompt_with_an_image,
     registered,
     switched_model,
 )
@@ -223,6 +226,19 @@ def test_a_mask_in_words_is_the_mask_wherever_a_model_computes_with_it(window):
 def test_other_masks_are_those_of_sdpa(change):
     made = dict(batch_size=2, q_length=60, kv_length=60, attention_mask=padded(((3, 0), (20, 9)), 60).bool()) | change
     assert torch.equal(mask_module.causal_mask(**made), sdpa_mask(**made))
+
+
+def test_an_image_in_the_prompt(attention):
+    """The decoder goes sparse, the vision tower is left alone."""
+    inputs = prompt_with_an_image()
+    n = inputs["input_ids"].shape[1]
+    mask = attended(n, n, None, *CONFIG.geometry)
+    twin = masked(model_of_images("sdpa"), 1, n, {1: mask, 2: mask})
+    with torch.no_grad():
+        got = model_of_images()(**inputs).logits
+        want = twin(**inputs | dict(pixel_values=inputs["pixel_values"].double()), use_cache=False).logits
+    close(got, want)
+    assert decisions(attention.report) == {None: ("dense", "LAYER_UNKNOWN"), 0: KEPT, 1: SPARSE, 2: SPARSE}
 
 
 def test_offloaded_by_accelerate(attention):

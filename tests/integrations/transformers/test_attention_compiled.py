@@ -81,12 +81,11 @@ def test_a_training_step(attention):
     assert {site.lowering for site in attention.report.triangle()} == {"operator"}
 
 
-@pytest.mark.parametrize("make", [DynamicCache, StaticCache])
-def test_caches(attention, make):
+def test_a_static_cache(attention):
     """A prompt into an empty cache, and a decode step."""
     ids, mask = prompt(), padded(((0, 0), (33, 0)))
     model = switched_model()
-    cache = make(config=model.config, **({} if make is DynamicCache else dict(max_cache_len=128)))
+    cache = StaticCache(config=model.config, max_cache_len=128)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     with torch.no_grad():
         got = compiled(ids, attention_mask=mask, past_key_values=cache).logits
@@ -95,6 +94,29 @@ def test_caches(attention, make):
     close(got, plan_oracle("Llama", CONFIG, ids, mask), mask)
     assert decisions(attention.report)[1] == ("triangle", "")
     assert decisions(attention.report, 1)[1] == ("dense", "SHORT_PROMPT")
+
+
+def test_the_mask_in_words_crosses_graph_breaks(attention):
+    """A graph for each layer: what one of them makes of the mask is what the next is given."""
+    ids, mask = prompt(), padded(((0, 0), (33, 0)))
+    model, backend = switched_model(), Counting()
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(lambda module, args: torch._dynamo.graph_break())
+    with torch.no_grad():
+        got = torch.compile(model, backend=backend)(ids, attention_mask=mask).logits
+    close(got, plan_oracle("Llama", CONFIG, ids, mask), mask)
+    assert sorted(backend.operators())[-2:] == [1, 1]
+
+
+def test_export(attention):
+    """A program holds the operator, and the report tells."""
+    ids, mask = prompt(), padded(((0, 0), (33, 0)))
+    inputs = dict(attention_mask=mask, use_cache=False)
+    with torch.no_grad():
+        program = torch.export.export(switched_model(), (ids,), inputs)
+        close(program.module()(ids, **inputs).logits, plan_oracle("Llama", CONFIG, ids, mask), mask)
+    assert sum(node.target is OPERATOR for node in program.graph.nodes) == 2
+    assert decisions(attention.report)[1] == ("triangle", "")
 
 
 def test_chunks():

@@ -170,7 +170,7 @@ class TriangleAttention:
             lowering, reason, detail = "as written", done.reason.name, done.detail
         else:
             lowering, reason, detail = done, "", ""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             _traced(name, path, layer, window, query, key, value, lowering, reason, detail)
         else:
             self.records.add(path, layer, window, query, key, value, lowering, reason, detail)
