@@ -9,7 +9,7 @@ SETUP := $(PYTHON) tools/setup_env.py --extra
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test check lint bench matrix package clean
+.PHONY: help demo test check lint bench studies matrix docs package clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
@@ -34,14 +34,22 @@ bench: ## the benchmarks; results go to benchmarks/results
 	@$(SETUP) dev
 	@$(RUN) -m benchmarks.run $(ARGS)
 
+studies: ## what was found out once, measured again (hours); results go to benchmarks/results
+	@$(SETUP) dev
+	@$(RUN) -m studies.run $(ARGS)
+
 matrix: ## what the pass does with every model of tests/support/zoo, into docs/support-matrix.md (half an hour)
 	@$(SETUP) dev
 	@$(RUN) tools/support_matrix.py $(ARGS)
+
+docs: ## the pages and the API reference as a web site, into site/ (open site/index.html)
+	@$(SETUP) docs
+	@$(RUN) tools/build_docs.py $(ARGS)
 
 package: ## build the package and try it in an empty environment (minutes; ARGS=--quick: seconds, without trying it)
 	@$(SETUP) dev
 	@$(RUN) tools/check_package.py $(ARGS)
 
 clean: ## remove .venv, .npu, caches and build outputs
-	@rm -rf .venv .npu build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf .venv .npu build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

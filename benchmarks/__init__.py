@@ -1,1 +1,1 @@
-"""Benchmarks of tmx_compile: ``python -m benchmarks.run`` measures, ``python -m benchmarks.docs`` writes the tables."""
+"""Benchmarks of tmx_compile: ``python -m benchmarks.run`` measures, ``python -m tools.pages`` writes the tables."""

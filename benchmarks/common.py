@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import fnmatch
+import gc
 import json
 import os
 import shlex
-import subprocess
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,11 +87,11 @@ def cold_compiles() -> Iterator[None]:
         yield
 
 
-def run_case(case: Case, quick: bool) -> dict[str, Any]:
-    """Run a case that has no parts; returns the content of its result file."""
+def run_case(case: Case, quick: bool, module: str) -> dict[str, Any]:
+    """Run a case that has no parts, by ``python -m module``; returns the content of its result file."""
     assert case.measure is not None
     before = hardware()
-    command = f"python -m benchmarks.run {case.name}" + (" --quick" if quick else "")
+    command = f"python -m {module} {case.name}" + (" --quick" if quick else "")
     return record.result(case.name, command, quick, before, case.measure(quick))
 
 
@@ -162,22 +164,94 @@ def note(text: str) -> None:
     Console(stderr=True).print(f"[dim]{time.strftime('%H:%M:%S')} {text}")
 
 
-def in_process(module: str, task: Mapping[str, Any], **environment: str) -> dict[str, Any]:
-    """Run ``python -m module`` with a task as JSON on its standard input; its last line of output, from JSON."""
-    done = subprocess.run(
-        [sys.executable, "-m", module],
-        input=json.dumps(task),
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=RESULTS.parent.parent,
-        env={**os.environ, **environment},
-        check=True,
-    )
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
+def device() -> torch.device:
+    """Where the cases run: on a GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def free() -> None:
+    """Let go of what nobody uses any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
 
 
 def command(module: str, given: Sequence[str]) -> str:
     """How a module was called, but for ``--out``: the folder says where, not what."""
     kept = [word for i, word in enumerate(given) if not word.startswith("--out") and given[i - 1 : i] != ["--out"]]
     return shlex.join(["python", "-m", module, *kept])
+
+
+def main(module: str, description: str, cases: Sequence[Case], arguments: Sequence[str] | None = None) -> None:
+    """The command ``python -m module``: run some of ``cases`` and store their results.
+
+    Args:
+        module: the module that was called.
+        description: what its help says.
+        cases: all that it can run.
+        arguments: the command's; None: those of this process.
+
+    Raises:
+        SystemExit: an argument that fits no case or part, or a case that this machine cannot run.
+    """
+    known = {case.name: case for case in cases}
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
+    parser.add_argument("case", nargs="*", help=f"{', '.join(known)}; by default all that this machine can run")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that a case works, measures nothing")
+    parser.add_argument("--out", type=Path, help="folder for the result files (default: benchmarks/results)")
+    parser.add_argument("--only", help="parts of a case that comes in parts: a pattern such as 'llama/*', or a model")
+    parser.add_argument("--missing", action="store_true", help="only the parts that the result file lacks")
+    parser.add_argument("--minutes", type=float, default=1e9, help="begin no further part after so long")
+    options = parser.parse_args(given)
+    unknown = [name for name in options.case if name not in known]
+    if unknown:
+        parser.error(f"unknown case {', '.join(unknown)}; known: {', '.join(known)}")
+    usable = [name for name, case in known.items() if _can_run(case, options.quick)]
+    refused = [name for name in options.case if name not in usable]
+    if refused:
+        parser.error(f"case {', '.join(refused)} needs a CUDA device, and torch finds none")
+    usual = [name for name in usable if not known[name].on_request]
+    chosen = [known[name] for name in options.case or usual]
+    if not any(case.parts for case in chosen) and (options.only or options.missing):
+        parser.error("--only and --missing are for a case that comes in parts")
+    # Tiny sizes must never replace stored measurements.
+    out = options.out or (None if options.quick else RESULTS)
+    terminal = Console()
+    console = terminal if terminal.is_terminal else Console(width=180)
+    for case in chosen:
+        path = None if out is None else out / case.file_name
+        if case.parts is None:
+            result = run_case(case, options.quick, module)
+            if path is not None:
+                record.write(result, path)
+        else:
+            names = _chosen_parts(case, options, path, parser)
+            called = command(module, given)
+            try:
+                result = run_parts(case, names, options.quick, called, path, options.minutes)
+            except ValueError as error:
+                parser.error(str(error))
+        console.print(record.table(result, case.columns))
+        if path is not None:
+            console.print(f"wrote {path}")
+
+
+def _can_run(case: Case, quick: bool) -> bool:
+    return torch.cuda.is_available() or not case.needs_cuda or (quick and case.quick_anywhere)
+
+
+def _chosen_parts(
+    case: Case, options: argparse.Namespace, path: Path | None, parser: argparse.ArgumentParser
+) -> list[str]:
+    assert case.parts is not None
+    every = list(case.parts.names(options.quick))
+    pattern = options.only or "*"
+    names = [name for name in every if fnmatch.fnmatch(name, pattern) or name.startswith(f"{pattern}/")]
+    if not names:
+        parser.error(f"--only {pattern!r} fits no part; known: {', '.join(every)}")
+    if options.missing and path is not None and path.is_file():
+        stored = json.loads(path.read_text(encoding="utf-8"))["runs"]
+        names = [name for name in names if name not in stored]
+    return names

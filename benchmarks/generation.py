@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from benchmarks.shapes import CAUSAL
+from benchmarks.shapes import CAUSAL, check_layers, lowerings
 from tmx_compile import TriangleMixConfig, tmx_backend
 from tmx_compile.integrations.transformers import StreamingCache
 
@@ -128,14 +128,11 @@ class Runner:
         kinds = ["triangle"] if self._variant.triangle else []
         kinds += ["streaming"] if self._variant.decode == "streaming" else []
         for kind in kinds:
-            layers = {site.layer for site in self._backend.report if site.decision == kind}
-            if layers != set(self._config.layers()):
-                raise RuntimeError(f"wanted {self._wanted} {kind} layers, got {sorted(map(str, layers))}")
+            check_layers(self._backend, self._config.layers(), kind)
 
     def lowerings(self) -> str:
         """What the attention of all graphs became."""
-        sites = [] if self._backend is None else list(self._backend.report)
-        return " ".join(sorted({site.lowering for site in sites if site.lowering})) or "as written"
+        return lowerings(self._backend)
 
 
 def memory_bytes(cache: Any) -> int:

@@ -24,10 +24,9 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from benchmarks.common import RESULTS, Records, command, note
-from benchmarks.npu_platform import Cpu, Npu, Platform
-from benchmarks.shapes import MODELS, build
-from benchmarks.tables import slashed
-from tmx_compile import TmxBackend, TriangleMixConfig, triangle_attention
+from benchmarks.npu_platform import Compiled, Cpu, Npu, Platform
+from benchmarks.shapes import MODELS, Prefill, build, check_layers, triangle
+from tmx_compile import TriangleMixConfig, triangle_attention
 from tmx_compile.bench import record, reference
 from tmx_compile.bench.record import Measured
 from tmx_compile.bench.timing import describe
@@ -64,14 +63,7 @@ class Plan:
 
     def config(self, geometry: Geometry, layers: Sequence[int]) -> TriangleMixConfig:
         """The configuration that makes ``layers`` triangle layers."""
-        sink, window, last = geometry
-        return TriangleMixConfig(
-            num_sink_tokens=sink,
-            sliding_window_size=window,
-            num_last_tokens=last,
-            triangle_layer_indices=layers,
-            min_seq_len=self.min_seq_len,
-        )
+        return triangle(geometry, layers, self.min_seq_len)
 
 
 QUICK = Plan(
@@ -117,11 +109,11 @@ class _Layer(nn.Module):
 def layer(platform: Platform, plan: Plan) -> Records:
     """The records of one attention layer, one for each length and variant."""
     modes = plan.ways(platform)
-    made: dict[str, tuple[Callable[..., Tensor], TmxBackend | None]] = {}
+    made: dict[str, Compiled] = {}
     for mode in modes:
-        made[f"dense, {mode}"] = platform.compile(_Layer(platform.dense), mode, None)
+        made[_name((), mode)] = platform.compile(_Layer(platform.dense), mode, None)
         for geometry in plan.geometries:
-            made[f"{slashed(geometry)}, {mode}"] = platform.compile(_Layer(), mode, plan.config(geometry, [0]))
+            made[_name(geometry, mode)] = platform.compile(_Layer(), mode, plan.config(geometry, [0]))
     found: Records = []
     # A graph that is not compiled for want of a place in Dynamo's cache would be timed uncompiled.
     limits = torch._dynamo.config.patch(recompile_limit=2**31, accumulated_recompile_limit=2**31)
@@ -133,13 +125,7 @@ def layer(platform: Platform, plan: Plan) -> Records:
     return found
 
 
-def _layer_at(
-    platform: Platform,
-    plan: Plan,
-    n: int,
-    modes: Sequence[str],
-    made: dict[str, tuple[Callable[..., Tensor], TmxBackend | None]],
-) -> Records:
+def _layer_at(platform: Platform, plan: Plan, n: int, modes: Sequence[str], made: dict[str, Compiled]) -> Records:
     generator = torch.Generator().manual_seed(n)
     host = [
         torch.randn(1, heads, n, plan.head_dim, generator=generator).to(getattr(torch, plan.dtype))
@@ -154,7 +140,7 @@ def _layer_at(
         # On the host, whose float32 is float32.
         expected = reference.attention_rows(*(x.float() for x in host), rows, geometry or (0, 0, n))
         for mode in ("eager", *modes):
-            name = f"{slashed(geometry) if geometry else 'dense'}, {mode}"
+            name = _name(geometry, mode)
             item = {"part": "layer", "n": n, "geometry": list(geometry or ()), "mode": mode, **_EMPTY}
             records.append(item)
             try:
@@ -172,7 +158,7 @@ def _layer_at(
                 note(f"{name}, {n:,} tokens: {item['failed']}")
     timings = platform.interleaved(runs, plan.rounds, plan.warmup)
     for item in records:
-        name = f"{slashed(item['geometry']) or 'dense'}, {item['mode']}"
+        name = _name(item["geometry"], item["mode"])
         if name in timings:
             item |= timings[name].fields()
     dense = min((r["ms"] for r in records if not r["geometry"] and r["ms"]), default=None)
@@ -180,6 +166,10 @@ def _layer_at(
         item["dense_ms"] = dense
         item["speedup"] = dense / item["ms"] if dense and item["ms"] else None
     return records
+
+
+def _name(geometry: Sequence[int] | None, mode: str) -> str:
+    return f"{'/'.join(map(str, geometry)) if geometry else 'dense'}, {mode}"
 
 
 _EMPTY: dict[str, Any] = dict.fromkeys(("ms", "ms_min", "ms_max", "rounds", "error", "failed"))
@@ -194,7 +184,7 @@ def _eager(
     return lambda: triangle_attention(query, key, value, sink=sink, window=window, last=last, scale=scale)[0]
 
 
-def _compiled(made: tuple[Callable[..., Tensor], TmxBackend | None], *operands: Tensor) -> Callable[[], Tensor]:
+def _compiled(made: Compiled, *operands: Tensor) -> Callable[[], Tensor]:
     compiled, backend = made
     for x in operands:
         # Of three tensors with dynamic lengths nothing says that these are equal.
@@ -206,29 +196,6 @@ def _compiled(made: tuple[Callable[..., Tensor], TmxBackend | None], *operands: 
         if [site.decision for site in sites] != ["triangle"]:
             raise RuntimeError(f"the layer did not become a triangle layer: {[str(site.reason) for site in sites]}")
     return lambda: compiled(*operands)
-
-
-class Prefill:
-    """Prefills of one model without a cache.
-
-    Hugging Face's DynamicCache begins with an empty tensor of one dimension, to which the first keys are concatenated:
-    the ranks differ, which no document of GE's operator allows.
-    """
-
-    def __init__(self, model: nn.Module, compiled: Callable[..., Any], tokens: int, *, dynamic: bool) -> None:
-        self._compiled = compiled
-        generator = torch.Generator().manual_seed(tokens)
-        vocabulary: Any = model.config.vocab_size
-        ids = torch.randint(0, vocabulary, (1, tokens), generator=generator)
-        self._ids = ids.to(next(model.parameters()).device)
-        if dynamic:
-            torch._dynamo.mark_dynamic(self._ids, 1)
-
-    def __call__(self) -> Tensor:
-        """One prefill; returns the logits (1, 1, vocabulary) of the last token."""
-        with torch.no_grad():
-            logits: Tensor = self._compiled(input_ids=self._ids, use_cache=False, logits_to_keep=1).logits
-        return logits
 
 
 def ttft(platform: Platform, plan: Plan) -> Records:
@@ -251,7 +218,7 @@ def ttft(platform: Platform, plan: Plan) -> Records:
                 "layers": layers,
             }
             torch._dynamo.reset()
-            name = f"{slashed(geometry) if geometry else 'dense'}, {mode}"
+            name = _name(geometry, mode)
             own = mode == "eager" or config is None
             # Attention by the operators themselves; in graphs with triangle layers the pass finds SDPA.
             model.config._attn_implementation = _register(platform, config, name) if own else "sdpa"
@@ -263,10 +230,12 @@ def ttft(platform: Platform, plan: Plan) -> Records:
                 found.append(record_)
                 try:
                     dynamic = mode != "eager" and platform.is_dynamic(mode)
-                    prefill = Prefill(model, compiled, tokens, dynamic=dynamic)
+                    # Hugging Face's DynamicCache begins with an empty tensor of one dimension, to which the first keys
+                    # are concatenated: the ranks differ, which no document of GE's operator allows.
+                    prefill = Prefill(model, compiled, tokens, dynamic=dynamic, cache=False)
                     if not bool(prefill().isfinite().all()):
                         raise RuntimeError("the prefill gave logits that are not finite")
-                    _check_layers(backend, sparse)
+                    check_layers(backend, sparse)
                     record_["peak_gib"] = platform.peak_gib(prefill)
                     record_["ms"], record_["ms_all"] = platform.median(prefill, plan.calls)
                 except Exception as error:
@@ -277,13 +246,6 @@ def ttft(platform: Platform, plan: Plan) -> Records:
         item["dense_ms"] = dense
         item["reduction"] = item["ms"] / dense - 1 if dense and item["ms"] else None
     return found
-
-
-def _check_layers(backend: TmxBackend | None, sparse: Sequence[int]) -> None:
-    if backend is not None:
-        got = sorted({site.layer for site in backend.report.triangle() if site.layer is not None})
-        if got != list(sparse):
-            raise RuntimeError(f"wanted triangle layers {list(sparse)}, got {got}")
 
 
 def _register(platform: Platform, config: TriangleMixConfig | None, name: str) -> str:

@@ -6,7 +6,6 @@ import gc
 import importlib.metadata
 import importlib.util
 import statistics
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,11 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tmx_compile import TmxBackend, TriangleMixConfig, tmx_backend
-from tmx_compile.bench.timing import FLUSH_BYTES, Timing
+from tmx_compile.bench.timing import FLUSH_BYTES, Timing, seconds
 
 # The compressed mask that CANN's fused operator wants for its causal and band modes: True = masked.
 _MASK_EDGE = 2048
 _RIGHT_DOWN_CAUSAL = 3
+
+Compiled = tuple[Callable[..., Any], TmxBackend | None]
+"""A compiled module, and our backend where it is the one."""
 
 
 class Platform(ABC):
@@ -39,9 +41,7 @@ class Platform(ABC):
         """Causal attention of (batch, heads, tokens, head_dim) by the best dense operator; as many keys as rows."""
 
     @abstractmethod
-    def compile(
-        self, module: nn.Module, mode: str, config: TriangleMixConfig | None
-    ) -> tuple[Callable[..., Any], TmxBackend | None]:
+    def compile(self, module: nn.Module, mode: str, config: TriangleMixConfig | None) -> Compiled:
         """Compile for inference, with triangle layers where there is a configuration."""
 
     @abstractmethod
@@ -90,18 +90,14 @@ class Cpu(Platform):
     def dense(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
 
-    def compile(
-        self, module: nn.Module, mode: str, config: TriangleMixConfig | None
-    ) -> tuple[Callable[..., Any], TmxBackend | None]:
+    def compile(self, module: nn.Module, mode: str, config: TriangleMixConfig | None) -> Compiled:
         if config is None:
             return torch.compile(module, backend=mode), None
         backend = tmx_backend(config, strict=True)
         return torch.compile(module, backend=backend), backend
 
     def seconds(self, run: Callable[[], Any]) -> float:
-        start = time.perf_counter()
-        run()
-        return time.perf_counter() - start
+        return seconds(run)
 
     def describe(self) -> tuple[dict[str, Any], dict[str, str]]:
         return {}, {}
@@ -146,9 +142,7 @@ class Npu(Platform):
         )[0]
         return out
 
-    def compile(
-        self, module: nn.Module, mode: str, config: TriangleMixConfig | None
-    ) -> tuple[Callable[..., Any], TmxBackend | None]:
+    def compile(self, module: nn.Module, mode: str, config: TriangleMixConfig | None) -> Compiled:
         import torchair
 
         settings = torchair.CompilerConfig()

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
-from benchmarks.common import Case, Measured, cold_compiles, note
+from benchmarks.common import Case, Measured, cold_compiles, device, note
 from benchmarks.peers import peers
 from tmx_compile.bench import layer
 from tmx_compile.bench.timing import Rounds
@@ -36,11 +34,7 @@ CUDA: dict[str, Any] = {
     "all_rows_up_to": 32768,
     "rounds": Rounds(4.0, 7, 30),
 }
-QUICK: dict[str, Any] = {
-    "lengths": (320,),
-    "geometries": ((4, 32, 64),),
-    "rounds": Rounds(0.0, 2, 2),
-}
+QUICK: dict[str, Any] = {"lengths": (320,), "geometries": ((4, 32, 64),), "rounds": Rounds(0.0, 2, 2)}
 
 
 def plan(quick: bool, device: str) -> layer.Plan:
@@ -53,15 +47,11 @@ def plan(quick: bool, device: str) -> layer.Plan:
 
 def measure(quick: bool) -> Measured:
     with cold_compiles():
-        return layer.measure(plan(quick, device()), peers(), note)
-
-
-def device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+        return layer.measure(plan(quick, device().type), peers(), note)
 
 
 def file() -> str:
-    return f"operator_{device()}.json"
+    return f"operator_{device().type}.json"
 
 
 CASE = Case("operator", file, measure, layer.COLUMNS)

@@ -1,14 +1,16 @@
-"""Models of published shapes with random weights, and how a prefill calls them."""
+"""Models of published shapes with random weights, how a prefill calls them, and what their attention became."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from tmx_compile import TriangleMixConfig
 
 # Hugging Face's name for attention that builds no mask; registered by build().
 CAUSAL = "tmx_bench_causal"
@@ -93,13 +95,16 @@ MODELS = {
 }
 
 
-def build(shape: ModelShape, device: torch.device, dtype: torch.dtype, *, quick: bool) -> nn.Module:
-    """The model with random weights (standard deviation 0.02), made on the device."""
+def build(
+    shape: ModelShape, device: torch.device, dtype: torch.dtype, *, quick: bool, layers: int | None = None
+) -> nn.Module:
+    """The model with random weights (standard deviation 0.02), made on the device; with so many layers, if told."""
     from transformers import AutoModelForCausalLM
 
     register_causal()
     torch.manual_seed(0)
     config = shape.tiny() if quick else shape.config()
+    config.num_hidden_layers = layers or config.num_hidden_layers
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     return model.eval()
@@ -133,15 +138,34 @@ def _causal_attention(
 
 
 class Prefill:
-    """Prefills of one compiled model as ``generate`` does them: a new cache each time, the last logits only."""
+    """Prefills of one compiled model as ``generate`` does them: a new cache each time, the last logits only.
+
+    Args:
+        model: as it was before it was compiled.
+        compiled: what is called.
+        tokens: of the prompt, random ones.
+        dynamic: the length is.
+        mask: an attention mask of ones goes with it.
+        graphs: CUDA graphs are in use.
+        cache: without one, nothing is kept for a step after the prompt.
+    """
 
     def __init__(
-        self, model: nn.Module, compiled: Callable[..., Any], tokens: int, *, mask: bool, dynamic: bool, graphs: bool
+        self,
+        model: nn.Module,
+        compiled: Callable[..., Any],
+        tokens: int,
+        *,
+        dynamic: bool,
+        mask: bool = False,
+        graphs: bool = False,
+        cache: bool = True,
     ) -> None:
-        self._model, self._compiled, self._graphs = model, compiled, graphs
+        self._model, self._compiled, self._graphs, self._cache = model, compiled, graphs, cache
         device = next(model.parameters()).device
         generator = torch.Generator().manual_seed(tokens)
-        ids = torch.randint(0, model.config.vocab_size, (1, tokens), generator=generator)
+        vocabulary: Any = model.config.vocab_size
+        ids = torch.randint(0, vocabulary, (1, tokens), generator=generator)
         self._inputs = {"input_ids": ids.to(device)}
         if mask:
             self._inputs["attention_mask"] = torch.ones_like(self._inputs["input_ids"])
@@ -156,7 +180,31 @@ class Prefill:
         if self._graphs:
             torch.compiler.cudagraph_mark_step_begin()
         with torch.no_grad():
-            cache = DynamicCache(config=self._model.config)
-            out = self._compiled(**self._inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            kept = {"past_key_values": DynamicCache(config=self._model.config)} if self._cache else {}
+            out = self._compiled(**self._inputs, **kept, use_cache=self._cache, logits_to_keep=1)
         logits: Tensor = out.logits
         return logits
+
+
+def triangle(geometry: Sequence[int], layers: Sequence[int], min_seq_len: int) -> TriangleMixConfig:
+    """The configuration that makes ``layers`` triangle layers of (sinks, window, last rows)."""
+    names = ("num_sink_tokens", "sliding_window_size", "num_last_tokens")
+    counts: Any = dict(zip(names, geometry, strict=True))
+    return TriangleMixConfig(**counts, triangle_layer_indices=layers, min_seq_len=min_seq_len)
+
+
+def check_layers(backend: Any, wanted: Sequence[int], kind: str = "triangle") -> None:
+    """That a backend made the layers what was asked for; None is no backend of ours, and asked for nothing.
+
+    Raises:
+        RuntimeError: other layers than wanted are of the kind.
+    """
+    found = set() if backend is None else {site.layer for site in backend.report if site.decision == kind}
+    if backend is not None and found != set(wanted):
+        raise RuntimeError(f"wanted {kind} layers {sorted(wanted)}, got {sorted(found, key=str)}")
+
+
+def lowerings(backend: Any) -> str:
+    """What the attention of all of a backend's graphs became."""
+    sites = [] if backend is None else list(backend.report)
+    return " ".join(sorted({site.lowering for site in sites if site.lowering})) or "as written"

@@ -1,7 +1,4 @@
-"""Real text that needs no download: the manual that every Python carries for ``help()``, in two halves.
-
-What a calibration reads must not be what quality is measured on, so each chapter belongs to one of the two.
-"""
+"""Real text that needs no download: the manual that every Python carries for ``help()``."""
 
 from __future__ import annotations
 
@@ -12,22 +9,6 @@ from torch import Tensor
 
 EVALUATION = ("specialnames", "compound", "types", "formatstrings", "string-methods", "debugger")
 """The longest chapters that share no text."""
-
-# Chapters that repeat parts of those kept for evaluation.
-_REPEATED = (
-    *("async", "attribute-access", "callable-types", "class", "context-managers", "customization", "else", "for"),
-    *("function", "if", "numeric-types", "sequence-types", "try", "while", "with"),
-)
-
-
-def _calibration() -> tuple[str, ...]:
-    from pydoc_data.topics import topics
-
-    return tuple(sorted(name for name in topics if name not in EVALUATION and name not in _REPEATED))
-
-
-CALIBRATION = _calibration()
-"""All others."""
 
 
 def token_stream(tokenizer: Any, chapters: tuple[str, ...]) -> Tensor:

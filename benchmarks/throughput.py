@@ -7,20 +7,19 @@ next in the same process.
 from __future__ import annotations
 
 import contextlib
-import gc
+import functools
 import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
 
-from benchmarks.common import Case, Parts, Records, note
+from benchmarks.common import Case, Parts, Records, device, free, note
 from benchmarks.generation import VARIANTS, Run, Runner
 from benchmarks.models import smollm2
 from benchmarks.shapes import CAUSAL, MODELS, build, register_causal
@@ -74,11 +73,11 @@ def settings(quick: bool) -> dict[str, Any]:
     plan = _plan(quick)
     return {
         **plan,
-        "device": _device().type,
+        "device": device().type,
         "model": _model_name(quick),
         "triangle_layers": f"the deepest {plan['layers'] // 2} of {plan['layers']}",
         "prompts": "random ids"
-        if quick or _device().type == "cuda"
+        if quick or device().type == "cuda"
         else "pydoc_data.topics, sequences that share no text: " + ", ".join(EVALUATION),
         "generated": "every variant is given the same next tokens, those of the text, so that each makes the same "
         "number of steps at the same positions; the greedy choice is computed in each step all the same",
@@ -112,7 +111,7 @@ def measure(part: str, quick: bool) -> Records:
     """The records of one workload, one for each variant."""
     plan = _plan(quick)
     batch, tokens, rounds = next(w for w in plan["workloads"] if f"batch-{w[0]}" == part)
-    lab = _LAB.get(quick)
+    lab = _lab(quick)
     ids = lab.ids(batch, tokens + plan["new_tokens"])
     with lab.caches(), torch._dynamo.config.patch(recompile_limit=64), torch.no_grad():
         found = {name: _Outcome() for name in plan["variants"]}
@@ -170,7 +169,7 @@ class _Outcome:
         except Exception as error:
             self.failed = describe(error)
             note(f"failed: {self.failed}")
-        _free()
+        free()
 
     @property
     def last(self) -> Run | None:
@@ -229,19 +228,13 @@ class _Lab:
     """A model, its compiled variants, and where their code is kept, for all parts measured in one process."""
 
     def __init__(self, quick: bool) -> None:
-        self._quick, self._plan, device = quick, _plan(quick), _device()
+        self._quick, self._plan, place = quick, _plan(quick), device()
         self._folder = tempfile.TemporaryDirectory(prefix="tmx-bench-")
         self._text: Tensor | None = None
         register_causal()
-        if quick or device.type == "cuda":
-            shape = MODELS["llama"]
-            layers = self._plan["layers"]
-            cut = replace(
-                shape,
-                config=lambda: _with_layers(shape.config(), layers),
-                tiny=lambda: _with_layers(shape.tiny(), layers),
-            )
-            self._model = build(cut, device, getattr(torch, self._plan["dtype"]), quick=quick)
+        if quick or place.type == "cuda":
+            dtype = getattr(torch, self._plan["dtype"])
+            self._model = build(MODELS["llama"], place, dtype, quick=quick, layers=self._plan["layers"])
         else:
             self._model, tokenizer = smollm2(self._plan["layers"])
             self._text = token_stream(tokenizer, EVALUATION)
@@ -250,7 +243,7 @@ class _Lab:
         self._runners: dict[str, Runner] = {}
         with self.caches():
             # What a compiler prepares once (precompiled headers) is no variant's.
-            torch.compile(torch.sin, dynamic=False)(torch.ones(64, device=device))
+            torch.compile(torch.sin, dynamic=False)(torch.ones(64, device=place))
 
     @contextlib.contextmanager
     def caches(self) -> Iterator[None]:
@@ -270,57 +263,28 @@ class _Lab:
         if self._text is None:
             generator = torch.Generator().manual_seed(tokens)
             size = self._model.config.vocab_size
-            return torch.randint(0, size, (batch, tokens), generator=generator).to(_device())
+            return torch.randint(0, size, (batch, tokens), generator=generator).to(device())
         apart = self._text.shape[0] // batch
         if apart < tokens:
             raise RuntimeError(f"the text has {self._text.shape[0]} tokens, {batch} sequences of {tokens} need more")
         return torch.stack([self._text[i * apart : i * apart + tokens] for i in range(batch)])
 
 
-class _Labs:
+@functools.lru_cache(maxsize=1)
+def _lab(quick: bool) -> _Lab:
     """The lab of this process."""
-
-    def __init__(self) -> None:
-        self._lab: tuple[bool, _Lab] | None = None
-
-    def get(self, quick: bool) -> _Lab:
-        """The lab for quick or real runs; the other is let go."""
-        if self._lab is None or self._lab[0] != quick:
-            self._lab = None
-            _free()
-            torch._dynamo.reset()
-            self._lab = (quick, _Lab(quick))
-        return self._lab[1]
-
-
-_LAB = _Labs()
-
-
-def _with_layers(config: Any, layers: int) -> Any:
-    config.num_hidden_layers = layers
-    return config
-
-
-def _free() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return _Lab(quick)
 
 
 def _plan(quick: bool) -> dict[str, Any]:
-    return QUICK if quick else CUDA if _device().type == "cuda" else CPU
+    return QUICK if quick else CUDA if device().type == "cuda" else CPU
 
 
 def _model_name(quick: bool) -> str:
     layers = _plan(quick)["layers"]
     if quick:
         return "a tiny Llama, random weights"
-    if _device().type == "cuda":
+    if device().type == "cuda":
         shape = MODELS["llama"]
         return f"{shape.name}'s shape with {layers} of its {shape.layers} layers, random weights"
     return f"SmolLM2-135M-Instruct, the first {layers} of its 30 layers (4-bit weights, computed in float32)"
@@ -338,25 +302,11 @@ def finish(records: Records) -> None:
 
 def file() -> str:
     """The result file on this machine."""
-    return "throughput_cuda.json" if _device().type == "cuda" else "throughput.json"
+    return "throughput_cuda.json" if device().type == "cuda" else "throughput.json"
 
 
 COLUMNS = (
-    "batch",
-    "tokens",
-    "variant",
-    "prefill_s",
-    "decode_s",
-    "tokens_per_s",
-    "ratio",
-    "decode_tokens_per_s",
-    "decode_ratio",
-    "cache_mib",
-    "peak_gib",
-    "compile_s",
-    "compilations",
-    "recompiles",
-    "like_dense",
-    "failed",
+    *("batch", "tokens", "variant", "prefill_s", "decode_s", "tokens_per_s", "ratio", "decode_tokens_per_s"),
+    *("decode_ratio", "cache_mib", "peak_gib", "compile_s", "compilations", "recompiles", "like_dense", "failed"),
 )
 CASE = Case("throughput", file, None, COLUMNS, Parts(names, settings, measure, finish))

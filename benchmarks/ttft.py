@@ -5,10 +5,8 @@ A part is one compiled variant of one model (``llama/triangle-8-512-128+mask``):
 
 from __future__ import annotations
 
-import gc
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +15,9 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from benchmarks.account import account, floor_limit
-from benchmarks.common import Case, Parts, Records, cold_compiles, note
-from benchmarks.shapes import CAUSAL, MODELS, ModelShape, Prefill, build
-from tmx_compile import TriangleMixConfig, tmx_backend
+from benchmarks.common import Case, Parts, Records, cold_compiles, device, free, note
+from benchmarks.shapes import CAUSAL, MODELS, ModelShape, Prefill, build, check_layers, lowerings, triangle
+from tmx_compile import tmx_backend
 from tmx_compile.bench.floor import Shape, copy_rate
 from tmx_compile.bench.timing import describe, seconds
 
@@ -87,7 +85,7 @@ def names(quick: bool) -> list[str]:
 def settings(quick: bool) -> dict[str, Any]:
     return {
         **_plan(quick),
-        "device": _device().type,
+        "device": device().type,
         "batch": 1,
         "models": {
             key: {"name": shape.name, "layers": shape.layers, "triangle_layers": f"the deepest {shape.sparse}"}
@@ -118,10 +116,10 @@ def settings(quick: bool) -> dict[str, Any]:
 
 def measure(part: str, quick: bool) -> Records:
     """The records of one part, one for each length."""
-    plan, device = _plan(quick), _device()
+    plan, place = _plan(quick), device()
     key, _, variant_name = part.partition("/")
     shape, variant = MODELS[key], VARIANTS[variant_name]
-    model = _MODEL.get(key, device, plan["dtype"], quick)
+    model = _MODEL.get(key, place, plan["dtype"], quick)
     model.config._attn_implementation = CAUSAL if variant.causal else "sdpa"
     layers = model.config.num_hidden_layers
     sparse = shape.sparse * layers // shape.layers
@@ -138,17 +136,21 @@ def measure(part: str, quick: bool) -> Records:
     }
     records: Records = []
     with cold_compiles(), torch._dynamo.config.patch(recompile_limit=64):
-        compiled, check = _compile(model, variant, layers, sparse, plan["min_seq_len"])
+        wanted = range(layers - sparse, layers)
+        config = triangle(variant.geometry, wanted, plan["min_seq_len"]) if variant.geometry else None
+        backend = None if config is None else tmx_backend(config, strict=True)
+        mode: Any = {"mode": "reduce-overhead"} if variant.graphs else {}
+        compiled = torch.compile(model, backend=backend or "inductor", **mode)
         before = counters["stats"]["unique_graphs"]
         for tokens in lengths:
-            _free(device)
+            free()
             record = {**base, "tokens": tokens, **_EMPTY}
             try:
                 prefill = Prefill(model, compiled, tokens, mask=variant.mask, dynamic=True, graphs=variant.graphs)
-                record |= _timed(prefill, tokens, plan, device, first=tokens == lengths[0], graphs=variant.graphs)
-                check()
+                record |= _timed(prefill, tokens, plan, place, first=tokens == lengths[0], graphs=variant.graphs)
+                check_layers(backend, wanted)
                 if variant.accounted and tokens == plan["account_at"]:
-                    record["account"] = {**account(prefill, device), "copy_bytes_per_s": copy_rate(device)}
+                    record["account"] = {**account(prefill, place), "copy_bytes_per_s": copy_rate(place)}
             # A length that fails says how, and the others are measured all the same.
             except Exception as error:
                 if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
@@ -158,23 +160,15 @@ def measure(part: str, quick: bool) -> Records:
                 note(f"{part}, {tokens:,} tokens: {describe(error)}")
             prefill = None
             record["compilations"] = counters["stats"]["unique_graphs"] - before
-            record["lowerings"] = check.lowerings()
+            record["lowerings"] = lowerings(backend)
             records.append(record)
     del compiled
     torch._dynamo.reset()
-    _free(device)
+    free()
     return records
 
 
-_EMPTY: dict[str, Any] = {
-    "ms": None,
-    "ms_all": [],
-    "peak_gib": None,
-    "compile_s": None,
-    "oom": False,
-    "failed": None,
-    "account": None,
-}
+_EMPTY = dict.fromkeys(("ms", "peak_gib", "compile_s", "failed", "account")) | {"ms_all": [], "oom": False}
 
 
 def _timed(
@@ -202,43 +196,6 @@ def _timed(
     }
 
 
-class _Check:
-    """That a triangle variant has the triangle layers it was asked for."""
-
-    def __init__(self, backend: Any, wanted: int) -> None:
-        self._backend, self._wanted = backend, wanted
-
-    def __call__(self) -> None:
-        if self._backend is None:
-            return
-        found = {site.layer for site in self._backend.report.triangle()}
-        if len(found) != self._wanted:
-            raise RuntimeError(f"wanted {self._wanted} triangle layers, got {sorted(map(str, found))}")
-
-    def lowerings(self) -> str:
-        sites = [] if self._backend is None else list(self._backend.report)
-        return " ".join(sorted({site.lowering for site in sites})) or "as written"
-
-
-def _compile(
-    model: nn.Module, variant: Variant, layers: int, sparse: int, min_seq_len: int
-) -> tuple[Callable[..., Any], _Check]:
-    mode: Any = {"mode": "reduce-overhead"} if variant.graphs else {}
-    if variant.geometry is None:
-        return torch.compile(model, backend="inductor", **mode), _Check(None, 0)
-    sink, window, last = variant.geometry
-    config = TriangleMixConfig.deepest(
-        sparse,
-        num_layers=layers,
-        num_sink_tokens=sink,
-        sliding_window_size=window,
-        num_last_tokens=last,
-        min_seq_len=min_seq_len,
-    )
-    backend = tmx_backend(config, strict=True)
-    return torch.compile(model, backend=backend, **mode), _Check(backend, sparse)
-
-
 class _Model:
     """The model of the last part. It is let go before the next is made: two might not fit."""
 
@@ -249,7 +206,7 @@ class _Model:
     def get(self, key: str, device: torch.device, dtype: str, quick: bool) -> nn.Module:
         if self._key != (key, quick) or self._model is None:
             self._model = None
-            _free(device)
+            free()
             start = time.perf_counter()
             self._model = build(MODELS[key], device, getattr(torch, dtype), quick=quick)
             self._key = (key, quick)
@@ -258,17 +215,6 @@ class _Model:
 
 
 _MODEL = _Model()
-
-
-def _free(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _plan(quick: bool) -> dict[str, Any]:
@@ -305,17 +251,7 @@ def _shape_of(name: str) -> ModelShape:
 
 
 COLUMNS = (
-    "model",
-    "tokens",
-    "variant",
-    "ms",
-    "reduction",
-    "limit_reduction",
-    "peak_gib",
-    "compile_s",
-    "compilations",
-    "oom",
-    "failed",
-    "lowerings",
+    *("model", "tokens", "variant", "ms", "reduction", "limit_reduction", "peak_gib"),
+    *("compile_s", "compilations", "oom", "failed", "lowerings"),
 )
 CASE = Case("ttft", "ttft.json", None, COLUMNS, Parts(names, settings, measure, finish), needs_cuda=True)

@@ -13,6 +13,7 @@ The part to copy is `compile_model` below.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import itertools
 import json
@@ -24,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +68,10 @@ def main() -> int:
     weights = find_weights()
     if args.worker:
         return run_variant(args, weights)
+    console.print(
+        f"SmolLM2-135M reads {args.tokens:,} tokens at most, dense and with its deepest {args.layers} layers sparse."
+    )
+    console.print("Each run compiles from nothing, which takes minutes.")
     with tempfile.TemporaryDirectory(prefix="tmx-demo-") as folder:
         results = {}
         for variant in ("dense", "triangle"):
@@ -88,7 +94,7 @@ def run_variant(args: argparse.Namespace, weights: Path) -> int:
 
     console.rule(f"[bold]{args.worker}")
     started = time.perf_counter()
-    with console.status("loading the weights"):
+    with doing("loading the weights"):
         tokenizer, model = load_model(weights, args.dtype)
         inputs = build_prompt(tokenizer, args.tokens)
     length = inputs["input_ids"].shape[1]
@@ -103,7 +109,7 @@ def run_variant(args: argparse.Namespace, weights: Path) -> int:
         return time.perf_counter() - begin, result
 
     backend = compile_model(model, args)
-    with console.status("compiling, and running the first prefill"):
+    with doing("compiling, and running the first prefill"):
         first, _ = generate(1)  # one new token is the prefill alone
     console.print(f"first prefill, with compilation: {first:.1f} s")
 
@@ -118,14 +124,14 @@ def run_variant(args: argparse.Namespace, weights: Path) -> int:
 
     warm = []
     for run in range(args.runs):
-        with console.status(f"warm prefill {run + 1} of {args.runs}"):
+        with doing(f"warm prefill {run + 1} of {args.runs}"):
             warm.append(generate(1)[0])
-        console.print(f"warm prefill: {warm[-1]:.2f} s")
+        console.print(f"warm prefill {run + 1} of {args.runs}: {warm[-1]:.2f} s")
 
     # The cache changes layout and then grows: compiled, the decode steps would take two more compilations of the whole
     # model. They are dense in both variants and few, so what is not compiled yet runs as it is.
     decode = torch.compiler.set_stance("default" if args.compile_decode else "eager_on_recompile")
-    with decode, console.status(f"generating {args.new_tokens} tokens"):
+    with decode, doing(f"generating {args.new_tokens} tokens"):
         seconds, result = generate(args.new_tokens)
     text = tokenizer.decode(result.sequences[0, length:], skip_special_tokens=True)
     console.print(f"prefill and {len(result.logits)} new tokens: {seconds:.1f} s")
@@ -143,6 +149,17 @@ def run_variant(args: argparse.Namespace, weights: Path) -> int:
     }
     Path(args.out).write_text(json.dumps(found))
     return 0
+
+
+@contextlib.contextmanager
+def doing(what: str) -> Iterator[None]:
+    """Tell what takes long, while it does: a spinner, or a line where there is no terminal to turn one on."""
+    if console.is_terminal:
+        with console.status(what):
+            yield
+    else:
+        console.print(f"{what} ...")
+        yield
 
 
 def load_model(weights: Path, dtype: str) -> tuple[Any, Any]:
@@ -203,13 +220,17 @@ def manual_paragraphs() -> list[str]:
 
 
 def show_sites(sites: list[dict[str, Any]]) -> None:
-    """One row per attention call of the compiled prefill."""
-    table = Table("layer", "became", "computed by", "pairs", "why it stayed dense", box=None, padding=(0, 2, 0, 0))
-    for site in sites:
-        layer = "?" if site["layer"] is None else str(site["layer"])
+    """The attention calls of the compiled prefill; a row for layers in a row that became the same."""
+    table = Table("layers", "became", "computed by", "pairs", "why it stayed dense", box=None, padding=(0, 2, 0, 0))
+
+    def cells(site: dict[str, Any]) -> tuple[str, ...]:
         share = f"{site['attended_pairs'] / max(site['causal_pairs'], 1):.1%}"
         why = f"{Reason[site['reason']].value} {site['detail']}".strip() if site["reason"] else ""
-        table.add_row(layer, site["decision"], site["lowering"], share, why)
+        return site["decision"], site["lowering"], share, why
+
+    for same, group in itertools.groupby(sites, cells):
+        layers = ["?" if site["layer"] is None else str(site["layer"]) for site in group]
+        table.add_row(layers[0] if len(layers) == 1 else f"{layers[0]} to {layers[-1]}", *same)
     console.print(table)
 
 
@@ -289,6 +310,8 @@ def parse_arguments() -> argparse.Namespace:
     for name in ("tokens", "new_tokens", "runs"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if args.tokens <= TriangleMixConfig.min_seq_len:
+        parser.error(f"--tokens must be more than {TriangleMixConfig.min_seq_len:,}: shorter prompts stay dense")
     if args.tokens + args.new_tokens > MODEL_POSITIONS:
         parser.error(f"--tokens and --new-tokens must fit together into the model's {MODEL_POSITIONS:,} positions")
     return args

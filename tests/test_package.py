@@ -39,6 +39,7 @@ def test_the_package_is_whole_and_alone(built: Path) -> None:
         names = archive.namelist()
     assert "tmx_compile/py.typed" in names
     assert "tmx_compile/commands/explain.py" in names
+    assert "tmx_compile/config/prices.json" in names
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"tmx_compile"}
     # Every room, whatever it is called: pyproject.toml names none.
     rooms = {path.parent.relative_to(ROOT).as_posix() for path in (ROOT / "tmx_compile").rglob("*.py")}

@@ -24,8 +24,10 @@ ORDER = [
     "find",
     "proof",
     "lowering",
+    "layers",
     "request",
     "passes",
+    "remarks",
     "compilers",
     "backend",
     "export",
@@ -52,9 +54,8 @@ APART = {
 TESTS = Path(__file__).parent
 TEST = re.compile(r"(^|\.)(test_|conftest$|trianglemix_attention_test$)")
 PRIVATE = re.compile(r"_[A-Za-z]\w*")
-# Read by tests until backend.py and passes/program.py have their next form.
+# Read by tests until passes/program.py has its next form.
 STILL_PRIVATE = {
-    ("tests/benchmarks/test_quality_page.py", "_FIRST_N_COST"),
     ("tests/export/test_graph_modules.py", "_Retracer"),
 }
 
@@ -186,3 +187,18 @@ def test_no_file_uses_a_private_name_of_another():
 )
 def test_private_names_are_seen(program, found):
     assert private_names(ast.parse(program)) == found
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_what_measures_does_not_know_what_reports(number):
+    """The package knows no measurement, benchmarks no study, and none of them the writer of pages."""
+    folder, *strangers = ("tmx_compile", "benchmarks", "studies", "tools")[number:]
+    files = [*(TESTS.parent / folder).rglob("*.py")]
+    assert files
+    wrong = [
+        f"{path.name} imports {module}"
+        for path in files
+        for module, _ in all_imports(ast.parse(path.read_text(encoding="utf-8")))
+        if module.partition(".")[0] in strangers
+    ]
+    assert wrong == []

@@ -1,6 +1,15 @@
 """TriangleMix attention for ``torch.compile``: long prompts made cheap, with proof.
 
-model = torch.compile(model, backend=tmx_backend(TriangleMixConfig.deepest(15, num_layers=30)))
+Which layers go sparse, and the mask's geometry, is a :class:`TriangleMixConfig`; :func:`calibrate` measures which can.
+:func:`tmx_backend` compiles, and fills a :class:`Report`: what became of every attention call, and the :class:`Reason`
+where one stays dense. :func:`explain` gives that report without compiling, :func:`rewrite` a graph without a compiler
+behind it, :func:`export` an ``.air`` for Ascend NPUs; :func:`triangle_attention` is the one operator that all of them
+put in. The other classes are those of the original API.
+
+>>> from tmx_compile import TriangleMixConfig, tmx_backend
+>>> backend = tmx_backend(TriangleMixConfig.deepest(15, num_layers=30))
+>>> backend.config.layers()[0]  # model.compile(backend=backend) is next
+15
 """
 
 from __future__ import annotations

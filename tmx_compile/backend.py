@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from torch.fx import GraphModule
 
 from tmx_compile.compilers import torchair
 from tmx_compile.compilers.inductor import Compiler, Inductor
 from tmx_compile.config import TriangleMixConfig
-from tmx_compile.config.prices import streaming_message
 from tmx_compile.errors import LoweringError
 from tmx_compile.graph.copies import copy_graph
 from tmx_compile.graph.nodes import value_of
+from tmx_compile.layers import Watch, hand_over
 from tmx_compile.legacy.inference import TriangleMixInferenceConfig
 from tmx_compile.passes import pipeline
 from tmx_compile.passes.lengths import Prompt, dispatch, hint
@@ -25,6 +25,7 @@ from tmx_compile.passes.plan import Plan
 from tmx_compile.passes.range_guards import RangeGuards
 from tmx_compile.passes.record import records
 from tmx_compile.proof.constants import watched
+from tmx_compile.remarks import warn_if_dense, warn_of
 from tmx_compile.report import Report
 from tmx_compile.request import INDUCTOR, TORCHAIR, Host, Options, Request, takes
 from tmx_compile.version import __version__, package_fingerprint
@@ -32,25 +33,32 @@ from tmx_compile.version import __version__, package_fingerprint
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-# SmolLM2-135M, the last tokens of prompts of 4,096: benchmarks/results/quality_cuda.json, docs/quality.md.
-_FIRST_N_WARNING = (
-    "num_triangle_layers={n} makes the first {n} layers sparse, which is the worst choice: on SmolLM2-135M (9 of 30 "
-    "layers, 4/32/64) it costs {first:.0%} perplexity, the deepest 9 layers {deepest:.1%}. "
-    "Use TriangleMixConfig.deepest({n}, num_layers=...) or triangle_layer_indices."
-)
-_FIRST_N_COST = {"first": 0.284, "deepest": 0.012}
-_ANALYSIS_WARNING = (
-    "use_gradient_analysis asks for layers chosen by gradients, and none are chosen yet: run "
-    "tmx_compile.calibrate(model, batches, config=config) and compile with its .apply(config)"
-)
-
 
 class TmxBackend:
     """A ``torch.compile`` backend: rewrites proven attention, then hands the graph to Inductor, or on NPUs to torchair.
 
+    :func:`tmx_compile.tmx_backend` makes one, and tells more about the arguments, and what they raise.
+
+    Args:
+        config: which layers go sparse, and the geometry of their mask.
+        model: the model that will be compiled with it.
+        lowering: "auto", or the name of one.
+        strict: raise where a site in a triangle layer cannot go sparse.
+        assume_causal: your word about masks that only the run can tell.
+        report: a report to fill.
+        target: "auto", "inductor" or "ascend".
+        compiler_config: torchair's.
+        decode: "dense" or "streaming".
+        chunked_prefill: compile for prompts that come in chunks.
+
     Attributes:
         request: what was asked, checked.
         report: one record per attention site of every compiled graph, in order.
+
+    >>> from tmx_compile import TmxBackend, TriangleMixConfig
+    >>> backend = TmxBackend(TriangleMixConfig.deepest(2, num_layers=4), lowering="blocked")
+    >>> backend.config.layers(), len(backend.report)
+    ((2, 3), 0)
     """
 
     @takes(Options)
@@ -58,6 +66,7 @@ class TmxBackend:
         self,
         config: TriangleMixConfig | TriangleMixInferenceConfig,
         *,
+        model: nn.Module | None = None,
         report: Report | None = None,
         **options: Unpack[Options],
     ) -> None:
@@ -67,6 +76,10 @@ class TmxBackend:
         if self.request.target == "ascend":
             torchair.check_config(self.request.compiler_config)
         self.report = Report() if report is None else report
+        self._handed_over = model is not None
+        if model is not None and self.request.config is not None:
+            watch = Watch(self.report, self.request.config.min_seq_len, self.request.strict)
+            hand_over(model, self.request.config, watch)
         warn_of(self.request, config, stacklevel=5)
 
     @property
@@ -82,7 +95,21 @@ class TmxBackend:
         mode: str | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> Callable[..., Any]:
-        """Compile one graph; called by Dynamo. ``mode`` and ``options`` go to Inductor, ``options`` to torchair too."""
+        """Compile one graph; called by Dynamo.
+
+        Args:
+            gm: the graph, as Dynamo captures it.
+            example_inputs: a value for each placeholder, fake or real.
+            mode: as in ``torch.compile``; for Inductor.
+            options: likewise; for Inductor and torchair.
+
+        Returns:
+            What computes the graph: called with the inputs, it returns a tuple of the outputs.
+
+        Raises:
+            LoweringError: the lowering that was named cannot take a call.
+            StrictModeError: with ``strict``, a site in a triangle layer has to stay dense.
+        """
         host = self._host(gm, example_inputs)
         compiler: Compiler = (
             torchair.Torchair(self.request.compiler_config, mode, options)
@@ -96,6 +123,7 @@ class TmxBackend:
         compiled, plan = self._compile(gm, host, compiler, example_inputs)
         # Only now: Dynamo may abandon a compilation half way and start again.
         self.report.add_graph(records(plan, self.report.graphs), plan.notes)
+        warn_if_dense(plan, self.report, self._handed_over)
         return compiled if one_row is None else one_row.beside(compiled)
 
     def _compile(
@@ -145,7 +173,15 @@ class TmxBackend:
         return dispatch(plan.length, plan.limit, short, long), done
 
     def explain(self, gm: GraphModule, example_inputs: Sequence[Any]) -> None:
-        """Report what compiling one graph would make of it; compiles nothing."""
+        """Report what compiling one graph would make of it; compiles nothing. :func:`tmx_compile.explain` calls it.
+
+        Args:
+            gm: the graph, as Dynamo captures it.
+            example_inputs: a value for each placeholder, fake or real.
+
+        Raises:
+            LoweringError: as compiling would raise it.
+        """
         host = self._host(gm, example_inputs)
         if self.request.config is None:
             return
@@ -169,24 +205,36 @@ class TmxBackend:
 
 @takes(Options)
 def tmx_backend(
-    config: TriangleMixConfig | TriangleMixInferenceConfig, *, report: Report | None = None, **options: Unpack[Options]
+    config: TriangleMixConfig | TriangleMixInferenceConfig,
+    *,
+    model: nn.Module | None = None,
+    report: Report | None = None,
+    **options: Unpack[Options],
 ) -> TmxBackend:
     """A backend for ``torch.compile(model, backend=tmx_backend(config))``.
 
+    The mask is that of TriangleMix (arXiv 2507.21526). ``torch.compile(model, backend="tmx", options={"tmx_config":
+    config})`` is the same by name, with every argument below as an option ``tmx_...``.
+
     Args:
         config: which layers go sparse, and the geometry of their mask.
-        lowering: "auto" picks by a measured rule; a name ("flex", "blocked", "operator", "reference") takes that one
-            or raises :class:`~tmx_compile.errors.LoweringError`.
-        strict: raise :class:`~tmx_compile.errors.StrictModeError` where a site in a triangle layer cannot go sparse.
+        lowering: "auto" picks by a measured rule; a name ("triton", "flex", "blocked", "ascend", "operator" or
+            "reference") takes that one or raises :class:`tmx_compile.LoweringError`.
+        strict: raise :class:`tmx_compile.StrictModeError` where a site in a triangle layer cannot go sparse.
         assume_causal: your word that a mask which only the run can tell (a 4-D mask handed to the model) is causal
             and-ed with a padding mask, and that row positions handed to the model are consecutive. It is checked when
             the compiled model runs: a broken promise raises ``ValueError`` (on an accelerator, a device assertion).
+        model: the model that will be compiled with it, or the decoder inside. Each of its attention modules then
+            carries what it is to be: layers compiled one by one, behind hooks or after graph breaks are placed, by two
+            kinds of graphs and not one a layer, and a triangle layer that runs uncompiled on a long prompt warns (or
+            raises, if strict). Without it a layer is known by its path in a graph of the whole model.
         report: a report to fill; a new one by default, found as ``backend.report``.
         target: what compiles the graphs. "inductor"; "ascend", torchair; "auto" takes torchair for graphs on an NPU.
         compiler_config: a ``torchair.CompilerConfig`` for the target "ascend" (its ``mode`` chooses GE graphs, the
             default, or "npugraph_ex").
         decode: what triangle layers do in a call with one row: "dense" leaves it as it is; "streaming" attends to sinks
-            and window only. The cache still holds every key: see ``integrations.transformers.StreamingCache``.
+            and window only. The cache still holds every key: for one that does not, see
+            :class:`tmx_compile.integrations.transformers.StreamingCache`.
         chunked_prefill: compile for prompts that come in chunks, announced by :func:`tmx_compile.prefill`: the same
             outputs as in one pass, for chunks and prompts of any length without a compilation for each. Inference only;
             the lowering is "auto", "triton", "blocked" or "operator".
@@ -197,8 +245,22 @@ def tmx_backend(
 
     Warns:
         UserWarning: the configuration selects no layer, or the first n layers; what ``decode="streaming"`` costs.
+
+    >>> import torch
+    >>> import torch.nn.functional as F
+    >>> from tmx_compile import TriangleMixConfig, explain, tmx_backend
+    >>> class Layer(torch.nn.Module):
+    ...     def forward(self, x):
+    ...         return F.scaled_dot_product_attention(x, x, x, is_causal=True)
+    >>> model = torch.nn.Sequential(Layer(), Layer())
+    >>> config = TriangleMixConfig.deepest(1, num_layers=2, min_seq_len=256)
+    >>> backend = tmx_backend(config)
+    >>> compiled = torch.compile(model, backend=backend)  # compiles in its first call, and fills backend.report
+    >>> report = explain(model, torch.randn(1, 2, 300, 16), config=config)  # the same report, without compiling
+    >>> [(site.layer, site.decision) for site in report]
+    [(0, 'dense'), (1, 'triangle')]
     """
-    return TmxBackend(config, report=report, **options)
+    return TmxBackend(config, model=model, report=report, **options)
 
 
 def tmx(
@@ -244,10 +306,29 @@ def explain(
     The keyword arguments of :func:`tmx_backend` are taken here too, and the report is what that backend would come to;
     all others go to the model.
 
+    Args:
+        model: what ``torch.compile`` takes: a module or a function.
+        args: its arguments. Only their shapes, dtypes and devices matter.
+        config: which layers go sparse, and the geometry of their mask.
+        kwargs: its keyword arguments, and the backend's.
+
     Raises:
         ValueError: bad arguments, or a result whose shape is known only by running.
         ImportError: target "ascend" without a torch_npu that loads.
         LoweringError: as the backend would raise it.
+
+    >>> import torch
+    >>> import torch.nn.functional as F
+    >>> from tmx_compile import TriangleMixConfig, explain
+    >>> class Layer(torch.nn.Module):
+    ...     def forward(self, x):
+    ...         return F.scaled_dot_product_attention(x, x, x, is_causal=True)
+    >>> model = torch.nn.Sequential(Layer(), Layer())
+    >>> config = TriangleMixConfig.deepest(1, num_layers=2, min_seq_len=256)
+    >>> for site in explain(model, torch.randn(1, 2, 300, 16), config=config):
+    ...     print(site.layer, site.decision, site.reason or site.lowering)
+    0 dense NOT_SELECTED
+    1 triangle blocked
     """
     options = {name: kwargs.pop(name) for name in Options.__annotations__ if name in kwargs}
     backend = TmxBackend(config, **options)
@@ -269,29 +350,6 @@ def _cache_tag(config: TriangleMixConfig) -> Iterator[None]:
     tag = torch.compiler.config.cache_key_tag
     with torch.compiler.config.patch(cache_key_tag=f"{tag}|{own}" if tag else own):  # type: ignore[attr-defined]
         yield
-
-
-def _lacks_analysis(config: TriangleMixConfig | TriangleMixInferenceConfig) -> bool:
-    if not isinstance(config, TriangleMixInferenceConfig):
-        return False
-    return config.enable_trianglemix and config.use_gradient_analysis and not config.triangle_layer_indices
-
-
-def warn_of(request: Request, given: TriangleMixConfig | TriangleMixInferenceConfig, stacklevel: int) -> None:
-    """Say what a user may not expect of what was asked; ``stacklevel`` counts from the caller of this function."""
-    stacklevel += 1
-    config = request.config
-    if _lacks_analysis(given):
-        warnings.warn(_ANALYSIS_WARNING, stacklevel=stacklevel)
-    if config is None:
-        return
-    if request.decode == "streaming" and config.layers():
-        warnings.warn(streaming_message(len(config.layers()), None, config), stacklevel=stacklevel)
-    if not config.layers():
-        warnings.warn("the configuration selects no layer: every layer stays dense", stacklevel=stacklevel)
-    elif config.uses_first_n:
-        text = _FIRST_N_WARNING.format(n=config.num_triangle_layers, **_FIRST_N_COST)
-        warnings.warn(text, stacklevel=stacklevel)
 
 
 def _zeros_of(gm: GraphModule) -> Callable[..., Any]:

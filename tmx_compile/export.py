@@ -46,12 +46,29 @@ def rewrite(
     Args:
         program: see above.
         config: which layers go sparse, and the geometry of their mask.
-        options: ``lowering``, ``strict`` and ``assume_causal``, as for :func:`tmx_compile.tmx_backend`.
+        lowering: as for :func:`tmx_compile.tmx_backend`.
+        strict: likewise.
+        assume_causal: likewise.
+
+    Returns:
+        The rewritten copy, of the kind that came in, and the report of every attention site.
 
     Raises:
         ValueError: bad arguments, or a graph without the shapes that tracing records.
         LoweringError: the lowering that was named cannot take a call.
         StrictModeError: with ``strict``, a site in a triangle layer that has to stay dense.
+
+    >>> import torch
+    >>> import torch.nn.functional as F
+    >>> from tmx_compile import TriangleMixConfig, rewrite
+    >>> class Layer(torch.nn.Module):
+    ...     def forward(self, x):
+    ...         return F.scaled_dot_product_attention(x, x, x, is_causal=True)
+    >>> with torch.no_grad():
+    ...     program = torch.export.export(torch.nn.Sequential(Layer(), Layer()), (torch.randn(1, 2, 300, 16),))
+    ...     sparse, report = rewrite(program, TriangleMixConfig.deepest(1, num_layers=2, min_seq_len=256))
+    >>> [site.decision for site in report], sparse.module()(torch.randn(1, 2, 300, 16)).shape
+    (['dense', 'triangle'], torch.Size([1, 2, 300, 16]))
     """
     request = Request.of(config, **options)
     report = Report()
@@ -158,6 +175,18 @@ def export(
         ValueError: bad arguments.
         ImportError: no torch_npu that loads.
         TriangleMixError: nothing was written, or CANN is too old for an operator.
+
+    Source: ``dynamo_export`` in the manual of torchair, and ``npu_fused_infer_attention_score`` in that of torch_npu.
+    What it takes can be asked without them; with CANN the last call writes ``model/export.air``:
+
+    >>> import torch
+    >>> from tmx_compile import TriangleMixConfig, export
+    >>> config = TriangleMixConfig.deepest(1, num_layers=2)
+    >>> export(torch.nn.Identity(), torch.zeros(1), config=config, export_path="model", export_name="a/b")
+    Traceback (most recent call last):
+    ...
+    ValueError: export_name must be a file name without a folder, got 'a/b'
+    >>> export(model, ids, config=config, export_path="model")  # doctest: +SKIP
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a torch.nn.Module, got {model!r}")

@@ -19,7 +19,12 @@ log = logging.getLogger("tmx_compile")
 
 
 class Reason(enum.Enum):
-    """Why a site stayed dense. The value is the explanation; docs/reasons.md tells what a user can do."""
+    """Why a site stayed dense. The value is the explanation; docs/reasons.md tells what a user can do.
+
+    >>> from tmx_compile import Reason
+    >>> Reason["SHORT_PROMPT"].value
+    'the prompt is not longer than min_seq_len'
+    """
 
     NOT_SELECTED = "the configuration keeps this layer dense"
     SHORT_PROMPT = "the prompt is not longer than min_seq_len"
@@ -73,9 +78,33 @@ class Rejected:
 class SiteRecord:
     """One attention call of one compiled graph.
 
-    Shapes hold the lengths that compilation saw (the hints, where a length is dynamic, which ``dynamic`` tells). Pairs
-    are (row, key) pairs of one sequence without padding and one head. ``decision`` is "dense", "triangle", or
-    "streaming" (a decode step that attends to sinks and window).
+    Shapes hold the lengths that compilation saw (the hints, where a length is dynamic). Pairs are (row, key) pairs of
+    one sequence without padding and one head.
+
+    Attributes:
+        graph: which compiled graph, counted from 0.
+        path: of the module that calls, as the model names it.
+        layer: its number, counted from 0; None where the path tells none.
+        query: (batch, heads, rows, head_dim).
+        key: (batch, key heads, keys, head_dim).
+        value: (batch, key heads, keys, value's head_dim).
+        dtype: of the query, such as "bfloat16".
+        dynamic: whether a length is dynamic.
+        decision: "dense", "triangle", or "streaming" (a decode step that attends to sinks and window).
+        reason: the name of a :class:`Reason` where the site stays dense, else "".
+        detail: its particulars.
+        lowering: what computes the call; "as written" where it is left as it is.
+        attended_pairs: how many pairs the mask keeps.
+        causal_pairs: how many pairs dense causal attention has.
+        layers: the layers that share the graph; as far as ``layer`` is None, those of the model that was handed over.
+
+    >>> from tmx_compile import SiteRecord
+    >>> shape = (1, 2, 300, 16)
+    >>> site = SiteRecord(
+    ...     0, "layers.1", 1, shape, shape, shape, "float32", False, "triangle", "", "", "blocked", 25250, 45150
+    ... )
+    >>> f"{site.attended_pairs / site.causal_pairs:.0%}"
+    '56%'
     """
 
     graph: int
@@ -92,15 +121,38 @@ class SiteRecord:
     lowering: str
     attended_pairs: int
     causal_pairs: int
+    layers: tuple[int, ...] = ()
 
 
 @dataclass
 class Report:
-    """Every site of every graph that a backend has compiled, in order; ``notes`` are remarks about a whole graph."""
+    """Every site of every graph that a backend has compiled, in order. Iterate over it; ``print`` shows a table.
+
+    Attributes:
+        sites: one record a site.
+        notes: remarks about a whole graph.
+        graphs: how many graphs were compiled, those without attention too.
+        uncompiled: calls of triangle layers of a model that was handed over, on long prompts, outside every compiled
+            graph, and so dense.
+
+    >>> import torch
+    >>> import torch.nn.functional as F
+    >>> from tmx_compile import TriangleMixConfig, explain
+    >>> class Layer(torch.nn.Module):
+    ...     def forward(self, x):
+    ...         return F.scaled_dot_product_attention(x, x, x, is_causal=True)
+    >>> config = TriangleMixConfig.deepest(1, num_layers=2, min_seq_len=256)
+    >>> report = explain(torch.nn.Sequential(Layer(), Layer()), torch.randn(1, 2, 300, 16), config=config)
+    >>> len(report), report.graphs, [site.layer for site in report.triangle()]
+    (2, 1, [1])
+    >>> report.to_dicts()[0]["reason"]
+    'NOT_SELECTED'
+    """
 
     sites: list[SiteRecord] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     graphs: int = 0
+    uncompiled: int = 0
 
     def __iter__(self) -> Iterator[SiteRecord]:
         return iter(self.sites)
@@ -109,15 +161,30 @@ class Report:
         return len(self.sites)
 
     def triangle(self) -> list[SiteRecord]:
-        """The sites that went sparse."""
+        """The sites that went sparse, of all graphs.
+
+        >>> from tmx_compile import Report
+        >>> Report().triangle()  # empty too where nothing was compiled: see len(report)
+        []
+        """
         return [site for site in self.sites if site.decision != "dense"]
 
     def of_graph(self, graph: int) -> list[SiteRecord]:
-        """The sites of one compiled graph, counted from 0."""
+        """The sites of the compiled graph number ``graph``, counted from 0.
+
+        >>> from tmx_compile import Report
+        >>> Report().of_graph(0)
+        []
+        """
         return [site for site in self.sites if site.graph == graph]
 
     def add_graph(self, sites: list[SiteRecord], notes: Sequence[str]) -> None:
-        """Record one compiled graph, and tell the log and the structured trace."""
+        """Record one compiled graph, and tell the log and the structured trace. The backend calls it.
+
+        Args:
+            sites: the graph's, in order; ``graph`` of each is the number of graphs so far.
+            notes: remarks about the graph; those known already are not repeated.
+        """
         self.graphs += 1
         self.sites.extend(sites)
         self.notes.extend(note for note in notes if note not in self.notes)
@@ -142,11 +209,25 @@ class Report:
         _tell(site)
 
     def to_dicts(self) -> list[dict[str, Any]]:
-        """The records as plain data, ready for JSON."""
+        """The records as plain data, ready for JSON.
+
+        >>> from tmx_compile import Report
+        >>> Report().to_dicts()
+        []
+        """
         return [asdict(site) for site in self.sites]
 
     def table(self, *, graph: int | None = None, shapes: bool = False) -> Table:
-        """A rich table of all graphs or of one, without the tensors' shapes (80 columns) or with them."""
+        """A rich table of all graphs or of one, without the tensors' shapes (80 columns) or with them.
+
+        Args:
+            graph: which one, counted from 0; None: all.
+            shapes: show the shapes of query and key.
+
+        >>> from tmx_compile import Report
+        >>> [column.header for column in Report().table().columns]
+        ['graph', 'module', 'layer', 'decision', 'lowering', 'pairs', 'why']
+        """
         table = Table(title="tmx_compile: attention sites", title_justify="left")
         for name in ("graph", "module", "layer", "query", "key", "decision", "lowering", "pairs", "why"):
             if shapes or name not in ("query", "key"):
@@ -159,7 +240,7 @@ class Report:
             table.add_row(
                 str(site.graph),
                 site.path or "?",
-                "?" if site.layer is None else str(site.layer),
+                _spans(site.layers or (() if site.layer is None else (site.layer,))),
                 *sizes,
                 site.decision,
                 site.lowering,
@@ -168,12 +249,27 @@ class Report:
             )
         return table
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Report:
+        # Whoever copies a backend, as generate does with its settings, still compiles for the one that the user holds.
+        return self
+
     def __str__(self) -> str:
         console = Console(width=160, record=True, file=io.StringIO(), color_system=None)
         console.print(self.table(shapes=True))
         for note in self.notes:
             console.print(f"note: {note}")
         return console.export_text()
+
+
+def _spans(layers: Sequence[int]) -> str:
+    """Numbers of layers, runs of them shortened; "?" for none."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs) or "?"
 
 
 def _tell(site: SiteRecord) -> None:

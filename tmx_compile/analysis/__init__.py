@@ -1,4 +1,10 @@
-"""Which layers can go sparse: each layer's Middle contribution, measured rather than assumed."""
+"""Which layers can go sparse: each layer's Middle contribution, measured rather than assumed.
+
+:func:`calibrate` ranks a model's layers, :func:`candidates` lists choices worth trying, :func:`evaluate` measures what
+they cost in quality, and :func:`advise` picks the fastest within a budget. The commands ``tmx calibrate``, ``tmx
+evaluate`` and ``tmx advise`` do the same for models on disk. Below them stand :class:`CapturedModel`, a model whose
+layers can be switched, and :func:`compare`.
+"""
 
 from __future__ import annotations
 

@@ -1,21 +1,28 @@
-"""What streaming decode costs, for the message that says so when it is switched on."""
+"""What triangle layers cost, for the messages that say so. ``prices.json`` has the figures and their sources."""
 
 from __future__ import annotations
 
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
 from tmx_compile.config import TriangleMixConfig
 
-SHARES = (0.1, 0.3, 0.5)
-STREAMING_COST = {
-    ("the deepest", (8, 64, 128)): ((0.007, 0.81), (0.244, 0.23), (0.987, 0.02)),
-    ("the deepest", (8, 512, 128)): ((-0.001, 0.80), (0.027, 0.29), (0.124, 0.09)),
-    ("chosen by gradient", (8, 512, 128)): ((-0.000, 0.81), (0.004, 0.78), (0.104, 0.09)),
-}
-"""For each of ``SHARES`` of the layers: how much the perplexity of what follows a prompt rises, and the share of a list
-in the prompt that is copied right. By the layers that stream and their geometry.
+_CHOSEN = {"deepest": "the deepest", "gradient": "chosen by gradient"}
 
-SmolLM2-135M, prompts of 4,096 tokens: benchmarks/results/quality_cuda.json, docs/quality.md.
-"""
-COPIED_BY_DENSE = 0.82
+
+@functools.cache
+def prices() -> dict[str, Any]:
+    """The measured figures, from ``prices.json`` beside this module. Read once, and never changed.
+
+    ``streaming``: for each of ``shares`` of the model's layers, the relative change of the ``perplexity`` of what
+    follows a prompt of ``prompt`` tokens, and the share of a list in the prompt that is ``copied`` right. ``first_n``:
+    the relative change of the perplexity of a prompt's last tokens, by which layers are sparse. ``source`` names the
+    result file; docs/quality.md shows it.
+    """
+    found: dict[str, Any] = json.loads(Path(__file__).with_name("prices.json").read_text(encoding="utf-8"))
+    return found
 
 
 def streaming_message(layers: int, of: int | None, config: TriangleMixConfig) -> str:
@@ -26,17 +33,35 @@ def streaming_message(layers: int, of: int | None, config: TriangleMixConfig) ->
         of: how many layers the model has; None: not known yet.
         config: the geometry.
     """
+    price = prices()["streaming"]
     count = f"{layers} of {of} layers" if of is not None else f"{layers} layer{'' if layers == 1 else 's'}"
     seen = config.num_sink_tokens + config.sliding_window_size + 1
     measured = "; ".join(
-        f"{', '.join(f'{cost:+.1%}' for cost, _ in found)} and {', '.join(f'{copied:.0%}' for _, copied in found)} "
-        f"({which}, {'/'.join(map(str, geometry))})"
-        for (which, geometry), found in STREAMING_COST.items()
+        f"{', '.join(f'{cost:+.1%}' for cost in choice['perplexity'])} and "
+        f"{', '.join(f'{copied:.0%}' for copied in choice['copied'])} "
+        f"({_CHOSEN[choice['policy']]}, {_slashed(choice['geometry'])})"
+        for choice in price["choices"]
     )
     return (
         f"streaming decode: in {count} generated tokens attend to {seen} keys ({config.num_sink_tokens} sinks and a "
-        f"window of {config.sliding_window_size + 1}), whatever lies between them. On SmolLM2-135M with "
-        f"{', '.join(f'{share:.0%}' for share in SHARES)} of the layers perplexity changed by, and of a list in the "
-        f"prompt was copied right instead of {COPIED_BY_DENSE:.0%}: {measured}. See docs/serving.md, and measure your "
-        "own model with `tmx evaluate --streaming`"
+        f"window of {config.sliding_window_size + 1}), whatever lies between them. On {prices()['model']} with "
+        f"{', '.join(f'{share:.0%}' for share in price['shares'])} of the layers perplexity changed by, and of a list "
+        f"in the prompt was copied right instead of {price['copied_by_dense']:.0%}: {measured}. See docs/serving.md, "
+        "and measure your own model with `tmx evaluate --streaming`"
     )
+
+
+def first_n_message(n: int) -> str:
+    """What choosing the first ``n`` layers costs, and what to choose in their place."""
+    price = prices()["first_n"]
+    cost, layers = price["perplexity"], price["layers"]
+    return (
+        f"num_triangle_layers={n} makes the first {n} layers sparse, which is the worst choice: on {prices()['model']} "
+        f"({layers} of {prices()['layers_of_model']} layers, {_slashed(price['geometry'])}) it costs "
+        f"{cost['first']:.0%} perplexity, the deepest {layers} layers {cost['deepest']:.1%}. "
+        f"Use TriangleMixConfig.deepest({n}, num_layers=...) or triangle_layer_indices."
+    )
+
+
+def _slashed(geometry: list[int]) -> str:
+    return "/".join(map(str, geometry))

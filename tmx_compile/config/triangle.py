@@ -68,6 +68,15 @@ class TriangleMixConfig:
     Raises:
         ValueError: a count that is negative, no integer or not below 2**31, a layer that is negative or
             repeated; the message names the parameter and the value.
+
+    >>> from tmx_compile import TriangleMixConfig
+    >>> config = TriangleMixConfig(8, 512, 128, triangle_layer_indices=[30, 31])
+    >>> config.layers(), config.geometry
+    ((30, 31), (8, 512, 128))
+    >>> TriangleMixConfig(num_sink_tokens=-1)
+    Traceback (most recent call last):
+    ...
+    ValueError: num_sink_tokens must be a non-negative integer, got -1
     """
 
     num_sink_tokens: int = 4
@@ -91,8 +100,19 @@ class TriangleMixConfig:
     def deepest(cls, n: int, *, num_layers: int, **geometry: int) -> TriangleMixConfig:
         """Make the deepest ``n`` layers of a model with ``num_layers`` layers the triangle layers.
 
-        ``geometry`` takes num_sink_tokens, sliding_window_size, num_last_tokens and min_seq_len.
-        ``ValueError`` when ``n`` exceeds ``num_layers`` or a name is unknown.
+        Deep layers need the Middle section least (TriangleMix, arXiv 2507.21526).
+
+        Args:
+            n: how many layers.
+            num_layers: layers of the model.
+            geometry: num_sink_tokens, sliding_window_size, num_last_tokens and min_seq_len (tokens).
+
+        Raises:
+            ValueError: ``n`` exceeds ``num_layers``, or a name is unknown.
+
+        >>> from tmx_compile import TriangleMixConfig
+        >>> TriangleMixConfig.deepest(3, num_layers=32, sliding_window_size=512).layers()
+        (29, 30, 31)
         """
         refuse_unknown(geometry, _OVERRIDABLE)
         num_layers = as_count("num_layers", num_layers, minimum=1)
@@ -105,7 +125,17 @@ class TriangleMixConfig:
     def from_layer(cls, start: int, *, num_layers: int, **geometry: int) -> TriangleMixConfig:
         """Make layers ``start`` to ``num_layers - 1`` (counted from 0) the triangle layers.
 
-        ``geometry`` as in :meth:`deepest`. ``ValueError`` when ``start`` is no layer of the model.
+        Args:
+            start: the first of them.
+            num_layers: layers of the model.
+            geometry: as in :meth:`deepest`.
+
+        Raises:
+            ValueError: ``start`` is no layer of the model, or a name is unknown.
+
+        >>> from tmx_compile import TriangleMixConfig
+        >>> TriangleMixConfig.from_layer(28, num_layers=32).layers()
+        (28, 29, 30, 31)
         """
         refuse_unknown(geometry, _OVERRIDABLE)
         num_layers = as_count("num_layers", num_layers, minimum=1)
@@ -144,6 +174,14 @@ class TriangleMixConfig:
                 where one is needed, a missing or bad value; the message carries the path and the reason. Also an
                 unknown or bad override.
             OSError: the file cannot be read.
+
+        >>> import tempfile
+        >>> from tmx_compile import TriangleMixConfig
+        >>> with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        ...     TriangleMixConfig.deepest(2, num_layers=4).to_profile(file.name, num_layers=4)
+        ...     config = TriangleMixConfig.from_profile(file.name, num_layers=4, num_sink_tokens=8)
+        >>> config.layers(), config.num_sink_tokens
+        ((2, 3), 8)
         """
         refuse_unknown(overrides, _OVERRIDABLE)
         num_layers = as_count("num_layers", num_layers, minimum=1)
@@ -168,7 +206,15 @@ class TriangleMixConfig:
 
         The file is JSON with the keys ``format``, ``model.num_layers``, ``geometry``, ``min_seq_len``
         (optional on reading) and ``triangle_layer_indices``, which spells out the effective layers even where
-        they came from ``num_triangle_layers``. ``ValueError`` when a layer lies outside the model.
+        they came from ``num_triangle_layers``. :meth:`from_profile` shows an example.
+
+        Args:
+            path: the file; one that exists is written over.
+            num_layers: layers of the model.
+
+        Raises:
+            ValueError: a layer lies outside the model.
+            OSError: the file cannot be written.
         """
         num_layers = as_count("num_layers", num_layers, minimum=1)
         self.check_layers(num_layers)
@@ -183,28 +229,55 @@ class TriangleMixConfig:
 
     @property
     def geometry(self) -> tuple[int, int, int]:
-        """``(num_sink_tokens, sliding_window_size, num_last_tokens)``, in tokens."""
+        """``(num_sink_tokens, sliding_window_size, num_last_tokens)``, in tokens.
+
+        >>> from tmx_compile import TriangleMixConfig
+        >>> TriangleMixConfig().geometry
+        (4, 32, 64)
+        """
         return self.num_sink_tokens, self.sliding_window_size, self.num_last_tokens
 
     @property
     def uses_first_n(self) -> bool:
-        """Whether the triangle layers are the first n, for want of ``triangle_layer_indices``."""
+        """Whether the triangle layers are the first n, for want of ``triangle_layer_indices``.
+
+        >>> from tmx_compile import TriangleMixConfig
+        >>> TriangleMixConfig(num_triangle_layers=12).uses_first_n
+        True
+        """
         return self.triangle_layer_indices is None and bool(self.num_triangle_layers)
 
     def layers(self) -> tuple[int, ...]:
-        """Return the effective triangle layers, ascending, counted from 0."""
+        """Return the effective triangle layers, ascending, counted from 0.
+
+        >>> from tmx_compile import TriangleMixConfig
+        >>> TriangleMixConfig(triangle_layer_indices=[5, 3]).layers()
+        (3, 5)
+        """
         if self.triangle_layer_indices is not None:
             return tuple(self.triangle_layer_indices)
         return tuple(range(self.num_triangle_layers or 0))
 
     def is_triangle_layer(self, layer_idx: int) -> bool:
-        """Whether layer ``layer_idx`` (counted from 0) is among :meth:`layers`."""
+        """Whether layer ``layer_idx`` (counted from 0) is among :meth:`layers`.
+
+        >>> from tmx_compile import TriangleMixConfig
+        >>> TriangleMixConfig.deepest(1, num_layers=4).is_triangle_layer(3)
+        True
+        """
         if self.triangle_layer_indices is not None:
             return layer_idx in self.triangle_layer_indices
         return 0 <= layer_idx < (self.num_triangle_layers or 0)
 
     def check_layers(self, num_layers: int) -> None:
-        """Raise ``ValueError`` unless every layer named here exists in a model of ``num_layers`` layers."""
+        """Raise ``ValueError`` unless every layer named here exists in a model of ``num_layers`` layers.
+
+        >>> from tmx_compile import TriangleMixConfig
+        >>> TriangleMixConfig(triangle_layer_indices=[3, 4]).check_layers(4)
+        Traceback (most recent call last):
+        ...
+        ValueError: triangle_layer_indices must be less than num_layers=4, got 4
+        """
         num_layers = as_count("num_layers", num_layers, minimum=1)
         if self.num_triangle_layers is not None and self.num_triangle_layers > num_layers:
             raise ValueError(
@@ -216,11 +289,21 @@ class TriangleMixConfig:
             raise ValueError(f"triangle_layer_indices must be less than num_layers={num_layers}, got {listed}")
 
     def fingerprint(self) -> str:
-        """Return a hex digest of every field, the same in every process: a cache key."""
+        """Return a hex digest of every field, the same in every process: a cache key.
+
+        >>> from tmx_compile import TriangleMixConfig
+        >>> TriangleMixConfig().fingerprint() == TriangleMixConfig(min_seq_len=2048).fingerprint()
+        True
+        """
         fields = json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(fields.encode()).hexdigest()
 
     def replace(self, **changes: Any) -> TriangleMixConfig:
-        """Return a copy with some fields changed; an unknown name is a ``ValueError``."""
+        """Return a copy with ``changes`` of fields by name; an unknown name is a ``ValueError``.
+
+        >>> from tmx_compile import TriangleMixConfig
+        >>> TriangleMixConfig().replace(num_last_tokens=128).geometry
+        (4, 32, 128)
+        """
         refuse_unknown(changes, [field.name for field in dataclasses.fields(self)])
         return dataclasses.replace(self, **changes)

@@ -165,6 +165,11 @@ class _Flattening:
         inner = (lambda stack: stack_of(_moved(stack, own, shared))) if len(shared) > 1 else stack_of
         body = dict(zip(inputs, given, strict=True))
         results = tuple(self._copy(child, body, inner, f"{prefix}{_name(call)}_"))
+        if len(shared) > 1:
+            # The mark of the layer that was traced; the others have the same body.
+            for node in body.values():
+                if isinstance(node, Node) and node not in given:
+                    node.meta = {key: value for key, value in node.meta.items() if key != "custom"}
         self._graph.call_function(_ends, (number,))
         for user in call.users:
             index = user.args[1]

@@ -1,13 +1,14 @@
 """The layer a node belongs to, from the module path that tracing recorded.
 
 A path such as ``L['self'].model.layers.3.self_attn`` names layer 3 of the stack ``model.layers``. It is the same in
-every graph of a model, whatever breaks or other towers surround it.
+every graph of a model, whatever breaks or other towers surround it. A graph of one layer alone has no such path; a
+module of a model that was handed over carries a mark instead, which Dynamo writes beside each of its nodes.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from torch.fx import Node
@@ -17,17 +18,61 @@ _GETATTR = re.compile(r"getattr\(([^()]*), (['\"])(\w+)\2\)")
 _ROOT = re.compile(r"^[LG]\[(['\"])(?P<name>\w+)\1\]")
 # A function's own variables are no modules on the way.
 _CLOSURE = re.compile(r"\.__closure__\[\d+\]\.cell_contents")
+# The forward of a module that carries a mark stands on the instance.
+_BOUND = re.compile(r"\.forward\.__self__")
 _PART = re.compile(r"\[(['\"])(?P<key>.*?)\1\]|\[(?P<index>\d+)\]|(?P<name>[^.\[\]]+)")
+
+
+MARK = "tmx_compile"
+"""The key of a mark among the annotations of a node (``torch.fx.traceback.annotate``)."""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What a module of a model that was handed over is to be; written as one string, for one guard.
+
+    Attributes:
+        plan: the fingerprint of the configuration.
+        sparse: whether the configuration names its layer.
+        layers: all layers of the model that are like it in this.
+    """
+
+    plan: str
+    sparse: bool
+    layers: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.plan} {'triangle' if self.sparse else 'dense'} {','.join(map(str, self.layers))}"
+
+    @classmethod
+    def read(cls, text: str) -> Mark:
+        """The mark that was written as ``text``."""
+        plan, kind, layers = text.split(" ")
+        return cls(plan, kind == "triangle", tuple(map(int, layers.split(","))))
 
 
 @dataclass(frozen=True)
 class LayerPath:
-    """Where a site stands: the readable module path and, where it names exactly one, the layer of which stack."""
+    """Where a site stands.
+
+    Attributes:
+        path: the readable module path.
+        stack: the list of layers, where the path names exactly one of it.
+        index: that layer.
+        indices: how many indices the path has.
+        mark: what the site's module carries, where the model was handed over.
+    """
 
     path: str
     stack: str | None = None
     index: int | None = None
     indices: int = 0
+    mark: Mark | None = None
+
+    @property
+    def is_known(self) -> bool:
+        """Whether it can be told if the configuration names the layer."""
+        return self.index is not None or self.mark is not None
 
 
 def layer_path(node: Node) -> LayerPath:
@@ -41,12 +86,23 @@ def layer_paths(nodes: Iterable[Node | None]) -> list[LayerPath]:
     Where a path has several indices (``layers.3.0``: layers that are pairs of modules), the layer's is the one that
     varies among the paths of this form, if it is the only one.
     """
-    paths = [_parts(node) for node in nodes]
+    nodes = list(nodes)
+    found = placed([_parts(node) for node in nodes])
+    return [replace(layer, mark=_mark(node)) for layer, node in zip(found, nodes, strict=True)]
+
+
+def placed(paths: Sequence[tuple[str, ...]]) -> list[LayerPath]:
+    """The layers that paths, given as the names on the way, stand for."""
     forms: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
     for parts in paths:
         forms.setdefault(_form(parts), []).append(parts)
     varying = {form: _varying(alike) for form, alike in forms.items()}
     return [_placed(parts, varying[_form(parts)]) for parts in paths]
+
+
+def _mark(node: Node | None) -> Mark | None:
+    text = None if node is None else (node.meta.get("custom") or {}).get(MARK)
+    return None if text is None else Mark.read(text)
 
 
 def _parts(node: Node | None) -> tuple[str, ...]:
@@ -57,7 +113,7 @@ def _parts(node: Node | None) -> tuple[str, ...]:
     raw, changed = str(next(reversed(stack.values()))[0]), 1
     while changed:
         raw, changed = _GETATTR.subn(r"\1.\3", raw)
-    raw = _CLOSURE.sub("", raw)
+    raw = _BOUND.sub("", _CLOSURE.sub("", raw))
     raw = _ROOT.sub(lambda m: "" if m["name"] == "self" else m["name"], raw)
     parts = [m["key"] or m["index"] or m["name"] for m in _PART.finditer(raw)]
     return tuple(part for part in parts if part != "_modules")

@@ -39,6 +39,14 @@ class AscendTriangleMixAttention(nn.Module):
     Raises:
         ValueError: a number that is none or lies out of range, ``layer_idx`` or a configured layer beyond
             ``num_layers``, or another class of configuration; with the values.
+
+    >>> import torch
+    >>> from tmx_compile import AscendTriangleMixAttention, TriangleMixConfig
+    >>> config = TriangleMixConfig.deepest(1, num_layers=2, min_seq_len=256)
+    >>> attention = AscendTriangleMixAttention(4, 16, 0.25, config, layer_idx=1, num_layers=2)
+    >>> query, key = torch.randn(1, 300, 4, 16), torch.randn(1, 300, 2, 16)
+    >>> attention(query, key, key).shape
+    torch.Size([1, 300, 4, 16])
     """
 
     def __init__(
@@ -75,7 +83,15 @@ class AscendTriangleMixAttention(nn.Module):
             warnings.warn("without layer_idx no layer is a triangle layer: this one stays dense", stacklevel=2)
 
     def plan(self, q_len: int) -> TriangleMixConfig | None:
-        """Return the configuration whose triangle mask a prompt of ``q_len`` rows gets here, or None for dense."""
+        """Return the configuration whose triangle mask a prompt of ``q_len`` rows gets here, or None for dense.
+
+        ``ValueError`` where that is no non-negative integer.
+
+        >>> from tmx_compile import AscendTriangleMixAttention, TriangleMixConfig
+        >>> attention = AscendTriangleMixAttention(4, 16, 0.25, TriangleMixConfig.deepest(1, num_layers=2), layer_idx=1)
+        >>> attention.plan(2048) is None, attention.plan(2049).geometry  # min_seq_len is 2048
+        (True, (4, 32, 64))
+        """
         q_len = as_count("q_len", q_len)
         config = self.trianglemix_config
         if config is None or self.layer_idx is None or q_len <= config.min_seq_len:
@@ -107,6 +123,16 @@ class AscendTriangleMixAttention(nn.Module):
 
         Raises:
             ValueError: shapes, dtypes or devices that do not fit, with the values; before any work.
+
+        Two sequences, one with padding on its left:
+
+        >>> import torch
+        >>> from tmx_compile import AscendTriangleMixAttention
+        >>> padding = torch.ones(2, 8, dtype=torch.bool)
+        >>> padding[1, :3] = False
+        >>> x = torch.randn(2, 8, 4, 16)
+        >>> AscendTriangleMixAttention(4, 16, 0.25)(x, x, x, padding)[1, :3].abs().max()
+        tensor(0.)
         """
         self._check(query, key, value)
         rows, keys = query.shape[1], key.shape[1]

@@ -49,6 +49,11 @@ class TriangleMixInferenceConfig:
 
     Raises:
         ValueError: as :class:`TriangleMixConfig`; also a switch that is no bool, or a block size of 0.
+
+    >>> from tmx_compile import TriangleMixInferenceConfig
+    >>> config = TriangleMixInferenceConfig(enable_trianglemix=True, triangle_layer_indices=[30, 31])
+    >>> config.to_trianglemix_config().layers(), config.npu_block_size
+    ((30, 31), 64)
     """
 
     enable_trianglemix: bool = False
@@ -79,7 +84,12 @@ class TriangleMixInferenceConfig:
             object.__setattr__(self, name, value)
 
     def to_trianglemix_config(self) -> TriangleMixConfig | None:
-        """Return the triangle parameters as a :class:`TriangleMixConfig`, or None while disabled."""
+        """Return the triangle parameters as a :class:`TriangleMixConfig`, or None while disabled.
+
+        >>> from tmx_compile import TriangleMixInferenceConfig
+        >>> TriangleMixInferenceConfig().to_trianglemix_config() is None
+        True
+        """
         if not self.enable_trianglemix:
             return None
         return TriangleMixConfig(
@@ -94,7 +104,19 @@ class TriangleMixInferenceConfig:
     def for_ascend_npu(
         cls, num_triangle_layers: int = 12, enable_gradient_analysis: bool = False
     ) -> TriangleMixInferenceConfig:
-        """Return an enabled configuration for Ascend NPUs; the *first* n layers are triangle layers."""
+        """Return an enabled configuration for Ascend NPUs; the *first* n layers are triangle layers.
+
+        Args:
+            num_triangle_layers: n.
+            enable_gradient_analysis: sets ``use_gradient_analysis``.
+
+        Raises:
+            ValueError: no count, or no bool.
+
+        >>> from tmx_compile import TriangleMixInferenceConfig
+        >>> TriangleMixInferenceConfig.for_ascend_npu(3).to_trianglemix_config().layers()
+        (0, 1, 2)
+        """
         as_bool("enable_gradient_analysis", enable_gradient_analysis)
         return cls(
             enable_trianglemix=True,
@@ -108,7 +130,18 @@ class TriangleMixInferenceConfig:
         """Return an enabled configuration for a published Qwen3 model, with its *first* n layers sparse.
 
         n is 12 for 14B, 16 for 32B and about three layers in ten, within 4-20, for the other sizes;
-        ``num_triangle_layers`` overrides it. ``ValueError`` for an unknown size or a count beyond the model.
+        ``num_triangle_layers`` overrides it. The depths are those of the published models.
+
+        Args:
+            model_size: 0.6B, 1.7B, 4B, 8B, 14B, 32B, 30B-A3B or 235B-A22B, in any case.
+            num_triangle_layers: n; None: see above.
+
+        Raises:
+            ValueError: an unknown size, or a count beyond the model.
+
+        >>> from tmx_compile import TriangleMixInferenceConfig
+        >>> TriangleMixInferenceConfig.for_qwen3("32B").num_triangle_layers
+        16
         """
         size = model_size.upper() if isinstance(model_size, str) else None
         if size not in _QWEN3_LAYERS:
@@ -131,7 +164,18 @@ class TriangleMixInferenceConfig:
         - ``VLLM_NPU_BLOCK_SIZE``: a positive integer.
         - ``VLLM_TRIANGLEMIX_GRADIENT_ANALYSIS``: as the first; ``use_gradient_analysis``.
 
-        A variable that is unset or empty leaves the default; a bad value is a ``ValueError`` that names both.
+        A variable that is unset or empty leaves the default.
+
+        Args:
+            environ: what to read; None: ``os.environ``.
+
+        Raises:
+            ValueError: a bad value, named with its variable.
+
+        >>> from tmx_compile import TriangleMixInferenceConfig
+        >>> settings = {"VLLM_TRIANGLEMIX_ENABLED": "1", "VLLM_TRIANGLEMIX_LAYERS": "0,29-31"}
+        >>> TriangleMixInferenceConfig.from_env(settings).triangle_layer_indices
+        (0, 29, 30, 31)
         """
         source = os.environ if environ is None else environ
         settings: dict[str, Any] = {}

@@ -40,10 +40,23 @@ class _Sections(NamedTuple):
 class TriangleMixMaskGenerator:
     """Builds the masks of one configuration; ``num_sink_tokens`` and the rest are read from ``config``.
 
-    Every ``_create_*`` method returns an (N, N) tensor of 0 and 1 (1 = in the section) of the given dtype.
+    Every ``_create_*`` method returns an (N, N) tensor of 0 and 1 (1 = in the section) of the given dtype. The sections
+    are those of the paper (TriangleMix, arXiv 2507.21526), which counts rows and columns from 1.
 
     Raises:
         ValueError: ``seq_len`` is no positive integer, or ``device`` or ``dtype`` is none.
+
+    >>> import torch
+    >>> from tmx_compile import TriangleMixConfig, TriangleMixMaskGenerator
+    >>> masks = TriangleMixMaskGenerator(TriangleMixConfig(1, 1, 1))
+    >>> masks._create_triangle_mask(5, dtype=torch.int64)
+    tensor([[1, 0, 0, 0, 0],
+            [1, 1, 0, 0, 0],
+            [1, 1, 1, 0, 0],
+            [1, 0, 1, 1, 0],
+            [1, 1, 1, 1, 1]])
+    >>> masks._create_middle_mask(5).sum()
+    tensor(1.)
     """
 
     def __init__(self, config: TriangleMixConfig) -> None:
@@ -57,7 +70,12 @@ class TriangleMixMaskGenerator:
         return {**self.__dict__, "_cache": OrderedDict()}
 
     def should_use_triangle(self, layer_idx: int) -> bool:
-        """Whether layer ``layer_idx`` (from 0) is a triangle layer; ``ValueError`` when it is negative."""
+        """Whether layer ``layer_idx`` (from 0) is a triangle layer; ``ValueError`` when it is negative.
+
+        >>> from tmx_compile import TriangleMixConfig, TriangleMixMaskGenerator
+        >>> TriangleMixMaskGenerator(TriangleMixConfig.deepest(1, num_layers=4)).should_use_triangle(3)
+        True
+        """
         return self.config.is_triangle_layer(as_count("layer_idx", layer_idx))
 
     def _create_streaming_mask(
@@ -107,9 +125,24 @@ class TriangleMixMaskGenerator:
         :meth:`should_use_triangle` for what the configuration says about a layer. Every layer shares one
         mask, which stays cached (the few used most recently do): treat the returned tensor as read-only.
 
+        Args:
+            seq_len: N, tokens.
+            layer_idx: the layer, counted from 0; it plays no part.
+            device: of the mask.
+            dtype: of the mask; one that holds -inf.
+            use_triangle: the triangle mask rather than the dense causal one.
+
         Raises:
             ValueError: ``seq_len`` is no positive integer, ``layer_idx`` no non-negative one, or ``dtype``
                 cannot hold -inf.
+
+        >>> from tmx_compile import TriangleMixConfig, TriangleMixMaskGenerator
+        >>> masks = TriangleMixMaskGenerator(TriangleMixConfig(1, 1, 0))
+        >>> masks.get_attention_mask(4, layer_idx=0, use_triangle=True)
+        tensor([[0., -inf, -inf, -inf],
+                [0., 0., -inf, -inf],
+                [0., 0., 0., -inf],
+                [0., -inf, 0., 0.]])
         """
         seq_len = as_count("seq_len", seq_len, minimum=1)
         as_count("layer_idx", layer_idx)
@@ -134,7 +167,11 @@ class TriangleMixMaskGenerator:
         return mask
 
     def clear_cache(self) -> None:
-        """Forget every cached mask."""
+        """Forget every cached mask.
+
+        >>> from tmx_compile import TriangleMixConfig, TriangleMixMaskGenerator
+        >>> TriangleMixMaskGenerator(TriangleMixConfig()).clear_cache()
+        """
         self._cache.clear()
 
     def _attended(
@@ -160,10 +197,21 @@ class TriangleMixMaskGenerator:
 class TriangleMixAttention:
     """The mask of each layer of a model with ``num_layers`` layers.
 
-    Attributes: ``config``, ``num_layers`` and ``mask_generator``.
+    Attributes:
+        config: the configuration.
+        num_layers: layers of the model.
+        mask_generator: builds the masks, and caches them.
 
     Raises:
         ValueError: the configuration names a layer that the model does not have.
+
+    >>> from tmx_compile import TriangleMixAttention, TriangleMixConfig
+    >>> config = TriangleMixConfig.deepest(1, num_layers=2, min_seq_len=100)
+    >>> attention = TriangleMixAttention(config, num_layers=2)
+    >>> attention.get_attn_mask(128, layer_idx=0) is None  # dense: no triangle layer
+    True
+    >>> attention.get_attn_mask(128, layer_idx=1).shape
+    torch.Size([128, 128])
     """
 
     def __init__(self, config: TriangleMixConfig, num_layers: int) -> None:
@@ -173,7 +221,12 @@ class TriangleMixAttention:
         config.check_layers(self.num_layers)
 
     def should_use_triangle(self, layer_idx: int) -> bool:
-        """Whether ``layer_idx`` is a triangle layer; ``ValueError`` when the model has no such layer."""
+        """Whether ``layer_idx`` is a triangle layer; ``ValueError`` when the model has no such layer.
+
+        >>> from tmx_compile import TriangleMixAttention, TriangleMixConfig
+        >>> TriangleMixAttention(TriangleMixConfig.deepest(1, num_layers=2), num_layers=2).should_use_triangle(0)
+        False
+        """
         layer_idx = as_count("layer_idx", layer_idx)
         if layer_idx >= self.num_layers:
             raise ValueError(f"layer_idx must be less than num_layers={self.num_layers}, got {layer_idx}")
@@ -189,8 +242,24 @@ class TriangleMixAttention:
         """Return the additive triangle mask (shared, read-only), or None where causal attention stays dense.
 
         Dense means that ``layer_idx`` is no triangle layer or that ``seq_len`` (tokens) does not exceed
-        ``config.min_seq_len``. ``ValueError`` as in :meth:`TriangleMixMaskGenerator.get_attention_mask`, also
-        where the answer would be None.
+        ``config.min_seq_len``.
+
+        Args:
+            seq_len: N, tokens.
+            layer_idx: the layer, counted from 0.
+            device: of the mask.
+            dtype: of the mask; one that holds -inf.
+
+        Returns:
+            (N, N): 0 where attended, -inf elsewhere.
+
+        Raises:
+            ValueError: as in :meth:`TriangleMixMaskGenerator.get_attention_mask`, also where the answer would be None.
+
+        >>> from tmx_compile import TriangleMixAttention, TriangleMixConfig
+        >>> config = TriangleMixConfig(1, 1, 0, triangle_layer_indices=[0], min_seq_len=2)
+        >>> TriangleMixAttention(config, num_layers=1).get_attn_mask(4, layer_idx=0)[3]
+        tensor([0., -inf, 0., 0.])
         """
         seq_len = as_count("seq_len", seq_len, minimum=1)
         triangle = self.should_use_triangle(layer_idx)

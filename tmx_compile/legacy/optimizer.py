@@ -15,7 +15,17 @@ NPU_MASKED = -1e6
 
 
 class AscendNPUTriangleMixOptimizer:
-    """Static helpers of the original API for Ascend NPUs; they run on any device."""
+    """Static helpers of the original API for Ascend NPUs; they run on any device.
+
+    >>> import torch
+    >>> from tmx_compile import AscendNPUTriangleMixOptimizer, TriangleMixConfig, TriangleMixMaskGenerator
+    >>> masks = TriangleMixMaskGenerator(TriangleMixConfig(4, 32, 16))
+    >>> mask = masks.get_attention_mask(128, layer_idx=0, use_triangle=True)
+    >>> mask = AscendNPUTriangleMixOptimizer.optimize_mask_for_npu(mask)
+    >>> query, key = torch.randn(1, 128, 4, 16), torch.randn(1, 128, 2, 16)
+    >>> AscendNPUTriangleMixOptimizer.sparse_attention_kernel(query, key, key, mask, scale=0.25).shape
+    torch.Size([1, 128, 4, 16])
+    """
 
     @staticmethod
     def optimize_mask_for_npu(mask: Tensor, block_size: int = 64) -> Tensor:
@@ -31,6 +41,11 @@ class AscendNPUTriangleMixOptimizer:
 
         Raises:
             ValueError: ``mask`` is no tensor of such a dtype, or ``block_size`` no positive integer.
+
+        >>> import torch
+        >>> from tmx_compile import AscendNPUTriangleMixOptimizer
+        >>> AscendNPUTriangleMixOptimizer.optimize_mask_for_npu(torch.tensor([0.0, float("-inf")]))
+        tensor([       0., -1000000.])
         """
         check_tensor("mask", mask)
         check_inf_dtype(mask.dtype, "mask.dtype")
@@ -63,6 +78,15 @@ class AscendNPUTriangleMixOptimizer:
         Raises:
             ValueError: shapes, dtypes or devices that do not fit, a scale that is no finite number, or a block size
                 that is no positive integer; before any work.
+
+        >>> import torch
+        >>> import torch.nn.functional as F
+        >>> from tmx_compile import AscendNPUTriangleMixOptimizer
+        >>> query, mask = torch.randn(1, 100, 2, 16), torch.full((100, 100), -1e6).triu(1)
+        >>> out = AscendNPUTriangleMixOptimizer.sparse_attention_kernel(query, query, query, mask, scale=0.25)
+        >>> x = query.transpose(1, 2)
+        >>> torch.allclose(out.transpose(1, 2), F.scaled_dot_product_attention(x, x, x, is_causal=True), atol=1e-5)
+        True
         """
         check_tensors(query, key, value)
         added = as_mask("mask", mask, query, key.shape[1])

@@ -104,7 +104,7 @@ def candidates(place: str, role: Role, call: AttentionCall, wish: Wish) -> tuple
         wide = from_window is not None and call.geometry.window >= from_window
         return (FLEX, BLOCKED, OPERATOR) if wide else asked
     if role is Role.MASKLESS and (call.needs_grad or wish.named not in ("auto", TRITON.name)):
-        # Our backward is plain PyTorch, made for sparse layers.
+        # In training nobody measured it against the SDPA kernel that takes any mask.
         return tuple(low for low in asked if low is not TRITON)
     return asked
 

@@ -47,6 +47,18 @@ def prefill(total_tokens: int | Sequence[int] | None = None, *, final: bool | No
 
     Raises:
         ValueError: neither or both arguments, or ones of another kind.
+
+    >>> import torch
+    >>> from tmx_compile import prefill
+    >>> ids = torch.zeros(1, 300, dtype=torch.int64)
+    >>> with prefill(total_tokens=300):
+    ...     for chunk in ids.split(128, dim=1):
+    ...         pass  # model(chunk, past_key_values=cache), compiled with tmx_backend(config, chunked_prefill=True)
+    >>> with prefill(total_tokens=300, final=True):
+    ...     pass
+    Traceback (most recent call last):
+    ...
+    ValueError: give total_tokens or final, got total_tokens=300 and final=True
     """
     if (total_tokens is None) == (final is None):
         raise ValueError(f"give total_tokens or final, got total_tokens={total_tokens!r} and final={final!r}")

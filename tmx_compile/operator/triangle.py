@@ -224,6 +224,19 @@ def triangle_attention(
 
     Raises:
         ValueError: shapes, dtypes, devices or counts that do not fit, naming the argument and its value.
+
+    Where sinks and window hold every key it is causal attention:
+
+    >>> import torch
+    >>> import torch.nn.functional as F
+    >>> from tmx_compile import triangle_attention
+    >>> query, key = torch.randn(1, 4, 50, 16), torch.randn(1, 2, 50, 16)  # two query heads share a key head
+    >>> out, lse = triangle_attention(query, key, key, sink=4, window=8, last=10)
+    >>> out.shape, lse.shape
+    (torch.Size([1, 4, 50, 16]), torch.Size([1, 4, 50]))
+    >>> dense = F.scaled_dot_product_attention(query, key, key, is_causal=True, enable_gqa=True)
+    >>> torch.allclose(triangle_attention(query, key, key, sink=0, window=49, last=0)[0], dense, atol=1e-5)
+    True
     """
     if scale is None:
         scale = query.shape[-1] ** -0.5

@@ -36,7 +36,7 @@ def judge(plan: Plan) -> Plan:
 
 def _against(item: SitePlan, site: AttentionSite, plan: Plan) -> Rejected | None:
     config, layer, role = plan.config, item.layer, item.role
-    if layer.index is None:
+    if not layer.is_known:
         if layer.indices > 1:
             return Rejected(Reason.LAYER_AMBIGUOUS, layer.path, site.node)
         return Rejected(Reason.LAYER_UNKNOWN, layer.path or "no path", site.node)
@@ -91,7 +91,7 @@ def without_layout(node: Node) -> Rejected | None:
 
 def _one_stack(sites: Sequence[SitePlan]) -> tuple[SitePlan, ...]:
     """Two stacks of layers that both hold accepted sites share their numbers: neither can be meant."""
-    stacks = sorted({str(item.layer.stack) for item in sites if item.is_triangle})
+    stacks = sorted({str(item.layer.stack) for item in sites if item.is_triangle and item.layer.mark is None})
     if len(stacks) < 2:
         return tuple(sites)
     why = f"layers of {' and '.join(stacks)}"

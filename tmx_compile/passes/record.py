@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from tmx_compile.graph.layer import LayerPath
 from tmx_compile.lowering.table import Role
 from tmx_compile.mask import Geometry, pair_counts
 from tmx_compile.passes.lengths import hint
@@ -14,6 +15,12 @@ from tmx_compile.report import SiteRecord
 def records(plan: Plan, graph: int) -> list[SiteRecord]:
     """The report's rows for one compiled graph."""
     return [_record(item, plan, graph) for item in plan.sites]
+
+
+def _layers(layer: LayerPath) -> tuple[int, ...]:
+    if layer.index is None and layer.mark is not None:
+        return layer.mark.layers
+    return () if layer.index is None else (layer.index,)
 
 
 def _record(item: SitePlan, plan: Plan, graph: int) -> SiteRecord:
@@ -31,6 +38,7 @@ def _record(item: SitePlan, plan: Plan, graph: int) -> SiteRecord:
         graph=graph,
         path=item.layer.path,
         layer=item.layer.index,
+        layers=_layers(item.layer),
         query=shapes[0],
         key=shapes[1],
         value=shapes[2],

@@ -24,11 +24,16 @@ def search(plan: Plan) -> Plan:
     around = transforms(plan.gm.graph)
     reshaped = plan.storages.reshaped_input
     wanted = frozenset(plan.config.layers())
+    name = plan.config.fingerprint()[:16]
 
     def listed(item: AttentionSite | Rejected, layer: LayerPath) -> SitePlan:
         node = item.node
         assert node is not None
-        made = SitePlan(node, layer, layer.index in wanted, Triangle(plan.geometry))
+        if layer.mark is not None and layer.mark.plan != name:
+            # Handed over to another backend since.
+            layer = replace(layer, mark=None)
+        selected = layer.index in wanted if layer.mark is None else layer.mark.sparse
+        made = SitePlan(node, layer, selected, Triangle(plan.geometry))
         if isinstance(item, AttentionSite) and around.get(node, _GRAD) != _GRAD:
             # No operand is what it seems: it may be batched.
             return made.untouched(Rejected(Reason.UNDER_TRANSFORM, " in ".join(reversed(around[node])), node))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from tmx_compile.graph.inputs import size_inputs
 from tmx_compile.graph.sizes import size_of
 from tmx_compile.lowering.table import Role
 from tmx_compile.passes.judge import short
-from tmx_compile.passes.lengths import Prompt, all_short, decide, has_fixed_range, row_counts
+from tmx_compile.passes.lengths import Prompt, all_short, decide, has_fixed_range, hint, row_counts
 from tmx_compile.passes.plan import Plan, SitePlan
 from tmx_compile.report import NOTHING_MISSED, Reason, Rejected
 from tmx_compile.request import Short
@@ -65,30 +66,40 @@ def _side(plan: Plan, site: AttentionSite, role: Role) -> tuple[Prompt | Rejecte
 def check_strict(plan: Plan) -> None:
     """Strict mode: no layer that the configuration names stays dense for a long prompt, whatever the reason.
 
-    A site whose layer cannot be told may be such a layer, unless it is shown to be none: not causal, an encoder's.
-
     Raises:
         StrictModeError: a site that does, with its module and reason.
     """
-    if not plan.request.strict:
-        return
+    if plan.request.strict:
+        for item in missed(plan):
+            raise StrictModeError(f"{item.layer.path or item.node.name}: {item.why}")
+
+
+def missed(plan: Plan, *, by_hint: bool = False) -> Iterator[SitePlan]:
+    """The sites that stay dense for a long prompt in layers that the configuration names.
+
+    A site whose layer cannot be told may be such a layer, unless it is shown to be none: not causal, an encoder's. A
+    length that may be on either side is settled by a guard where allowed, or with ``by_hint`` is the one that
+    compilation saw.
+    """
     for item in plan.sites:
         why = item.why
         if why is None or why.reason in NOTHING_MISSED:
             continue
         named = item.selected
-        if item.layer.index is None and plan.config.layers():
+        if not item.layer.is_known and plan.config.layers():
             named = item.unproven is None or item.unproven.reason is not Reason.NOT_CAUSAL
-        if named and not _is_short(item, plan):
-            raise StrictModeError(f"{item.layer.path or item.node.name}: {why}")
+        if named and not _is_short(item, plan, by_hint):
+            yield item
 
 
-def _is_short(item: SitePlan, plan: Plan) -> bool:
-    """Whether a site sees short prompts only; one that may be either is settled by a guard where allowed."""
+def _is_short(item: SitePlan, plan: Plan, by_hint: bool) -> bool:
+    """Whether a site sees short prompts only."""
     if item.site is not None and item.role.shows_own_key:
         return False
     lengths = row_counts(item.node) if item.site is None else [item.site.q_len]
     if plan.request.chunked_prefill:
         # A chunk's length tells nothing about its prompt's; a decode step is no prompt.
         return lengths == [1]
+    if by_hint:
+        lengths = [hint(length) or plan.limit + 1 for length in lengths]
     return all_short(lengths, plan.limit, may_guard=plan.host.guards)

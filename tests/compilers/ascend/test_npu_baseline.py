@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.npu import MODEL, QUICK, Prefill, _register
+from benchmarks.npu import MODEL, QUICK, _register
 from benchmarks.npu_platform import Cpu
-from benchmarks.shapes import MODELS, build
+from benchmarks.shapes import MODELS, Prefill, build
 from tests.support.oracle import oracle, tolerance
 
 ROWS = 300  # more than a quick run's min_seq_len
@@ -27,9 +27,9 @@ def prefill(geometry, lengths):
     """Last logits of a tiny Llama as the benchmark compiles and calls it, and how many graphs that took."""
     import torch_npu
 
-    from benchmarks.npu import MODEL, QUICK, Prefill, _check_layers, _register
+    from benchmarks.npu import MODEL, QUICK, _register
     from benchmarks.npu_platform import Npu
-    from benchmarks.shapes import MODELS, build
+    from benchmarks.shapes import MODELS, Prefill, build, check_layers
     from tests.support.ascend.ge.run import execute
     from tests.support.ascend.standin import capture
 
@@ -43,8 +43,8 @@ def prefill(geometry, lengths):
     with torch.no_grad(), capture.engine(execute) as models:
         compiled, backend = platform.compile(model, "max-autotune", config)
         for tokens in lengths:
-            found.append(Prefill(model, compiled, tokens, dynamic=True)())
-        _check_layers(backend, [2, 3])
+            found.append(Prefill(model, compiled, tokens, dynamic=True, cache=False)())
+        check_layers(backend, [2, 3])
         return found, len(models)
 
 
@@ -92,6 +92,6 @@ def test_the_benchmark_prefills_what_it_says(npu, geometry):
     config = QUICK.config(geometry, [2, 3]) if geometry else None
     model.config._attn_implementation = _register(Cpu(), config, f"{geometry}, test")
     for tokens, logits in zip(lengths, found, strict=True):
-        expected = Prefill(model, model, tokens, dynamic=False)()
+        expected = Prefill(model, model, tokens, dynamic=False, cache=False)()
         assert logits.shape == expected.shape
         assert (logits.double() - expected.double()).abs().max() < 0.02 * expected.double().std()

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Interpreter, Node
 
+from tmx_compile.analysis.capture.running import as_is, unlimited_recompiles
 from tmx_compile.analysis.capture.sections import Piece, SectionSums
 from tmx_compile.analysis.capture.switch import Switchboard, SwitchedAttention, install
 from tmx_compile.config import TriangleMixConfig
@@ -33,7 +34,17 @@ from tmx_compile.request import INDUCTOR, Request
 
 @dataclass(frozen=True)
 class Inputs:
-    """One call of the model."""
+    """One call of the model.
+
+    Attributes:
+        args: its arguments.
+        kwargs: its keyword arguments.
+
+    >>> import torch
+    >>> from tmx_compile.analysis import Inputs
+    >>> Inputs(kwargs={"input_ids": torch.zeros(1, 60, dtype=torch.int64)}).args
+    ()
+    """
 
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
@@ -43,7 +54,32 @@ class Inputs:
 class Trace:
     """A run with what its graph held at each switch: a later run of the same inputs can begin where it differs.
 
-    Memory: the tensors that are alive at each switch, about those between two layers.
+    Memory: the tensors that are alive at each switch, about those between two layers. :meth:`CapturedModel.trace` makes
+    one, :meth:`CapturedModel.rerun` takes it.
+
+    Attributes:
+        inputs: the call.
+        sparse: the layers that were sparse.
+        geometry: theirs: sinks, window and last rows, in tokens.
+        pieces: as given to :meth:`CapturedModel.pieces`.
+        graph: what was run; for :meth:`CapturedModel.rerun` alone.
+        states: by layer, the tensors alive at its switch; likewise.
+
+    >>> import torch
+    >>> import torch.nn.functional as F
+    >>> from tmx_compile import TriangleMixConfig
+    >>> from tmx_compile.analysis import CapturedModel, Inputs
+    >>> class Layer(torch.nn.Module):
+    ...     def forward(self, x):
+    ...         x = x[:, None]
+    ...         return (x + F.scaled_dot_product_attention(x, x, x, is_causal=True))[:, 0]
+    >>> model = torch.nn.Sequential(torch.nn.Embedding(50, 16), Layer(), Layer(), torch.nn.Linear(16, 50))
+    >>> captured = CapturedModel(model, TriangleMixConfig(2, 6, 5))
+    >>> with torch.no_grad():
+    ...     dense, trace = captured.trace(Inputs((torch.randint(0, 50, (1, 60)),)))
+    ...     sparse = captured.rerun(trace, {2})
+    >>> trace.sparse, dense.shape == sparse.shape
+    (frozenset(), True)
     """
 
     inputs: Inputs
@@ -64,6 +100,27 @@ class CapturedModel:
 
     Attributes:
         report: every attention site that was found, and why some cannot be switched.
+
+    Raises:
+        ValueError: ``model`` is no module.
+
+    >>> import torch
+    >>> import torch.nn.functional as F
+    >>> from tmx_compile import TriangleMixConfig
+    >>> from tmx_compile.analysis import CapturedModel, Inputs
+    >>> class Layer(torch.nn.Module):
+    ...     def forward(self, x):
+    ...         x = x[:, None]
+    ...         return (x + F.scaled_dot_product_attention(x, x, x, is_causal=True))[:, 0]
+    >>> model = torch.nn.Sequential(torch.nn.Embedding(50, 16), Layer(), Layer(), torch.nn.Linear(16, 50))
+    >>> captured = CapturedModel(model, TriangleMixConfig(2, 6, 5))
+    >>> inputs = Inputs((torch.randint(0, 50, (1, 60)),))
+    >>> with torch.no_grad():
+    ...     dense, sparse = captured.run(inputs), captured.run(inputs, {1, 2})
+    >>> captured.layers
+    (1, 2)
+    >>> torch.allclose(dense[:, :7], sparse[:, :7], atol=1e-4), torch.allclose(dense, sparse, atol=1e-4)
+    (True, False)
     """
 
     def __init__(self, model: nn.Module, config: TriangleMixConfig, *, assume_causal: bool = False) -> None:
@@ -108,7 +165,7 @@ class CapturedModel:
     def pieces(self, pieces: Sequence[Piece]) -> Iterator[None]:
         """Inside, a sparse layer sees a call as several prompts, one after the other, not as one.
 
-        Each is (end, (sinks, window, last rows)): the rows up to ``end``, over the keys before ``end``. A turn of a
+        Each of ``pieces`` is (end, (sinks, window, last rows)): rows up to ``end``, over keys before it. A turn of a
         conversation is one; so are decode steps that stream, without last rows. They have to cover the call.
         """
         self._board.pieces = tuple(pieces)
@@ -118,7 +175,7 @@ class CapturedModel:
             self._board.pieces = ()
 
     def run(self, inputs: Inputs, sparse: Collection[int] = ()) -> Any:
-        """The model's output with triangle attention in the layers ``sparse`` and dense attention in the others.
+        """The output for ``inputs`` with triangle attention in the layers ``sparse`` and dense attention in the others.
 
         No gradient is recorded. Nothing is compiled unless the inputs have new shapes.
 
@@ -129,15 +186,29 @@ class CapturedModel:
         return self._run(inputs, frozenset(sparse), None)[0]
 
     def trace(self, inputs: Inputs, sparse: Collection[int] = (), since: Trace | None = None) -> tuple[Any, Trace]:
-        """:meth:`run`, and a trace of it. ``since``: begin where this trace of the same inputs differs."""
+        """:meth:`run` with the same arguments, and a trace of it.
+
+        Args:
+            inputs: as for :meth:`run`.
+            sparse: likewise.
+            since: begin where this trace of the same inputs differs.
+
+        Raises:
+            ValueError: as :meth:`run`.
+            TriangleMixError: likewise.
+        """
         output, replay = self._run(inputs, frozenset(sparse), self._from(since, sparse, keep=True))
         assert replay is not None
         return output, Trace(inputs, frozenset(sparse), self.geometry, self._board.pieces, replay.graph, replay.states)
 
     def rerun(self, trace: Trace, sparse: Collection[int]) -> Any:
-        """The output for the inputs of a trace with other sparse layers: only what comes after the first that differs.
+        """The output for the inputs of ``trace`` with the layers ``sparse``: runs what comes after the first change.
 
         A model of several graphs, and one that writes to tensors in place, runs from its beginning.
+
+        Raises:
+            ValueError: as :meth:`run`.
+            TriangleMixError: likewise.
         """
         return self._run(trace.inputs, frozenset(sparse), self._from(trace, sparse, keep=False))[0]
 
@@ -162,6 +233,9 @@ class CapturedModel:
 
         Returns:
             The model's output, without its graph.
+
+        Raises:
+            TriangleMixError: as :meth:`run`; or the number carries no gradient of the attention.
         """
         board = self._board
         board.recorder = record
@@ -182,7 +256,7 @@ class CapturedModel:
         board.sparse, board.visited, board.shapes, self._replay = sparse, set(), {}, replay
         before = set(self._layers)
         try:
-            with _as_is(self.model), _unlimited_recompiles():
+            with as_is(self.model), unlimited_recompiles():
                 output = self._compiled(*inputs.args, **inputs.kwargs)
         finally:
             board.sparse, self._replay = frozenset(), None
@@ -324,38 +398,3 @@ class _Forget(dict[int, Any]):
 
     def __setitem__(self, layer: int, state: Any) -> None:
         pass
-
-
-@contextlib.contextmanager
-def _as_is(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode and without gradients of its weights; everything is put back.
-
-    Gradients of activations alone need far less memory, and a linear layer keeps nothing for them. Grad mode stays on
-    in every run, so that Dynamo has one graph for all.
-    """
-    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    training = [module for module in model.modules() if module.training]
-    own, compiled = torch.is_inference_mode_enabled(), getattr(model, "_compiled_call_impl", None)
-    if own:
-        raise ValueError("calibration needs autograd: call it outside torch.inference_mode()")
-    for parameter in wanted:
-        parameter.requires_grad_(False)
-    model.eval()
-    # `model.compile()` would run its own graph inside ours.
-    model._compiled_call_impl = None
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        model._compiled_call_impl = compiled
-        for parameter in wanted:
-            parameter.requires_grad_(True)
-        for module in training:
-            module.training = True
-
-
-@contextlib.contextmanager
-def _unlimited_recompiles() -> Iterator[None]:
-    """Past its limit Dynamo would run the model as it is, unmeasured; and these must not use up the user's."""
-    with torch._dynamo.config.patch(recompile_limit=2**31, accumulated_recompile_limit=2**31):
-        yield

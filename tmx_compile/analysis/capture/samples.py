@@ -12,9 +12,6 @@ from torch import Tensor
 
 from tmx_compile.analysis.capture.capture import Inputs
 
-Batch: TypeAlias = "Tensor | Mapping[str, Any] | tuple[Any, Tensor] | Sample"
-"""A prompt: token ids (B, N), or the model's keyword arguments; or a pair of these and the answers' token ids (B,)."""
-
 
 @dataclass(frozen=True)
 class Sample:
@@ -23,6 +20,11 @@ class Sample:
     Attributes:
         inputs: the call of the model.
         answer: (B,) int64, the token that follows each prompt; None: the one that the model finds most likely.
+
+    >>> import torch
+    >>> from tmx_compile.analysis import Inputs, Sample
+    >>> Sample(Inputs(kwargs={"input_ids": torch.zeros(2, 60, dtype=torch.int64)}), torch.tensor([7, 9])).lengths()
+    {60}
     """
 
     inputs: Inputs
@@ -39,6 +41,10 @@ class Sample:
         for value in (*self.inputs.args, *sorted(self.inputs.kwargs.items()), self.answer):
             _feed(found, value)
         return found.hexdigest()[:16]
+
+
+Batch: TypeAlias = Tensor | Mapping[str, Any] | tuple[Any, Tensor] | Sample
+"""A prompt: token ids (B, N), or the model's keyword arguments; or a pair of these and the answers' token ids (B,)."""
 
 
 def samples_of(batches: Iterable[Batch]) -> Iterator[Sample]:

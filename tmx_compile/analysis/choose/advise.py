@@ -30,6 +30,12 @@ class Candidate:
         fits: whether that is within the budget.
         saved_ms: the attention time that its sparse layers save in one prompt, milliseconds; None: it does not fit, and
             nothing was timed for it.
+
+    >>> from tmx_compile.analysis import Candidate, Choice, Interval, Record
+    >>> cost = Interval(0.01, 0.005, 0.02)
+    >>> record = Record(Choice((8, 512, 128), (30, 31)), cost, cost, cost, cost, cost)
+    >>> Candidate("deepest/8-512-128/2", record, cost, fits=True, saved_ms=12.5).saved_ms
+    12.5
     """
 
     name: str
@@ -55,6 +61,32 @@ class Advice:
         times: of the layers, by which the choices that fit were compared.
         dtype: of those times.
         notes: what the estimate leaves out.
+
+    From what :func:`evaluate` would give, written out:
+
+    >>> from tmx_compile.analysis import Choice, Evaluation, Interval, Record, advise
+    >>> from tmx_compile.bench.layer_times import AttentionShape, LayerTime
+    >>> from tmx_compile.config.fingerprint import ModelFingerprint
+    >>> cost, shape = Interval(0.01, 0.005, 0.02), AttentionShape(32, 8, 128, 128)
+    >>> record = Record(Choice((8, 512, 128), (30, 31)), cost, cost, cost, cost, cost)
+    >>> found = Evaluation(
+    ...     32, ModelFingerprint("", ""), {30: (shape,), 31: (shape,)}, "bfloat16", "cuda", (32768, 32768), 8, 64, 128,
+    ...     {}, {"deepest/8-512-128/2": record}, {}
+    ... )
+    >>> times = [LayerTime(shape, (8, 512, 128), 32768, "bfloat16", 10.0, 2.5, "triton", "a GPU")]
+    >>> advice = advise(found, budget=0.03, tokens=32768, times=times)
+    >>> advice.best.name, advice.best.saved_ms, advice.dense_ms, advice.config.layers()
+    ('deepest/8-512-128/2', 15.0, 20.0, (30, 31))
+    >>> advice.verdict.split(";")[0]
+    'deepest/8-512-128/2: ppl_final 0.01 [0.005, 0.02], within 0.03 by the upper end of the 95% interval'
+    >>> print(advice.code())  # doctest: +ELLIPSIS
+    import torch
+    <BLANKLINE>
+    from tmx_compile import TriangleMixConfig, tmx_backend
+    <BLANKLINE>
+    cfg = TriangleMixConfig(
+        triangle_layer_indices=(30, 31),
+    ...
     """
 
     evaluation: Evaluation
@@ -137,10 +169,17 @@ class Advice:
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Save the choice as a profile for :meth:`TriangleMixConfig.from_profile`, with the model's fingerprint.
+        """Save the choice as a profile for :meth:`tmx_compile.TriangleMixConfig.from_profile`.
 
-        Under ``advice`` the file says what was asked, the cost, the saving and the times it follows from.
-        ``ValueError``, with the verdict, where there is no choice.
+        The profile has the model's fingerprint. Under ``advice`` it says what was asked, the cost, the saving and the
+        times it follows from.
+
+        Args:
+            path: the file; one that exists is written over.
+
+        Raises:
+            ValueError: there is no choice; the message is the verdict.
+            OSError: the file cannot be written.
         """
         best, config = self._chosen()
         found = self.evaluation
@@ -195,19 +234,20 @@ def advise(
     """Among the evaluated choices whose cost is within a budget, the one that saves most attention time.
 
     What a choice saves is the sum over its sparse layers of the time of dense attention less that of triangle attention
-    in one layer of that shape, at ``tokens``; the times are measured here (:func:`measure_times`) or given, and never
+    in one layer of that shape, at ``tokens``; the times are measured here (as ``tmx bench`` does) or given, and never
     taken from another length. Of choices that save the same, the one that costs less.
 
     Args:
         evaluation: what each choice costs.
         budget: the most it may cost: nats for "kl_...", perplexity over dense perplexity less 1 for "ppl_...".
         tokens: the prompt length to be fast at, over ``min_seq_len``.
-        metric: which cost, one of :data:`METRICS`.
+        metric: which cost: "kl_final", "kl_following", "ppl_final" or "ppl_following", as in :class:`Record`.
         bound: "upper": the upper end of the cost's 95% interval has to be within the budget, so that noise does not
             pass for quality; "mean": its mean.
         streaming: choose among the choices that were evaluated with streaming decode; otherwise among the others. The
             prompt's final tokens say nothing about streaming, so the metric has to be of the following ones.
-        times: measured ones, of any machine (:func:`read_times`); None: measure those of the choices that fit.
+        times: measured ones, of any machine (``tmx_compile.bench.layer_times.read_times``); None: measure those of the
+            choices that fit.
         device: where to measure, "cpu" or "cuda"; None: where the evaluation ran.
         dtype: of the times; None: that of the evaluation.
         seconds: to spend on the timed rounds of each geometry.
@@ -218,6 +258,23 @@ def advise(
         ValueError: a bad argument; no choices of the kind that is asked for; times that are not among ``times``, or
             that cannot be measured here.
         RuntimeError: a layer could not be timed.
+
+    From what :func:`evaluate` would give, written out; the budget is a loss of 3%, then of 1%:
+
+    >>> from tmx_compile.analysis import Choice, Evaluation, Interval, Record, advise
+    >>> from tmx_compile.bench.layer_times import AttentionShape, LayerTime
+    >>> from tmx_compile.config.fingerprint import ModelFingerprint
+    >>> cost, shape = Interval(0.01, 0.005, 0.02), AttentionShape(32, 8, 128, 128)
+    >>> record = Record(Choice((8, 512, 128), (30, 31)), cost, cost, cost, cost, cost)
+    >>> found = Evaluation(
+    ...     32, ModelFingerprint("", ""), {30: (shape,), 31: (shape,)}, "bfloat16", "cuda", (32768, 32768), 8, 64, 128,
+    ...     {}, {"deepest/8-512-128/2": record}, {}
+    ... )
+    >>> times = [LayerTime(shape, (8, 512, 128), 32768, "bfloat16", 10.0, 2.5, "triton", "a GPU")]
+    >>> advise(found, budget=0.03, tokens=32768, times=times).config.layers()
+    (30, 31)
+    >>> advise(found, budget=0.01, tokens=32768, times=times).verdict.split(".")[0]
+    'nothing fits: no choice has ppl_final within 0'
     """
     tokens, min_seq_len = as_count("tokens", tokens, minimum=1), as_count("min_seq_len", min_seq_len)
     _check(evaluation, budget, metric, bound, streaming)

@@ -37,6 +37,26 @@ class Calibration:
         gradients: all layers of every sequence, per head, for the estimator "gradient".
         greedy: the layers in the order in which they were chosen, each with the divergence (nats) of all up to it, for
             the estimator "direct".
+
+    >>> import tempfile
+    >>> import torch
+    >>> import torch.nn.functional as F
+    >>> from tmx_compile import TriangleMixConfig, TriangleMixInferenceConfig, calibrate
+    >>> class Layer(torch.nn.Module):
+    ...     def forward(self, x):
+    ...         x = x[:, None]
+    ...         return (x + F.scaled_dot_product_attention(x, x, x, is_causal=True))[:, 0]
+    >>> model = torch.nn.Sequential(torch.nn.Embedding(50, 16), Layer(), Layer(), torch.nn.Linear(16, 50))
+    >>> batches = [torch.randint(0, 50, (1, 60)) for _ in range(2)]
+    >>> found = calibrate(model, batches, config=TriangleMixConfig(2, 6, 5), progress=False)
+    >>> found.num_layers, found.layers(1), sorted(found.scores["absolute"])
+    (3, (2,), [1, 2])
+    >>> found.apply(TriangleMixInferenceConfig(True, 1, (), 2, 6, 5)).triangle_layer_indices
+    (2,)
+    >>> with tempfile.NamedTemporaryFile(suffix=".json") as file:
+    ...     found.to_profile(file.name, n=1)
+    ...     TriangleMixConfig.from_profile(file.name, num_layers=3, model=model).layers()
+    (2,)
     """
 
     config: TriangleMixConfig
@@ -59,13 +79,17 @@ class Calibration:
         return tuple(sorted(self.ranking[:n]))
 
     def to_config(self, n: int) -> TriangleMixConfig:
-        """A configuration with the ``n`` layers needed least sparse, for prompts over the usual ``min_seq_len``."""
+        """A configuration with the ``n`` layers needed least sparse, for prompts over the usual ``min_seq_len``.
+
+        ``ValueError`` for more layers than were calibrated.
+        """
         return self.config.replace(triangle_layer_indices=self.layers(n))
 
     def apply(self, config: TriangleMixInferenceConfig) -> TriangleMixInferenceConfig:
         """``config`` with the layers chosen here, as many as its ``num_triangle_layers`` asks for.
 
-        ``ValueError`` where it does not ask, or has another geometry than the one that was calibrated.
+        Raises:
+            ValueError: it does not ask, or has another geometry than the one that was calibrated.
         """
         if config.num_triangle_layers is None:
             raise ValueError("config must tell num_triangle_layers, got None")
@@ -75,11 +99,19 @@ class Calibration:
         return replace(config, triangle_layer_indices=self.layers(config.num_triangle_layers))
 
     def to_profile(self, path: str | os.PathLike[str], n: int) -> None:
-        """Save as a profile with ``n`` sparse layers, for :meth:`TriangleMixConfig.from_profile`.
+        """Save as a profile with ``n`` sparse layers, for :meth:`tmx_compile.TriangleMixConfig.from_profile`.
 
-        The file is what :meth:`TriangleMixConfig.to_profile` writes, and beside it the model's fingerprint, the
-        ``ranking`` (from which ``from_profile`` takes another number of layers if asked to) and, under ``calibration``,
-        the scores per layer and how they were obtained.
+        The file is what :meth:`tmx_compile.TriangleMixConfig.to_profile` writes, and beside it the model's fingerprint,
+        the ``ranking`` (from which ``from_profile`` takes another number of layers if asked to) and, under
+        ``calibration``, the scores per layer and how they were obtained.
+
+        Args:
+            path: the file; one that exists is written over.
+            n: how many layers.
+
+        Raises:
+            ValueError: more layers than were calibrated.
+            OSError: the file cannot be written.
         """
         self.to_config(n).to_profile(path, num_layers=self.num_layers)
         profile = json.loads(Path(path).read_text(encoding="utf-8"))

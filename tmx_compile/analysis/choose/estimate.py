@@ -44,8 +44,9 @@ def calibrate(
     resume: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Calibration:
-    """Measure which layers need the Middle section of their attention least, for :class:`TriangleMixConfig`.
+    """Measure which layers need the Middle section of their attention least.
 
+    The result makes a :class:`tmx_compile.TriangleMixConfig` of them, with :meth:`tmx_compile.Calibration.to_config`.
     The model is captured as ``tmx_backend`` would capture it and runs in eager mode; its code, weights and settings
     stay as they are. Every layer whose attention can be proven takes part. Memory is O(N) in the prompt's length: for
     "gradient" that of a forward pass with gradients of the activations alone.
@@ -55,7 +56,7 @@ def calibrate(
         batches: prompts as long as those in use: token ids (B, N), or keyword arguments of the model, or a pair of one
             of these and the token ids (B,) of the answers. Without an answer the model's own most likely token counts.
             Models that take ``logits_to_keep`` save work when it is among the arguments.
-        config: the geometry to calibrate for. A :class:`TriangleMixInferenceConfig` must have
+        config: the geometry to calibrate for. A :class:`tmx_compile.TriangleMixInferenceConfig` must have
             ``use_gradient_analysis``; its ``analysis_warmup_steps`` is then the number of batches.
         estimator: "gradient" (one forward and one backward pass per batch) or "direct" (the divergence of the output
             when a layer goes sparse: about half a forward pass per layer and batch, and more for ``greedy``).
@@ -75,6 +76,23 @@ def calibrate(
     Raises:
         ValueError: a bad argument or batch; fewer batches than ``samples``; prompts too short for a Middle section.
         TriangleMixError: no attention of the model could be proven.
+
+    Layers 1 and 2 of this model have attention:
+
+    >>> import torch
+    >>> import torch.nn.functional as F
+    >>> from tmx_compile import TriangleMixConfig, calibrate
+    >>> class Layer(torch.nn.Module):
+    ...     def forward(self, x):
+    ...         x = x[:, None]
+    ...         return (x + F.scaled_dot_product_attention(x, x, x, is_causal=True))[:, 0]
+    >>> model = torch.nn.Sequential(torch.nn.Embedding(50, 16), Layer(), Layer(), torch.nn.Linear(16, 50))
+    >>> batches = [torch.randint(0, 50, (1, 60)) for _ in range(2)]
+    >>> found = calibrate(model, batches, config=TriangleMixConfig(2, 6, 5), progress=False)
+    >>> found.ranking  # the last layer has no later one to tell of its Middle section
+    (2, 1)
+    >>> found.to_config(1).layers()
+    (2,)
     """
     geometry, samples = _settings(config, estimator, samples)
     if measure not in MEASURES:

@@ -20,11 +20,21 @@ from tmx_compile.config import as_count
 class TriangleMixAnalyzer:
     """Records Middle-section gradients and picks the layers that need that section least.
 
-    Attributes: ``num_layers``, and ``middle_qk_gradients``, which maps a layer (counted from 0) to the list
-    of its recorded magnitudes; a layer never recorded has no entry.
+    The measure is the paper's (TriangleMix, arXiv 2507.21526). :func:`tmx_compile.calibrate` records a model's.
+
+    Attributes:
+        num_layers: layers of the model.
+        middle_qk_gradients: by layer (counted from 0), its recorded magnitudes; one never recorded has no entry.
 
     Raises:
         ValueError: ``num_layers`` is no positive integer.
+
+    >>> from tmx_compile import TriangleMixAnalyzer
+    >>> analyzer = TriangleMixAnalyzer(3)
+    >>> for layer, gradient in enumerate([0.5, 0.1, -0.2]):
+    ...     analyzer.record_middle_qk_gradient(layer, gradient)
+    >>> analyzer.get_triangle_layers(2)
+    [1, 2]
     """
 
     def __init__(self, num_layers: int) -> None:
@@ -34,9 +44,21 @@ class TriangleMixAnalyzer:
     def record_middle_qk_gradient(self, layer_idx: int, gradient: torch.Tensor | float) -> None:
         """Record one measurement of layer ``layer_idx``; any number per layer.
 
-        A number counts by its absolute value, a tensor of any shape by the mean of its absolute values, taken
-        in float64. ``ValueError``, naming layer and value, for a layer that the model does not have, an empty
-        or boolean tensor, something that is no number, or a value that is not finite.
+        Args:
+            layer_idx: the layer, counted from 0.
+            gradient: a number, which counts by its absolute value, or a tensor of any shape, which counts by the mean
+                of its absolute values, taken in float64.
+
+        Raises:
+            ValueError: a layer that the model does not have, an empty or boolean tensor, something that is no number,
+                or a value that is not finite; names layer and value.
+
+        >>> import torch
+        >>> from tmx_compile import TriangleMixAnalyzer
+        >>> analyzer = TriangleMixAnalyzer(1)
+        >>> analyzer.record_middle_qk_gradient(0, torch.tensor([[-1.0, 3.0]]))
+        >>> analyzer.middle_qk_gradients
+        {0: [2.0]}
         """
         layer_idx = as_count("layer_idx", layer_idx)
         if layer_idx >= self.num_layers:
@@ -49,6 +71,13 @@ class TriangleMixAnalyzer:
 
         Layers that tie are taken from the deep end, where skipping is known to cost least. A layer never
         recorded is never chosen: asking for more layers than were recorded is a ``ValueError``.
+
+        >>> from tmx_compile import TriangleMixAnalyzer
+        >>> analyzer = TriangleMixAnalyzer(4)
+        >>> for layer in range(4):
+        ...     analyzer.record_middle_qk_gradient(layer, 0.1)
+        >>> analyzer.get_triangle_layers(2)
+        [2, 3]
         """
         count = as_count("num_triangle_layers", num_triangle_layers)
         # The exact mean: neither the order of the records nor rounding may decide between equal layers.
@@ -62,7 +91,15 @@ class TriangleMixAnalyzer:
         return sorted(ranked[:count])
 
     def reset(self) -> None:
-        """Forget every record."""
+        """Forget every record.
+
+        >>> from tmx_compile import TriangleMixAnalyzer
+        >>> analyzer = TriangleMixAnalyzer(4)
+        >>> analyzer.record_middle_qk_gradient(0, 1.0)
+        >>> analyzer.reset()
+        >>> analyzer.middle_qk_gradients
+        {}
+        """
         self.middle_qk_gradients.clear()
 
 

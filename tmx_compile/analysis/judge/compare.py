@@ -29,6 +29,10 @@ class Choice:
         geometry: sinks, window and last rows, in tokens.
         layers: the sparse layers.
         streaming: whether rows after the prompt see sinks and window alone in those layers (``decode="streaming"``).
+
+    >>> from tmx_compile.analysis import Choice
+    >>> Choice(geometry=(8, 512, 128), layers=(30, 31))
+    Choice(geometry=(8, 512, 128), layers=(30, 31), streaming=False)
     """
 
     geometry: tuple[int, int, int]
@@ -41,9 +45,16 @@ class Continued(Choice):
     """A choice for a prompt whose last tokens are a new turn of a conversation: what came before was a prompt itself.
 
     Attributes:
+        geometry: as in :class:`Choice`.
+        layers: likewise.
+        streaming: likewise.
         turn: tokens of the new turn.
         dense_turn: whether its rows attend to everything in the sparse layers too; otherwise the turn has the mask of
             the whole conversation at its own rows: sinks, window, and last rows at its end.
+
+    >>> from tmx_compile.analysis import Continued
+    >>> Continued((8, 512, 128), (30, 31), turn=200).dense_turn
+    False
     """
 
     turn: int = 0
@@ -71,7 +82,25 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Change:
-    """Dense and sparse on one sequence: the Kullback-Leibler divergences in nats, dense to sparse, mean over places."""
+    """Dense and sparse on one sequence.
+
+    Attributes:
+        kl_final: Kullback-Leibler divergence of the next-token distributions, dense to sparse, nats: the mean over the
+            last places of the prompt.
+        kl_following: likewise, over the tokens that follow it.
+        nll_final: mean negative log-likelihood with sparse layers, nats.
+        nll_following: likewise.
+        right: the share of the following tokens that is the most likely one with sparse layers.
+        dense_nll_final: with dense attention.
+        dense_nll_following: likewise.
+        dense_right: likewise.
+
+    >>> import math
+    >>> from tmx_compile.analysis import Change
+    >>> change = Change(0.01, 0.02, 2.31, 2.42, 0.5, 2.30, 2.40, 0.5)
+    >>> f"perplexity {math.expm1(change.nll_final - change.dense_nll_final):+.1%}"
+    'perplexity +1.0%'
+    """
 
     kl_final: float
     kl_following: float
@@ -100,6 +129,18 @@ def compare(
     Raises:
         ValueError: counts that ``ids`` does not hold, a turn that is no part of the prompt, or logits that are not
             finite.
+
+    >>> import torch
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from tmx_compile import TriangleMixConfig
+    >>> from tmx_compile.analysis import CapturedModel, Choice, compare
+    >>> shape = dict(hidden_size=32, intermediate_size=32, num_attention_heads=2, num_hidden_layers=2)
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=50, **shape)).eval()
+    >>> captured = CapturedModel(model, TriangleMixConfig())
+    >>> ids = torch.randint(0, 50, (1, 60))
+    >>> change, = compare(captured, ids, [Choice((2, 6, 5), (1,))], final=8, following=4)
+    >>> change.kl_final > 0
+    True
     """
     final, following = as_count("final", final, minimum=1), as_count("following", following, minimum=1)
     if ids.dim() != 2 or ids.shape[0] != 1 or ids.shape[1] <= final + following:

@@ -56,6 +56,10 @@ def candidates(
     Raises:
         ValueError: no geometry or count; a count over ``num_layers`` or the length of a ranking; layers or geometries
             that no configuration takes.
+
+    >>> from tmx_compile.analysis import candidates
+    >>> sorted(candidates({"gradient": [2, 3, 1]}, num_layers=4, geometries=[(8, 64, 128)], counts=[1, 2]))
+    ['deepest/8-64-128/1', 'deepest/8-64-128/2', 'gradient/8-64-128/1']
     """
     num_layers = as_count("num_layers", num_layers, minimum=1)
     for name, given in (("geometries", geometries), ("counts", counts)):
@@ -81,8 +85,31 @@ def candidates(
 def read_ranking(path: str | os.PathLike[str], *, num_layers: int, model: nn.Module | None = None) -> tuple[int, ...]:
     """The layers of a calibration's profile, from the one needed least.
 
-    Refuses what :meth:`TriangleMixConfig.from_profile` refuses: with ``model`` a profile for another model, a file
-    without a ranking, layers that a model of ``num_layers`` layers lacks.
+    Args:
+        path: the file that ``Calibration.to_profile`` wrote.
+        num_layers: layers of the model.
+        model: the model; None: whether the profile is for it cannot be told.
+
+    Raises:
+        ValueError: what :meth:`tmx_compile.TriangleMixConfig.from_profile` refuses: with ``model`` a profile for
+            another model, a file without a ranking, layers that a model of ``num_layers`` layers lacks.
+        OSError: the file cannot be read.
+
+    >>> import tempfile
+    >>> import torch
+    >>> import torch.nn.functional as F
+    >>> from tmx_compile import TriangleMixConfig, calibrate
+    >>> from tmx_compile.analysis import read_ranking
+    >>> class Layer(torch.nn.Module):
+    ...     def forward(self, x):
+    ...         x = x[:, None]
+    ...         return (x + F.scaled_dot_product_attention(x, x, x, is_causal=True))[:, 0]
+    >>> model = torch.nn.Sequential(torch.nn.Embedding(50, 16), Layer(), Layer(), torch.nn.Linear(16, 50))
+    >>> batches = [torch.randint(0, 50, (1, 60)) for _ in range(2)]
+    >>> with tempfile.NamedTemporaryFile(suffix=".json") as file:
+    ...     calibrate(model, batches, config=TriangleMixConfig(2, 6, 5), progress=False).to_profile(file.name, n=1)
+    ...     read_ranking(file.name, num_layers=3, model=model)
+    (2, 1)
     """
     TriangleMixConfig.from_profile(path, num_layers=num_layers, model=model, num_triangle_layers=0)
     ranking = tuple(json.loads(Path(path).read_bytes())["ranking"])
@@ -103,7 +130,7 @@ def evaluate(
 ) -> Evaluation:
     """Measure what each choice of sparse layers changes in a language model's predictions, paired with dense attention.
 
-    The model is captured as :func:`~tmx_compile.analysis.calibrate` captures it: nothing is compiled for a choice, and
+    The model is captured as :func:`tmx_compile.calibrate` captures it: nothing is compiled for a choice, and
     only what comes after its first sparse layer runs again. The tokens that follow a prompt are given (teacher
     forcing), so they stand for decode steps: dense ones, or streaming ones where the choice says so. ``min_seq_len``
     does not apply.
@@ -126,6 +153,19 @@ def evaluate(
         ValueError: a bad argument; layers that the model lacks, or whose attention cannot go sparse; logits that are
             not finite.
         TriangleMixError: no attention of the model could be proven.
+
+    >>> import torch
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from tmx_compile.analysis import candidates, evaluate
+    >>> shape = dict(hidden_size=32, intermediate_size=32, num_attention_heads=2, num_hidden_layers=2)
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=50, **shape)).eval()
+    >>> choices = candidates({}, num_layers=2, geometries=[(2, 6, 5)], counts=[1, 2])
+    >>> prompts = torch.randint(0, 50, (3, 60))
+    >>> found = evaluate(model, prompts, choices, final=8, following=4, progress=False)
+    >>> sorted(found.records)
+    ['deepest/2-6-5/1', 'deepest/2-6-5/2']
+    >>> found.records["deepest/2-6-5/1"].kl_final.mean > 0
+    True
     """
     final, following = as_count("final", final, minimum=1), as_count("following", following, minimum=1)
     sequences = _sequences(prompts, final + following)

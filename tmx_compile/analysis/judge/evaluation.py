@@ -28,11 +28,17 @@ class Record:
 
     Attributes:
         choice: the layers, their geometry, and how they decode.
-        kl_final: see :data:`METRICS`.
-        kl_following: likewise.
-        ppl_final: likewise.
-        ppl_following: likewise.
+        kl_final: divergence (KL, nats) of the next-token distributions, dense to sparse, of the prompt's final tokens.
+        kl_following: likewise, of the tokens that follow it.
+        ppl_final: perplexity over dense perplexity less 1, of the prompt's final tokens.
+        ppl_following: likewise, of the tokens that follow it.
         right: the share of the following tokens that is the most likely one, less that of dense attention.
+
+    >>> from tmx_compile.analysis import Choice, Interval, Record
+    >>> nothing, little = Interval(0.0, 0.0, 0.0), Interval(0.01, 0.005, 0.02)
+    >>> record = Record(Choice((8, 512, 128), (30, 31)), little, little, little, nothing, nothing)
+    >>> record.cost("ppl_final").upper
+    0.02
     """
 
     choice: Choice
@@ -43,7 +49,10 @@ class Record:
     right: Interval
 
     def cost(self, metric: str) -> Interval:
-        """One of :data:`METRICS`; ``ValueError`` for another name."""
+        """The cost by a ``metric``: "kl_final", "kl_following", "ppl_final" or "ppl_following".
+
+        ``ValueError`` for another name.
+        """
         if metric not in METRICS:
             raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
         found: Interval = getattr(self, metric)
@@ -68,6 +77,23 @@ class Evaluation:
             ``ppl_following``), and the share of the latter that is the most likely one (``right``).
         records: by the name of the choice.
         about: plain data on how it was made: versions, hardware, the model's class.
+
+    What :func:`evaluate` would give, written out:
+
+    >>> import tempfile
+    >>> from tmx_compile.analysis import Choice, Evaluation, Interval, Record
+    >>> from tmx_compile.bench.layer_times import AttentionShape
+    >>> from tmx_compile.config.fingerprint import ModelFingerprint
+    >>> cost, shape = Interval(0.01, 0.005, 0.02), AttentionShape(32, 8, 128, 128)
+    >>> record = Record(Choice((8, 512, 128), (30, 31)), cost, cost, cost, cost, cost)
+    >>> found = Evaluation(
+    ...     32, ModelFingerprint("", ""), {30: (shape,), 31: (shape,)}, "bfloat16", "cuda", (32768, 32768), 8, 64, 128,
+    ...     {}, {"deepest/8-512-128/2": record}, {}
+    ... )
+    >>> with tempfile.NamedTemporaryFile(suffix=".json") as file:
+    ...     found.save(file.name)
+    ...     Evaluation.load(file.name) == found
+    True
     """
 
     num_layers: int
@@ -84,7 +110,7 @@ class Evaluation:
     about: Mapping[str, Any]
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write it as JSON, for :meth:`load`."""
+        """Write it as JSON to the file ``path``, for :meth:`load`; ``OSError`` where that is not possible."""
         # Layers with equal shapes, which is most of them, share a line.
         groups: dict[tuple[AttentionShape, ...], list[int]] = {}
         for layer, calls in sorted(self.shapes.items()):
@@ -108,7 +134,7 @@ class Evaluation:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Evaluation:
-        """Read what :meth:`save` wrote.
+        """Read the file ``path``, which :meth:`save` wrote.
 
         Raises:
             ValueError: another format, or a missing or bad value; the message carries the path and the reason.

@@ -13,7 +13,17 @@ from tmx_compile.config import as_count
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and its 95% interval."""
+    """A mean and its 95% interval, of any unit.
+
+    Attributes:
+        mean: the mean.
+        lower: the interval's lower end.
+        upper: its upper end.
+
+    >>> from tmx_compile.analysis import Interval
+    >>> Interval(mean=0.1, lower=0.05, upper=0.2).as_list()
+    [0.1, 0.05, 0.2]
+    """
 
     mean: float
     lower: float
@@ -34,6 +44,11 @@ def interval(values: Sequence[float], *, exponent: bool = False, draws: int = 20
 
     Raises:
         ValueError: no values, one that is not finite, or too few draws for the interval's ends.
+
+    >>> from tmx_compile.analysis import interval
+    >>> found = interval([0.1, 0.2, 0.3, 0.4])
+    >>> found.lower < found.mean < found.upper, round(found.mean, 2)
+    (True, 0.25)
     """
     draws = as_count("draws", draws, minimum=1)
     if draws < 40:

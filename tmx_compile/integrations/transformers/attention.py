@@ -17,7 +17,6 @@ from transformers.generation.continuous_batching.cache import PagedAttentionCach
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from tmx_compile.backend import warn_of
 from tmx_compile.config import TriangleMixConfig
 from tmx_compile.errors import StrictModeError
 from tmx_compile.integrations.transformers.causal_mask import CausalMask, causal_mask
@@ -30,6 +29,7 @@ from tmx_compile.lowering.base import AttentionCall, immediate
 from tmx_compile.lowering.chunk import CHUNK, FIRST_LAST_ROW
 from tmx_compile.lowering.table import CHUNK_LOWERINGS, Role, Wish, choose
 from tmx_compile.mask import Geometry
+from tmx_compile.remarks import warn_of
 from tmx_compile.report import Rejected, Report
 from tmx_compile.request import Request
 
@@ -45,6 +45,12 @@ class TriangleAttention:
         report: one record for each kind of call that each layer has had (long prompt, short prompt, decode step, ...),
             with the shapes of the first; ``graph`` counts the kinds of a layer. The path is the module's class.
         records: what fills the report.
+
+    >>> from tmx_compile import TriangleMixConfig
+    >>> from tmx_compile.integrations.transformers import register_attention
+    >>> attention = register_attention(TriangleMixConfig.deepest(1, num_layers=2), name="triangle")
+    >>> attention.name, len(attention.report)
+    ('triangle', 0)
     """
 
     def __init__(self, name: str, request: Request, report: Report) -> None:
@@ -73,7 +79,7 @@ class TriangleAttention:
             query: (B, H, Sq, D).
             key: (B, Hkv, Skv, D).
             value: (B, Hkv, Skv, Dv).
-            attention_mask: from :func:`~tmx_compile.integrations.transformers.causal_mask.causal_mask`, or any other.
+            attention_mask: from ``causal_mask`` of this package, or any other.
             scaling: factor on the scores; ``1 / sqrt(D)`` when None.
             settings: whatever else Transformers passes.
 
@@ -218,7 +224,7 @@ def register_attention(
         lowering: "auto", "triton", "blocked" or "operator"; as for :func:`tmx_compile.tmx_backend`. Inside of a model
             that is compiled by whatever backend, "auto" is one node: ``triton`` on CUDA, else ``operator``; "blocked"
             gives that backend its operations.
-        strict: raise :class:`~tmx_compile.errors.StrictModeError` where a layer that the configuration names stays
+        strict: raise :class:`~tmx_compile.StrictModeError` where a layer that the configuration names stays
             dense in a long prompt.
         chunked_prefill: prompts may come in chunks, announced by :func:`tmx_compile.prefill`; inference only.
 
@@ -227,6 +233,19 @@ def register_attention(
 
     Warns:
         UserWarning: the configuration selects no layer, or the first n layers.
+
+    >>> import torch
+    >>> from transformers import Qwen3Config, Qwen3ForCausalLM
+    >>> from tmx_compile import TriangleMixConfig
+    >>> from tmx_compile.integrations.transformers import register_attention
+    >>> sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2)
+    >>> model = Qwen3ForCausalLM(Qwen3Config(**sizes, num_attention_heads=2, num_key_value_heads=1, head_dim=16))
+    >>> attention = register_attention(TriangleMixConfig.deepest(1, num_layers=2, min_seq_len=256))
+    >>> model.set_attn_implementation("tmx")
+    >>> with torch.no_grad():
+    ...     out = model(torch.randint(0, 64, (1, 300)))
+    >>> [(site.layer, site.decision) for site in attention.report]
+    [(0, 'dense'), (1, 'triangle')]
     """
     if not isinstance(name, str) or not name or "|" in name or "flash" in name:
         raise ValueError(f"name must be a non-empty string without '|' and 'flash', got {name!r}")

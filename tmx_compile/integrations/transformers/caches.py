@@ -63,6 +63,19 @@ class StreamingCache(_Streaming, DynamicCache):
 
     Warns:
         UserWarning: once per program line, what streaming costs.
+
+    >>> import torch
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from tmx_compile import TriangleMixConfig
+    >>> from tmx_compile.integrations.transformers import StreamingCache
+    >>> shape = dict(hidden_size=32, intermediate_size=32, num_attention_heads=2, num_hidden_layers=2)
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=50, **shape)).eval()
+    >>> cache = StreamingCache(model, TriangleMixConfig(4, 8, 0, triangle_layer_indices=[1]))
+    >>> cache.streaming_layers
+    (1,)
+    >>> out = model.generate(torch.randint(0, 50, (1, 60)), past_key_values=cache, max_new_tokens=4, do_sample=False)
+    >>> [layer.keys.shape[2] for layer in cache.layers]  # 4 sinks, the window of 8, the row itself
+    [63, 13]
     """
 
     def __init__(
@@ -101,6 +114,18 @@ class StaticStreamingCache(_Streaming, StaticCache):
 
     Warns:
         UserWarning: once per program line, what streaming costs.
+
+    >>> import torch
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from tmx_compile import TriangleMixConfig
+    >>> from tmx_compile.integrations.transformers import StaticStreamingCache
+    >>> shape = dict(hidden_size=32, intermediate_size=32, num_attention_heads=2, num_hidden_layers=2)
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=50, **shape)).eval()
+    >>> config = TriangleMixConfig(4, 8, 0, triangle_layer_indices=[1])
+    >>> cache = StaticStreamingCache(model, config, max_cache_len=64)
+    >>> out = model.generate(torch.randint(0, 50, (1, 60)), past_key_values=cache, max_new_tokens=4, do_sample=False)
+    >>> out.shape, cache.memory_bytes()  # 64 tokens, and 4 + 8 + 1, of 2 x 32 float32
+    (torch.Size([1, 64]), (16384, 3328))
     """
 
     def __init__(

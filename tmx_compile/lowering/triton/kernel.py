@@ -17,6 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from tmx_compile.lowering.triton.tiles import arrived, blocks_of, load_rows, stack, work_of
 from tmx_compile.lowering.triton.walk import seen, walk
 
 # Finite, so that a row that has met no key yet subtracts no infinity from another.
@@ -40,23 +41,6 @@ def _add_keys(acc, total, maximum, query, key, value, allowed, scale, FLOAT32: t
     acc = acc * shrink[:, None]
     acc = tl.dot(weights.to(value.dtype), value, acc, input_precision=precision)
     return acc, total, new_maximum
-
-
-@triton.jit
-def _load_rows(base, rows, stride, DIM: tl.constexpr, BLOCK: tl.constexpr, keep):
-    """(len(rows), BLOCK) elements; zeros beyond DIM and, where ``keep`` is given, in the rows that it drops."""
-    column = tl.arange(0, BLOCK)
-    pointers = base + rows[:, None] * stride + column[None, :]
-    if keep is not None:
-        kept = keep[:, None]
-        if DIM != BLOCK:
-            kept = kept & (column < DIM)[None, :]
-        loaded = tl.load(pointers, mask=kept, other=0.0)
-    elif DIM != BLOCK:
-        loaded = tl.load(pointers, mask=(column < DIM)[None, :], other=0.0)
-    else:
-        loaded = tl.load(pointers)
-    return loaded
 
 
 @triton.jit(
@@ -121,21 +105,9 @@ def triangle_kernel(
     HEAD_BLOCKS: tl.constexpr = HEADS // GROUP
     offset = kv_len - q_len
     program = tl.program_id(0)
-    is_last = program < last_programs
-    split = 0
-    if is_last:
-        # Neighbours share a range of keys.
-        tile = program % last_tiles
-        head_block = program // last_tiles % HEAD_BLOCKS
-        rest = program // (last_tiles * HEAD_BLOCKS)
-        split = rest % splits
-        batch = rest // splits
-    else:
-        tiles = tl.cdiv(q_len, ROWS)
-        tile = (program - last_programs) % tiles
-        rest = (program - last_programs) // tiles
-        head_block = rest % HEAD_BLOCKS
-        batch = rest // HEAD_BLOCKS
+    is_last, tile, split, head_block, batch = work_of(
+        program, last_programs, last_tiles, splits, tl.cdiv(q_len, ROWS), HEAD_BLOCKS
+    )
 
     start = 0
     end = kv_len
@@ -148,31 +120,15 @@ def triangle_kernel(
     last_low, span, sinks, sink_low, first, stop, low, high = walk(
         is_last, tile, split, start, end, offset, kv_len, sink, window, last, reach, split_keys, ROWS, REACH
     )
-    keys = tl.maximum(high - low, 0)
-    slots = sinks + keys
-    blocks = tl.cdiv(slots, BLOCK_N)
-    empty = blocks * BLOCK_N - slots
-    # Slots at the front that a mask has to look at: unused ones, sinks, keys that the last row no longer sees.
-    front = empty + sinks + tl.minimum(tl.maximum(stop - 1 - span - low, 0), keys)
-    masked_front = tl.minimum(tl.cdiv(front, BLOCK_N), blocks)
-    # And at the end: keys that the first row does not see yet.
-    masked_end = tl.cdiv(tl.minimum(tl.maximum(high - first - 1, 0), keys), BLOCK_N)
-    full_end = tl.maximum(blocks - masked_end, masked_front)
-    if PADDED:
-        if holes != 0:
-            masked_front = blocks
-            full_end = blocks
+    empty, blocks, masked_front, full_end = blocks_of(first, stop, span, sinks, low, high, holes, BLOCK_N, PADDED)
     masked = masked_front + blocks - full_end
 
-    row = tl.arange(0, BLOCK_M)
-    position = first + row // GROUP
-    head = head_block * GROUP + row % GROUP
-    exists = (row < ROWS * GROUP) & (position < stop)
+    position, head, exists = stack(first, stop, head_block, GROUP, BLOCK_M)
     safe_row = (tl.minimum(position, kv_len - 1) - offset).to(tl.int64)
     head64 = head.to(tl.int64)
     batch64 = batch.to(tl.int64)
     kv_head = head_block * GROUP // (HEADS // KV_HEADS)
-    query = _load_rows(query_ptr + batch64 * q_batch, safe_row * q_row + head64 * q_head, 1, DIM, BLOCK_D, exists)
+    query = load_rows(query_ptr + batch64 * q_batch, safe_row * q_row + head64 * q_head, 1, DIM, BLOCK_D, exists)
     key_base = key_ptr + batch64 * k_batch + kv_head.to(tl.int64) * k_head
     value_base = value_ptr + batch64 * v_batch + kv_head.to(tl.int64) * v_head
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
@@ -189,16 +145,16 @@ def triangle_kernel(
             used = used & (tl.load(mask_ptr + batch64 * mask_batch + place, mask=used, other=0) != 0)
         allowed = seen(position[:, None], place[None, :], start + sink, span, reach, REACH) & used[None, :]
         wide = place.to(tl.int64)
-        key = _load_rows(key_base, wide * k_row, 1, DIM, BLOCK_D, used)
-        value = _load_rows(value_base, wide * v_row, 1, DIM_V, BLOCK_DV, used)
+        key = load_rows(key_base, wide * k_row, 1, DIM, BLOCK_D, used)
+        value = load_rows(value_base, wide * v_row, 1, DIM_V, BLOCK_DV, used)
         acc, total, maximum = _add_keys(acc, total, maximum, query, key, value, allowed, scale, FLOAT32)
 
     front_place = low - sinks - empty + masked_front * BLOCK_N
     far_column = tl.arange(0, FULL_N)
     for step in tl.range(0, (full_end - masked_front) * (BLOCK_N // FULL_N), num_stages=FULL_STAGES):
         wide = (front_place + step * FULL_N).to(tl.int64)
-        key = _load_rows(key_base + wide * k_row, far_column, k_row, DIM, BLOCK_D, None)
-        value = _load_rows(value_base + wide * v_row, far_column, v_row, DIM_V, BLOCK_DV, None)
+        key = load_rows(key_base + wide * k_row, far_column, k_row, DIM, BLOCK_D, None)
+        value = load_rows(value_base + wide * v_row, far_column, v_row, DIM_V, BLOCK_DV, None)
         acc, total, maximum = _add_keys(acc, total, maximum, query, key, value, None, scale, FLOAT32)
 
     # A row without any key: total is 0, and so is its result.
@@ -250,10 +206,7 @@ def _merge(
     keep = mine[:, None] & (column < DIM_V)[None, :]
     tl.store(part_at + split * BLOCK_M * DIM_V, acc, mask=keep)
     tl.store(lse_at + split * BLOCK_M, lse, mask=mine)
-    # Every thread's stores before the one thread's release.
-    tl.debug_barrier()
-    before = tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel")
-    if before != splits - 1:
+    if arrived(arrived_ptr + tile) != splits - 1:
         mine = mine & False
     else:
         acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -73,28 +74,21 @@ def attend(
     lse = query.new_empty(batch, heads, q_len, dtype=torch.float32) if with_lse else None
     block_d, block_dv = (max(16, triton.next_power_of_2(x)) for x in (dim, v_dim))
     shapes = shapes or tuning.choose(query.element_size(), max(block_d, block_dv), slots)
-    group = _heads_per_tile(heads // kv_heads, shapes.rows)
-    rows = shapes.rows // group
-    head_blocks = batch * heads // group
-    last_tiles = max(1, triton.cdiv(last, rows))
-    count = multiprocessors(query.device)
-    splits = tuning.splits(head_blocks * last_tiles, kv_len, shapes.rows, count) if last else 1
-    split_keys = triton.cdiv(triton.cdiv(kv_len, splits), shapes.keys) * shapes.keys
-    last_programs = head_blocks * last_tiles * splits if last else 0
+    grid = row_grid(query, key, last, shapes)
     part = part_lse = arrived = out
-    if last and splits > 1:
-        part = query.new_empty(last_programs * shapes.rows * (v_dim + 1), dtype=torch.float32)
-        part_lse = part[last_programs * shapes.rows * v_dim :]
-        arrived = query.new_zeros(head_blocks * last_tiles, dtype=torch.int32)
+    if grid.splits > 1:
+        part = query.new_empty(grid.last_programs * shapes.rows * (v_dim + 1), dtype=torch.float32)
+        part_lse = part[grid.last_programs * shapes.rows * v_dim :]
+        arrived = query.new_zeros(grid.last_items, dtype=torch.int32)
     padded = key_mask is not None
-    triangle_kernel[(last_programs + head_blocks * triton.cdiv(q_len, rows),)](
+    triangle_kernel[(grid.programs,)](
         query, key, value, out, out if lse is None else lse,
         key_mask if padded else out, extent if padded else out, part, part_lse, arrived,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
         0 if key_mask is None else key_mask.stride(0),
         q_len, kv_len, sink, window, last, geometry.reach_within(kv_len),
-        scale * math.log2(math.e), last_programs, last_tiles, splits, split_keys,
-        HEADS=heads, KV_HEADS=kv_heads, GROUP=group, DIM=dim, DIM_V=v_dim, BLOCK_D=block_d, BLOCK_DV=block_dv,
+        scale * math.log2(math.e), grid.last_programs, grid.last_tiles, grid.splits, grid.split_keys,
+        HEADS=heads, KV_HEADS=kv_heads, GROUP=grid.group, DIM=dim, DIM_V=v_dim, BLOCK_D=block_d, BLOCK_DV=block_dv,
         BLOCK_M=shapes.rows, BLOCK_N=shapes.keys, PADDED=padded, REACH=geometry.reach is not None, WRITE_LSE=with_lse,
         FLOAT32=query.dtype == torch.float32, STAGES=shapes.stages,
         FULL_N=shapes.full_keys or shapes.keys, FULL_STAGES=shapes.full_stages or shapes.stages,
@@ -103,6 +97,45 @@ def attend(
     return out.to(dtype), lse
 
 
-def _heads_per_tile(group: int, rows: int) -> int:
+@dataclass(frozen=True)
+class RowGrid:
+    """The programs over tiles of rows, forward or backward: those of the last rows, then one for each streaming tile.
+
+    Attributes:
+        group: query heads that a tile stacks.
+        last_tiles: tiles of last rows for each stack of heads, at least 1.
+        last_items: the same for all heads of the batch.
+        splits: parts of the keys that a tile of last rows is split into.
+        split_keys: keys in one part.
+        last_programs: programs of last rows; 0 where there are none.
+        programs: all of them.
+    """
+
+    group: int
+    last_tiles: int
+    last_items: int
+    splits: int
+    split_keys: int
+    last_programs: int
+    programs: int
+
+
+def row_grid(query: Tensor, key: Tensor, last: int, shapes: Tuning) -> RowGrid:
+    """The programs for (B, H, Sq, D) queries and (B, Hkv, Skv, D) keys in tiles of ``shapes``."""
+    batch, heads, q_len, _ = query.shape
+    kv_len = key.shape[2]
+    group = heads_per_tile(heads // key.shape[1], shapes.rows)
+    rows = shapes.rows // group
+    head_blocks = batch * heads // group
+    last_tiles = max(1, triton.cdiv(last, rows))
+    last_items = head_blocks * last_tiles
+    splits = tuning.splits(last_items, kv_len, shapes.rows, multiprocessors(query.device)) if last else 1
+    split_keys = triton.cdiv(triton.cdiv(kv_len, splits), shapes.keys) * shapes.keys
+    last_programs = last_items * splits if last else 0
+    programs = last_programs + head_blocks * triton.cdiv(q_len, rows)
+    return RowGrid(group, last_tiles, last_items, splits, split_keys, last_programs, programs)
+
+
+def heads_per_tile(group: int, rows: int) -> int:
     """How many of the query heads that share a key head one tile stacks: the largest divisor that leaves rows."""
     return max(size for size in range(1, group + 1) if group % size == 0 and size <= rows // 2)

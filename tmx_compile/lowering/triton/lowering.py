@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.fx import Proxy
 
 from tmx_compile.lowering import rows
 from tmx_compile.lowering.base import AttentionCall, Operands, Writer, immediate, length
-from tmx_compile.lowering.triton.op import TRITON_OPERATOR
+from tmx_compile.lowering.triton.op import TRAINING_OPERATOR, TRITON_OPERATOR
 from tmx_compile.report import Accepted, Reason, Rejected
 
 MAX_HEAD_DIM = 256
@@ -56,8 +57,8 @@ class Triton:
         extent = None
         if operands.key_mask is not None:
             extent = extents(operands.key_mask, length(operands.key, 2), call.geometry.last)
-        out: Proxy = write.call(
-            TRITON_OPERATOR,
+        made = write.call(
+            TRAINING_OPERATOR if call.needs_grad else TRITON_OPERATOR,
             operands.query,
             operands.key,
             operands.value,
@@ -65,7 +66,7 @@ class Triton:
             extent,
             *call.geometry.arguments(call.scale),
         )
-        return out
+        return write.call(operator.getitem, made, 0) if call.needs_grad else made
 
 
 def attend(call: AttentionCall) -> Tensor | Rejected:

@@ -1,4 +1,4 @@
-"""The kernels as a PyTorch operator, so that a compiled graph can hold a call of them. Imports without Triton."""
+"""The kernels as PyTorch operators, so that a compiled graph can hold a call of them. Imports without Triton."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from torch import Tensor
 
 from tmx_compile.mask.geometry import Geometry
 
+_INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? key_mask, Tensor? extent"
+_COUNTS = "int sink, int window, int last, float scale, int? reach=None"
 
-@torch.library.custom_op(
-    "tmx::triangle_attention_triton",
-    mutates_args=(),
-    schema="(Tensor query, Tensor key, Tensor value, Tensor? key_mask, Tensor? extent, int sink, int window, int last,"
-    " float scale, int? reach=None) -> Tensor",
-)
+
+def _on_device_of(x: Tensor) -> Any:
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+@torch.library.custom_op("tmx::triangle_attention_triton", mutates_args=(), schema=f"({_INPUTS}, {_COUNTS}) -> Tensor")
 def _forward(
     query: Tensor,
     key: Tensor,
@@ -31,8 +34,7 @@ def _forward(
 ) -> Tensor:
     from tmx_compile.lowering.triton.launch import attend
 
-    # Triton launches on the current device, which need not be the tensors'.
-    with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
+    with _on_device_of(query):
         return attend(query, key, value, key_mask, extent, Geometry(sink, window, last, reach), scale)[0]
 
 
@@ -53,21 +55,137 @@ def _(
     return query.new_empty(batch, q_len, heads, value.shape[3]).transpose(1, 2)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    query, key, value, key_mask, _, *ctx.geometry = inputs
-    ctx.save_for_backward(query, key, value, key_mask, output)
+@torch.library.custom_op(
+    "tmx::triangle_attention_triton_training",
+    mutates_args=(),
+    schema=f"({_INPUTS}, {_COUNTS}) -> (Tensor out, Tensor lse)",
+)
+def _training(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    extent: Tensor | None,
+    sink: int,
+    window: int,
+    last: int,
+    scale: float,
+    reach: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    from tmx_compile.lowering.triton.launch import attend
+
+    geometry = Geometry(sink, window, last, reach)
+    with _on_device_of(query):
+        out, lse = attend(query, key, value, key_mask, extent, geometry, scale, with_lse=True)
+    assert lse is not None
+    return out, lse
 
 
-def _autograd(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-    query, key, value, key_mask, out = ctx.saved_tensors
-    grad_lse = query.new_zeros(query.shape[:3], dtype=torch.float32)
-    grads = torch.ops.tmx.triangle_attention_backward(
-        grad_out, grad_lse, query, key, value, key_mask, out, *ctx.geometry
-    )
-    return (*grads, None, None, None, None, None, None, None)
+@_training.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    extent: Tensor | None,
+    sink: int,
+    window: int,
+    last: int,
+    scale: float,
+    reach: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    batch, heads, q_len, _ = query.shape
+    out = query.new_empty(batch, q_len, heads, value.shape[3]).transpose(1, 2)
+    return out, query.new_empty(batch, heads, q_len, dtype=torch.float32)
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+@torch.library.custom_op(
+    "tmx::triangle_attention_triton_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad_out, Tensor? grad_lse, {_INPUTS}, Tensor out, Tensor lse, {_COUNTS})"
+    " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
+)
+def _backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    extent: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    sink: int,
+    window: int,
+    last: int,
+    scale: float,
+    reach: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from tmx_compile.lowering.triton.backward_launch import gradients
+
+    geometry = Geometry(sink, window, last, reach)
+    with _on_device_of(query):
+        return gradients(grad_out, grad_lse, query, key, value, key_mask, extent, out, lse, geometry, scale)
+
+
+@_backward.register_fake
+def _(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    extent: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    sink: int,
+    window: int,
+    last: int,
+    scale: float,
+    reach: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return gradient_of(query), gradient_of(key), gradient_of(value)
+
+
+def gradient_of(x: Tensor) -> Tensor:
+    """An empty tensor for the gradient of ``x`` (B, heads, tokens, dim): in (B, tokens, heads, dim) memory."""
+    batch, heads, tokens, dim = x.shape
+    return x.new_empty(batch, tokens, heads, dim).transpose(1, 2)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.geometry = inputs[5:]
+    ctx.save_for_backward(*inputs[:5], *output)
+    # The log-sum-exp has no gradient unless somebody uses it.
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    *inputs, out, lse = ctx.saved_tensors
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+    grads = torch.ops.tmx.triangle_attention_triton_backward(grad_out, grad_lse, *inputs, out, lse, *ctx.geometry)
+    return (*grads, *[None] * (2 + len(ctx.geometry)))
+
+
+def _save_for_forward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.geometry = inputs[5:]
+    ctx.save_for_backward(*inputs[:5])
+
+
+def _autograd_again(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    """Where nobody foresaw a gradient, the forward runs again for its log-sum-exp."""
+    inputs = ctx.saved_tensors
+    out, lse = torch.ops.tmx.triangle_attention_triton_training(*inputs, *ctx.geometry)
+    grads = torch.ops.tmx.triangle_attention_triton_backward(grad_out, None, *inputs, out, lse, *ctx.geometry)
+    return (*grads, *[None] * (2 + len(ctx.geometry)))
+
+
+_training.register_autograd(_autograd, setup_context=_save)
+_forward.register_autograd(_autograd_again, setup_context=_save_for_forward)
 
 TRITON_OPERATOR = torch.ops.tmx.triangle_attention_triton.default
 """The operator as a node target."""
+
+TRAINING_OPERATOR = torch.ops.tmx.triangle_attention_triton_training.default
+"""The same for a graph that is differentiated: ``(out, lse)``, the log-sum-exp (B, H, Sq) being for the backward."""

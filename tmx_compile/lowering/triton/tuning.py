@@ -47,8 +47,27 @@ LARGE_HEADS = Tuning(64, 32, 4, 2)
 FLOAT32 = Tuning(64, 32, 4, 2)
 FLOAT32_LARGE_HEADS = Tuning(32, 16, 4, 1)
 
+
+@dataclass(frozen=True)
+class BackwardTuning:
+    """The launches of the backward pass: over tiles of rows, over tiles of keys, over the sinks.
+
+    ``sinks.keys`` is the most that a tile of sinks holds; a few sinks get a smaller one.
+    """
+
+    queries: Tuning
+    keys: Tuning
+    sinks: Tuning
+
+
+BACKWARD = BackwardTuning(Tuning(64, 64, 4, 2), Tuning(32, 64, 4, 2), Tuning(64, 32, 4, 2))
+BACKWARD_LARGE_HEADS = BackwardTuning(Tuning(64, 16, 8, 2), Tuning(16, 64, 8, 2), Tuning(32, 16, 4, 2))
+BACKWARD_FLOAT32 = BackwardTuning(Tuning(32, 32, 8, 1), Tuning(32, 32, 8, 1), Tuning(32, 32, 8, 1))
+BACKWARD_FLOAT32_LARGE_HEADS = BackwardTuning(Tuning(16, 16, 4, 1), Tuning(16, 16, 8, 1), Tuning(16, 16, 8, 1))
+
 LEAST_SPLIT = 256
-"""Keys that one part of the last rows walks at least: less would cost more in the merge than it saves."""
+"""Keys that one part of the last rows walks at least, or rows that one part of the sinks does: less would cost more in
+the merge than it saves."""
 
 HOPPER_FROM_TOKENS = 8192
 """Batch x rows from which the Hopper kernel pays: preparing its five descriptors takes the host 0.3 ms a call."""
@@ -63,6 +82,13 @@ def choose(element_size: int, dim: int, slots: int) -> Tuning:
     return SMALL if one_block(slots) else LARGE
 
 
+def choose_backward(element_size: int, dim: int) -> BackwardTuning:
+    """The backward kernels' shapes for a dtype's size in bytes and the larger padded head dim."""
+    if element_size == 4:
+        return BACKWARD_FLOAT32 if dim <= 128 else BACKWARD_FLOAT32_LARGE_HEADS
+    return BACKWARD if dim <= 128 else BACKWARD_LARGE_HEADS
+
+
 def one_block(slots: int) -> bool:
     """Whether one block holds all keys of a small tile: ``slots`` sinks and window keys, and its own 16 positions."""
     return slots + 16 <= SMALL.keys
@@ -75,3 +101,11 @@ def splits(tiles: int, kv_len: int, rows: int, multiprocessors: int) -> int:
     result at 131,072 tokens and 32 heads.
     """
     return max(1, min(multiprocessors * 128 // rows // tiles, kv_len // LEAST_SPLIT))
+
+
+def sink_splits(tiles: int, rows: int, multiprocessors: int) -> int:
+    """Parts of the rows that see the sinks, for ``tiles`` tiles of sinks and ``rows`` stacked rows.
+
+    Two programs for every multiprocessor, none with less than :data:`LEAST_SPLIT` rows.
+    """
+    return max(1, min(2 * multiprocessors // tiles, rows // LEAST_SPLIT))

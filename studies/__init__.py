@@ -1,0 +1,1 @@
+"""What was found out once about triangle attention: ``python -m studies.run`` measures it again."""

@@ -1,0 +1,33 @@
+"""``python -m studies.run [case ...] [--quick] [--out FOLDER]``: run studies and store their results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from benchmarks import common
+from studies import (
+    calibration,
+    first_n,
+    kv_cache,
+    million,
+    pass_cost,
+    prefill_memory,
+    quality,
+    recall,
+    stages,
+    switch,
+    training,
+)
+
+CASES = (
+    *(first_n.CASE, calibration.CASE, quality.CASE, recall.CASE),
+    *(pass_cost.CASE, prefill_memory.CASE, kv_cache.CASE, million.CASE, stages.CASE, switch.CASE, training.CASE),
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    common.main("studies.run", "Run studies of triangle attention.", CASES, arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""Which attention module of a model is which layer, carried by the module itself.
+
+A traced path names a layer only in a graph of the whole model. Compiled one by one, behind hooks or after a graph
+break, a layer's graph says ``L['self'].self_attn``, and Dynamo lets layers share it. So each attention module of a
+model that is handed over carries a :class:`~tmx_compile.graph.layer.Mark`, and its ``forward`` reads it: Dynamo guards
+on it, and writes it beside every node of the module. The mark tells the *kind* of a layer, not its number, so that
+graphs are shared by all layers that are to be alike. (A graph break inside the module itself undoes this: Dynamo then
+runs it in pieces that know nothing of the module.)
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx.traceback import annotate
+
+from tmx_compile.config import TriangleMixConfig
+from tmx_compile.errors import StrictModeError
+from tmx_compile.graph.layer import MARK, LayerPath, Mark, placed
+from tmx_compile.report import Report
+
+_ATTENTION = re.compile("attention|attn", re.IGNORECASE)
+
+
+@dataclass
+class Watch:
+    """What is said where an attention module runs outside every compiled graph.
+
+    Attributes:
+        report: of the backend that the model was handed to.
+        longest: prompts of so many tokens stay dense anyway.
+        strict: raise instead of warning.
+    """
+
+    report: Report
+    longest: int
+    strict: bool
+
+    def ran(self, layer: int, tokens: int) -> None:
+        """A triangle layer was called with so many rows by Python, not by a compiled graph."""
+        if tokens <= self.longest:
+            return
+        if not self.report.graphs:
+            cause = "the backend has compiled nothing: call model.compile(backend=...) on the module that is run"
+        else:
+            cause = "a graph break, a hook, the recompile limit or a stance: TORCH_LOGS=graph_breaks,recompiles"
+        text = f"layer {layer} ran uncompiled, dense, on {tokens} tokens; {self.report.graphs} graphs compiled; {cause}"
+        if self.strict:
+            raise StrictModeError(text)
+        if not self.report.uncompiled:
+            warnings.warn(text, stacklevel=4)
+            self.report.notes.append(text)
+        self.report.uncompiled += 1
+
+
+def hand_over(model: nn.Module, config: TriangleMixConfig, watch: Watch) -> None:
+    """Mark the attention modules of ``model`` as ``config`` has them; a later call for the same model replaces it.
+
+    Args:
+        model: the decoder, or a model that holds one.
+        config: which layers go sparse.
+        watch: told when a triangle layer runs outside every compiled graph.
+
+    Raises:
+        ValueError: ``model`` is no module, has no attention module whose layer can be told, more than one stack of
+            them, or not every layer that ``config`` names.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch.nn.Module, got {model!r}")
+    found = attention_layers(model)
+    present = set(found.values())
+    missing = sorted(set(config.layers()) - present)
+    if missing:
+        raise ValueError(f"config names layers {missing}, and the model has layers {sorted(present)}")
+    wanted = frozenset(config.layers())
+    plan = config.fingerprint()[:16]
+    kinds = {sparse: tuple(sorted(n for n in present if (n in wanted) == sparse)) for sparse in (True, False)}
+    marked: Any
+    for marked, layer in found.items():
+        sparse = layer in wanted
+        if not hasattr(marked, "_tmx_mark"):
+            # What somebody put over the class's own, as accelerate does.
+            marked._tmx_forward = marked.__dict__.get("forward")
+            marked.forward = MethodType(forward, marked)
+        marked._tmx_mark = str(Mark(plan, sparse, kinds[sparse]))
+        marked._tmx_watch = (watch, layer) if sparse else None
+
+
+def forward(module: Any, *args: Any, **kwargs: Any) -> Any:
+    """The forward of a marked module. It bears this name so that the bound method can be pickled."""
+    inner: Callable[..., Any] | None = module._tmx_forward
+    if torch.compiler.is_compiling():
+        with annotate({MARK: module._tmx_mark}):
+            return inner(*args, **kwargs) if inner is not None else type(module).forward(module, *args, **kwargs)
+    if module._tmx_watch is not None:
+        watch, layer = module._tmx_watch
+        rows = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim() > 1), None)
+        watch.ran(layer, 0 if rows is None else rows.shape[1])
+    return inner(*args, **kwargs) if inner is not None else type(module).forward(module, *args, **kwargs)
+
+
+def attention_layers(model: nn.Module) -> dict[nn.Module, int]:
+    """The layer of every self-attention module of a model.
+
+    Transformers' modules say it (``layer_idx``). Where none does, it is read from the modules' names, as the pass reads
+    it from a traced path. Modules that say that they are not causal are left out.
+
+    Raises:
+        ValueError: no such module, or two stacks of them.
+    """
+    named = {
+        name: module
+        for name, module in model.named_modules()
+        if name and getattr(module, "is_causal", None) is not False
+    }
+    numbers = {name: getattr(module, "layer_idx", None) for name, module in named.items()}
+    numbered = {name: number for name, number in numbers.items() if isinstance(number, int)}
+    # Blocks, experts and mixers may bear the number too: what is called attention is meant, if anything is.
+    own = {name: named[name] for name in numbered}
+    chosen = _outermost(_called_attention(own) or own)
+    if chosen:
+        layers = {name: LayerPath(name, _stack(name, numbered[name]), numbered[name]) for name in chosen}
+    else:
+        chosen = _outermost(_called_attention(named)) or {
+            n: m for n, m in named.items() if n.rsplit(".", 1)[-1].isdecimal()
+        }
+        layers = dict(zip(chosen, placed([tuple(name.split(".")) for name in chosen]), strict=True))
+        layers = {name: where for name, where in layers.items() if where.index is not None}
+    stacks = sorted({str(where.stack) for where in layers.values()})
+    if not layers:
+        raise ValueError(f"model {type(model).__name__} has no attention module whose layer can be told")
+    if len(stacks) > 1:
+        raise ValueError(
+            f"model {type(model).__name__} has more than one stack of layers, {', '.join(stacks)}: hand over the "
+            "one that is meant, such as model.language_model"
+        )
+    return {chosen[name]: where.index for name, where in layers.items() if where.index is not None}
+
+
+def _called_attention(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    return {name: module for name, module in modules.items() if _ATTENTION.search(type(module).__name__)}
+
+
+def _outermost(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """Without those that stand inside another of them."""
+    return {
+        name: module for name, module in modules.items() if not any(name.startswith(f"{other}.") for other in modules)
+    }
+
+
+def _stack(name: str, layer: int) -> str:
+    """The path of the list that a module's number counts in."""
+    parts = name.split(".")
+    places = [i for i, part in enumerate(parts) if part == str(layer)]
+    return ".".join(parts[: places[-1]]) if places else re.sub(r"\d+", "*", name)

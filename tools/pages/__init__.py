@@ -1,0 +1,1 @@
+"""The generated parts of the documents: ``python -m tools.pages`` writes them, ``--check`` compares them."""

@@ -1,0 +1,5 @@
+"""``python -m tools.pages``."""
+
+from tools.pages.run import main
+
+main()
