@@ -101,7 +101,8 @@ def test_the_switch_is_measured_beside_sdpa(tmp_path):
         ("benchmarks.run", "operator, ttft, throughput"),
         (
             "studies.run",
-            "first_n, calibration, quality, recall, pass_cost, prefill_memory, kv_cache, million, stages, switch, training",
+            "first_n, calibration, quality, recall, pass_cost, prefill_memory, kv_cache, million, stages, switch, "
+            "training",
         ),
     ],
 )

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.common import RESULTS
-from tools.pages import page_ascend, page_benchmarks, page_quality
+from tools.pages import page_ascend, page_attach, page_benchmarks, page_quality
 
 DOCS = RESULTS.parent.parent / "docs"
 
@@ -33,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         pictures += quality[1]
     if (ascend := page_ascend.generate(options.results, folder)) is not None:
         pages.append((folder / page_ascend.PAGE, ascend))
+    pages.append((folder / page_attach.PAGE, page_attach.generate(options.results, folder)))
     if not options.check:
         folder.mkdir(parents=True, exist_ok=True)
         for path, text in pages:
