@@ -2,10 +2,12 @@
 
 import copy
 import io
+import types
 import warnings
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from torch import nn
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
@@ -72,17 +74,13 @@ def test_without_the_model_they_stay_dense_and_say_so(ids):
     assert not backend.report.triangle()
 
 
-@pytest.mark.parametrize("copies", ["as it is", "deepcopy", "saved"])
+@pytest.mark.parametrize("copies", ["as it is", "deepcopy"])
 def test_a_whole_model_keeps_its_paths(ids, copies):
     model = qwen3()
     plain = copy.deepcopy(model)
     backend = tmx_backend(CONFIG, model=model)
     if copies == "deepcopy":
         model = copy.deepcopy(model)
-    elif copies == "saved":
-        file = io.BytesIO()
-        torch.save(model, file)
-        model = torch.load(io.BytesIO(file.getvalue()), weights_only=False)
     with torch.no_grad():
         out = compiled(model, False, backend)(ids).logits
     assert [site.layer for site in backend.report] == list(range(LAYERS))
@@ -129,11 +127,117 @@ def test_the_last_backend_that_got_the_model_has_it(ids):
         out = compiled(model, True, second)(ids, use_cache=False).logits
     assert [site.layers for site in second.report.triangle()] == [(0,)]
     assert_oracle(plain, ids, out, config)
-    # The marks are of another plan: the first goes by what the trace tells, which is nothing here.
     torch._dynamo.reset()
-    with torch.no_grad(), pytest.warns(UserWarning, match="LAYER_UNKNOWN"):
+    with torch.no_grad(), pytest.warns(UserWarning, match="handed to another backend since"):
         compiled(model, True, first)(ids, use_cache=False)
     assert not first.report.triangle()
+
+
+def test_another_stack_in_the_graph_stays_dense(ids):
+    """Its numbers are those of the decoder's layers, and it was not handed over."""
+    both = nn.ModuleDict({"text": Pairs(), "decoder": Pairs()})
+
+    def run(x):
+        return both["decoder"](both["text"](x))
+
+    backend = tmx_backend(CONFIG.replace(triangle_layer_indices=[1]), model=both["decoder"], strict=True)
+    with torch.no_grad():
+        torch.compile(run, backend=backend)(torch.randn(1, 300, 64))
+    assert [site.decision for site in backend.report] == ["dense"] * 3 + ["dense", "triangle", "dense"]
+    assert "not in the model" in backend.report.sites[1].detail
+
+
+def test_uncompiled_calls_that_are_meant(ids):
+    model = qwen3()
+    backend = tmx_backend(CONFIG, model=model, strict=True)
+    call = torch.compile(model, backend=backend)
+    with torch.no_grad():
+        sparse = call(ids).logits
+        with pytest.raises(StrictModeError, match="allow_uncompiled"):
+            model(ids)
+        backend.allow_uncompiled()
+        dense = model(ids).logits
+        torch.testing.assert_close(call(ids).logits, sparse)
+    assert backend.report.graphs == 1
+    assert (dense - sparse).abs().max() > 1e-3
+
+
+def test_a_model_from_a_file_is_handed_over_again(ids):
+    """Its marks stayed behind: the backend of the first does not know it, and says so."""
+    model = qwen3()
+    first = tmx_backend(CONFIG, model=model)
+    file = io.BytesIO()
+    torch.save(model, file)
+    loaded = torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+    with torch.no_grad(), pytest.warns(UserWarning, match="not in the model that was handed over"):
+        compiled(loaded, False, first)(ids)
+    torch._dynamo.reset()
+    second = tmx_backend(CONFIG, model=loaded, strict=True)
+    with torch.no_grad():
+        out = compiled(loaded, False, second)(ids).logits
+    assert_oracle(model, ids, out)
+
+
+def test_a_forward_that_was_replaced_since_is_marked_again(ids):
+    """accelerate puts its hook's forward over the module's, and leaves the class's own there when it goes."""
+    model = qwen3()
+    plain = copy.deepcopy(model)
+    for layer in model.model.layers:
+        add_hook_to_module(layer.self_attn, ModelHook())
+    tmx_backend(CONFIG, model=model)
+    for layer in model.model.layers:
+        remove_hook_from_module(layer.self_attn)
+    backend = tmx_backend(CONFIG, model=model, strict=True)
+    with torch.no_grad():
+        out = compiled(model, True, backend)(ids, use_cache=False).logits
+    assert [site.layers for site in backend.report] == [DENSE, CONFIG.layers()]
+    assert_oracle(plain, ids, out)
+
+
+def test_a_forward_under_ours_is_kept(ids):
+    model = qwen3()
+    plain = copy.deepcopy(model)
+    for layer in model.model.layers:
+        add_hook_to_module(layer.self_attn, ModelHook())
+    backend = tmx_backend(CONFIG, model=model)
+    with torch.no_grad():
+        out = compiled(model, False, backend)(ids).logits
+    assert [site.layer for site in backend.report.triangle()] == list(CONFIG.layers())
+    assert_oracle(plain, ids, out)
+
+
+def test_one_cause_is_told_once(ids):
+    """A graph for each layer, and the same reason in all of them."""
+
+    class Biased(Pairs):
+        def forward(self, x):
+            for attention, _ in self.layers:
+                x = x + attention(x)
+                torch._dynamo.graph_break()
+            return x
+
+    model = Biased()
+    for attention, _ in model.layers:
+        attention.bias = nn.Parameter(torch.randn(300, 300))
+        attention.forward = types.MethodType(_with_a_bias, attention)
+    backend = tmx_backend(CONFIG.replace(triangle_layer_indices=[0, 1, 2]), model=model)
+    with torch.no_grad(), pytest.warns(UserWarning, match="went sparse") as told:
+        torch.compile(model, backend=backend)(torch.randn(1, 300, 64))
+    assert len([warning for warning in told if "went sparse" in str(warning.message)]) == 1
+
+
+def _with_a_bias(self, x):
+    q, k, v = (t.unflatten(-1, (4, 16)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+    return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=self.bias).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("shape", [(300, 1, 64), (1, 300, 64)], ids=str)
+def test_tokens_in_any_dimension_are_told(shape):
+    model = Pairs()
+    backend = tmx_backend(CONFIG.replace(triangle_layer_indices=[1]), model=model)
+    with torch.no_grad(), pytest.warns(UserWarning, match="on 300 tokens"):
+        model(torch.randn(shape))
+    assert backend.report.uncompiled == 1
 
 
 def test_a_body_that_layers_share_is_placed_by_its_calls(ids, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -76,10 +77,11 @@ class TmxBackend:
         if self.request.target == "ascend":
             torchair.check_config(self.request.compiler_config)
         self.report = Report() if report is None else report
-        self._handed_over = model is not None
-        if model is not None and self.request.config is not None:
-            watch = Watch(self.report, self.request.config.min_seq_len, self.request.strict)
-            hand_over(model, self.request.config, watch)
+        config_in_use = self.request.config
+        self._watch = Watch(self.report, 0 if config_in_use is None else config_in_use.min_seq_len, self.request.strict)
+        if model is not None and config_in_use is not None:
+            hand_over(model, config_in_use, self._watch)
+            self.request = replace(self.request, handed_over=True)
         warn_of(self.request, config, stacklevel=5)
 
     @property
@@ -123,8 +125,22 @@ class TmxBackend:
         compiled, plan = self._compile(gm, host, compiler, example_inputs)
         # Only now: Dynamo may abandon a compilation half way and start again.
         self.report.add_graph(records(plan, self.report.graphs), plan.notes)
-        warn_if_dense(plan, self.report, self._handed_over)
+        warn_if_dense(plan, self.report)
         return compiled if one_row is None else one_row.beside(compiled)
+
+    def allow_uncompiled(self) -> None:
+        """Say nothing more (and raise nothing, if strict) where the model that was handed over runs uncompiled.
+
+        For calls that are meant to: a dense baseline, say.
+
+        >>> from tmx_compile import TriangleMixConfig, tmx_backend
+        >>> tmx_backend(TriangleMixConfig.deepest(1, num_layers=2)).allow_uncompiled()  # nothing handed over: no effect
+        """
+        self._watch.off = True
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TmxBackend:
+        # generate copies its settings and the backend in them: what it compiles is still this one's.
+        return self
 
     def _compile(
         self, gm: GraphModule, host: Host, compiler: Compiler, example_inputs: Sequence[Any]
@@ -227,7 +243,8 @@ def tmx_backend(
         model: the model that will be compiled with it, or the decoder inside. Each of its attention modules then
             carries what it is to be: layers compiled one by one, behind hooks or after graph breaks are placed, by two
             kinds of graphs and not one a layer, and a triangle layer that runs uncompiled on a long prompt warns (or
-            raises, if strict). Without it a layer is known by its path in a graph of the whole model.
+            raises, if strict) until :meth:`TmxBackend.allow_uncompiled`. Without it a layer is known by its path in a
+            graph of the whole model.
         report: a report to fill; a new one by default, found as ``backend.report``.
         target: what compiles the graphs. "inductor"; "ascend", torchair; "auto" takes torchair for graphs on an NPU.
         compiler_config: a ``torchair.CompilerConfig`` for the target "ascend" (its ``mode`` chooses GE graphs, the

@@ -37,20 +37,23 @@ class Watch:
         report: of the backend that the model was handed to.
         longest: prompts of so many tokens stay dense anyway.
         strict: raise instead of warning.
+        off: whether nothing is said any more.
     """
 
     report: Report
     longest: int
     strict: bool
+    off: bool = False
 
     def ran(self, layer: int, tokens: int) -> None:
         """A triangle layer was called with so many rows by Python, not by a compiled graph."""
-        if tokens <= self.longest:
+        if self.off or tokens <= self.longest:
             return
         if not self.report.graphs:
             cause = "the backend has compiled nothing: call model.compile(backend=...) on the module that is run"
         else:
-            cause = "a graph break, a hook, the recompile limit or a stance: TORCH_LOGS=graph_breaks,recompiles"
+            cause = "a graph break, a hook, the recompile limit or a stance (TORCH_LOGS=graph_breaks,recompiles), or a "
+            cause += "call of the uncompiled model: where that is meant, backend.allow_uncompiled()"
         text = f"layer {layer} ran uncompiled, dense, on {tokens} tokens; {self.report.graphs} graphs compiled; {cause}"
         if self.strict:
             raise StrictModeError(text)
@@ -85,25 +88,52 @@ def hand_over(model: nn.Module, config: TriangleMixConfig, watch: Watch) -> None
     marked: Any
     for marked, layer in found.items():
         sparse = layer in wanted
-        if not hasattr(marked, "_tmx_mark"):
-            # What somebody put over the class's own, as accelerate does.
-            marked._tmx_forward = marked.__dict__.get("forward")
-            marked.forward = MethodType(forward, marked)
+        put = marked.__dict__.get("forward")
+        if not _is_ours(put, marked):
+            # Over the class's own, or over what somebody put there, as accelerate does.
+            marked.forward = MethodType(forward if _is_own(put, marked) else Over(put), marked)
         marked._tmx_mark = str(Mark(plan, sparse, kinds[sparse]))
         marked._tmx_watch = (watch, layer) if sparse else None
 
 
 def forward(module: Any, *args: Any, **kwargs: Any) -> Any:
     """The forward of a marked module. It bears this name so that the bound method can be pickled."""
-    inner: Callable[..., Any] | None = module._tmx_forward
+    return _run(module, type(module).forward, module, *args, **kwargs)
+
+
+class Over:
+    """The forward of a marked module on which somebody else had put one, ``inner``."""
+
+    __name__ = "forward"
+
+    def __init__(self, inner: Callable[..., Any]) -> None:
+        self.inner = inner
+
+    def __call__(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run it for a module."""
+        return _run(module, self.inner, *args, **kwargs)
+
+
+def _run(module: Any, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if torch.compiler.is_compiling():
         with annotate({MARK: module._tmx_mark}):
-            return inner(*args, **kwargs) if inner is not None else type(module).forward(module, *args, **kwargs)
+            return run(*args, **kwargs)
     if module._tmx_watch is not None:
         watch, layer = module._tmx_watch
-        rows = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim() > 1), None)
-        watch.ran(layer, 0 if rows is None else rows.shape[1])
-    return inner(*args, **kwargs) if inner is not None else type(module).forward(module, *args, **kwargs)
+        given = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim() > 1), None)
+        # Whichever dimension holds the tokens: (B, S, E), (S, B, E) and (B, H, S, D) are all in use.
+        watch.ran(layer, 0 if given is None else max(given.shape[:-1]))
+    return run(*args, **kwargs)
+
+
+def _is_ours(put: Any, module: nn.Module) -> bool:
+    ours = isinstance(put, MethodType) and put.__self__ is module
+    return ours and (put.__func__ is forward or isinstance(put.__func__, Over))
+
+
+def _is_own(put: Any, module: nn.Module) -> bool:
+    """Whether what stands on the instance is the class's own, as accelerate leaves it when its hooks are removed."""
+    return put is None or getattr(put, "__func__", None) is type(module).forward
 
 
 def attention_layers(model: nn.Module) -> dict[nn.Module, int]:

@@ -40,7 +40,7 @@ def warn_of(request: Request, given: TriangleMixConfig | TriangleMixInferenceCon
         warnings.warn(first_n_message(len(config.layers())), stacklevel=stacklevel)
 
 
-def warn_if_dense(plan: Plan, report: Report, handed_over: bool) -> None:
+def warn_if_dense(plan: Plan, report: Report) -> None:
     """Say once where every layer that was to go sparse stays dense for a long prompt, and why the first does."""
     dense = [] if plan.triangle else list(missed(plan, by_hint=True))
     if not dense:
@@ -52,12 +52,13 @@ def warn_if_dense(plan: Plan, report: Report, handed_over: bool) -> None:
         f"no attention of a graph for a long prompt went sparse: {paths}{', ...' if len(dense) > 3 else ''}: {why} "
         f"({why.reason.name}: docs/reasons.md)"
     )
-    if why.reason is Reason.LAYER_UNKNOWN:
-        text += (
-            "; a graph break inside the attention module? TORCH_LOGS=graph_breaks"
-            if handed_over
-            else "; hand the model over: tmx_backend(config, model=model)"
-        )
-    if text not in report.notes:
-        report.notes.append(text)
+    if why.reason is Reason.LAYER_UNKNOWN and not plan.request.handed_over:
+        text += "; hand the model over: tmx_backend(config, model=model)"
+    elif why.reason is Reason.LAYER_UNKNOWN and not dense[0].layer.outside:
+        text += "; a graph break inside the attention module? TORCH_LOGS=graph_breaks"
+    if text in report.notes:
+        return
+    # Layers of one kind have one cause: a graph for each of them is no news.
+    if not any(str(why) in note for note in report.notes):
         warnings.warn(text, stacklevel=3)
+    report.notes.append(text)

@@ -250,7 +250,7 @@ class Report:
         return table
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Report:
-        # Whoever copies a backend, as generate does with its settings, still compiles for the one that the user holds.
+        # A copied model that was handed over tells the report that the user holds.
         return self
 
     def __str__(self) -> str:

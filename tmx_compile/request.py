@@ -44,6 +44,7 @@ class Request:
 
     Attributes:
         config: which layers go sparse, and the geometry; None: the configuration is switched off.
+        handed_over: whether a model was: its layers carry marks, and what carries none is none of its layers.
     """
 
     config: TriangleMixConfig | None
@@ -54,6 +55,7 @@ class Request:
     compiler_config: Any = None
     decode: str = "dense"
     chunked_prefill: bool = False
+    handed_over: bool = False
 
     @classmethod
     def of(cls, config: TriangleMixConfig | TriangleMixInferenceConfig, **options: Any) -> Request:

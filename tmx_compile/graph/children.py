@@ -21,6 +21,7 @@ from torch._higher_order_ops.wrap import tag_activation_checkpoint
 from torch.fx import Graph, GraphModule, Node
 
 from tmx_compile.graph.composite import COMPOSITES, body_of, out_of_place
+from tmx_compile.graph.layer import unmark
 from tmx_compile.graph.nodes import INSERTED, value_of
 from tmx_compile.graph.sizes import size_of
 
@@ -166,10 +167,9 @@ class _Flattening:
         body = dict(zip(inputs, given, strict=True))
         results = tuple(self._copy(child, body, inner, f"{prefix}{_name(call)}_"))
         if len(shared) > 1:
-            # The mark of the layer that was traced; the others have the same body.
             for node in body.values():
                 if isinstance(node, Node) and node not in given:
-                    node.meta = {key: value for key, value in node.meta.items() if key != "custom"}
+                    unmark(node)
         self._graph.call_function(_ends, (number,))
         for user in call.users:
             index = user.args[1]

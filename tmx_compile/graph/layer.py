@@ -26,6 +26,8 @@ _PART = re.compile(r"\[(['\"])(?P<key>.*?)\1\]|\[(?P<index>\d+)\]|(?P<name>[^.\[
 MARK = "tmx_compile"
 """The key of a mark among the annotations of a node (``torch.fx.traceback.annotate``)."""
 
+_SHARED = "shared"
+
 
 @dataclass(frozen=True)
 class Mark:
@@ -61,6 +63,8 @@ class LayerPath:
         index: that layer.
         indices: how many indices the path has.
         mark: what the site's module carries, where the model was handed over.
+        is_shared: whether that was lost, as other layers run the same traced body.
+        outside: why it is no layer of the model that was handed over, "" where it may be one.
     """
 
     path: str
@@ -68,6 +72,8 @@ class LayerPath:
     index: int | None = None
     indices: int = 0
     mark: Mark | None = None
+    is_shared: bool = False
+    outside: str = ""
 
     @property
     def is_known(self) -> bool:
@@ -88,7 +94,7 @@ def layer_paths(nodes: Iterable[Node | None]) -> list[LayerPath]:
     """
     nodes = list(nodes)
     found = placed([_parts(node) for node in nodes])
-    return [replace(layer, mark=_mark(node)) for layer, node in zip(found, nodes, strict=True)]
+    return [_marked(layer, node) for layer, node in zip(found, nodes, strict=True)]
 
 
 def placed(paths: Sequence[tuple[str, ...]]) -> list[LayerPath]:
@@ -100,9 +106,18 @@ def placed(paths: Sequence[tuple[str, ...]]) -> list[LayerPath]:
     return [_placed(parts, varying[_form(parts)]) for parts in paths]
 
 
-def _mark(node: Node | None) -> Mark | None:
+def unmark(node: Node) -> None:
+    """Replace the mark of a node in a body that several layers share: it is that of the layer that was traced."""
+    custom = node.meta.get("custom") or {}
+    if MARK in custom:
+        node.meta["custom"] = {**custom, MARK: _SHARED}
+
+
+def _marked(layer: LayerPath, node: Node | None) -> LayerPath:
     text = None if node is None else (node.meta.get("custom") or {}).get(MARK)
-    return None if text is None else Mark.read(text)
+    if text is None:
+        return layer
+    return replace(layer, is_shared=True) if text == _SHARED else replace(layer, mark=Mark.read(text))
 
 
 def _parts(node: Node | None) -> tuple[str, ...]:

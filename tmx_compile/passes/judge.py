@@ -36,6 +36,8 @@ def judge(plan: Plan) -> Plan:
 
 def _against(item: SitePlan, site: AttentionSite, plan: Plan) -> Rejected | None:
     config, layer, role = plan.config, item.layer, item.role
+    if layer.outside:
+        return Rejected(Reason.LAYER_UNKNOWN, layer.outside, site.node)
     if not layer.is_known:
         if layer.indices > 1:
             return Rejected(Reason.LAYER_AMBIGUOUS, layer.path, site.node)

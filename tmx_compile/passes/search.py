@@ -23,17 +23,17 @@ def search(plan: Plan) -> Plan:
     layers = layer_paths(item.node for item in found)
     around = transforms(plan.gm.graph)
     reshaped = plan.storages.reshaped_input
+    marked = any(layer.mark is not None for layer in layers)
     wanted = frozenset(plan.config.layers())
     name = plan.config.fingerprint()[:16]
 
     def listed(item: AttentionSite | Rejected, layer: LayerPath) -> SitePlan:
         node = item.node
         assert node is not None
-        if layer.mark is not None and layer.mark.plan != name:
-            # Handed over to another backend since.
-            layer = replace(layer, mark=None)
+        layer = _own(layer, plan.request.handed_over, name)
         selected = layer.index in wanted if layer.mark is None else layer.mark.sparse
-        made = SitePlan(node, layer, selected, Triangle(plan.geometry))
+        # Where nothing of the graph is the model's, something went wrong: that is told, or an error if strict.
+        made = SitePlan(node, layer, selected and not (layer.outside and marked), Triangle(plan.geometry))
         if isinstance(item, AttentionSite) and around.get(node, _GRAD) != _GRAD:
             # No operand is what it seems: it may be batched.
             return made.untouched(Rejected(Reason.UNDER_TRANSFORM, " in ".join(reversed(around[node])), node))
@@ -46,6 +46,17 @@ def search(plan: Plan) -> Plan:
         return replace(made, site=item, role=role_of(item, plan))
 
     return replace(plan, sites=tuple(map(listed, found, layers)))
+
+
+def _own(layer: LayerPath, handed_over: bool, plan: str) -> LayerPath:
+    """The layer as a backend sees it: marks of another plan are not its own, and the path may name another stack's."""
+    if layer.mark is not None and layer.mark.plan != plan:
+        layer = replace(layer, mark=None)
+        if handed_over:
+            return replace(layer, index=None, indices=0, outside="the model was handed to another backend since")
+    if handed_over and layer.mark is None and layer.index is not None and not layer.is_shared:
+        return replace(layer, outside="not in the model that was handed over")
+    return layer
 
 
 def role_of(site: AttentionSite, plan: Plan) -> Role:
