@@ -9,18 +9,26 @@ SETUP := $(PYTHON) tools/setup_env.py --extra
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test check lint bench studies matrix docs package clean
+.PHONY: help demo serve-demo test test-vllm check lint bench studies matrix docs package clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
 
 demo: ## a real model reads a long prompt, dense and with TriangleMix (minutes on a laptop CPU)
 	@$(SETUP) demo
 	@$(RUN) examples/trianglemix_quickstart.py $(ARGS)
 
+serve-demo: ## vLLM serves a real model, dense and with TriangleMix, and an OpenAI client asks (minutes)
+	@$(PYTHON) tools/setup_vllm.py
+	@.vllm/bin/python examples/serve_vllm.py $(ARGS)
+
 test: ## the tests, one process for every core
 	@$(SETUP) dev
 	@$(RUN) -m pytest -n logical $(ARGS)
+
+test-vllm: ## the tests with a real vLLM, in an environment of their own, .vllm (3.5 GB; minutes)
+	@$(PYTHON) tools/setup_vllm.py
+	@.vllm/bin/python -m pytest tests_vllm $(ARGS)
 
 lint: ## style and types, without the tests
 	@$(SETUP) dev
@@ -50,6 +58,6 @@ package: ## build the package and try it in an empty environment (minutes; ARGS=
 	@$(SETUP) dev
 	@$(RUN) tools/check_package.py $(ARGS)
 
-clean: ## remove .venv, .npu, caches and build outputs
-	@rm -rf .venv .npu build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean: ## remove .venv, .npu, .vllm, caches and build outputs
+	@rm -rf .venv .npu .vllm build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

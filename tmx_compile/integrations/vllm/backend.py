@@ -1,0 +1,287 @@
+"""What our attention backends have in common: they sit around the platform's own and take its long prompts' rows.
+
+The platform's backend keeps the cache, and computes every row that attends to all keys (last rows, decode steps, short
+prompts, other layers) from its pages. Which layer is a triangle layer is decided by name when it runs: vLLM chooses one
+backend for all layers of a kind.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tmx_compile.integrations.vllm.counts import Counts, why_dense
+from tmx_compile.integrations.vllm.gather import Places, Scratch, places, seen
+from tmx_compile.integrations.vllm.layers import LayerFacts
+from tmx_compile.integrations.vllm.rows import Dense, Split, Streaming, split
+from tmx_compile.integrations.vllm.settings import Settings, handed_over
+from tmx_compile.lowering.base import AttentionCall, Lowering
+from tmx_compile.lowering.blocked import Blocked
+from tmx_compile.lowering.chunk import Part
+from tmx_compile.lowering.triton.lowering import Triton
+from tmx_compile.mask.geometry import Geometry
+from tmx_compile.report import Reason, Rejected
+
+_PLAN = "trianglemix"
+
+
+@dataclass
+class Active:
+    """What is on in one worker process.
+
+    Attributes:
+        settings: what the user asked for.
+        limit: up to which length prompts stay dense here.
+        geometry: of the mask.
+        lowering: what computes streaming rows.
+        counts: counters and the layers' records.
+        sparse: full names of the layers that are triangle layers and can go sparse.
+        scratch: memory for gathered keys and values.
+    """
+
+    settings: Settings
+    limit: int
+    geometry: Geometry
+    lowering: str
+    counts: Counts
+    sparse: frozenset[str] = frozenset()
+    scratch: Scratch = field(default_factory=Scratch)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the rows of one step are computed in triangle layers.
+
+    Attributes:
+        active: what is on.
+        streaming: streaming rows, and where the earlier tokens lie that they see.
+        rows: the other rows among the step's: a slice or (n,) indices; None: there are none.
+        dense: the platform's metadata for these alone.
+    """
+
+    active: Active
+    streaming: tuple[tuple[Streaming, Places | None], ...]
+    rows: Any
+    dense: Any
+
+
+def active(config: Any, device: torch.device) -> Active | None:
+    """What is on in this process for an engine's configuration (a ``VllmConfig``); None: TriangleMix is off.
+
+    The first call looks at the model's attention layers and reports on them.
+
+    Raises:
+        StrictModeError: in strict mode, a triangle layer that has to stay dense.
+    """
+    settings = handed_over(config.additional_config)
+    limit = None if settings is None else settings.limit(device.type)
+    if settings is None or limit is None:
+        return None
+    # One for the process: draft models get copies of the configuration, but the same layers.
+    compilation = config.compilation_config
+    found: Active | None = getattr(compilation, _PLAN, None)
+    if found is None or found.settings != settings:
+        lowering = settings.lowering
+        if lowering == "auto":
+            lowering = Triton.name if device.type == "cuda" else Blocked.name
+        geometry = Geometry(*settings.config.geometry)
+        found = Active(settings, limit, geometry, lowering, Counts(settings))
+        layers = [facts_of(name, layer, config, device, geometry, lowering) for name, layer in attention_layers(config)]
+        found.counts.layers(layers, lowering, whole_model=config.parallel_config.pipeline_parallel_size == 1)
+        found.sparse = frozenset(site.path for site in found.counts.report.triangle())
+        setattr(compilation, _PLAN, found)
+    return found
+
+
+def attention_layers(config: Any) -> list[tuple[str, Any]]:
+    """(full name, module) of every attention layer that this process holds."""
+    layers = config.compilation_config.static_forward_context
+    return [(name, layer) for name, layer in layers.items() if hasattr(layer, "impl")]
+
+
+def facts_of(name: str, layer: Any, config: Any, device: torch.device, geometry: Geometry, lowering: str) -> LayerFacts:
+    """What an attention layer asks of its backend."""
+    impl: Any = layer.impl
+    if not is_ours(impl):
+        return LayerFacts(name, lowering=Rejected(Reason.NO_LOWERING, f"its backend is {type(impl).__name__}"))
+    window = layer.sliding_window
+    parallel = config.parallel_config
+    return LayerFacts(
+        name,
+        causal=impl.attn_type == "decoder" and not config.model_config.is_mm_prefix_lm,
+        alibi=impl.alibi_slopes is not None,
+        softcap=bool(impl.logits_soft_cap),
+        learned_sinks=impl.sinks is not None,
+        window=None if window is None else window - 1,
+        cache_dtype=impl.kv_cache_dtype,
+        shared_cache=impl.kv_sharing_target_layer_name,
+        split_context=max(parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size) > 1,
+        lowering=why_not(impl, config.model_config.dtype, device, geometry, lowering),
+    )
+
+
+def is_ours(impl: object) -> bool:
+    """Whether a layer's implementation is one of ours."""
+    return isinstance(impl, TriangleImpl)
+
+
+def why_not(impl: Any, dtype: torch.dtype, device: torch.device, geometry: Geometry, lowering: str) -> Rejected | None:
+    """Why the lowering cannot take a layer's tensors; None: it can."""
+    query = torch.empty(1, impl.num_heads, 1, impl.head_size, dtype=dtype, device=device)
+    key = torch.empty(1, impl.num_kv_heads, 1, impl.head_size, dtype=dtype, device=device)
+    call = AttentionCall(query, key, key, None, dataclasses.replace(geometry, last=0), impl.scale, False)
+    known: dict[str, Lowering] = {Triton.name: Triton(), Blocked.name: Blocked()}
+    answer = known[lowering].supports(call) if lowering in known else None
+    return answer if isinstance(answer, Rejected) else None
+
+
+class TriangleBuilder:
+    """Put before a platform's metadata builder: adds the plan of a step to the platform's metadata."""
+
+    whole_prompts = False
+    """Whether a prompt that is whole in a step is computed in one call, its last rows among its streaming rows."""
+
+    # A copy with another block table would keep this table's plan.
+    supports_update_block_table = False
+
+    prompts: Any = None
+    """(requests,) lengths of the step's prompts on the host; None: the step is no whole step of a scheduler."""
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]
+        self.block_tokens: int = kv_cache_spec.block_size
+        found = active(vllm_config, device)
+        self.active = found if found is not None and found.sparse.intersection(layer_names) else None
+
+    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
+        """The platform's metadata, with a plan where rows of this step stream."""
+        metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)  # type: ignore[misc]
+        if self.active is not None:
+            setattr(metadata, _PLAN, self.plan(self.active, common_attn_metadata))
+        return metadata
+
+    def plan(self, on: Active, common: Any) -> Plan | None:
+        """How the rows of a step are computed; None: all are dense."""
+        lengths = None if self.prompts is None else self.lengths(common)
+        if lengths is None:
+            on.counts.step(None, 0, Reason.LENGTH_UNKNOWN)
+            return None
+        starts = common.query_start_loc_cpu.tolist()
+        rows = starts[-1]
+        if common.causal is not True or common.mm_req_doc_ranges:
+            on.counts.step(None, rows, Reason.NOT_CAUSAL)
+            return None
+        prompts = self.prompts[: len(starts) - 1].tolist()
+        found = split(starts, lengths, prompts, on.geometry, on.limit, whole_prompts=self.whole_prompts)
+        on.counts.step(found, rows, why_dense(prompts, on.settings.config.min_seq_len, on.limit))
+        if found is None:
+            return None
+        tables = common.block_table_tensor
+        streaming = tuple(
+            (part, places(part, tables[part.request], self.block_tokens, on.geometry)) for part in found.streaming
+        )
+        if not found.dense:
+            return Plan(on, streaming, None, None)
+        part, rows_of_it = of_dense_rows(common, found)
+        return Plan(on, streaming, rows_of_it, self.build_dense(part))
+
+    def lengths(self, common: Any) -> list[int] | None:
+        """Tokens of each request in the cache after the step, without waiting for a device; None: it is not told."""
+        raise NotImplementedError
+
+    def build_dense(self, common: Any) -> Any:
+        """The platform's metadata for the dense rows alone."""
+        return super().build(0, common)  # type: ignore[misc]
+
+
+class TriangleImpl:
+    """Put before a platform's implementation: computes streaming rows, and lets the platform's do the others."""
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: Any,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Attention of a step: query (rows, H, D), key and value (rows, Hkv, D), into output (rows, H, D)."""
+        plan: Plan | None = getattr(attn_metadata, _PLAN, None)
+        dense = super().forward  # type: ignore[misc]
+        if plan is None or layer.layer_name not in plan.active.sparse or output_scale is not None:
+            result: Tensor = dense(
+                layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
+            )
+            return result
+        on = plan.active
+        compute = Part(on.geometry, self.scale, on.lowering)  # type: ignore[attr-defined]
+
+        def read(blocks: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+            return self.tokens(layer, kv_cache, blocks, slots)
+
+        for part, earlier in plan.streaming:
+            rows = slice(part.row, part.row + part.rows)
+            keys, values = seen(read, earlier, key[rows], value[rows], on.scratch)
+            q, k, v = (x.transpose(0, 1)[None] for x in (query[rows], keys, values))
+            output[rows] = compute.attend(q, k, v, None, part.last)[0].transpose(0, 1)
+        if plan.rows is not None:
+            # A view of the output where the rows are a slice, else memory of its own.
+            out = output[plan.rows]
+            dense(layer, query[plan.rows], None, None, kv_cache, plan.dense, out)
+            if not isinstance(plan.rows, slice):
+                output[plan.rows] = out
+        return output
+
+    def tokens(self, layer: Any, kv_cache: Tensor, blocks: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (n, Hkv, D) of cached tokens: their blocks (n,), and their slots (n,) in these."""
+        raise NotImplementedError
+
+
+def of_dense_rows(common: Any, found: Split) -> tuple[Any, Any]:
+    """A step's common metadata of its dense rows alone, and which rows these are: a slice, or (n,) indices."""
+    parts, device = found.dense, common.query_start_loc.device
+    counts = torch.tensor([part.rows for part in parts], dtype=torch.int32)
+    starts = torch.zeros(len(parts) + 1, dtype=torch.int32)
+    starts[1:] = counts.cumsum(0)
+    requests = torch.tensor([part.request for part in parts])
+    rows = _rows(parts, device)
+    upper = common.seq_lens_cpu_upper_bound
+    on_device = _sent(requests, device)
+    changes = dict(
+        query_start_loc=_sent(starts, device),
+        query_start_loc_cpu=starts,
+        seq_lens=common.seq_lens[on_device],
+        num_reqs=len(parts),
+        num_actual_tokens=int(starts[-1]),
+        max_query_len=int(counts.max()),
+        block_table_tensor=common.block_table_tensor[on_device],
+        slot_mapping=common.slot_mapping[rows],
+        seq_lens_cpu_upper_bound=None if upper is None else upper[requests],
+        # What depends on all rows of the step, and is asked for by no builder that is derived from here.
+        **dict.fromkeys(
+            ("_num_computed_tokens_cache", "_token_to_req_indices_cache", "positions", "is_prefilling", "req_idx",
+             "_seq_lens_cpu", "_num_computed_tokens_cpu", "logits_indices_padded", "num_logits_indices")
+        ),
+    )  # fmt: skip
+    known = {each.name for each in dataclasses.fields(common)}
+    return common.replace(**{name: value for name, value in changes.items() if name in known}), rows
+
+
+def _rows(parts: tuple[Dense, ...], device: torch.device) -> Any:
+    if len(parts) == 1:
+        return slice(parts[0].row, parts[0].row + parts[0].rows)
+    rows = torch.cat([torch.arange(part.row, part.row + part.rows) for part in parts])
+    return _sent(rows, device)
+
+
+def _sent(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on the device, without waiting for it."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)

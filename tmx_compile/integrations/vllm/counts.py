@@ -1,0 +1,165 @@
+"""What the plugin did: one record per layer, counters of tokens and steps, lines in the log. No vLLM here."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from tmx_compile.errors import StrictModeError
+from tmx_compile.integrations.vllm.layers import LayerFacts, judge, layer_number
+from tmx_compile.integrations.vllm.rows import Split
+from tmx_compile.integrations.vllm.settings import Settings
+from tmx_compile.report import Accepted, Reason, Rejected, Report, SiteRecord
+from tmx_compile.version import __version__
+
+# Below vLLM's own logger, so that its settings (VLLM_LOGGING_LEVEL, VLLM_LOGGING_CONFIG_PATH) hold for these lines.
+log = logging.getLogger("vllm.trianglemix")
+
+FINE = (Reason.SHORT_PROMPT, Reason.NOT_FASTER, Reason.NOT_SELECTED, Reason.LAYER_UNKNOWN)
+"""Dense, and nothing is missed: strict mode takes it."""
+
+
+class Counts:
+    """Counters of one worker process.
+
+    Attributes:
+        report: one record per attention layer, as the backend of ``torch.compile`` keeps it for a graph's sites.
+        tokens: rows by what became of them in triangle layers: "triangle" or "dense" (last rows, decode, prompts that
+            stay dense).
+        steps: engine steps by "triangle" (some rows streamed) or the name of the reason why none did.
+    """
+
+    def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
+        self.settings = settings
+        self.report = Report()
+        self.tokens: Counter[str] = Counter()
+        self.steps: Counter[str] = Counter()
+        self._clock = clock
+        self._told = clock()
+        self._shown = (0, 0)
+
+    def layers(self, found: Iterable[LayerFacts], lowering: str, *, whole_model: bool = True) -> None:
+        """Record what becomes of the attention layers of this process; log the start-up line.
+
+        Args:
+            found: all of them.
+            lowering: what computes streaming rows.
+            whole_model: whether all layers of the model are here; False: a stage of a pipeline.
+
+        Raises:
+            StrictModeError: in strict mode, a triangle layer that has to stay dense, or is not there.
+        """
+        sites, numbers = [], set()
+        for facts in found:
+            answer = judge(facts, self.settings.config)
+            numbers.add(layer_number(facts.name))
+            sites.append(_record(facts, answer, lowering))
+            if isinstance(answer, Rejected) and answer.reason not in FINE:
+                self._missed(facts.name, answer)
+        self.report.add_graph(sites, [])
+        absent = sorted(set(self.settings.config.layers()) - numbers) if whole_model else []
+        if absent:
+            what = ", ".join(map(str, absent))
+            self._missed(f"layers {what}", Rejected(Reason.LAYER_UNKNOWN, "no attention layer has such a number"))
+        log.info("%s", self.startup_line(lowering))
+
+    def startup_line(self, lowering: str) -> str:
+        """Version, layers, geometry and what computes them, in one line."""
+        config, sites = self.settings.config, self.report.sites
+        sparse = sorted(site.layer for site in self.report.triangle() if site.layer is not None)
+        dense = Counter(site.reason for site in sites if site.decision == "dense")
+        because = ", ".join(f"{count} {reason}" for reason, count in sorted(dense.items()))
+        return (
+            f"TriangleMix {__version__}: triangle layers {spelled(sparse)} of {len(sites)}"
+            f"{f' (dense: {because})' if because else ''}, geometry {'/'.join(map(str, config.geometry))}, "
+            f"prompts over {config.min_seq_len} tokens, computed by {lowering}"
+        )
+
+    def step(self, split: Split | None, rows: int, why: Reason | None) -> None:
+        """Count one step of the engine.
+
+        Args:
+            split: its rows; None: all are dense.
+            rows: how many there are.
+            why: where none streamed, the reason; None: every prompt's streaming part was done before.
+        """
+        streamed = 0 if split is None else sum(part.rows - part.last for part in split.streaming)
+        self.tokens["triangle"] += streamed
+        self.tokens["dense"] += rows - streamed
+        self.steps["triangle" if streamed else "decode" if why is None else why.name] += 1
+        self._interval()
+
+    def _interval(self) -> None:
+        interval, now = self.settings.stats_log_interval, self._clock()
+        shown = (self.tokens["triangle"], self.tokens["dense"])
+        if not interval or now - self._told < interval or shown == self._shown:
+            return
+        self._told, self._shown = now, shown
+        log.info("%s", str(self))
+
+    def __str__(self) -> str:
+        """The counters as one line."""
+        steps = ", ".join(f"{count} {name}" for name, count in sorted(self.steps.items()))
+        total = max(1, self.tokens.total() if hasattr(self.tokens, "total") else sum(self.tokens.values()))
+        share = self.tokens["triangle"] / total
+        return (
+            f"TriangleMix: {self.tokens['triangle']} triangle tokens, {self.tokens['dense']} dense tokens ({share:.1%} "
+            f"triangle), steps: {steps or 'none'}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The counters and the layers' records as plain data, ready for JSON."""
+        return {"tokens": dict(self.tokens), "steps": dict(self.steps), "sites": self.report.to_dicts()}
+
+    def _missed(self, name: str, why: Rejected) -> None:
+        if self.settings.strict:
+            raise StrictModeError(f"{name}: {why}")
+        log.warning("TriangleMix: %s stays dense: %s", name, why)
+
+
+def why_dense(prompts: Sequence[int], min_seq_len: int, limit: int) -> Reason | None:
+    """Why no row of a step streams: the reason of its longest prompt; None: its rows are last rows and decode steps.
+
+    Args:
+        prompts: tokens of the prompts.
+        min_seq_len: up to which length the configuration keeps prompts dense.
+        limit: up to which length they stay dense here.
+    """
+    longest = max(prompts, default=0)
+    if longest > limit:
+        return None
+    return Reason.SHORT_PROMPT if longest <= min_seq_len else Reason.NOT_FASTER
+
+
+def spelled(numbers: Sequence[int]) -> str:
+    """Ascending layer numbers as a short list: ``0,16-31``; "none" where there are none."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs) or "none"
+
+
+def _record(facts: LayerFacts, answer: Accepted | Rejected, lowering: str) -> SiteRecord:
+    dense = isinstance(answer, Rejected)
+    return SiteRecord(
+        graph=0,
+        path=facts.name,
+        layer=layer_number(facts.name),
+        query=(),
+        key=(),
+        value=(),
+        dtype=facts.cache_dtype,
+        dynamic=True,
+        decision="dense" if dense else "triangle",
+        reason=answer.reason.name if isinstance(answer, Rejected) else "",
+        detail=answer.detail if isinstance(answer, Rejected) else "",
+        lowering="as written" if dense else lowering,
+        attended_pairs=0,
+        causal_pairs=0,
+    )

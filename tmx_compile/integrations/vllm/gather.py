@@ -1,0 +1,80 @@
+"""Keys and values that streaming rows need from the engine's pages, in memory that steps and layers share.
+
+A chunk's rows see ``[sinks | window before the chunk | the chunk]``. Laid side by side these are a problem of the
+operator's usual kind: distances inside the window stay what they are, and a sink is seen from everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tmx_compile.integrations.vllm.rows import Streaming, spans_before
+from tmx_compile.mask.geometry import Geometry
+
+Read = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(blocks (n,), slots (n,)) -> keys and values (n, Hkv, D) of these tokens of a layer's cache."""
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where earlier tokens lie in the cache: blocks (n,) and slots inside them (n,), int64 on the cache's device."""
+
+    blocks: Tensor
+    slots: Tensor
+
+
+def places(part: Streaming, table: Tensor, block_size: int, geometry: Geometry) -> Places | None:
+    """Where the tokens before a chunk lie that its rows see; None: there are none.
+
+    Args:
+        part: the chunk.
+        table: (blocks,) the request's row of the block table.
+        block_size: tokens of a block.
+        geometry: its sinks and window count here.
+    """
+    spans = spans_before(part.position, geometry)
+    if not spans:
+        return None
+    # One after another on the device itself: nothing is copied there, and nothing waits.
+    token = torch.cat([torch.arange(begin, end, device=table.device) for begin, end in spans])
+    return Places(table[token // block_size].long(), token % block_size)
+
+
+class Scratch:
+    """Memory for keys and values of one chunk at a time, kept from step to step and shared by all layers."""
+
+    def __init__(self) -> None:
+        self._memory: Tensor | None = None
+
+    def take(self, tokens: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (tokens, Hkv, D) of whatever was there before, in ``like``'s dtype; valid until the next."""
+        heads, dim = like.shape[1:]
+        need = 2 * tokens * heads * dim
+        memory = self._memory
+        if memory is None or memory.numel() < need or memory.dtype != like.dtype or memory.device != like.device:
+            self._memory = memory = torch.empty(need, dtype=like.dtype, device=like.device)
+        both = memory[:need].view(2, tokens, heads, dim)
+        return both[0], both[1]
+
+
+def seen(read: Read, earlier: Places | None, key: Tensor, value: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor]:
+    """Keys and values (n, Hkv, D) that a chunk's rows see, the chunk's own last.
+
+    Args:
+        read: takes tokens out of the layer's cache.
+        earlier: where the tokens before the chunk lie; None: the chunk is all that there is.
+        key, value: (rows, Hkv, D) of the chunk, as the step computed them.
+        scratch: where they are put together.
+    """
+    if earlier is None:
+        return key, value
+    before = earlier.blocks.numel()
+    found = scratch.take(before + key.shape[0], key)
+    for out, part, own in zip(found, read(earlier.blocks, earlier.slots), (key, value), strict=True):
+        out[:before] = part
+        out[before:] = own
+    return found
