@@ -57,8 +57,8 @@ def _rule(operator: OpOverload) -> Callable[..., Sequence[tuple[list[Any], list[
 def _heads_can_be_split(tensors: Mapping[str, Any]) -> bool:
     """Whether every part of the key heads is that of the same part of the query heads.
 
-    Heads alike may be split unevenly. Else key heads must divide evenly, over all dimensions of the mesh that could come
-    to split them: those where the tensors are neither replicated nor split over the batch.
+    Heads alike may be split unevenly. Else key heads must divide evenly, over all dimensions of the mesh that could
+    come to split them: those where the tensors are neither replicated nor split over the batch.
     """
     from torch.distributed.tensor import Replicate, Shard
 
