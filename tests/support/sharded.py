@@ -174,9 +174,9 @@ def parallel_modules():
 
 
 def nine_heads():
-    """torch says it: a view that the processes do not divide."""
+    """torch says it, in words that change with its version: a view that the processes do not divide."""
     x = torch.randn(2, N, DIM)
-    for local, message in ((True, "is invalid for input of size"), (False, "unevenly sharded tensor")):
+    for local, message in ((True, "is invalid for input of size"), (False, "sharded")):
         with pytest.raises(RuntimeError, match=message):
             parallelized(Net(by_operator, 9, 9), local)(x)
 
@@ -235,8 +235,8 @@ def trained(wrap):
     model = copy.deepcopy(plain)
     ids = torch.randint(0, 128, (2, N))
     own = ids[dist.get_rank() :][:1]
-    backend = tmx_backend(CONFIG, model=model, assume_causal=True)
     wrapped = wrap(model)
+    backend = tmx_backend(CONFIG, model=model, assume_causal=True)
     with mock.patch("torch._inductor.compile_fx.compile_fx", as_written):
         wrapped.compile(backend=backend)
         loss = wrapped(input_ids=own, labels=own, use_cache=False).loss
@@ -262,8 +262,9 @@ def fsdp():
 
 
 def ddp():
-    # Buckets so small that Dynamo cuts the graph at each layer.
-    trained(lambda model: nn.parallel.DistributedDataParallel(model, bucket_cap_mb=0.05))
+    # Buckets so small that Dynamo cuts the graph between layers, as it does with models of usual size.
+    with mock.patch("torch.distributed._DEFAULT_FIRST_BUCKET_BYTES", 1 << 16):
+        trained(lambda model: nn.parallel.DistributedDataParallel(model, bucket_cap_mb=0.0625))
 
 
 CHECKS = {
