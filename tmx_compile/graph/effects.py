@@ -21,7 +21,7 @@ from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_flatten, tree_leaves
 
 from tmx_compile.graph.nodes import value_of
@@ -180,7 +180,8 @@ def _described(value: Any) -> Any:
         if value.layout != torch.strided:
             return object()
         sizes = tuple(map(size_of, (*value.shape, *value.stride())))
-        return value.dtype, value.device, value.dim(), sizes
+        inner, meta = _inner(value)
+        return value.dtype, value.device, value.dim(), sizes, type(value), meta, *map(_described, inner.values())
     if isinstance(value, (tuple, list)):
         return (type(value), *map(_described, value))
     return value.node.expr if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)) else value
@@ -200,7 +201,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for position, argument in enumerate(schema.arguments):
             given = args[position] if position < len(args) else kwargs.get(argument.name)
             if argument.alias_info is not None and argument.alias_info.is_write:
-                self.written |= {_storage(leaf) for leaf in tree_leaves(given) if isinstance(leaf, Tensor)}
+                for leaf in tree_leaves(given):
+                    self.written |= storages_of(leaf)
         self.only_moves &= func in _COPIES or any(x.alias_info is not None for x in schema.returns)
         return func(*args, **kwargs)
 
@@ -210,12 +212,29 @@ _COPIES = frozenset(
 )
 
 
-def _storage(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
+def storages_of(value: Any) -> frozenset[Any]:
+    """What identifies the storages behind a tensor: one, those of the tensors that it wraps, or none if it is none."""
+    if not isinstance(value, Tensor):
+        return frozenset()
+    inner, _ = _inner(value)
+    if inner:
+        return frozenset().union(*map(storages_of, inner.values()))
+    try:
+        return frozenset({int(value.untyped_storage()._cdata)})
+    except (NotImplementedError, RuntimeError):
+        return frozenset({id(value)})
+
+
+def _inner(tensor: Tensor) -> tuple[dict[str, Tensor], Any]:
+    """The tensors that a subclass such as DTensor wraps, by their names, and what else it is made of."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return {}, None
+    names, meta = tensor.__tensor_flatten__()
+    return {name: getattr(tensor, name) for name in names}, meta
 
 
 def _layout(tensor: Tensor) -> Any:
-    return tuple(tensor.shape), tensor.stride(), tensor.storage_offset(), _storage(tensor)
+    return tuple(tensor.shape), tensor.stride(), tensor.storage_offset(), storages_of(tensor)
 
 
 def _learn(node: Node, mode: FakeTensorMode, autocast: bool) -> Effect:
@@ -232,7 +251,7 @@ def _learn(node: Node, mode: FakeTensorMode, autocast: bool) -> Effect:
         state = {} if module is None else {name: _stand_in(x) for name, x in module.state_dict(keep_vars=True).items()}
         stand_ins += state.values()
         tensors = [[leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)] for value in stand_ins]
-        owner = {_storage(leaf): i for i, leaves in enumerate(tensors) for leaf in leaves}
+        owner = {storage: i for i, leaves in enumerate(tensors) for leaf in leaves for storage in storages_of(leaf)}
         before = [[(_layout(leaf), leaf._version) for leaf in leaves] for leaves in tensors]
         given = dict(zip(inputs, stand_ins, strict=False))
         args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), given.__getitem__)
@@ -244,7 +263,7 @@ def _learn(node: Node, mode: FakeTensorMode, autocast: bool) -> Effect:
             else:
                 assert callable(node.target)
                 result = node.target(*args, **kwargs)
-        results = {_storage(leaf) for leaf in tree_leaves(result) if isinstance(leaf, Tensor)}
+        results = frozenset().union(*map(storages_of, tree_leaves(result)))
         written = {owner[storage] for storage in watch.written if storage in owner}
         shares = {owner[storage] for storage in results if storage in owner}
         reshaped: set[int] = set()
@@ -283,6 +302,10 @@ def _stand_in(value: Any) -> Any:
         if value.layout != torch.strided:
             raise NotImplementedError(f"a tensor of layout {value.layout}")
         sizes, strides = ([_number(x) for x in xs] for xs in (value.shape, value.stride()))
+        inner, meta = _inner(value)
+        if inner:
+            parts = {name: _stand_in(part) for name, part in inner.items()}
+            return type(value).__tensor_unflatten__(parts, meta, torch.Size(sizes), tuple(strides))  # type: ignore[attr-defined]
         return torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
     if isinstance(value, torch.SymInt):
         return _number(value)

@@ -10,11 +10,10 @@ import bisect
 from collections.abc import Collection
 from typing import Any
 
-import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
-from tmx_compile.graph.effects import NOTHING, Effect, Effects
+from tmx_compile.graph.effects import NOTHING, Effect, Effects, storages_of
 from tmx_compile.graph.nodes import value_of
 
 
@@ -59,8 +58,8 @@ class Storages:
         if value is None and node.op == "get_attr" and isinstance(node.graph.owning_module, GraphModule):
             value = getattr(node.graph.owning_module, str(node.target), None)
         for leaf in tree_leaves(value):
-            if isinstance(leaf, torch.Tensor):
-                self._union(node, ("storage", _storage_of(leaf)))
+            for storage in storages_of(leaf):
+                self._union(node, ("storage", storage))
 
     def _root(self, item: Any) -> Any:
         while (above := self._parent.get(item, item)) is not item:
@@ -123,10 +122,3 @@ class Storages:
         while node not in self._place:
             node = node.next
         return self._place[node]
-
-
-def _storage_of(tensor: torch.Tensor) -> Any:
-    try:
-        return int(tensor.untyped_storage()._cdata)
-    except (NotImplementedError, RuntimeError):
-        return id(tensor)

@@ -26,6 +26,7 @@ from tmx_compile.mask import formula
 from tmx_compile.mask.geometry import ALL_ROWS, Geometry
 from tmx_compile.operator import OPERATOR
 from tmx_compile.operator.prefill import current_chunk
+from tmx_compile.operator.sharding import shard_by_batch_and_heads
 from tmx_compile.report import Accepted, Reason, Rejected
 
 OWN_END = -1
@@ -238,3 +239,5 @@ before its own end."""
 
 CHUNK = torch.ops.tmx.triangle_attention_chunk.default
 """Triangle attention whose last rows begin at a key that a host tensor tells: out (B, H, Sq, Dv)."""
+
+shard_by_batch_and_heads(CHUNK)

@@ -66,7 +66,7 @@ def forward(
 
 def backward(
     grad_out: Tensor,
-    grad_lse: Tensor,
+    grad_lse: Tensor | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -83,7 +83,7 @@ def backward(
         own = document.own[:, None]
         parts = kernel.backward(
             grad_out[s, :, rows] * own,
-            grad_lse[s, :, rows] * document.own,
+            None if grad_lse is None else grad_lse[s, :, rows] * document.own,
             query[s, :, rows],
             key[s, :, keys],
             value[s, :, keys],

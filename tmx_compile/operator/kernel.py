@@ -186,7 +186,7 @@ def forward(
 
 def backward(
     grad_out: Tensor,
-    grad_lse: Tensor,
+    grad_lse: Tensor | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -215,7 +215,9 @@ def backward(
         block_lse = torch.logsumexp(scores, -1, keepdim=True)
         weights = scores.sub_(block_lse.masked_fill(block_lse == float("-inf"), 0.0)).exp_()
         d_out = grad_out[:, :, rows].to(dtype)
-        delta = (d_out * out[:, :, rows].to(dtype)).sum(-1, keepdim=True) - grad_lse[:, :, rows, None].to(dtype)
+        delta = (d_out * out[:, :, rows].to(dtype)).sum(-1, keepdim=True)
+        if grad_lse is not None:
+            delta -= grad_lse[:, :, rows, None].to(dtype)
         d_weights = grouped(d_out, kv_heads) @ values.transpose(2, 3)
         d_scores = weights * (d_weights.view_as(weights) - delta) * scale
         stacked = grouped(d_scores, kv_heads)

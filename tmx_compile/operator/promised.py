@@ -79,9 +79,8 @@ def _backward(
     other = _other(shown, key.shape[2], reach)
     if other is None:
         return grad.clone(), query.new_zeros(query.shape), key.new_zeros(key.shape), value.new_zeros(value.shape)
-    no_lse = grad.new_zeros(grad.shape[:3], dtype=torch.float32)
     geometry = (sink, window, last, scale, other)
-    d_query, d_key, d_value = plain_backward(grad, no_lse, query, key, value, key_mask, result, *geometry)
+    d_query, d_key, d_value = plain_backward(grad, None, query, key, value, key_mask, result, *geometry)
     return torch.zeros_like(grad), d_query.contiguous(), d_key, d_value
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tmx_compile.mask.geometry import ALL_ROWS, Geometry
 from tmx_compile.operator import documents, kernel
+from tmx_compile.operator.sharding import shard_by_batch_and_heads
 
 _SCHEMA = (
     "(Tensor query, Tensor key, Tensor value, Tensor? key_mask, int sink, int window, int last, float scale,"
@@ -121,7 +122,7 @@ def _(
 
 def plain_backward(
     grad_out: Tensor,
-    grad_lse: Tensor,
+    grad_lse: Tensor | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -148,7 +149,7 @@ _backward = torch.library.custom_op("tmx::triangle_attention_backward", plain_ba
 @_backward.register_fake
 def _(
     grad_out: Tensor,
-    grad_lse: Tensor,
+    grad_lse: Tensor | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -165,11 +166,14 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     query, key, value, key_mask, *ctx.geometry = inputs
+    # The log-sum-exp has no gradient unless somebody uses it, and zeros that autograd made up would be no DTensor.
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(query, key, value, key_mask, output[0])
 
 
-def _autograd(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+def _autograd(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     query, key, value, key_mask, out = ctx.saved_tensors
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     grads = torch.ops.tmx.triangle_attention_backward(
         grad_out, grad_lse, query, key, value, key_mask, out, *ctx.geometry
     )
@@ -182,6 +186,8 @@ __all__ = ["ALL_ROWS", "OPERATOR", "triangle_attention"]
 
 OPERATOR = torch.ops.tmx.triangle_attention.default
 """The operator as a node target."""
+
+shard_by_batch_and_heads(OPERATOR, torch.ops.tmx.triangle_attention_backward.default)
 
 
 def triangle_attention(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tmx_compile.mask.geometry import Geometry
+from tmx_compile.operator.sharding import shard_by_batch_and_heads
 
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? key_mask, Tensor? extent"
 _COUNTS = "int sink, int window, int last, float scale, int? reach=None"
@@ -189,3 +190,5 @@ TRITON_OPERATOR = torch.ops.tmx.triangle_attention_triton.default
 
 TRAINING_OPERATOR = torch.ops.tmx.triangle_attention_triton_training.default
 """The same for a graph that is differentiated: ``(out, lse)``, the log-sum-exp (B, H, Sq) being for the backward."""
+
+shard_by_batch_and_heads(TRITON_OPERATOR, TRAINING_OPERATOR, torch.ops.tmx.triangle_attention_triton_backward.default)

@@ -1,0 +1,50 @@
+"""Two processes with gloo that run a list of checks, started once for a whole file."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import tempfile
+import traceback
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+WORLD = 2
+# Of a collective: the other process failed a check, and nothing more will come from it.
+PATIENCE = datetime.timedelta(seconds=60)
+
+
+def outcomes(checks):
+    """Run each of {name: function of no arguments, importable} in two processes: {name: (text of each process,)}.
+
+    The text is empty where the check held, else a traceback; what stands behind a failed check is not run.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_worker, (checks, folder), nprocs=WORLD)
+        texts = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(WORLD)]
+    return {name: tuple(text[name] for text in texts) for name in checks}
+
+
+def _worker(rank, checks, folder):
+    # As torchrun sets them: Transformers asks.
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD, timeout=PATIENCE)
+    told = dict.fromkeys(checks, "not run: a check before it failed")
+    for name, check in checks.items():
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        try:
+            check()
+            told[name] = ""
+        except Exception:
+            told[name] = traceback.format_exc()
+        failed = [None] * WORLD
+        dist.all_gather_object(failed, bool(told[name]))
+        if any(failed):
+            break
+    torch.save(told, Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
