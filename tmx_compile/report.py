@@ -205,7 +205,11 @@ class Report:
         )
 
     def add_call(self, site: SiteRecord) -> None:
-        """Record one call that was not compiled, and tell the log."""
+        """Record one call that was not compiled, and tell the log. The attention implementation calls it.
+
+        Args:
+            site: the call.
+        """
         self.graphs = max(self.graphs, site.graph + 1)
         self.sites.append(site)
         _tell(site)

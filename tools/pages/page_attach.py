@@ -12,12 +12,14 @@ PAGE = "attach.md"
 FILE = "switch.json"
 
 
-def generate(results: Path, docs: Path) -> str:
-    """The page of ``docs`` with its block from the file in ``results``.
+def generate(results: Path, docs: Path) -> str | None:
+    """The page of ``docs`` with its block from the file in ``results``; None where nothing was measured.
 
     Raises:
-        ValueError: the page or the file is missing, or lacks what is read.
+        ValueError: the page is missing or lacks the marks, or the result file lacks a field.
     """
+    if not (results / FILE).is_file():
+        return None
     result = load(results / FILE)
     return filled(docs / PAGE, {"switch": f"{section(result)}\n\n<sub>{origin(result, FILE)}</sub>"})
 

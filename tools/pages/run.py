@@ -33,7 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         pictures += quality[1]
     if (ascend := page_ascend.generate(options.results, folder)) is not None:
         pages.append((folder / page_ascend.PAGE, ascend))
-    pages.append((folder / page_attach.PAGE, page_attach.generate(options.results, folder)))
+    if (attach := page_attach.generate(options.results, folder)) is not None:
+        pages.append((folder / page_attach.PAGE, attach))
     if not options.check:
         folder.mkdir(parents=True, exist_ok=True)
         for path, text in pages:

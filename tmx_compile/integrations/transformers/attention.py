@@ -107,7 +107,10 @@ class TriangleAttention:
         """Switch a model to continuous batching: before ``generate_batch`` and its like.
 
         Each request's prompt, or chunk of a prompt, is judged by its own number of rows, and goes sparse by the plan.
-        For models of several parts, the text's part is switched. ``model.set_attn_implementation`` ends it.
+        ``model.set_attn_implementation`` ends it.
+
+        Args:
+            model: of Transformers; of one of several parts, the text's part is switched.
 
         Raises:
             ImportError: a Transformers whose paged cache is called in another way.
@@ -224,7 +227,7 @@ def register_attention(
         lowering: "auto", "triton", "blocked" or "operator"; as for :func:`tmx_compile.tmx_backend`. Inside of a model
             that is compiled by whatever backend, "auto" is one node: ``triton`` on CUDA, else ``operator``; "blocked"
             gives that backend its operations.
-        strict: raise :class:`~tmx_compile.StrictModeError` where a layer that the configuration names stays
+        strict: raise :class:`tmx_compile.StrictModeError` where a layer that the configuration names stays
             dense in a long prompt.
         chunked_prefill: prompts may come in chunks, announced by :func:`tmx_compile.prefill`; inference only.
 
