@@ -290,3 +290,15 @@ def test_blocks_that_see_both_ways(image):
     for ours, theirs in zip(found["tmx"], found["sdpa"], strict=True):
         assert isinstance(ours, mask_module.CausalMask) == (not image)
         assert torch.equal(ours if image else ours.for_sdpa(torch.device("cpu")), theirs)
+
+
+def test_pairs_are_counted_without_the_free_places_of_a_static_cache():
+    shares = []
+    for places in (200, 600):
+        with registered() as attention:
+            model = switched_model("Qwen3")
+            cache = StaticCache(config=model.config, max_cache_len=places)
+            with torch.no_grad():
+                model(prompt(1, 200), past_key_values=cache)
+            shares.append({(site.attended_pairs, site.causal_pairs) for site in attention.report.triangle()})
+    assert shares[0] == shares[1] != set()

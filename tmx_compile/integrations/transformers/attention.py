@@ -94,10 +94,12 @@ class TriangleAttention:
             return dense_attention(module, query, key, value, attention_mask, scaling=scaling, **settings)
         call = self._judge.call(module, query, key, value, attention_mask, scaling, settings)
         done = call if isinstance(call, Rejected) else self._attend(call)
-        if not isinstance(done, Rejected):
+        if not isinstance(call, Rejected) and not isinstance(done, Rejected):
             out, lowering = done
-            self.record(module, query, key, value, attention_mask, lowering)
+            # The call's keys: those of a static cache go on behind the prompt.
+            self.record(module, call.query, call.key, call.value, attention_mask, lowering)
             return out.transpose(1, 2).contiguous(), None
+        assert isinstance(done, Rejected)
         self.record(module, query, key, value, attention_mask, done)
         if self.request.strict and self._judge.is_missed(module, done, settings):
             raise StrictModeError(f"layer {layer_of(module)}, {type(module).__name__}: {done}")
@@ -133,7 +135,17 @@ class TriangleAttention:
         scaling: float | None = None,
         **settings: Any,
     ) -> tuple[Tensor, None]:
-        """As :meth:`forward`, of requests packed in one sequence: see ``paged_attention``."""
+        """As :meth:`forward`, of requests packed in one sequence; Transformers calls it in continuous batching.
+
+        Args:
+            module: the layer's attention.
+            query: (1, H, T, D), T tokens of all requests.
+            key: (1, Hkv, T, D), before they are put into the cache.
+            value: (1, Hkv, T, Dv).
+            attention_mask: None; the cache's tables tell what belongs together.
+            scaling: factor on the scores.
+            settings: whatever else Transformers passes, the cache and its indices among it.
+        """
         done: tuple[Tensor, None] = paged_attention(self.forward, module, query, key, value, scaling, settings)
         return done
 
@@ -166,7 +178,16 @@ class TriangleAttention:
         mask: CausalMask | Tensor | None,
         done: str | Rejected,
     ) -> None:
-        """Put a call into the report; while Dynamo traces a model, the call that it is tracing."""
+        """Put a call into the report; while Dynamo traces a model, the call that it is tracing.
+
+        Args:
+            module: the layer's attention.
+            query: (B, H, Sq, D).
+            key: (B, Hkv, Skv, D).
+            value: (B, Hkv, Skv, Dv).
+            mask: as for :meth:`forward`.
+            done: the lowering, or why the call is dense.
+        """
         path, layer, name = type(module).__name__, layer_of(module), self.name
         window = mask.window if isinstance(mask, CausalMask) else None
         if isinstance(done, Rejected):
