@@ -73,7 +73,7 @@ class StreamingCache(_Streaming, DynamicCache):
     >>> cache = StreamingCache(model, TriangleMixConfig(4, 8, 0, triangle_layer_indices=[1]))
     >>> cache.streaming_layers
     (1,)
-    >>> out = model.generate(torch.randint(0, 50, (1, 60)), past_key_values=cache, max_new_tokens=4, do_sample=False)
+    >>> out = model.generate(torch.randint(0, 50, (1, 60)), past_key_values=cache, max_new_tokens=4, min_new_tokens=4)
     >>> [layer.keys.shape[2] for layer in cache.layers]  # 4 sinks, the window of 8, the row itself
     [63, 13]
     """
@@ -123,7 +123,7 @@ class StaticStreamingCache(_Streaming, StaticCache):
     >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=50, **shape)).eval()
     >>> config = TriangleMixConfig(4, 8, 0, triangle_layer_indices=[1])
     >>> cache = StaticStreamingCache(model, config, max_cache_len=64)
-    >>> out = model.generate(torch.randint(0, 50, (1, 60)), past_key_values=cache, max_new_tokens=4, do_sample=False)
+    >>> out = model.generate(torch.randint(0, 50, (1, 60)), past_key_values=cache, max_new_tokens=4, min_new_tokens=4)
     >>> out.shape, cache.memory_bytes()  # 64 tokens, and 4 + 8 + 1, of 2 x 32 float32
     (torch.Size([1, 64]), (16384, 3328))
     """
