@@ -73,6 +73,12 @@ def test_a_shown_guard_holds_at_every_point(relation, low, width, bounded):
             assert relation.subs({n: length, b: batch}) == sympy.true, (relation, length, batch)
 
 
+def test_a_remainder_of_a_negative_number_is_not_shown():
+    """Torch's Mod asserts against it once its operands are numbers, as 5 for the smaller of 5 and a length from 5 on."""
+    assert not holds_always(sympy.Ne(Mod(-1, Min(n, 5) + 40), 0), {n: Bounds(5, None)})
+    assert not holds_always(sympy.Eq(Mod(-1, Min(n, 5) + 40), 0), {n: Bounds(5, 9)})
+
+
 def test_bounds_are_those_of_the_ranges():
     ranges = {n: ValueRanges(2, int_oo), b: ValueRanges(1, 8), sympy.Symbol("c"): ValueRanges(-int_oo, 4)}
     assert bounds_of(ranges) == {n: Bounds(2, None), b: Bounds(1, 8)}

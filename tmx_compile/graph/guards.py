@@ -104,7 +104,12 @@ def holds_always(expr: Any, bounds: Mapping[Any, Bounds]) -> bool:
     if any(symbol not in bounds for symbol in expr.free_symbols):
         return False
     own = dict(bounds)
-    return _holds(_without_extremes(_without_floors(expr, own), own), own) or _holds_at_each(expr, bounds)
+    try:
+        shown = _holds(_without_extremes(_without_floors(expr, own), own), own)
+    except (AssertionError, ZeroDivisionError):
+        # Torch's Mod asserts that its operands are not negative as soon as replacing makes them numbers.
+        shown = False
+    return shown or _holds_at_each(expr, bounds)
 
 
 class _AtLengths(TensorReferenceAnalysis):
