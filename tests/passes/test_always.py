@@ -74,7 +74,7 @@ def test_a_shown_guard_holds_at_every_point(relation, low, width, bounded):
 
 
 def test_a_remainder_of_a_negative_number_is_not_shown():
-    """Torch's Mod asserts against it once its operands are numbers, as 5 for the smaller of 5 and a length from 5 on."""
+    """Torch asserts against it once the operands are numbers: 5 for the smaller of 5 and a length from 5 on."""
     assert not holds_always(sympy.Ne(Mod(-1, Min(n, 5) + 40), 0), {n: Bounds(5, None)})
     assert not holds_always(sympy.Eq(Mod(-1, Min(n, 5) + 40), 0), {n: Bounds(5, 9)})
 
