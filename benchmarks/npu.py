@@ -94,7 +94,7 @@ class _Attention(nn.Module):
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
 
 
-class _Layer(nn.Module):
+class Layer(nn.Module):
     """One attention call whose recorded path has a layer number."""
 
     def __init__(self, dense: Callable[..., Tensor] | None = None) -> None:
@@ -111,9 +111,9 @@ def layer(platform: Platform, plan: Plan) -> Records:
     modes = plan.ways(platform)
     made: dict[str, Compiled] = {}
     for mode in modes:
-        made[_name((), mode)] = platform.compile(_Layer(platform.dense), mode, None)
+        made[_name((), mode)] = platform.compile(Layer(platform.dense), mode, None)
         for geometry in plan.geometries:
-            made[_name(geometry, mode)] = platform.compile(_Layer(), mode, plan.config(geometry, [0]))
+            made[_name(geometry, mode)] = platform.compile(Layer(), mode, plan.config(geometry, [0]))
     found: Records = []
     # A graph that is not compiled for want of a place in Dynamo's cache would be timed uncompiled.
     limits = torch._dynamo.config.patch(recompile_limit=2**31, accumulated_recompile_limit=2**31)
@@ -147,7 +147,7 @@ def _layer_at(platform: Platform, plan: Plan, n: int, modes: Sequence[str], made
                 if mode == "eager":
                     run = _eager(platform, query, key, value, scale, geometry)
                 else:
-                    run = _compiled(made[name], query, key, value)
+                    run = compiled(made[name], query, key, value)
                 item["error"] = reference.largest_error(run().cpu(), rows, expected)
                 if not item["error"] <= TOLERANCE[plan.dtype]:
                     raise RuntimeError(f"wrong result: error {item['error']:.3g}")
@@ -184,7 +184,7 @@ def _eager(
     return lambda: triangle_attention(query, key, value, sink=sink, window=window, last=last, scale=scale)[0]
 
 
-def _compiled(made: Compiled, *operands: Tensor) -> Callable[[], Tensor]:
+def compiled(made: Compiled, *operands: Tensor) -> Callable[[], Tensor]:
     compiled, backend = made
     for x in operands:
         # Of three tensors with dynamic lengths nothing says that these are equal.
@@ -221,7 +221,7 @@ def ttft(platform: Platform, plan: Plan) -> Records:
             name = _name(geometry, mode)
             own = mode == "eager" or config is None
             # Attention by the operators themselves; in graphs with triangle layers the pass finds SDPA.
-            model.config._attn_implementation = _register(platform, config, name) if own else "sdpa"
+            model.config._attn_implementation = register(platform, config, name) if own else "sdpa"
             compiled, backend = (model, None) if mode == "eager" else platform.compile(model, mode, config)
             for tokens in plan.lengths:
                 note(f"ttft, {name}, {tokens:,} tokens")
@@ -248,7 +248,7 @@ def ttft(platform: Platform, plan: Plan) -> Records:
     return found
 
 
-def _register(platform: Platform, config: TriangleMixConfig | None, name: str) -> str:
+def register(platform: Platform, config: TriangleMixConfig | None, name: str) -> str:
     """Register attention by the platform's operators with Hugging Face; it builds no mask. Prompts alone, no cache."""
     from transformers import AttentionInterface
 

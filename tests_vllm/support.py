@@ -20,6 +20,20 @@ SETTINGS: dict[str, Any] = GEOMETRY | {
     "lowering": "blocked",
     "strict": True,
 }
+SIZES: dict[str, Any] = dict(
+    vocab_size=VOCABULARY,
+    hidden_size=128,
+    intermediate_size=192,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    max_position_embeddings=1024,
+    # Scores are sharp enough that the masks show in the results.
+    initializer_range=0.25,
+    bos_token_id=0,
+    eos_token_id=1,
+)
 NEW_TOKENS, TOP = 8, 10
 BLOCK = 32  # tokens of a block of the cache
 TOLERANCE = 5e-4  # float32 against float64
@@ -50,18 +64,8 @@ def make_model(folder: str) -> None:
     """Save the model; its scores are sharp enough that the masks show in the results."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=128,
-        intermediate_size=192,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=1024,
-        initializer_range=0.25,
+        **SIZES,
         tie_word_embeddings=False,
-        bos_token_id=0,
-        eos_token_id=1,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
 
@@ -70,20 +74,10 @@ def make_hybrid(folder: str) -> None:
     """Save a model two of whose layers, 0 and 2, see a sliding window of 40 keys."""
     torch.manual_seed(0)
     config = Gemma3TextConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=128,
-        intermediate_size=192,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=1024,
-        initializer_range=0.25,
+        **SIZES,
         sliding_window=40,
         layer_types=["sliding_attention", "full_attention"] * 2,
         query_pre_attn_scalar=32,
-        bos_token_id=0,
-        eos_token_id=1,
         pad_token_id=0,
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)

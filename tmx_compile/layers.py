@@ -83,7 +83,7 @@ def hand_over(model: nn.Module, config: TriangleMixConfig, watch: Watch) -> None
     if missing:
         raise ValueError(f"config names layers {missing}, and the model has layers {sorted(present)}")
     wanted = frozenset(config.layers())
-    plan = config.fingerprint()[:16]
+    plan = plan_of(config)
     kinds = {sparse: tuple(sorted(n for n in present if (n in wanted) == sparse)) for sparse in (True, False)}
     marked: Any
     for marked, layer in found.items():
@@ -94,6 +94,11 @@ def hand_over(model: nn.Module, config: TriangleMixConfig, watch: Watch) -> None
             marked.forward = MethodType(forward if _is_own(put, marked) else Over(put), marked)
         marked._tmx_mark = str(Mark(plan, sparse, kinds[sparse]))
         marked._tmx_watch = (watch, layer) if sparse else None
+
+
+def plan_of(config: TriangleMixConfig) -> str:
+    """The name of a configuration in its marks."""
+    return config.fingerprint()[:16]
 
 
 def forward(module: Any, *args: Any, **kwargs: Any) -> Any:

@@ -246,7 +246,7 @@ class Report:
             table.add_row(
                 str(site.graph),
                 site.path or "?",
-                _spans(site.layers or (() if site.layer is None else (site.layer,))),
+                spelled(site.layers or (() if site.layer is None else (site.layer,)), "?"),
                 *sizes,
                 site.decision,
                 site.lowering,
@@ -267,15 +267,15 @@ class Report:
         return console.export_text()
 
 
-def _spans(layers: Sequence[int]) -> str:
-    """Numbers of layers, runs of them shortened; "?" for none."""
+def spelled(layers: Sequence[int], none: str = "none") -> str:
+    """Ascending layer numbers as a short list: ``0,16-31``; ``none`` where there are none."""
     runs: list[list[int]] = []
     for layer in layers:
         if runs and layer == runs[-1][-1] + 1:
             runs[-1].append(layer)
         else:
             runs.append([layer])
-    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs) or "?"
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs) or none
 
 
 def _tell(site: SiteRecord) -> None:

@@ -25,6 +25,7 @@ from tmx_compile.lowering.triton.lowering import attend as triton_attention
 from tmx_compile.mask import formula
 from tmx_compile.mask.geometry import ALL_ROWS, Geometry
 from tmx_compile.operator import OPERATOR
+from tmx_compile.operator.layout import empty_by_tokens
 from tmx_compile.operator.prefill import current_chunk
 from tmx_compile.operator.sharding import shard_by_batch_and_heads
 from tmx_compile.report import Accepted, Reason, Rejected
@@ -99,7 +100,7 @@ def _chunk(
 ) -> Tensor:
     firsts: list[int] = first_last_row.tolist()
     part = Part(Geometry(sink, window, last, reach), scale, lowering)
-    out = _empty(query, value)
+    out = empty_by_tokens(query, value.shape[3])
     with torch.autocast(query.device.type, enabled=False):
         if len(set(firsts)) <= 1:
             return _rows(part, query, key, value, key_mask, firsts[0] if firsts else 0, out)
@@ -124,12 +125,7 @@ def _(
     reach: int | None,
     lowering: str,
 ) -> Tensor:
-    return _empty(query, value)
-
-
-def _empty(query: Tensor, value: Tensor) -> Tensor:
-    batch, heads, q_len, _ = query.shape
-    return query.new_empty(batch, q_len, heads, value.shape[3]).transpose(1, 2)
+    return empty_by_tokens(query, value.shape[3])
 
 
 def _rows(part: Part, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, first: int, out: Tensor) -> Tensor:

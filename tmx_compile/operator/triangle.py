@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tmx_compile.mask.geometry import ALL_ROWS, Geometry
 from tmx_compile.operator import documents, kernel
+from tmx_compile.operator.layout import empty_by_tokens
 from tmx_compile.operator.sharding import shard_by_batch_and_heads
 
 _SCHEMA = (
@@ -115,9 +116,7 @@ def _(
     reach: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     check(query, key, value, key_mask, sink, window, last, reach)
-    b, h, q_len, _ = query.shape
-    out = query.new_empty(b, q_len, h, value.shape[3]).transpose(1, 2)
-    return out, query.new_empty(b, h, q_len, dtype=torch.float32)
+    return empty_by_tokens(query, value.shape[3]), query.new_empty(query.shape[:3], dtype=torch.float32)
 
 
 def plain_backward(

@@ -8,6 +8,7 @@ from tmx_compile.find import find_attention
 from tmx_compile.find.site import AttentionSite
 from tmx_compile.graph.layer import LayerPath, layer_paths
 from tmx_compile.graph.transform import transforms
+from tmx_compile.layers import plan_of
 from tmx_compile.lowering.table import Role
 from tmx_compile.passes.plan import Plan, SitePlan, Triangle
 from tmx_compile.report import Reason, Rejected
@@ -25,7 +26,7 @@ def search(plan: Plan) -> Plan:
     reshaped = plan.storages.reshaped_input
     marked = any(layer.mark is not None for layer in layers)
     wanted = frozenset(plan.config.layers())
-    name = plan.config.fingerprint()[:16]
+    name = plan_of(plan.config)
 
     def listed(item: AttentionSite | Rejected, layer: LayerPath) -> SitePlan:
         node = item.node

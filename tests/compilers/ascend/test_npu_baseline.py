@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.npu import MODEL, QUICK, _register
+from benchmarks.npu import MODEL, QUICK, register
 from benchmarks.npu_platform import Cpu
 from benchmarks.shapes import MODELS, Prefill, build
 from tests.support.oracle import oracle, tolerance
@@ -27,7 +27,7 @@ def prefill(geometry, lengths):
     """Last logits of a tiny Llama as the benchmark compiles and calls it, and how many graphs that took."""
     import torch_npu
 
-    from benchmarks.npu import MODEL, QUICK, _register
+    from benchmarks.npu import MODEL, QUICK, register
     from benchmarks.npu_platform import Npu
     from benchmarks.shapes import MODELS, Prefill, build, check_layers
     from tests.support.ascend.ge.run import execute
@@ -38,7 +38,7 @@ def prefill(geometry, lengths):
     platform._mask = torch.ones(2048, 2048, dtype=torch.bool).triu_(1)
     model = build(MODELS[MODEL], torch.device("cpu"), torch.float16, quick=True)
     config = QUICK.config(geometry, [2, 3]) if geometry else None
-    model.config._attn_implementation = "sdpa" if geometry else _register(platform, None, "dense, test")
+    model.config._attn_implementation = "sdpa" if geometry else register(platform, None, "dense, test")
     found = []
     with torch.no_grad(), capture.engine(execute) as models:
         compiled, backend = platform.compile(model, "max-autotune", config)
@@ -52,7 +52,7 @@ def layer(dtype, geometry):
     """One layer as the benchmark compiles it in GE mode, dense without a geometry; the interpreter runs it."""
     import torch_npu
 
-    from benchmarks.npu import QUICK, _compiled, _Layer
+    from benchmarks.npu import QUICK, Layer, compiled
     from benchmarks.npu_platform import Npu
     from tests.support.ascend.ge.run import execute
     from tests.support.ascend.standin import capture
@@ -64,8 +64,8 @@ def layer(dtype, geometry):
     query, key, value = (torch.randn(1, heads, ROWS, 32).to(dtype) for heads in (4, 2, 2))
     config = QUICK.config(geometry, [0]) if geometry else None
     with torch.no_grad(), capture.engine(execute) as models:
-        made = platform.compile(_Layer(None if geometry else platform.dense), "max-autotune", config)
-        run = _compiled(made, query, key, value)
+        made = platform.compile(Layer(None if geometry else platform.dense), "max-autotune", config)
+        run = compiled(made, query, key, value)
         return query, key, value, run(), len(models)
 
 
@@ -90,7 +90,7 @@ def test_the_benchmark_prefills_what_it_says(npu, geometry):
     assert graphs == 1
     model = build(MODELS[MODEL], torch.device("cpu"), torch.float16, quick=True)
     config = QUICK.config(geometry, [2, 3]) if geometry else None
-    model.config._attn_implementation = _register(Cpu(), config, f"{geometry}, test")
+    model.config._attn_implementation = register(Cpu(), config, f"{geometry}, test")
     for tokens, logits in zip(lengths, found, strict=True):
         expected = Prefill(model, model, tokens, dynamic=False, cache=False)()
         assert logits.shape == expected.shape

@@ -11,31 +11,19 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
     PreTrainedTokenizerFast,
-    Qwen3VLConfig,
-    Qwen3VLForConditionalGeneration,
     Trainer,
     TrainingArguments,
     pipeline,
 )
 
 from tests.support.models import masked_oracle, tiny_qwen3
+from tests.support.switched import model_of_images, prompt_with_an_image
 from tmx_compile import TriangleMixConfig, tmx_backend
 from tmx_compile.integrations.transformers import register_attention
 
 CONFIG = TriangleMixConfig(
     triangle_layer_indices=[1, 2], num_sink_tokens=4, sliding_window_size=32, num_last_tokens=16, min_seq_len=128
 )
-SIZES = dict(
-    vocab_size=128,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    initializer_range=0.2,
-)
-
 pytestmark = pytest.mark.usefixtures("eager")
 
 
@@ -136,49 +124,12 @@ def test_trainer_with_checkpoints(ids, tmp_path):
     assert 1e-6 < abs(losses[0] - losses[1]) < 1
 
 
-def qwen3_vl():
-    torch.manual_seed(0)
-    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4, "mrope_interleaved": True}
-    vision = dict(
-        depth=2,
-        hidden_size=32,
-        num_heads=2,
-        intermediate_size=48,
-        patch_size=4,
-        in_channels=3,
-        out_hidden_size=64,
-        deepstack_visual_indexes=[0],
-        num_position_embeddings=256,
-    )
-    config = Qwen3VLConfig(
-        text_config=SIZES | dict(rope_parameters=rope),
-        vision_config=vision,
-        image_token_id=5,
-        vision_start_token_id=6,
-        vision_end_token_id=7,
-        video_token_id=8,
-    )
-    return Qwen3VLForConditionalGeneration._from_config(config, attn_implementation="sdpa").eval()
-
-
-def with_an_image():
-    """A prompt of 300 tokens, 64 of them an image of 16 x 16 patches."""
-    ids = torch.randint(10, 120, (1, 300))
-    ids[0, 19], ids[0, 20:84], ids[0, 84] = 6, 5, 7
-    return dict(
-        input_ids=ids,
-        pixel_values=torch.randn(256, 96),
-        image_grid_thw=torch.tensor([[1, 16, 16]]),
-        mm_token_type_ids=(ids == 5).long(),
-    )
-
-
 def test_an_image_in_a_prompt():
     """The loop over the layers is broken by the image's features: compiled and switched are held to each other."""
-    inputs = with_an_image()
+    inputs = prompt_with_an_image(300)
     logits = []
     for way in ("sdpa", "switched", "compiled"):
-        model = qwen3_vl()
+        model = model_of_images("sdpa")
         if way == "switched":
             holder = register_attention(CONFIG)
             model.set_attn_implementation("tmx")

@@ -8,11 +8,11 @@ import logging
 import pytest
 
 from tmx_compile import StrictModeError, TriangleMixConfig
-from tmx_compile.integrations.vllm.counts import Counts, spelled, why_dense
+from tmx_compile.integrations.vllm.counts import Counts, why_dense
 from tmx_compile.integrations.vllm.layers import LayerFacts
 from tmx_compile.integrations.vllm.rows import Dense, Split, Streaming
 from tmx_compile.integrations.vllm.settings import Settings
-from tmx_compile.report import Reason
+from tmx_compile.report import Reason, spelled
 
 CONFIG = TriangleMixConfig(8, 64, 16, triangle_layer_indices=[2, 3], min_seq_len=100)
 

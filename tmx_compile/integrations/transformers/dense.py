@@ -12,6 +12,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tmx_compile.integrations.transformers.causal_mask import CausalMask
+from tmx_compile.integrations.transformers.judge import is_causal
 
 _BEYOND_SDPA = ("softcap", "s_aux", "sinks")
 """Arguments of attention that ``sdpa`` refuses, or silently leaves out."""
@@ -70,8 +71,7 @@ def _as_written(
             f"{type(module).__name__} passes {given}, which neither sdpa nor its own file's attention takes"
         )
     shown = mask.write(False, 0) if isinstance(mask, CausalMask) else mask
-    causal = settings.get("is_causal")
-    if shown is None and query.shape[2] > 1 and (getattr(module, "is_causal", True) if causal is None else causal):
+    if shown is None and query.shape[2] > 1 and is_causal(module, settings):
         shown = sdpa_mask(1, query.shape[2], key.shape[2], allow_is_causal_skip=False, device=query.device)
     if shown is not None and shown.dtype == torch.bool:
         zero = torch.zeros((), dtype=query.dtype, device=query.device)

@@ -96,7 +96,7 @@ class Judge:
         """Whether strict mode forbids a layer to stay dense for a reason: see ``passes.settle.check_strict``."""
         if why.reason in NOTHING_MISSED:
             return False
-        return layer_of(module) is not None or _is_causal(module, settings)
+        return layer_of(module) is not None or is_causal(module, settings)
 
     def _against_layer(self, module: nn.Module) -> Rejected | None:
         layer = layer_of(module)
@@ -154,13 +154,14 @@ def layer_of(module: nn.Module) -> int | None:
     return layer if isinstance(layer, int) else None
 
 
-def _is_causal(module: nn.Module, settings: Mapping[str, Any]) -> bool:
+def is_causal(module: nn.Module, settings: Mapping[str, Any]) -> bool:
+    """Whether a call is causal: as it says, else as its module does."""
     causal = settings.get("is_causal")
     return bool(getattr(module, "is_causal", True) if causal is None else causal)
 
 
 def _against_form(module: nn.Module, settings: Mapping[str, Any]) -> Rejected | None:
-    if not _is_causal(module, settings):
+    if not is_causal(module, settings):
         return Rejected(Reason.NOT_CAUSAL, "is_causal=False")
     if settings.get("dropout"):
         return Rejected(Reason.DROPOUT)

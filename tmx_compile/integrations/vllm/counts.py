@@ -12,14 +12,14 @@ from tmx_compile.errors import StrictModeError
 from tmx_compile.integrations.vllm.layers import LayerFacts, judge, layer_number
 from tmx_compile.integrations.vllm.rows import Split
 from tmx_compile.integrations.vllm.settings import Settings
-from tmx_compile.report import Accepted, Reason, Rejected, Report, SiteRecord
+from tmx_compile.report import NOTHING_MISSED, Accepted, Reason, Rejected, Report, SiteRecord, spelled
 from tmx_compile.version import __version__
 
 # Below vLLM's own logger, so that its settings (VLLM_LOGGING_LEVEL, VLLM_LOGGING_CONFIG_PATH) hold for these lines.
 log = logging.getLogger("vllm.trianglemix")
 
-FINE = (Reason.SHORT_PROMPT, Reason.NOT_FASTER, Reason.NOT_SELECTED, Reason.LAYER_UNKNOWN)
-"""Dense, and nothing is missed: strict mode takes it."""
+FINE = (*NOTHING_MISSED, Reason.LAYER_UNKNOWN)
+"""Strict mode takes it. A layer that has no number here is another model's, a drafter's say."""
 
 
 class Counts:
@@ -132,17 +132,6 @@ def why_dense(prompts: Sequence[int], min_seq_len: int, limit: int) -> Reason | 
     if longest > limit:
         return None
     return Reason.SHORT_PROMPT if longest <= min_seq_len else Reason.NOT_FASTER
-
-
-def spelled(numbers: Sequence[int]) -> str:
-    """Ascending layer numbers as a short list: ``0,16-31``; "none" where there are none."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs) or "none"
 
 
 def _record(facts: LayerFacts, answer: Accepted | Rejected, lowering: str) -> SiteRecord:

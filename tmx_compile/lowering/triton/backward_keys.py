@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tmx_compile.lowering.triton.tiles import LOG2_E, arrived, load_rows, stack, store_part, sum_parts
+from tmx_compile.lowering.triton.tiles import LOG2_E, arrived, load_rows, stack, store_part, sum_parts, valid_range
 from tmx_compile.lowering.triton.walk import seen
 
 
@@ -108,11 +108,7 @@ def key_kernel(
     batch = program // (tiles * splits * KV_HEADS)
     batch64 = batch.to(tl.int64)
 
-    start = 0
-    end = kv_len
-    if PADDED:
-        start = tl.load(extent_ptr + batch * 3)
-        end = tl.load(extent_ptr + batch * 3 + 1)
+    start, end, _ = valid_range(extent_ptr, batch, kv_len, PADDED)
     last_low = tl.maximum(tl.maximum(end - last, offset), start)
     sink_end = tl.minimum(start + sink, end)
 

@@ -11,9 +11,9 @@ from tmx_compile.lowering.triton.backward_keys import key_kernel
 from tmx_compile.lowering.triton.backward_queries import query_kernel
 from tmx_compile.lowering.triton.devices import multiprocessors
 from tmx_compile.lowering.triton.launch import INTERPRETED, heads_per_tile, row_grid
-from tmx_compile.lowering.triton.op import gradient_of
 from tmx_compile.lowering.triton.tuning import BackwardTuning
 from tmx_compile.mask.geometry import Geometry
+from tmx_compile.operator.layout import empty_by_tokens
 
 
 def gradients(
@@ -58,7 +58,7 @@ def gradients(
     sink, window, last = geometry.counts
     block_d, block_dv = (max(16, triton.next_power_of_2(x)) for x in (dim, v_dim))
     shapes = shapes or tuning.choose_backward(query.element_size(), max(block_d, block_dv))
-    grad_query, grad_key, grad_value = (gradient_of(x) for x in (query, key, value))
+    grad_query, grad_key, grad_value = (empty_by_tokens(x, x.shape[3]) for x in (query, key, value))
     row_lse, delta = torch.empty_like(lse), torch.empty_like(lse)
 
     grid = row_grid(query, key, last, shapes.queries)

@@ -22,12 +22,14 @@ from tmx_compile.lowering.triton.tiles import (
     arrived,
     blocks_of,
     load_rows,
+    masked_keys,
     stack,
     store_part,
     sum_parts,
+    valid_range,
     work_of,
 )
-from tmx_compile.lowering.triton.walk import seen, walk
+from tmx_compile.lowering.triton.walk import walk
 
 
 @triton.jit
@@ -117,14 +119,7 @@ def query_kernel(
         tl.program_id(0), last_programs, last_tiles, splits, tl.cdiv(q_len, ROWS), HEAD_BLOCKS
     )
 
-    start = 0
-    end = kv_len
-    holes = 0
-    if PADDED:
-        start = tl.load(extent_ptr + batch * 3)
-        end = tl.load(extent_ptr + batch * 3 + 1)
-        holes = tl.load(extent_ptr + batch * 3 + 2)
-
+    start, end, holes = valid_range(extent_ptr, batch, kv_len, PADDED)
     last_low, span, sinks, sink_low, first, stop, low, high = walk(
         is_last, tile, split, start, end, offset, kv_len, sink, window, last, reach, split_keys, ROWS, REACH
     )
@@ -135,6 +130,7 @@ def query_kernel(
     safe_row = (tl.minimum(position, kv_len - 1) - offset).to(tl.int64)
     head64 = head.to(tl.int64)
     batch64 = batch.to(tl.int64)
+    mask_row = mask_ptr + batch64 * mask_batch
     kv_head = head_block * GROUP // (HEADS // KV_HEADS)
     query = load_rows(query_ptr + batch64 * q_batch, safe_row * q_row + head64 * q_head, 1, DIM, BLOCK_D, exists)
     grad = load_rows(grad_ptr + batch64 * g_batch, safe_row * g_row + head64 * g_head, 1, DIM_V, BLOCK_DV, exists)
@@ -159,13 +155,9 @@ def query_kernel(
     column = tl.arange(0, BLOCK_N)
     for step in tl.range(0, masked, num_stages=STAGES):
         block = tl.where(step < masked_front, step, step - masked_front + full_end)
-        slot = block * BLOCK_N + column - empty
-        place = tl.where(slot < sinks, sink_low + slot, low + slot - sinks)
-        used = slot >= 0
-        if PADDED:
-            used = used & (tl.load(mask_ptr + batch64 * mask_batch + place, mask=used, other=0) != 0)
-        allowed = seen(position[:, None], place[None, :], start + sink, span, reach, REACH) & used[None, :]
-        wide = place.to(tl.int64)
+        wide, used, allowed = masked_keys(
+            block, empty, sinks, sink_low, low, mask_row, position, start + sink, span, reach, BLOCK_N, PADDED, REACH
+        )
         key = load_rows(key_base, wide * k_row, 1, DIM, BLOCK_D, used)
         value = load_rows(value_base, wide * v_row, 1, DIM_V, BLOCK_DV, used)
         acc = _add_keys(acc, query, grad, lse, delta, key, value, allowed, scale2, FLOAT32)

@@ -15,6 +15,7 @@ from tmx_compile.lowering.triton import tuning
 from tmx_compile.lowering.triton.devices import is_hopper, multiprocessors
 from tmx_compile.lowering.triton.hopper import hopper_kernel
 from tmx_compile.mask.geometry import Geometry
+from tmx_compile.operator.layout import empty_by_tokens
 
 _GROUP_ROWS = 64  # stacked rows of a computing group: one wgmma tile
 _GROUPS = 2  # computing groups of a CTA
@@ -64,7 +65,7 @@ def attend(
     head_box = triton.next_power_of_2(group)
     positions = _GROUP_ROWS // head_box
     rows = positions * _GROUPS
-    out = query.new_empty(batch, q_len, heads, dim).transpose(1, 2)
+    out = empty_by_tokens(query, dim)
     all_heads = batch * kv_heads
     tiles, last_tiles = triton.cdiv(q_len, rows), max(1, triton.cdiv(last, rows))
     ctas = multiprocessors(query.device)

@@ -17,8 +17,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tmx_compile.lowering.triton.tiles import arrived, blocks_of, load_rows, stack, work_of
-from tmx_compile.lowering.triton.walk import seen, walk
+from tmx_compile.lowering.triton.tiles import arrived, blocks_of, load_rows, masked_keys, stack, valid_range, work_of
+from tmx_compile.lowering.triton.walk import walk
 
 # Finite, so that a row that has met no key yet subtracts no infinity from another.
 _NO_MAXIMUM = tl.constexpr(-3.0e38)
@@ -109,14 +109,7 @@ def triangle_kernel(
         program, last_programs, last_tiles, splits, tl.cdiv(q_len, ROWS), HEAD_BLOCKS
     )
 
-    start = 0
-    end = kv_len
-    holes = 0
-    if PADDED:
-        start = tl.load(extent_ptr + batch * 3)
-        end = tl.load(extent_ptr + batch * 3 + 1)
-        holes = tl.load(extent_ptr + batch * 3 + 2)
-
+    start, end, holes = valid_range(extent_ptr, batch, kv_len, PADDED)
     last_low, span, sinks, sink_low, first, stop, low, high = walk(
         is_last, tile, split, start, end, offset, kv_len, sink, window, last, reach, split_keys, ROWS, REACH
     )
@@ -127,6 +120,7 @@ def triangle_kernel(
     safe_row = (tl.minimum(position, kv_len - 1) - offset).to(tl.int64)
     head64 = head.to(tl.int64)
     batch64 = batch.to(tl.int64)
+    mask_row = mask_ptr + batch64 * mask_batch
     kv_head = head_block * GROUP // (HEADS // KV_HEADS)
     query = load_rows(query_ptr + batch64 * q_batch, safe_row * q_row + head64 * q_head, 1, DIM, BLOCK_D, exists)
     key_base = key_ptr + batch64 * k_batch + kv_head.to(tl.int64) * k_head
@@ -135,16 +129,11 @@ def triangle_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     maximum = tl.full([BLOCK_M], _NO_MAXIMUM, tl.float32)
 
-    column = tl.arange(0, BLOCK_N)
     for step in tl.range(0, masked, num_stages=STAGES):
         block = tl.where(step < masked_front, step, step - masked_front + full_end)
-        slot = block * BLOCK_N + column - empty
-        place = tl.where(slot < sinks, sink_low + slot, low + slot - sinks)
-        used = slot >= 0
-        if PADDED:
-            used = used & (tl.load(mask_ptr + batch64 * mask_batch + place, mask=used, other=0) != 0)
-        allowed = seen(position[:, None], place[None, :], start + sink, span, reach, REACH) & used[None, :]
-        wide = place.to(tl.int64)
+        wide, used, allowed = masked_keys(
+            block, empty, sinks, sink_low, low, mask_row, position, start + sink, span, reach, BLOCK_N, PADDED, REACH
+        )
         key = load_rows(key_base, wide * k_row, 1, DIM, BLOCK_D, used)
         value = load_rows(value_base, wide * v_row, 1, DIM_V, BLOCK_DV, used)
         acc, total, maximum = _add_keys(acc, total, maximum, query, key, value, allowed, scale, FLOAT32)

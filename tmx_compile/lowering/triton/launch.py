@@ -16,6 +16,7 @@ from tmx_compile.lowering.triton.devices import multiprocessors
 from tmx_compile.lowering.triton.kernel import triangle_kernel
 from tmx_compile.lowering.triton.tuning import Tuning
 from tmx_compile.mask.geometry import Geometry
+from tmx_compile.operator.layout import empty_by_tokens
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Whether Triton runs the kernels itself, on tensors of any device: TRITON_INTERPRET=1 was set at import."""
@@ -70,7 +71,7 @@ def attend(
     if INTERPRETED and dtype == torch.bfloat16:
         # The interpreter multiplies bfloat16 as if it were integers.
         query, key, value = query.float(), key.float(), value.float()
-    out = query.new_empty(batch, q_len, heads, v_dim).transpose(1, 2)
+    out = empty_by_tokens(query, v_dim)
     lse = query.new_empty(batch, heads, q_len, dtype=torch.float32) if with_lse else None
     block_d, block_dv = (max(16, triton.next_power_of_2(x)) for x in (dim, v_dim))
     shapes = shapes or tuning.choose(query.element_size(), max(block_d, block_dv), slots)

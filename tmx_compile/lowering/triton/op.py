@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tmx_compile.mask.geometry import Geometry
+from tmx_compile.operator.layout import empty_by_tokens
 from tmx_compile.operator.sharding import shard_by_batch_and_heads
 
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? key_mask, Tensor? extent"
@@ -40,20 +41,8 @@ def _forward(
 
 
 @_forward.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    extent: Tensor | None,
-    sink: int,
-    window: int,
-    last: int,
-    scale: float,
-    reach: int | None = None,
-) -> Tensor:
-    batch, heads, q_len, _ = query.shape
-    return query.new_empty(batch, q_len, heads, value.shape[3]).transpose(1, 2)
+def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
+    return empty_by_tokens(query, value.shape[3])
 
 
 @torch.library.custom_op(
@@ -83,21 +72,8 @@ def _training(
 
 
 @_training.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    extent: Tensor | None,
-    sink: int,
-    window: int,
-    last: int,
-    scale: float,
-    reach: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    batch, heads, q_len, _ = query.shape
-    out = query.new_empty(batch, q_len, heads, value.shape[3]).transpose(1, 2)
-    return out, query.new_empty(batch, heads, q_len, dtype=torch.float32)
+def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return empty_by_tokens(query, value.shape[3]), query.new_empty(query.shape[:3], dtype=torch.float32)
 
 
 @torch.library.custom_op(
@@ -131,28 +107,9 @@ def _backward(
 
 @_backward.register_fake
 def _(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    extent: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    sink: int,
-    window: int,
-    last: int,
-    scale: float,
-    reach: int | None = None,
+    grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return gradient_of(query), gradient_of(key), gradient_of(value)
-
-
-def gradient_of(x: Tensor) -> Tensor:
-    """An empty tensor for the gradient of ``x`` (B, heads, tokens, dim): in (B, tokens, heads, dim) memory."""
-    batch, heads, tokens, dim = x.shape
-    return x.new_empty(batch, tokens, heads, dim).transpose(1, 2)
+    return tuple(empty_by_tokens(x, x.shape[3]) for x in (query, key, value))  # type: ignore[return-value]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

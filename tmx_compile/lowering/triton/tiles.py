@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from tmx_compile.lowering.triton.walk import seen
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -73,6 +75,49 @@ def blocks_of(first, stop, span, sinks, low, high, holes, BLOCK_N: tl.constexpr,
             masked_front = blocks
             full_end = blocks
     return Blocks(empty, blocks, masked_front, full_end)
+
+
+@triton.jit
+def valid_range(extent_ptr, batch, kv_len, PADDED: tl.constexpr):
+    """A sequence's valid keys: [start, end), and whether a key between them is masked."""
+    start = 0
+    end = kv_len
+    holes = 0
+    if PADDED:
+        start = tl.load(extent_ptr + batch * 3)
+        end = tl.load(extent_ptr + batch * 3 + 1)
+        holes = tl.load(extent_ptr + batch * 3 + 2)
+    return start, end, holes
+
+
+@triton.jit
+def masked_keys(
+    block,
+    empty,
+    sinks,
+    sink_low,
+    low,
+    mask_row,
+    position,
+    sink_end,
+    span,
+    reach,
+    BLOCK_N: tl.constexpr,
+    PADDED: tl.constexpr,
+    REACH: tl.constexpr,
+):
+    """The keys of a block that needs a mask: places (BLOCK_N,) int64, which are used, and which (M, BLOCK_N) are seen.
+
+    ``mask_row`` points to the sequence's row of the key mask; ``empty``, ``sinks``, ``sink_low`` and ``low`` are
+    those of :class:`Blocks` and of the walk.
+    """
+    slot = block * BLOCK_N + tl.arange(0, BLOCK_N) - empty
+    place = tl.where(slot < sinks, sink_low + slot, low + slot - sinks)
+    used = slot >= 0
+    if PADDED:
+        used = used & (tl.load(mask_row + place, mask=used, other=0) != 0)
+    allowed = seen(position[:, None], place[None, :], sink_end, span, reach, REACH) & used[None, :]
+    return place.to(tl.int64), used, allowed
 
 
 @triton.jit
