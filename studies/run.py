@@ -14,13 +14,14 @@ from studies import (
     prefill_memory,
     quality,
     recall,
+    stacked,
     stages,
     switch,
     training,
 )
 
 CASES = (
-    *(first_n.CASE, calibration.CASE, quality.CASE, recall.CASE),
+    *(first_n.CASE, calibration.CASE, quality.CASE, recall.CASE, stacked.CASE),
     *(pass_cost.CASE, prefill_memory.CASE, kv_cache.CASE, million.CASE, stages.CASE, switch.CASE, training.CASE),
 )
 

@@ -1,0 +1,327 @@
+"""What blocks chosen at run time cost in quality, alone and beside triangle layers: SmolLM2 and the recall model.
+
+``python -m studies.run stacked`` measures part by part. The models run as an attention implementation of Transformers
+that is switched layer by layer. All scored positions are in the last rows, which attend to everything: what is lost was
+lost in the rows before. ``density`` is the share of blocks that the dynamic layers visit, ``density_outside`` that of
+all layers which are no triangle layers, dense ones counting 1.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from benchmarks.common import RESULTS, Case, Parts, Records, device, note
+from benchmarks.models import smollm2
+from benchmarks.texts import EVALUATION, token_stream
+from studies import recall_model
+from studies.recall_model import QUESTIONS, TASKS
+from studies.recall_tasks import evaluation
+from studies.texts import CALIBRATION
+from tmx_compile.analysis.choose.direct import divergence
+from tmx_compile.analysis.judge.intervals import interval
+from tmx_compile.mask import Geometry
+from tmx_compile.mask.selection import Selection
+from tmx_compile.operator import triangle_attention
+from tmx_compile.operator.dynamic import block_sparse_attention
+
+GEOMETRY = (8, 512, 128)
+SCORED = 64
+"""Last positions of a prompt that are compared, as in the study of triangle layers."""
+SEED = 20261127
+# (method, stride, block)
+WAYS = [("pooled", 16, 64), ("pooled", 64, 64), ("antidiagonal", 16, 64), ("pooled", 16, 128)]
+SHARES = [0.8, 0.9, 0.95]
+FULL: dict[str, Any] = {
+    "smollm2": [[2048, 4], [4096, 3]],
+    "recall": [[4096, 8], [8192, 8]],
+    "triangle": 15,
+    "layers": 30,
+    # Layers that are chosen by measurement: so many of those that stay dense.
+    "counts": [3, 6, 9],
+    "calibration": [2048, 1],
+}
+CUDA: dict[str, Any] = {
+    "smollm2": [[2048, 12], [4096, 8], [7680, 4]],
+    "recall": [[4096, 32], [8192, 32]],
+    "calibration": [4096, 3],
+}
+QUICK: dict[str, Any] = FULL | {"smollm2": [[256, 1]], "recall": [], "triangle": 2, "layers": 4, "counts": [1],
+                                "calibration": [256, 1]}  # fmt: skip
+
+
+def _plan(quick: bool) -> dict[str, Any]:
+    return QUICK if quick else FULL | (CUDA if device().type == "cuda" else {})
+
+
+def names(quick: bool) -> list[str]:
+    plan = _plan(quick)
+    return [f"{model}-{tokens}" for model in ("recall", "smollm2") for tokens, _ in plan[model]]
+
+
+def settings(quick: bool) -> dict[str, Any]:
+    return {
+        **_plan(quick),
+        "geometry": list(GEOMETRY),
+        "scored": SCORED,
+        "seed": SEED,
+        "ways": "method, stride, block",
+        "smollm2_is": "SmolLM2-135M-Instruct (4-bit weights, float32 on a CPU, bfloat16 on a GPU)",
+        "ppl": "perplexity over dense perplexity less 1: mean and 95% interval by bootstrap over texts",
+        "ppl_over_triangle": "the same over the perplexity with the triangle layers alone",
+        "chosen": "the dynamic layers whose own divergence from dense was least on other text, at share 0.9",
+        "accuracy": "the share of answers that are the most likely token",
+        "always_kept": "first block, a row's own block and the one before, all blocks for the last rows",
+    }
+
+
+@dataclass(frozen=True)
+class Layers:
+    """What the layers of a model do: the triangle layers, the dynamic ones, and how those choose."""
+
+    triangle: tuple[int, ...] = ()
+    dynamic: tuple[int, ...] = ()
+    selection: Selection | None = None
+
+
+class Board:
+    """A model whose attention is switched, and what its dynamic layers visited."""
+
+    def __init__(self, model: nn.Module, name: str) -> None:
+        self.model, self.layers = model, Layers()
+        self.visited: list[Tensor] = []
+        AttentionInterface.register(name, self.attend)
+        model.set_attn_implementation(name)
+
+    def attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **rest: Any) -> Any:
+        layers, scale = self.layers, rest["scaling"]
+        if module.layer_idx in layers.dynamic:
+            assert layers.selection is not None
+            out, visited = dynamic(query, key, value, layers.selection, scale)
+            self.visited.append(visited)
+        elif module.layer_idx in layers.triangle:
+            out = triangle(query, key, value, scale)
+        else:
+            out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
+        return out.transpose(1, 2).contiguous(), None
+
+    def logits(self, ids: Tensor, keep: int, layers: Layers) -> tuple[Tensor, float]:
+        """Logits (B, keep, V) float32 of the last positions, and the density of the dynamic layers."""
+        self.layers, self.visited = layers, []
+        with torch.no_grad():
+            out = self.model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits.float()
+        if not self.visited:
+            return out, 1.0
+        visited, causal = torch.stack(self.visited).sum(0).tolist()
+        return out, visited / causal
+
+
+def dynamic(query: Tensor, key: Tensor, value: Tensor, selection: Selection, scale: float) -> tuple[Tensor, Tensor]:
+    """Block-sparse attention by the form that is there."""
+    if query.is_cuda:
+        from tmx_compile.lowering.triton.dynamic.op import TRITON_BLOCK_SPARSE
+
+        both: tuple[Tensor, Tensor] = TRITON_BLOCK_SPARSE(query, key, value, None, *selection.arguments, scale)
+        return both
+    return block_sparse_attention(query, key, value, selection=selection, scale=scale)
+
+
+def triangle(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Triangle attention by the form that is there."""
+    if query.is_cuda:
+        from tmx_compile.lowering.base import AttentionCall
+        from tmx_compile.lowering.triton.lowering import attend
+
+        out = attend(AttentionCall(query, key, value, None, Geometry(*GEOMETRY), scale, False))
+        assert isinstance(out, Tensor), out
+        return out
+    sink, window, last = GEOMETRY
+    return triangle_attention(query, key, value, sink=sink, window=window, last=last, scale=scale)[0]
+
+
+def ways(last: int) -> list[Selection]:
+    """Every way and share: the first way with all shares first."""
+    return [
+        Selection(method, share, block, stride, GEOMETRY[0], last)
+        for method, stride, block in WAYS
+        for share in (SHARES if (method, stride, block) == WAYS[0] or device().type == "cuda" else SHARES[1:2])
+    ]
+
+
+def measure(name: str, quick: bool) -> Records:
+    model, tokens = name.rsplit("-", 1)
+    count = dict(map(tuple, _plan(quick)[model]))[int(tokens)]
+    return (_smollm2(quick) if model == "smollm2" else _recall()).records(int(tokens), count)
+
+
+@functools.lru_cache(maxsize=1)
+def _smollm2(quick: bool) -> SmolLM2:
+    return SmolLM2(_plan(quick))
+
+
+@functools.lru_cache(maxsize=1)
+def _recall() -> Recall:
+    return Recall()
+
+
+class SmolLM2:
+    """Perplexity of the end of real texts."""
+
+    def __init__(self, plan: dict[str, Any]) -> None:
+        self.plan, self.depth = plan, plan["layers"]
+        model, tokenizer = smollm2(self.depth)
+        where = device()
+        model = model.to(where, torch.bfloat16 if where.type == "cuda" else torch.float32)
+        self.board = Board(model, "study-smollm2")
+        self.text, self.other = (token_stream(tokenizer, which) for which in (EVALUATION, CALIBRATION))
+        self.triangle = tuple(range(self.depth - plan["triangle"], self.depth))
+        self.rest = tuple(range(self.depth - plan["triangle"]))
+        self.ranking: list[int] = []
+
+    def records(self, tokens: int, count: int) -> Records:
+        if not self.ranking:
+            self.ranking = self._rank()
+        texts = _pieces(self.text, tokens, count)
+        dense = [self._run(ids, Layers()) for ids in texts]
+        alone = [self._run(ids, Layers(self.triangle)) for ids in texts]
+        found = [self._record(tokens, Layers(self.triangle), alone, dense, alone, "deepest")]
+        wanted = [("all others", Layers(self.triangle, self.rest, way)) for way in ways(GEOMETRY[2])]
+        wanted += [("alone", Layers((), self.rest, way)) for way in ways(GEOMETRY[2])[1:2]]
+        for n in self.plan["counts"]:
+            least = tuple(sorted(self.ranking[:n]))
+            chosen = [way for way in ways(GEOMETRY[2])[: len(SHARES)]]
+            wanted += [("chosen", Layers(self.triangle, least, way)) for way in chosen]
+        for policy, layers in wanted:
+            note(f"stacked: {tokens} tokens, {policy}, {len(layers.dynamic)} dynamic, {layers.selection}")
+            runs = [self._run(ids, layers) for ids in texts]
+            found.append(self._record(tokens, layers, runs, dense, alone, policy))
+        return found
+
+    def _run(self, ids: Tensor, layers: Layers) -> tuple[Tensor, float, float]:
+        """Log-probabilities (SCORED, V), the loss in nats, the density."""
+        logits, density = self.board.logits(ids[:, :-1], SCORED, layers)
+        loss = F.cross_entropy(logits[0], ids[0, -SCORED:])
+        return logits[0].log_softmax(-1), float(loss), density
+
+    def _rank(self) -> list[int]:
+        """The layers that are no triangle layers, from the one that gives blocks away most cheaply."""
+        tokens, count = self.plan["calibration"]
+        way = ways(GEOMETRY[2])[1]
+        texts = _pieces(self.other, tokens, count)
+        dense = [self._run(ids, Layers())[0] for ids in texts]
+        cost = {}
+        for layer in self.rest:
+            note(f"stacked: ranking layer {layer}")
+            runs = [self._run(ids, Layers((), (layer,), way)) for ids in texts]
+            divergences = [divergence(a, run[0]) for a, run in zip(dense, runs, strict=True)]
+            # What a layer costs for the share of its blocks that it leaves out.
+            cost[layer] = statistics.fmean(divergences) / max(1e-3, 1 - statistics.fmean(run[2] for run in runs))
+        return sorted(cost, key=cost.__getitem__)
+
+    def _record(self, tokens: int, layers: Layers, runs: Any, dense: Any, alone: Any, policy: str) -> dict[str, Any]:
+        density = statistics.fmean(run[2] for run in runs)
+        others = self.depth - len(layers.triangle)
+        outside = 1 - (1 - density) * len(layers.dynamic) / others
+        changes = [run[1] - before[1] for run, before in zip(runs, dense, strict=True)]
+        stacked = [run[1] - before[1] for run, before in zip(runs, alone, strict=True)]
+        return {
+            "model": "SmolLM2-135M",
+            "n": tokens,
+            "texts": len(runs),
+            "policy": policy,
+            **_how(layers),
+            "density": density,
+            "density_outside": outside,
+            "nll": statistics.fmean(run[1] for run in runs),
+            "kl": statistics.fmean(divergence(a[0], b[0]) for a, b in zip(dense, runs, strict=True)),
+            "ppl": _spread(changes),
+            "ppl_over_triangle": _spread(stacked),
+        }
+
+
+class Recall:
+    """Answers of the model that was trained to look up."""
+
+    def __init__(self) -> None:
+        model = recall_model.load(RESULTS / "recall")
+        where = device()
+        self.board = Board(model.to(where, torch.bfloat16 if where.type == "cuda" else torch.float32), "study-recall")
+        self.depth = model.config.num_hidden_layers
+
+    def records(self, tokens: int, count: int) -> Records:
+        triangle, rest = tuple(range(3, self.depth)), tuple(range(3))
+        sets = [("dense", Layers()), ("deepest", Layers(triangle))]
+        for way in ways(GEOMETRY[2]):
+            sets += [("all others", Layers(triangle, rest, way)), ("alone", Layers((), tuple(range(self.depth)), way))]
+        sets += [("one layer", Layers((), (layer,), ways(GEOMETRY[2])[1])) for layer in range(self.depth)]
+        found = []
+        for policy, layers in sets:
+            note(f"stacked: recall {tokens}, {policy}, {layers.selection}")
+            accuracy, density = {}, []
+            for task, hops in TASKS.items():
+                generator = torch.Generator(device()).manual_seed(SEED + 10 * tokens + hops)
+                right = []
+                for _ in range(count):
+                    batch = evaluation(1, tokens, QUESTIONS, hops, generator)
+                    asked = batch.targets >= 0
+                    keep = tokens - int(asked.any(0).nonzero()[0])
+                    logits, share = self.board.logits(batch.ids, keep, layers)
+                    right.append((logits.argmax(-1) == batch.targets[:, -keep:])[asked[:, -keep:]])
+                    density.append(share)
+                accuracy[task] = float(torch.cat(right).float().mean())
+            share = statistics.fmean(density)
+            others = self.depth - len(layers.triangle)
+            found.append(
+                {
+                    "model": "recall",
+                    "n": tokens,
+                    "texts": count,
+                    "policy": policy,
+                    **_how(layers),
+                    "density": share,
+                    "density_outside": 1 - (1 - share) * len(layers.dynamic) / others,
+                    "accuracy": accuracy,
+                }
+            )
+        return found
+
+
+def _how(layers: Layers) -> dict[str, Any]:
+    way = layers.selection
+    words = {} if way is None else {"method": way.method, "stride": way.stride, "block": way.block, "share": way.share}
+    return {"triangle_layers": list(layers.triangle), "dynamic_layers": list(layers.dynamic), **words}
+
+
+def _pieces(stream: Tensor, tokens: int, count: int) -> list[Tensor]:
+    """(1, tokens + 1) pieces that do not overlap, spread evenly; as many as there are, at most ``count``."""
+    whole = stream.shape[0] // (tokens + 1)
+    count = min(count, whole)
+    starts = [i * whole // count * (tokens + 1) for i in range(count)]
+    return [stream[start : start + tokens + 1][None].to(device()) for start in starts]
+
+
+def _spread(changes: Sequence[float]) -> list[float]:
+    if len(changes) < 2:
+        return [math.expm1(changes[0])]
+    return interval(changes, exponent=True).as_list()
+
+
+def finish(records: Records) -> None:
+    """Every record stands for itself."""
+
+
+def _file() -> str:
+    return "stacked_quality_cuda.json" if torch.cuda.is_available() else "stacked_quality.json"
+
+
+COLUMNS = ("part", "policy", "method", "stride", "block", "share", "density_outside", "ppl_over_triangle", "accuracy")
+CASE = Case("stacked", _file, None, COLUMNS, Parts(names, settings, measure, finish), on_request=True)

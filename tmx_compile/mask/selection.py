@@ -1,0 +1,57 @@
+"""How blocks of keys are chosen at run time, as one value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+METHODS = ("pooled", "antidiagonal")
+"""How the mass of a block is estimated: see :func:`tmx_compile.operator.dynamic.estimate.masses`."""
+
+BLOCKS = (16, 32, 64, 128)
+"""Sides of a block that a kernel tiles by."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a row of blocks keeps of the blocks before it: see :func:`tmx_compile.operator.block_sparse_attention`.
+
+    Attributes:
+        method: how masses are estimated, one of :data:`METHODS`.
+        share: how much of the estimated mass of a row of blocks is kept, in (0, 1].
+        block: rows and keys of a block, one of :data:`BLOCKS`.
+        stride: tokens of a group, the unit of the estimate; divides ``block``.
+        sink: leading valid keys whose blocks are always kept.
+        last: final valid rows whose blocks of rows keep everything.
+
+    Raises:
+        ValueError: a value outside of these, naming it.
+    """
+
+    method: str = "pooled"
+    share: float = 0.9
+    block: int = 128
+    stride: int = 16
+    sink: int = 4
+    last: int = 64
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
+        if not 0.0 < self.share <= 1.0:
+            raise ValueError(f"share must be above 0 and at most 1, got {self.share}")
+        if self.block not in BLOCKS:
+            raise ValueError(f"block must be one of {', '.join(map(str, BLOCKS))}, got {self.block}")
+        if self.stride < 1 or self.block % self.stride != 0:
+            raise ValueError(f"stride must divide block={self.block}, got {self.stride}")
+        for name in ("sink", "last"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+
+    @property
+    def arguments(self) -> tuple[str, float, int, int, int, int]:
+        """The fields in order, as the operator takes them."""
+        return self.method, self.share, self.block, self.stride, self.sink, self.last
+
+    def bounded(self, kv_len: int) -> Selection:
+        """The same with no count beyond the number of keys."""
+        return replace(self, sink=min(self.sink, kv_len), last=min(self.last, kv_len))

@@ -1,0 +1,9 @@
+"""``tmx::block_sparse_attention``: causal attention over blocks of keys that are chosen while it runs."""
+
+from __future__ import annotations
+
+from tmx_compile.operator.dynamic.listed import attend
+from tmx_compile.operator.dynamic.operator import BLOCK_SPARSE, block_sparse_attention
+from tmx_compile.operator.dynamic.choice import Lists, select
+
+__all__ = ["BLOCK_SPARSE", "Lists", "attend", "block_sparse_attention", "select"]
