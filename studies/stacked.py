@@ -41,22 +41,30 @@ SEED = 20261127
 # (method, stride, block)
 WAYS = [("pooled", 16, 64), ("pooled", 64, 64), ("antidiagonal", 16, 64), ("pooled", 16, 128)]
 SHARES = [0.8, 0.9, 0.95]
+# A CPU has time for the first way, one share and few texts.
 FULL: dict[str, Any] = {
-    "smollm2": [[2048, 4], [4096, 3]],
-    "recall": [[4096, 8], [8192, 8]],
+    "smollm2": [[2048, 2], [4096, 2]],
+    "recall": [],
     "triangle": 15,
     "layers": 30,
-    # Layers that are chosen by measurement: so many of those that stay dense.
-    "counts": [3, 6, 9],
-    "calibration": [2048, 1],
+    "shares": [0.9],
+    "ways": 1,
+    "counts": [6],
+    "calibration": None,
 }
 CUDA: dict[str, Any] = {
     "smollm2": [[2048, 12], [4096, 8], [7680, 4]],
-    "recall": [[4096, 32], [8192, 32]],
+    "recall": [[4096, 16], [8192, 16]],
+    "shares": SHARES,
+    "ways": len(WAYS),
+    "counts": [3, 6, 9, 12],
     "calibration": [4096, 3],
 }
-QUICK: dict[str, Any] = FULL | {"smollm2": [[256, 1]], "recall": [], "triangle": 2, "layers": 4, "counts": [1],
+QUICK: dict[str, Any] = FULL | {"smollm2": [[256, 1]], "triangle": 2, "layers": 4, "counts": [1],
                                 "calibration": [256, 1]}  # fmt: skip
+# Of the layers that are no triangle layers, from the one whose Middle section is needed least: a calibration for the
+# same geometry (profiles/cuda/smollm2-135m-8-512-128-gradient.json).
+RANKED = (13, 12, 11, 14, 10, 9, 4, 2, 6, 5, 3, 8, 1, 7, 0)
 
 
 def _plan(quick: bool) -> dict[str, Any]:
@@ -78,7 +86,8 @@ def settings(quick: bool) -> dict[str, Any]:
         "smollm2_is": "SmolLM2-135M-Instruct (4-bit weights, float32 on a CPU, bfloat16 on a GPU)",
         "ppl": "perplexity over dense perplexity less 1: mean and 95% interval by bootstrap over texts",
         "ppl_over_triangle": "the same over the perplexity with the triangle layers alone",
-        "chosen": "the dynamic layers whose own divergence from dense was least on other text, at share 0.9",
+        "chosen": "the dynamic layers whose own divergence from dense was least on other text, at share 0.9, for the "
+        "blocks that they leave out; without 'calibration' those whose Middle section a gradient needs least",
         "accuracy": "the share of answers that are the most likely token",
         "always_kept": "first block, a row's own block and the one before, all blocks for the last rows",
     }
@@ -148,13 +157,16 @@ def triangle(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     return triangle_attention(query, key, value, sink=sink, window=window, last=last, scale=scale)[0]
 
 
-def ways(last: int) -> list[Selection]:
+def ways(plan: dict[str, Any]) -> list[Selection]:
     """Every way and share: the first way with all shares first."""
     return [
-        Selection(method, share, block, stride, GEOMETRY[0], last)
-        for method, stride, block in WAYS
-        for share in (SHARES if (method, stride, block) == WAYS[0] or device().type == "cuda" else SHARES[1:2])
+        Selection(method, share, block, stride, GEOMETRY[0], GEOMETRY[2])
+        for method, stride, block in WAYS[: plan["ways"]]
+        for share in plan["shares"]
     ]
+
+
+MIDDLE = Selection(*WAYS[0][:1], 0.9, *WAYS[0][:0:-1], GEOMETRY[0], GEOMETRY[2])
 
 
 def measure(name: str, quick: bool) -> Records:
@@ -194,12 +206,13 @@ class SmolLM2:
         dense = [self._run(ids, Layers()) for ids in texts]
         alone = [self._run(ids, Layers(self.triangle)) for ids in texts]
         found = [self._record(tokens, Layers(self.triangle), alone, dense, alone, "deepest")]
-        wanted = [("all others", Layers(self.triangle, self.rest, way)) for way in ways(GEOMETRY[2])]
-        wanted += [("alone", Layers((), self.rest, way)) for way in ways(GEOMETRY[2])[1:2]]
+        every = ways(self.plan)
+        wanted = [("all others", Layers(self.triangle, self.rest, way)) for way in every]
         for n in self.plan["counts"]:
             least = tuple(sorted(self.ranking[:n]))
-            chosen = [way for way in ways(GEOMETRY[2])[: len(SHARES)]]
-            wanted += [("chosen", Layers(self.triangle, least, way)) for way in chosen]
+            wanted += [("chosen", Layers(self.triangle, least, way)) for way in every[: len(self.plan["shares"])]]
+        if self.plan["calibration"]:
+            wanted += [("alone", Layers((), self.rest, MIDDLE))]
         for policy, layers in wanted:
             note(f"stacked: {tokens} tokens, {policy}, {len(layers.dynamic)} dynamic, {layers.selection}")
             runs = [self._run(ids, layers) for ids in texts]
@@ -214,8 +227,10 @@ class SmolLM2:
 
     def _rank(self) -> list[int]:
         """The layers that are no triangle layers, from the one that gives blocks away most cheaply."""
+        if self.plan["calibration"] is None:
+            return list(RANKED)
         tokens, count = self.plan["calibration"]
-        way = ways(GEOMETRY[2])[1]
+        way = MIDDLE
         texts = _pieces(self.other, tokens, count)
         dense = [self._run(ids, Layers())[0] for ids in texts]
         cost = {}
@@ -260,9 +275,9 @@ class Recall:
     def records(self, tokens: int, count: int) -> Records:
         triangle, rest = tuple(range(3, self.depth)), tuple(range(3))
         sets = [("dense", Layers()), ("deepest", Layers(triangle))]
-        for way in ways(GEOMETRY[2]):
+        for way in ways(CUDA):
             sets += [("all others", Layers(triangle, rest, way)), ("alone", Layers((), tuple(range(self.depth)), way))]
-        sets += [("one layer", Layers((), (layer,), ways(GEOMETRY[2])[1])) for layer in range(self.depth)]
+        sets += [("one layer", Layers((), (layer,), MIDDLE)) for layer in range(self.depth)]
         found = []
         for policy, layers in sets:
             note(f"stacked: recall {tokens}, {policy}, {layers.selection}")

@@ -6,9 +6,9 @@ import torch
 from tests.support.blocks import always_kept, visits
 from tmx_compile.mask.selection import Selection
 from tmx_compile.operator.dynamic import select
+from tmx_compile.operator.dynamic.choice import choose
 from tmx_compile.operator.dynamic.estimate import Groups
 from tmx_compile.operator.dynamic.grid import Grid
-from tmx_compile.operator.dynamic.choice import choose
 
 PROBLEMS = {
     "whole blocks": (256, 256, None),

@@ -16,7 +16,7 @@ _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? key_mask, Tensor? ext
 _COUNTS = "int sink, int window, int last, float scale, int? reach=None"
 
 
-def _on_device_of(x: Tensor) -> Any:
+def on_device_of(x: Tensor) -> Any:
     """Triton launches on the current device, which need not be the tensors'."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
@@ -36,7 +36,7 @@ def _forward(
 ) -> Tensor:
     from tmx_compile.lowering.triton.launch import attend
 
-    with _on_device_of(query):
+    with on_device_of(query):
         return attend(query, key, value, key_mask, extent, Geometry(sink, window, last, reach), scale)[0]
 
 
@@ -65,7 +65,7 @@ def _training(
     from tmx_compile.lowering.triton.launch import attend
 
     geometry = Geometry(sink, window, last, reach)
-    with _on_device_of(query):
+    with on_device_of(query):
         out, lse = attend(query, key, value, key_mask, extent, geometry, scale, with_lse=True)
     assert lse is not None
     return out, lse
@@ -101,7 +101,7 @@ def _backward(
     from tmx_compile.lowering.triton.backward_launch import gradients
 
     geometry = Geometry(sink, window, last, reach)
-    with _on_device_of(query):
+    with on_device_of(query):
         return gradients(grad_out, grad_lse, query, key, value, key_mask, extent, out, lse, geometry, scale)
 
 

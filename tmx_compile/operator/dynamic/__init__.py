@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from tmx_compile.operator.dynamic.choice import Lists, select
 from tmx_compile.operator.dynamic.listed import attend
 from tmx_compile.operator.dynamic.operator import BLOCK_SPARSE, block_sparse_attention
-from tmx_compile.operator.dynamic.choice import Lists, select
 
 __all__ = ["BLOCK_SPARSE", "Lists", "attend", "block_sparse_attention", "select"]

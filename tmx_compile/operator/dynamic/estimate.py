@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tmx_compile.mask.selection import Selection
-from tmx_compile.operator.dynamic.grid import Grid
+from tmx_compile.operator.dynamic.grid import Grid, groups_of
 
 
 class Groups:
@@ -52,11 +52,11 @@ class Groups:
         # A mean over all pairs of a full group: what is missing is made up for in the scores.
         factor = scale / self.stride
         if selection.method == "pooled":
-            self.rows = rows.unflatten(2, (-1, self.stride)).sum(3, dtype=torch.float32) * (factor / self.stride)
-            self.keys = keys.unflatten(2, (-1, self.stride)).sum(3, dtype=torch.float32)
+            self.rows = groups_of(rows, self.stride).sum(3, dtype=torch.float32) * (factor / self.stride)
+            self.keys = groups_of(keys, self.stride).sum(3, dtype=torch.float32)
         else:
-            self.rows = rows.unflatten(2, (-1, self.stride)).flip(3).flatten(3).float() * factor
-            self.keys = keys.unflatten(2, (-1, self.stride)).flatten(3).float()
+            self.rows = groups_of(rows, self.stride).flip(3).flatten(3).float() * factor
+            self.keys = groups_of(keys, self.stride).flatten(3).float()
 
     def masses(self, first: int, stop: int) -> Tensor:
         """The masses (B, H, stop - first, columns) float32 of the blocks of rows [first, stop), counted from row 0's.
@@ -67,7 +67,7 @@ class Groups:
         kv_heads = self.keys.shape[1]
         low, high = first * self.of_block, stop * self.of_block
         columns = self.grid.first + stop
-        rows = self.rows[:, :, low:high].unflatten(1, (kv_heads, heads // kv_heads)).flatten(2, 3)
+        rows = self.rows[:, :, low:high].reshape(batch, kv_heads, heads // kv_heads * (high - low), -1)
         keys = self.keys[:, :, : columns * self.of_block]
         scores = (rows @ keys.mT).view(batch, heads, high - low, -1)
         missing = self.stride / self.rows_of[low:high].clamp(min=1)
@@ -78,8 +78,8 @@ class Groups:
         row = torch.arange(low, high, device=scores.device)[:, None] + self.grid.first * self.of_block
         scores = scores.masked_fill(place > row, float("-inf"))
         shares = torch.softmax(scores, -1).nan_to_num(0.0)
-        shares = shares.unflatten(3, (columns, self.of_block)).sum(4)
+        shares = groups_of(shares, self.of_block, 3).sum(4)
         exist = (self.rows_of[low:high] > 0).to(shares.dtype)[:, None]
-        by_block = (shares * exist).unflatten(2, (stop - first, self.of_block)).sum(3)
+        by_block = groups_of(shares * exist, self.of_block).sum(3)
         masses = by_block / exist.view(stop - first, self.of_block).sum(1).clamp(min=1.0)[:, None]
         return torch.nn.functional.pad(masses, (0, self.grid.columns - columns))

@@ -12,6 +12,11 @@ from tmx_compile.mask.selection import Selection
 from tmx_compile.operator.kernel import valid_range
 
 
+def groups_of(x: Tensor, size: int, dim: int = 2) -> Tensor:
+    """A tensor with dimension ``dim`` in groups of ``size``: (..., n, ...) as (..., n / size, size, ...)."""
+    return torch.unflatten(x, dim, (-1, size))
+
+
 @dataclass(frozen=True)
 class Grid:
     """Blocks of ``block`` positions, counted from key 0: row i stands at position Skv - Sq + i, as in the operator.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tmx_compile.operator.dynamic.grid import Grid
 from tmx_compile.operator.dynamic.choice import Lists
+from tmx_compile.operator.dynamic.grid import Grid, groups_of
 from tmx_compile.operator.kernel import accumulation_dtype
 
 GATHER_BUDGET = 1 << 22
@@ -25,8 +25,8 @@ def attend(
     group = heads // key.shape[1]
     dtype = accumulation_dtype(query.dtype)
     out = query.new_zeros(batch, grid.q_len, heads, value.shape[3]).transpose(1, 2)
-    keys, values = (grid.padded_keys(x).unflatten(2, (-1, block)) for x in (key, value))
-    valid = grid.existing_keys(key_mask, key.device).expand(batch, -1).unflatten(1, (-1, block))
+    keys, values = (groups_of(grid.padded_keys(x), block) for x in (key, value))
+    valid = groups_of(grid.existing_keys(key_mask, key.device).expand(batch, -1), block, 1)
     inside = torch.arange(block, device=key.device)
     for row in range(grid.rows):
         low = max(0, (grid.first + row) * block - grid.offset)

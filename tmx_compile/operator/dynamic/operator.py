@@ -7,8 +7,8 @@ from torch import Tensor
 
 from tmx_compile.mask.geometry import ALL_ROWS
 from tmx_compile.mask.selection import Selection
-from tmx_compile.operator.dynamic.listed import attend
 from tmx_compile.operator.dynamic.choice import grid_of, select
+from tmx_compile.operator.dynamic.listed import attend
 from tmx_compile.operator.layout import empty_by_tokens
 from tmx_compile.operator.triangle import check as check_tensors
 

@@ -1,0 +1,154 @@
+"""From tensors to the launches of choosing blocks and attending to them. Importing this module needs Triton."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from tmx_compile.lowering.triton.dynamic.choosing import choose_kernel, estimate_kernel
+from tmx_compile.lowering.triton.dynamic.kernel import block_sparse_kernel
+from tmx_compile.lowering.triton.launch import INTERPRETED
+from tmx_compile.mask.selection import Selection
+from tmx_compile.operator.dynamic import Lists
+from tmx_compile.operator.dynamic.choice import grid_of
+from tmx_compile.operator.dynamic.grid import Bounds, Grid, groups_of
+from tmx_compile.operator.layout import empty_by_tokens
+
+WORKSPACE = 1 << 25
+"""Log-sum-exps that are kept at once (4 bytes each), unless one row of blocks has more."""
+_TILE = 64  # groups of rows, and at least of keys, of a program that estimates
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """A launch of the attention kernel: keys a step, warps, stages, most registers a thread may take."""
+
+    step: int
+    warps: int
+    stages: int
+    registers: int | None = None
+
+
+def tuning(element_size: int, dim: int, block: int) -> Tuning:
+    """The shapes for a dtype's size in bytes, the larger padded head dim and a block."""
+    if element_size == 4 or dim > 128:
+        return Tuning(min(32 if dim <= 128 else 16, block), 4, 1 if element_size == 4 else 2)
+    return Tuning(min(64, block), 8 if block >= 128 else 4, 3)
+
+
+def select(query: Tensor, key: Tensor, key_mask: Tensor | None, selection: Selection, scale: float) -> Lists:
+    """As :func:`tmx_compile.operator.dynamic.select`, by kernels."""
+    grid = grid_of(query, key, selection)
+    batch, heads, _, dim = query.shape
+    of_block = grid.block // selection.stride
+    device = query.device
+    bounds = Bounds.of(grid, key_mask, selection, device)
+    packed = torch.stack([bounds.start, bounds.end, bounds.sink_end, bounds.last_low], 1).to(torch.int32)
+    blocks = torch.empty(batch, heads, grid.rows, grid.columns, dtype=torch.int16, device=device)
+    counts = torch.empty(batch, heads, grid.rows, dtype=torch.int32, device=device)
+    pooled = selection.method == "pooled"
+    keys_of = groups_of(grid.existing_keys(key_mask, device), selection.stride, 1).sum(2, dtype=torch.int32)
+    if INTERPRETED and query.dtype == torch.bfloat16:
+        # The interpreter multiplies bfloat16 as if it were integers.
+        query, key = query.float(), key.float()
+    if pooled:
+        rows, keys = _means(query, key, key_mask, keys_of, grid, selection.stride)
+        steps, q_offset = 1, grid.first * of_block
+    else:
+        rows, keys = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key))
+        steps, q_offset = selection.stride, grid.offset
+    padded = key_mask is not None and not pooled
+    mask = key_mask.contiguous() if key_mask is not None else keys_of
+    together = max(1, WORKSPACE // (batch * heads * of_block * grid.columns))
+    local = torch.empty(
+        batch * heads * min(together, grid.rows) * of_block * grid.columns, dtype=torch.float32, device=device
+    )
+    whole = selection.share == 1.0
+    key_tile = max(_TILE, of_block)
+    for first in range(0, grid.rows, together):
+        stop = min(grid.rows, first + together)
+        groups = (stop - first) * of_block
+        first_group = (grid.first + first) * of_block
+        if not whole:
+            row_tiles, key_tiles = triton.cdiv(groups, _TILE), triton.cdiv((grid.first + stop) * of_block, key_tile)
+            estimate_kernel[(row_tiles, key_tiles, batch * heads)](
+                rows, keys, keys_of, mask, local, *rows.stride()[:3], *keys.stride()[:3],
+                keys_of.stride(0) if keys_of.shape[0] > 1 else 0, mask.stride(0) if padded else 0,
+                first_group, groups, q_offset, rows.shape[2], keys.shape[2], keys_of.shape[1], grid.columns,
+                grid.offset, grid.kv_len, scale,
+                HEADS=heads, KV_HEADS=key.shape[1], DIM=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)),
+                STRIDE=selection.stride, STEPS=steps, OF_BLOCK=of_block, ROWS=_TILE, KEYS=key_tile, PADDED=padded,
+                FLOAT32=rows.dtype == torch.float32, num_warps=4, num_stages=3 if steps > 1 else 1,
+            )  # fmt: skip
+        choose_kernel[(stop - first, batch * heads)](
+            local, packed, blocks, counts, packed.stride(0) if packed.shape[0] > 1 else 0,
+            grid.first + first, first, grid.rows, groups, grid.columns, grid.offset, grid.kv_len, selection.share,
+            HEADS=heads, STRIDE=selection.stride, OF_BLOCK=of_block, COLUMNS=triton.next_power_of_2(grid.columns),
+            WHOLE=whole, num_warps=4 if grid.columns <= 2048 else 8,
+        )  # fmt: skip
+    return Lists(blocks, counts, _visited(grid, bounds, counts))
+
+
+def _means(
+    query: Tensor, key: Tensor, key_mask: Tensor | None, keys_of: Tensor, grid: Grid, stride: int
+) -> tuple[Tensor, Tensor]:
+    """The mean query and key of every group, in their dtype."""
+    keys = grid.padded_keys(key)
+    if key_mask is not None:
+        # Hidden keys may hold anything.
+        keys = keys.masked_fill(~grid.existing_keys(key_mask, key.device)[:, None, :, None], 0.0)
+    rows_of = grid.existing_rows(query.device).view(-1, stride).sum(1).clamp(min=1)
+    rows = groups_of(grid.padded_rows(query), stride).sum(3, dtype=torch.float32) / rows_of[:, None]
+    keys = groups_of(keys, stride).sum(3, dtype=torch.float32) / keys_of.clamp(min=1)[:, None, :, None]
+    return rows.to(query.dtype), keys.to(key.dtype)
+
+
+def _visited(grid: Grid, bounds: Bounds, counts: Tensor) -> Tensor:
+    row = torch.arange(grid.first, grid.columns, device=counts.device)
+    possible = torch.minimum(row + 1, bounds.end[:, None]) - bounds.start[:, None]
+    repeats = counts.shape[0] * counts.shape[1] // bounds.start.shape[0]
+    return torch.stack([counts.sum(dtype=torch.int64), possible.clamp(min=0).sum() * repeats])
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    lists: Lists,
+    block: int,
+    scale: float,
+    *,
+    shapes: Tuning | None = None,
+) -> Tensor:
+    """As :func:`tmx_compile.operator.dynamic.attend`, by a kernel; the lists ascend.
+
+    Args:
+        query, key, value, key_mask, lists, block, scale: as there.
+        shapes: of the launch; by default the table decides.
+    """
+    query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
+    dtype = query.dtype
+    if INTERPRETED and dtype == torch.bfloat16:
+        query, key, value = query.float(), key.float(), value.float()
+    key_mask = key_mask if key_mask is None or key_mask.stride(1) == 1 else key_mask.contiguous()
+    batch, heads, q_len, dim = query.shape
+    kv_len, v_dim = key.shape[2], value.shape[3]
+    rows, columns = lists.blocks.shape[2:]
+    out = empty_by_tokens(query, v_dim)
+    block_d, block_dv = (max(16, triton.next_power_of_2(x)) for x in (dim, v_dim))
+    shapes = shapes or tuning(query.element_size(), max(block_d, block_dv), block)
+    block_sparse_kernel[(batch * heads * rows,)](
+        query, key, value, out, out if key_mask is None else key_mask, lists.blocks, lists.counts,
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
+        0 if key_mask is None else key_mask.stride(0),
+        q_len, kv_len, rows, columns, scale * math.log2(math.e),
+        HEADS=heads, KV_HEADS=key.shape[1], DIM=dim, DIM_V=v_dim, BLOCK_D=block_d, BLOCK_DV=block_dv,
+        BLOCK=block, STEP=shapes.step, PADDED=key_mask is not None, FLOAT32=query.dtype == torch.float32,
+        STAGES=shapes.stages, num_warps=shapes.warps, num_stages=shapes.stages, maxnreg=shapes.registers,
+    )  # fmt: skip
+    return out.to(dtype)
