@@ -25,6 +25,7 @@ from tmx_compile.passes.one_row import one_row_chunk
 from tmx_compile.passes.plan import Plan
 from tmx_compile.passes.range_guards import RangeGuards
 from tmx_compile.passes.record import records
+from tmx_compile.passes.visited import counted
 from tmx_compile.proof.constants import watched
 from tmx_compile.remarks import warn_if_dense, warn_of
 from tmx_compile.report import Report
@@ -79,6 +80,10 @@ class TmxBackend:
         self.report = Report() if report is None else report
         config_in_use = self.request.config
         self._watch = Watch(self.report, 0 if config_in_use is None else config_in_use.min_seq_len, self.request.strict)
+        if model is not None and config_in_use is not None and config_in_use.dynamic_layers():
+            raise ValueError(
+                f"model cannot be handed over together with dynamic_layer_indices={config_in_use.dynamic_layer_indices}"
+            )
         if model is not None and config_in_use is not None:
             hand_over(model, config_in_use, self._watch)
             self.request = replace(self.request, handed_over=True)
@@ -124,7 +129,7 @@ class TmxBackend:
         one_row = one_row_chunk(gm, self.request, host, example_inputs) if chunked else None
         compiled, plan = self._compile(gm, host, compiler, example_inputs)
         # Only now: Dynamo may abandon a compilation half way and start again.
-        self.report.add_graph(records(plan, self.report.graphs), plan.notes)
+        self.report.add_graph(records(plan, self.report.graphs), plan.notes, plan.visited)
         warn_if_dense(plan, self.report)
         return compiled if one_row is None else one_row.beside(compiled)
 
@@ -159,6 +164,8 @@ class TmxBackend:
         as_written = copy_graph(gm).forward if plan.known and not self.request.strict else None
         with _cache_tag(plan.config):
             compiled = compiler.compile(outcome.graph, example_inputs, outcome.needs)
+        if outcome.plan.visited is not None:
+            compiled = counted(compiled, outcome.plan.visited)
         # Here, so that no form of a graph is run without asking for what its own proofs rest on.
         return watched(compiled, plan.known, as_written), outcome.plan
 

@@ -34,7 +34,7 @@ def warn_of(request: Request, given: TriangleMixConfig | TriangleMixInferenceCon
         return
     if request.decode == "streaming" and config.layers():
         warnings.warn(streaming_message(len(config.layers()), None, config), stacklevel=stacklevel)
-    if not config.layers():
+    if not request.sparse:
         warnings.warn("the configuration selects no layer: every layer stays dense", stacklevel=stacklevel)
     elif config.uses_first_n:
         warnings.warn(first_n_message(len(config.layers())), stacklevel=stacklevel)
@@ -42,7 +42,7 @@ def warn_of(request: Request, given: TriangleMixConfig | TriangleMixInferenceCon
 
 def warn_if_dense(plan: Plan, report: Report) -> None:
     """Say once where every layer that was to go sparse stays dense for a long prompt, and why the first does."""
-    dense = [] if plan.triangle else list(missed(plan, by_hint=True))
+    dense = [] if plan.sparse else list(missed(plan, by_hint=True))
     if not dense:
         return
     why = dense[0].why

@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 from torch._logging._internal import trace_structured
 from torch.fx import Node
 
@@ -92,13 +93,16 @@ class SiteRecord:
         value: (batch, key heads, keys, value's head_dim).
         dtype: of the query, such as "bfloat16".
         dynamic: whether a length is dynamic.
-        decision: "dense", "triangle", or "streaming" (a decode step that attends to sinks and window).
+        decision: "dense", "triangle", "dynamic" (blocks chosen while it runs), or "streaming" (a decode step that
+            attends to sinks and window).
         reason: the name of a :class:`Reason` where the site stays dense, else "".
         detail: its particulars.
         lowering: what computes the call; "as written" where it is left as it is.
-        attended_pairs: how many pairs the mask keeps.
+        attended_pairs: how many pairs the mask keeps; of a dynamic site at most, see :meth:`Report.density`.
         causal_pairs: how many pairs dense causal attention has.
         layers: the layers that share the graph; as far as ``layer`` is None, those of the model that was handed over.
+        method: how a dynamic site estimates what its blocks hold, else "".
+        share: how much of it it keeps, else None.
 
     >>> from tmx_compile import SiteRecord
     >>> shape = (1, 2, 300, 16)
@@ -124,6 +128,8 @@ class SiteRecord:
     attended_pairs: int
     causal_pairs: int
     layers: tuple[int, ...] = ()
+    method: str = ""
+    share: float | None = None
 
 
 @dataclass
@@ -155,6 +161,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
     graphs: int = 0
     uncompiled: int = 0
+    _visited: dict[tuple[int, str, int | None], Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def __iter__(self) -> Iterator[SiteRecord]:
         return iter(self.sites)
@@ -180,22 +187,50 @@ class Report:
         """
         return [site for site in self.sites if site.graph == graph]
 
-    def add_graph(self, sites: list[SiteRecord], notes: Sequence[str]) -> None:
+    def density(self, site: SiteRecord) -> float | None:
+        """The share of blocks that a dynamic site visited in its last call; None: it is not counted, or has not run.
+
+        Calls write their counts on the device; only this reads them, and waits for it. ``print`` and :meth:`table` do.
+
+        >>> from tmx_compile import Report
+        >>> report = Report()
+        >>> [report.density(site) for site in report]
+        []
+        """
+        counts = self._visited.get((site.graph, site.path, site.layer))
+        if counts is None:
+            return None
+        visited, causal = counts.tolist()
+        return visited / causal if causal else None
+
+    def count_visited(self, graph: int, path: str, layer: int | None, counts: Tensor) -> None:
+        """Tell where the calls of a dynamic site count: (2,) blocks visited, and those of dense attention.
+
+        The backend and the attention implementation call it.
+        """
+        self._visited[graph, path, layer] = counts
+
+    def add_graph(self, sites: list[SiteRecord], notes: Sequence[str], visited: Tensor | None = None) -> None:
         """Record one compiled graph, and tell the log and the structured trace. The backend calls it.
 
         Args:
             sites: the graph's, in order; ``graph`` of each is the number of graphs so far.
             notes: remarks about the graph; those known already are not repeated.
+            visited: where the graph counts for its dynamic sites, in order: (sites, 2) blocks.
         """
         self.graphs += 1
         self.sites.extend(sites)
+        if visited is not None:
+            for site, counts in zip((s for s in sites if s.decision == "dynamic"), visited, strict=True):
+                self.count_visited(site.graph, site.path, site.layer, counts)
         self.notes.extend(note for note in notes if note not in self.notes)
         for note in notes:
             log.warning("%s", note)
         if not sites:
             return
-        sparse = sum(site.decision == "triangle" for site in sites)
-        log.info("graph %d: %d attention sites, %d triangle", sites[0].graph, len(sites), sparse)
+        sparse, dynamic = (sum(site.decision == name for site in sites) for name in ("triangle", "dynamic"))
+        more = f", {dynamic} dynamic" if dynamic else ""
+        log.info("graph %d: %d attention sites, %d triangle%s", sites[0].graph, len(sites), sparse, more)
         for site in sites:
             _tell(site)
         trace_structured(
@@ -242,6 +277,10 @@ class Report:
         for site in self.sites if graph is None else self.of_graph(graph):
             share = f"{site.attended_pairs / site.causal_pairs:.1%}" if site.causal_pairs else ""
             why = Reason[site.reason].value if site.reason else ""
+            if site.decision == "dynamic":
+                density = self.density(site)
+                share = "" if density is None else f"{density:.1%}"
+                why = f"keeps {site.share:.0%} of the mass, {site.method}"
             sizes = ("x".join(map(str, site.query)), "x".join(map(str, site.key))) if shapes else ()
             table.add_row(
                 str(site.graph),

@@ -81,7 +81,7 @@ class Request:
     @property
     def sparse(self) -> bool:
         """Whether any layer is to go sparse."""
-        return self.config is not None and bool(self.config.layers())
+        return self.config is not None and bool(self.config.layers() or self.config.dynamic_layers())
 
     def __str__(self) -> str:
         """The options that a reader wants to see, as keyword arguments."""

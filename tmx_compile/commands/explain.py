@@ -22,7 +22,7 @@ from tmx_compile.lowering.table import ASCEND, LOWERINGS
 DTYPES = ("float32", "bfloat16", "float16")
 # Of a table that goes to no terminal.
 _WIDTH = 140
-_STYLES = {"triangle": "cyan", "refused": "yellow", "dense": "", "none": "dim"}
+_STYLES = {"triangle": "cyan", "dynamic": "magenta", "refused": "yellow", "dense": "", "none": "dim"}
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

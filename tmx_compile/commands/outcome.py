@@ -15,8 +15,8 @@ from tmx_compile.report import Reason, Report, SiteRecord
 class Row:
     """One attention call, or a layer without one.
 
-    ``kind`` is "triangle", "dense" (by the configuration), "refused" (selected, and dense all the same) or "none".
-    Pairs are (row, key) pairs of one head.
+    ``kind`` is "triangle", "dynamic", "dense" (by the configuration), "refused" (selected, and dense all the same) or
+    "none". Pairs are (row, key) pairs of one head.
     """
 
     layer: int | None
@@ -112,9 +112,10 @@ def _row(site: SiteRecord, config: TriangleMixConfig) -> Row:
     why = f"{why}: {site.detail}" if site.detail else why
     sparse = site.decision != "dense"
     # By the configuration and not by the reason: a layer that is not selected may have another one too.
-    selected = site.layer is None or config.is_triangle_layer(site.layer)
-    kind = "triangle" if sparse else "refused" if selected else "dense"
+    selected = site.layer is None or site.layer in (*config.layers(), *config.dynamic_layers())
+    kind = "dynamic" if site.decision == "dynamic" else "triangle" if sparse else "refused" if selected else "dense"
     shape = None
+    sparse = kind == "triangle"
     if site.causal_pairs and site.query[2] == site.key[2]:
         shape = Shape(site.query[2], config.geometry if sparse else None, _reach(site))
     return Row(site.layer, site.path, kind, why, site.lowering, site.attended_pairs, site.causal_pairs, shape)

@@ -40,6 +40,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tmx_compile.config.dynamic import DYNAMIC, checked, from_profile_section, profile_section
 from tmx_compile.config.profile import GEOMETRY, PROFILE_FORMAT, check_model, profile_values
 from tmx_compile.config.values import as_count, as_layer_indices, refuse_unknown
 
@@ -64,10 +65,15 @@ class TriangleMixConfig:
         triangle_layer_indices: the triangle layers, counted from 0, from any iterable of integers; stored as
             a sorted tuple. None means not given; an empty one means that no layer is a triangle layer.
         min_seq_len: prompts of this length or shorter stay dense (tokens).
+        dynamic_layer_indices: layers whose prompts attend to blocks of keys that are chosen while they run
+            (docs/dynamic.md); from any iterable of integers, none of them a triangle layer. None: no layer.
+        dynamic_share: how much of the estimated attention of a block of rows these keep, above 0 and at most 1.
+        dynamic_method: how it is estimated: "pooled" or "antidiagonal".
+        dynamic_block: rows and keys of a block: 16, 32, 64 or 128 (tokens).
 
     Raises:
-        ValueError: a count that is negative, no integer or not below 2**31, a layer that is negative or
-            repeated; the message names the parameter and the value.
+        ValueError: a count that is negative, no integer or not below 2**31, a layer that is negative,
+            repeated or of both kinds, an unknown method; the message names the parameter and the value.
 
     >>> from tmx_compile import TriangleMixConfig
     >>> config = TriangleMixConfig(8, 512, 128, triangle_layer_indices=[30, 31])
@@ -85,6 +91,10 @@ class TriangleMixConfig:
     num_triangle_layers: int | None = None
     triangle_layer_indices: Sequence[int] | None = None
     min_seq_len: int = 2048
+    dynamic_layer_indices: Sequence[int] | None = None
+    dynamic_share: float = 0.9
+    dynamic_method: str = "pooled"
+    dynamic_block: int = 128
 
     def __post_init__(self) -> None:
         for name in _OVERRIDABLE:
@@ -95,6 +105,8 @@ class TriangleMixConfig:
         if self.triangle_layer_indices is not None:
             indices = as_layer_indices("triangle_layer_indices", self.triangle_layer_indices)
             object.__setattr__(self, "triangle_layer_indices", indices)
+        for name, value in checked(self._dynamic, self.layers()).items():
+            object.__setattr__(self, name, value)
 
     @classmethod
     def deepest(cls, n: int, *, num_layers: int, **geometry: int) -> TriangleMixConfig:
@@ -119,7 +131,8 @@ class TriangleMixConfig:
         n = as_count("n", n)
         if n > num_layers:
             raise ValueError(f"n must be at most num_layers={num_layers}, got {n}")
-        return cls(triangle_layer_indices=range(num_layers - n, num_layers), **geometry)
+        values: dict[str, Any] = {**geometry}
+        return cls(triangle_layer_indices=range(num_layers - n, num_layers), **values)
 
     @classmethod
     def from_layer(cls, start: int, *, num_layers: int, **geometry: int) -> TriangleMixConfig:
@@ -142,7 +155,8 @@ class TriangleMixConfig:
         start = as_count("start", start)
         if start >= num_layers:
             raise ValueError(f"start must be less than num_layers={num_layers}, got {start}")
-        return cls(triangle_layer_indices=range(start, num_layers), **geometry)
+        values: dict[str, Any] = {**geometry}
+        return cls(triangle_layer_indices=range(start, num_layers), **values)
 
     @classmethod
     def from_profile(
@@ -193,7 +207,8 @@ class TriangleMixConfig:
                 profile = json.loads(text)
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"not a JSON file ({error})") from error
-            config = cls(**profile_values(profile, num_layers, num_triangle_layers))
+            values = profile_values(profile, num_layers, num_triangle_layers)
+            config = cls(**values, **from_profile_section(profile))
             config.check_layers(num_layers)
             if model is not None:
                 check_model(profile["model"], model)
@@ -206,7 +221,8 @@ class TriangleMixConfig:
 
         The file is JSON with the keys ``format``, ``model.num_layers``, ``geometry``, ``min_seq_len``
         (optional on reading) and ``triangle_layer_indices``, which spells out the effective layers even where
-        they came from ``num_triangle_layers``. :meth:`from_profile` shows an example.
+        they came from ``num_triangle_layers``; and ``dynamic``, where there are such layers, with their
+        parameters. :meth:`from_profile` shows an example.
 
         Args:
             path: the file; one that exists is written over.
@@ -224,6 +240,7 @@ class TriangleMixConfig:
             "geometry": {name: getattr(self, name) for name in GEOMETRY},
             "min_seq_len": self.min_seq_len,
             "triangle_layer_indices": list(self.layers()),
+            **profile_section(self._dynamic),
         }
         Path(path).write_text(json.dumps(profile, indent=2) + "\n", encoding="utf-8")
 
@@ -258,6 +275,19 @@ class TriangleMixConfig:
             return tuple(self.triangle_layer_indices)
         return tuple(range(self.num_triangle_layers or 0))
 
+    def dynamic_layers(self) -> tuple[int, ...]:
+        """Return the layers whose blocks are chosen at run time, ascending, counted from 0.
+
+        >>> from tmx_compile import TriangleMixConfig
+        >>> TriangleMixConfig(triangle_layer_indices=[2, 3], dynamic_layer_indices=[1, 0]).dynamic_layers()
+        (0, 1)
+        """
+        return tuple(self.dynamic_layer_indices or ())
+
+    @property
+    def _dynamic(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in DYNAMIC}
+
     def is_triangle_layer(self, layer_idx: int) -> bool:
         """Whether layer ``layer_idx`` (counted from 0) is among :meth:`layers`.
 
@@ -283,10 +313,11 @@ class TriangleMixConfig:
             raise ValueError(
                 f"num_triangle_layers must be at most num_layers={num_layers}, got {self.num_triangle_layers}"
             )
-        outside = [index for index in self.triangle_layer_indices or () if index >= num_layers]
-        if outside:
-            listed = ", ".join(map(str, outside))
-            raise ValueError(f"triangle_layer_indices must be less than num_layers={num_layers}, got {listed}")
+        for name in ("triangle_layer_indices", "dynamic_layer_indices"):
+            outside = [index for index in getattr(self, name) or () if index >= num_layers]
+            if outside:
+                listed = ", ".join(map(str, outside))
+                raise ValueError(f"{name} must be less than num_layers={num_layers}, got {listed}")
 
     def fingerprint(self) -> str:
         """Return a hex digest of every field, the same in every process: a cache key.

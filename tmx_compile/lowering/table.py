@@ -11,6 +11,7 @@ import torch
 from tmx_compile.errors import LoweringError
 from tmx_compile.lowering.ascend import Ascend
 from tmx_compile.lowering.base import AttentionCall, Lowering
+from tmx_compile.lowering.block_sparse import BlockSparse, BlockSparseTriton
 from tmx_compile.lowering.blocked import Blocked
 from tmx_compile.lowering.chunk import Chunked
 from tmx_compile.lowering.decode import Decode
@@ -19,6 +20,7 @@ from tmx_compile.lowering.operator_call import OperatorCall
 from tmx_compile.lowering.reference import Reference
 from tmx_compile.lowering.sdpa import Dense
 from tmx_compile.lowering.triton import Triton
+from tmx_compile.mask.selection import Selection
 from tmx_compile.report import Reason, Rejected
 
 TRITON, FLEX, BLOCKED, REFERENCE = Triton(), Flex(), Blocked(), Reference()
@@ -37,6 +39,7 @@ class Role(enum.Enum):
     STEP = "one row: a decode step, which stays dense"
     STREAM = "a decode step over sinks and window"
     MASKLESS = "dense, without forming its mask"
+    DYNAMIC = "a whole prompt, over blocks chosen at run time"
 
     @property
     def shows_own_key(self) -> bool:
@@ -57,11 +60,13 @@ class Wish:
         named: the user's lowering, or "auto".
         limit: prompts of at most this length stay dense.
         streaming: whether decode steps stream.
+        selection: how a dynamic layer chooses its blocks.
     """
 
     named: str = "auto"
     limit: int = 0
     streaming: bool = False
+    selection: Selection | None = None
 
 
 # In the order in which they are asked: benchmarks/results/operator_{cpu,cuda}.json. "portable" is a graph that is
@@ -95,6 +100,8 @@ def candidates(place: str, role: Role, call: AttentionCall, wish: Wish) -> tuple
         return (NAMED[wish.named],)
     if role is Role.STREAM and wish.named == OPERATOR.name:
         return (OPERATOR,)
+    if role is Role.DYNAMIC:
+        return _dynamic(place, wish)
     if role.is_chunk:
         # Of parts that it picks, or that the user names, when it is written.
         return (Chunked(wish.limit, wish.streaming, wish.named),)
@@ -107,6 +114,17 @@ def candidates(place: str, role: Role, call: AttentionCall, wish: Wish) -> tuple
         # In training nobody measured it against the SDPA kernel that takes any mask.
         return tuple(low for low in asked if low is not TRITON)
     return asked
+
+
+def _dynamic(place: str, wish: Wish) -> tuple[Lowering, ...]:
+    """Only where PyTorch's own operators run: a name that the user gives is that of the triangle layers' lowering."""
+    assert wish.selection is not None
+    if place in ("portable", "ascend"):
+        return ()
+    plain = BlockSparse(wish.selection)
+    if place.endswith("cpu") or wish.named == OPERATOR.name:
+        return (plain,)
+    return BlockSparseTriton(wish.selection), plain
 
 
 def choose(place: str, role: Role, call: AttentionCall, wish: Wish) -> Lowering | Rejected:

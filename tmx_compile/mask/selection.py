@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-METHODS = ("pooled", "antidiagonal")
-"""How the mass of a block is estimated: see :func:`tmx_compile.operator.dynamic.estimate.masses`."""
-
-BLOCKS = (16, 32, 64, 128)
-"""Sides of a block that a kernel tiles by."""
+from tmx_compile.config import TriangleMixConfig
+from tmx_compile.config.dynamic import checked_block, checked_method, checked_share
 
 
 @dataclass(frozen=True)
@@ -16,9 +13,9 @@ class Selection:
     """What a row of blocks keeps of the blocks before it: see :func:`tmx_compile.operator.block_sparse_attention`.
 
     Attributes:
-        method: how masses are estimated, one of :data:`METHODS`.
+        method: how masses are estimated: "pooled" or "antidiagonal".
         share: how much of the estimated mass of a row of blocks is kept, in (0, 1].
-        block: rows and keys of a block, one of :data:`BLOCKS`.
+        block: rows and keys of a block: 16, 32, 64 or 128.
         stride: tokens of a group, the unit of the estimate; divides ``block``.
         sink: leading valid keys whose blocks are always kept.
         last: final valid rows whose blocks of rows keep everything.
@@ -35,17 +32,20 @@ class Selection:
     last: int = 64
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
-        if not 0.0 < self.share <= 1.0:
-            raise ValueError(f"share must be above 0 and at most 1, got {self.share}")
-        if self.block not in BLOCKS:
-            raise ValueError(f"block must be one of {', '.join(map(str, BLOCKS))}, got {self.block}")
+        checked_method("method", self.method)
+        checked_share("share", self.share)
+        checked_block("block", self.block)
         if self.stride < 1 or self.block % self.stride != 0:
             raise ValueError(f"stride must divide block={self.block}, got {self.stride}")
         for name in ("sink", "last"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+
+    @classmethod
+    def of(cls, config: TriangleMixConfig) -> Selection:
+        """That of a configuration's dynamic layers, by groups of 16 tokens."""
+        sink, _, last = config.geometry
+        return cls(config.dynamic_method, config.dynamic_share, config.dynamic_block, cls.stride, sink, last)
 
     @property
     def arguments(self) -> tuple[str, float, int, int, int, int]:

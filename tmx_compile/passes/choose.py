@@ -16,7 +16,7 @@ from tmx_compile.lowering.table import Role, Wish
 from tmx_compile.lowering.table import choose as choose_lowering
 from tmx_compile.mask.geometry import Geometry
 from tmx_compile.passes.judge import of_other_shape, without_layout
-from tmx_compile.passes.plan import Maskless, Plan, SitePlan, Triangle, Untouched
+from tmx_compile.passes.plan import Dynamic, Maskless, Plan, SitePlan, Triangle, Untouched
 from tmx_compile.proof.conclude import Proof
 from tmx_compile.report import Rejected
 from tmx_compile.request import Short
@@ -42,12 +42,16 @@ def _chosen(item: SitePlan, plan: Plan, needs_grad: bool) -> SitePlan:
             # A streaming step is no last row: it sees its sinks and its window.
             role = item.role
             geometry = replace(geometry, last=0) if role is Role.STREAM else geometry
+        case Dynamic(_):
+            # The operator's own form of it is dense: every row a last row.
+            role, geometry = Role.DYNAMIC, plan.geometry.as_dense()
         case Untouched(why) if _goes_maskless(item, site, proof, plan):
             item, role, geometry = replace(item, decision=Maskless(why)), Role.MASKLESS, plan.geometry.as_dense()
         case _:
             return item
     call = _call(site, proof, geometry, needs_grad, plan)
-    wish = Wish(request.lowering, plan.limit, request.decode == "streaming")
+    selection = item.decision.selection if isinstance(item.decision, Dynamic) else None
+    wish = Wish(request.lowering, plan.limit, request.decode == "streaming", selection)
     lowering = choose_lowering(plan.host.place(call.query.device), role, call, wish)
     if not isinstance(lowering, Rejected):
         decision = Triangle(geometry) if isinstance(item.decision, Triangle) else item.decision

@@ -44,6 +44,8 @@ def _against(item: SitePlan, site: AttentionSite, plan: Plan) -> Rejected | None
         return Rejected(Reason.LAYER_UNKNOWN, layer.path or "no path", site.node)
     if not item.selected:
         return Rejected(Reason.NOT_SELECTED, "", site.node)
+    if item.is_dynamic and role is not Role.PROMPT:
+        return _no_whole_prompt(role, site)
     if role.shows_own_key:
         held = config.num_sink_tokens + config.sliding_window_size + 1
         if statically_known_true(site.kv_len <= held):
@@ -59,9 +61,18 @@ def _against(item: SitePlan, site: AttentionSite, plan: Plan) -> Rejected | None
         return item.unproven
     if role.shows_own_key and item.own_key is None:
         return Rejected(Reason.NOT_CAUSAL, "one row, and its own key is not shown to join the keys", site.node)
+    if item.is_dynamic and item.proof.reach is not None:
+        return Rejected(Reason.NO_LOWERING, "dynamic blocks in a layer with a sliding window of its own", site.node)
     if item.proof.reach is not None and item.proof.reach <= config.sliding_window_size:
         return Rejected(Reason.WINDOWED, f"{item.proof.reach + 1} keys", site.node)
     return of_other_shape(site) or without_layout(site.node)
+
+
+def _no_whole_prompt(role: Role, site: AttentionSite) -> Rejected:
+    """Why a dynamic layer's decode steps, and chunks of prompts, stay dense."""
+    if role in (Role.STEP, Role.STREAM):
+        return Rejected(Reason.SHORT_PROMPT, "one row: a decode step", site.node)
+    return Rejected(Reason.NO_LOWERING, "dynamic blocks in chunked prefill", site.node)
 
 
 def short(site: AttentionSite, plan: Plan) -> Rejected:
@@ -93,12 +104,12 @@ def without_layout(node: Node) -> Rejected | None:
 
 def _one_stack(sites: Sequence[SitePlan]) -> tuple[SitePlan, ...]:
     """Two stacks of layers that both hold accepted sites share their numbers: neither can be meant."""
-    stacks = sorted({str(item.layer.stack) for item in sites if item.is_triangle and item.layer.mark is None})
+    stacks = sorted({str(item.layer.stack) for item in sites if item.is_sparse and item.layer.mark is None})
     if len(stacks) < 2:
         return tuple(sites)
     why = f"layers of {' and '.join(stacks)}"
     return tuple(
-        item.untouched(Rejected(Reason.LAYER_AMBIGUOUS, why, item.node)) if item.is_triangle else item for item in sites
+        item.untouched(Rejected(Reason.LAYER_AMBIGUOUS, why, item.node)) if item.is_sparse else item for item in sites
     )
 
 
@@ -106,7 +117,7 @@ def _notes(sites: Sequence[SitePlan], config: TriangleMixConfig) -> list[str]:
     """Layers that the configuration names and a whole model does not have."""
     seen = {item.layer.index for item in sites if item.layer.index is not None}
     whole = len(seen) > 1 and seen == set(range(len(seen)))
-    missing = [layer for layer in config.layers() if layer >= len(seen)]
+    missing = sorted(layer for layer in (*config.layers(), *config.dynamic_layers()) if layer >= len(seen))
     if not whole or not missing:
         return []
     return [f"the configuration names layers {_spans(missing)}, and the graph has layers 0-{len(seen) - 1}"]

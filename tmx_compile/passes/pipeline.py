@@ -30,6 +30,7 @@ from tmx_compile.passes.prove import prove
 from tmx_compile.passes.search import search
 from tmx_compile.passes.settle import settle
 from tmx_compile.passes.substitute import substitute
+from tmx_compile.passes.visited import count
 from tmx_compile.request import Host, Request
 
 _T = TypeVar("_T")
@@ -69,6 +70,7 @@ REWRITE = (
     *CHOOSE,
     Stage("substitute", substitute, writes=True),
     Stage("lower", lower, writes=True),
+    Stage("count", count, writes=True),
     Stage("close", close, writes=True),
 )
 # A graph that is handed back keeps its operators, and is judged by what its tracing asks of the lengths.
@@ -185,4 +187,4 @@ def _run(stages: Iterable[Stage], plan: Plan) -> Plan:
 
 
 def _line(item: Any) -> str:
-    return f"  {item.layer.path or item.node.name}: {item.role.name} {item.why or 'triangle'}"
+    return f"  {item.layer.path or item.node.name}: {item.role.name} {item.why or type(item.decision).__name__.lower()}"

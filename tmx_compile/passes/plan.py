@@ -17,6 +17,7 @@ from tmx_compile.graph.storages import Storages
 from tmx_compile.lowering.base import AttentionCall, Lowering
 from tmx_compile.lowering.table import Role
 from tmx_compile.mask.geometry import Geometry
+from tmx_compile.mask.selection import Selection
 from tmx_compile.passes.lengths import Prompt
 from tmx_compile.proof.conclude import Proof
 from tmx_compile.proof.constants import KnownTensor
@@ -33,6 +34,13 @@ class Triangle:
 
 
 @dataclass(frozen=True)
+class Dynamic:
+    """The site attends to blocks of keys that are chosen while it runs."""
+
+    selection: Selection
+
+
+@dataclass(frozen=True)
 class Maskless:
     """The site stays dense for a reason, but without forming its mask."""
 
@@ -46,7 +54,7 @@ class Untouched:
     why: Rejected
 
 
-Decision: TypeAlias = "Triangle | Maskless | Untouched"
+Decision: TypeAlias = "Triangle | Dynamic | Maskless | Untouched"
 
 
 @dataclass(frozen=True)
@@ -83,13 +91,23 @@ class SitePlan:
 
     @property
     def is_triangle(self) -> bool:
-        """Whether it goes sparse."""
+        """Whether it is to have the triangle's mask."""
         return isinstance(self.decision, Triangle)
+
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether its blocks are to be chosen while it runs."""
+        return isinstance(self.decision, Dynamic)
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether it goes sparse, in either way."""
+        return self.is_triangle or self.is_dynamic
 
     @property
     def why(self) -> Rejected | None:
         """Why it stays dense; None where it does not."""
-        return None if isinstance(self.decision, Triangle) else self.decision.why
+        return None if isinstance(self.decision, (Triangle, Dynamic)) else self.decision.why
 
     def untouched(self, why: Rejected) -> SitePlan:
         """The same site, left as it is."""
@@ -116,6 +134,7 @@ class Plan:
         known: the inputs whose values the proofs rest on.
         notes: remarks for the report.
         seconds: the time that each stage took.
+        visited: where the graph counts the blocks of its dynamic sites, (sites, 2) int64; None: it has none.
     """
 
     gm: GraphModule
@@ -133,6 +152,7 @@ class Plan:
     known: tuple[KnownTensor, ...] = ()
     notes: tuple[str, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
+    visited: torch.Tensor | None = None
 
     @property
     def config(self) -> TriangleMixConfig:
@@ -146,6 +166,16 @@ class Plan:
         return Geometry(*self.config.geometry)
 
     @property
+    def selection(self) -> Selection:
+        """How dynamic layers choose."""
+        return Selection.of(self.config)
+
+    @property
     def triangle(self) -> list[SitePlan]:
-        """The sites that go sparse."""
+        """The sites with the triangle's mask."""
         return [item for item in self.sites if item.is_triangle]
+
+    @property
+    def sparse(self) -> list[SitePlan]:
+        """The sites that go sparse."""
+        return [item for item in self.sites if item.is_sparse]

@@ -8,7 +8,7 @@ from tmx_compile.graph.layer import LayerPath
 from tmx_compile.lowering.table import Role
 from tmx_compile.mask import Geometry, pair_counts
 from tmx_compile.passes.lengths import hint
-from tmx_compile.passes.plan import Plan, SitePlan
+from tmx_compile.passes.plan import Dynamic, Plan, SitePlan
 from tmx_compile.report import SiteRecord
 
 
@@ -21,6 +21,14 @@ def _layers(layer: LayerPath) -> tuple[int, ...]:
     if layer.index is None and layer.mark is not None:
         return layer.mark.layers
     return () if layer.index is None else (layer.index,)
+
+
+def _decision(item: SitePlan) -> str:
+    if item.is_dynamic:
+        return "dynamic"
+    if not item.is_triangle:
+        return "dense"
+    return "streaming" if item.role is Role.STREAM else "triangle"
 
 
 def _record(item: SitePlan, plan: Plan, graph: int) -> SiteRecord:
@@ -44,10 +52,12 @@ def _record(item: SitePlan, plan: Plan, graph: int) -> SiteRecord:
         value=shapes[2],
         dtype=str(tensors[0].dtype).removeprefix("torch.") if tensors else "",
         dynamic=any(isinstance(size, torch.SymInt) for x in tensors for size in x.shape),
-        decision="dense" if not is_triangle else "streaming" if is_streaming else "triangle",
+        decision=_decision(item),
         reason="" if item.why is None else item.why.reason.name,
         detail="" if item.why is None else item.why.detail,
         lowering="as written" if item.lowering is None else item.lowering.name,
         attended_pairs=attended if is_triangle else causal,
         causal_pairs=causal,
+        method=item.decision.selection.method if isinstance(item.decision, Dynamic) else "",
+        share=item.decision.selection.share if isinstance(item.decision, Dynamic) else None,
     )

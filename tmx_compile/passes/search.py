@@ -10,7 +10,7 @@ from tmx_compile.graph.layer import LayerPath, layer_paths
 from tmx_compile.graph.transform import transforms
 from tmx_compile.layers import plan_of
 from tmx_compile.lowering.table import Role
-from tmx_compile.passes.plan import Plan, SitePlan, Triangle
+from tmx_compile.passes.plan import Decision, Dynamic, Plan, SitePlan, Triangle
 from tmx_compile.report import Reason, Rejected
 
 # The one transform that takes any operator with a backward.
@@ -25,16 +25,18 @@ def search(plan: Plan) -> Plan:
     around = transforms(plan.gm.graph)
     reshaped = plan.storages.reshaped_input
     marked = any(layer.mark is not None for layer in layers)
-    wanted = frozenset(plan.config.layers())
+    wanted, dynamic = frozenset(plan.config.layers()), frozenset(plan.config.dynamic_layers())
     name = plan_of(plan.config)
 
     def listed(item: AttentionSite | Rejected, layer: LayerPath) -> SitePlan:
         node = item.node
         assert node is not None
         layer = _own(layer, plan.request.handed_over, name)
-        selected = layer.index in wanted if layer.mark is None else layer.mark.sparse
+        selected = layer.index in wanted | dynamic if layer.mark is None else layer.mark.sparse
+        chosen = layer.mark is None and layer.index in dynamic
+        decision: Decision = Dynamic(plan.selection) if chosen else Triangle(plan.geometry)
         # Where nothing of the graph is the model's, something went wrong: that is told, or an error if strict.
-        made = SitePlan(node, layer, selected and not (layer.outside and marked), Triangle(plan.geometry))
+        made = SitePlan(node, layer, selected and not (layer.outside and marked), decision)
         if isinstance(item, AttentionSite) and around.get(node, _GRAD) != _GRAD:
             # No operand is what it seems: it may be batched.
             return made.untouched(Rejected(Reason.UNDER_TRANSFORM, " in ".join(reversed(around[node])), node))

@@ -26,7 +26,7 @@ def settle(plan: Plan) -> Plan:
     settled: dict[Any, Prompt | Rejected] = {}
     sites = list(plan.sites)
     for position, item in enumerate(sites):
-        if not item.is_triangle:
+        if not item.is_sparse:
             continue
         assert item.site is not None
         length = size_of(item.site.q_len)
@@ -86,7 +86,7 @@ def missed(plan: Plan, *, by_hint: bool = False) -> Iterator[SitePlan]:
         if why is None or why.reason in NOTHING_MISSED:
             continue
         named = item.selected
-        if not item.layer.is_known and plan.config.layers():
+        if not item.layer.is_known and plan.request.sparse:
             named = item.unproven is None or item.unproven.reason is not Reason.NOT_CAUSAL
         if named and not _is_short(item, plan, by_hint):
             yield item

@@ -129,7 +129,7 @@ class CapturedModel:
         original = getattr(model, "_orig_mod", model)
         assert isinstance(original, nn.Module)
         self.model = original
-        self.config = config.replace(min_seq_len=0)
+        self.config = config.replace(min_seq_len=0, dynamic_layer_indices=None)
         self.report = Report()
         self._request = Request(self.config, lowering="operator", assume_causal=assume_causal)
         self._board = Switchboard(config.geometry)

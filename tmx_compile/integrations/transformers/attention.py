@@ -26,9 +26,11 @@ from tmx_compile.integrations.transformers.paged import no_mask, paged_attention
 from tmx_compile.integrations.transformers.records import Records
 from tmx_compile.legacy.inference import TriangleMixInferenceConfig
 from tmx_compile.lowering.base import AttentionCall, immediate
+from tmx_compile.lowering.block_sparse import BlockSparse
 from tmx_compile.lowering.chunk import CHUNK, FIRST_LAST_ROW
 from tmx_compile.lowering.table import CHUNK_LOWERINGS, Role, Wish, choose
 from tmx_compile.mask import Geometry
+from tmx_compile.mask.selection import Selection
 from tmx_compile.remarks import warn_of
 from tmx_compile.report import Rejected, Report
 from tmx_compile.request import Request
@@ -60,7 +62,8 @@ class TriangleAttention:
         self.report = report
         config = request.config
         self._judge = None if config is None else Judge(request, config)
-        self.records = Records(report, Geometry(0, 0, 0) if config is None else Geometry(*config.geometry))
+        geometry = Geometry(0, 0, 0) if config is None else Geometry(*config.geometry)
+        self.records = Records(report, geometry, config)
 
     def forward(
         self,
@@ -93,11 +96,14 @@ class TriangleAttention:
         if self._judge is None:
             return dense_attention(module, query, key, value, attention_mask, scaling=scaling, **settings)
         call = self._judge.call(module, query, key, value, attention_mask, scaling, settings)
-        done = call if isinstance(call, Rejected) else self._attend(call)
+        selection = self._judge.selection(module)
+        done = call if isinstance(call, Rejected) else self._attend(call, selection)
         if not isinstance(call, Rejected) and not isinstance(done, Rejected):
-            out, lowering = done
+            out, lowering, visited = done
             # The call's keys: those of a static cache go on behind the prompt.
             self.record(module, call.query, call.key, call.value, attention_mask, lowering)
+            if visited is not None and not torch.compiler.is_compiling():
+                self.records.visited(type(module).__name__, layer_of(module), lowering, visited)
             return out.transpose(1, 2).contiguous(), None
         assert isinstance(done, Rejected)
         self.record(module, query, key, value, attention_mask, done)
@@ -149,8 +155,11 @@ class TriangleAttention:
         done: tuple[Tensor, None] = paged_attention(self.forward, module, query, key, value, scaling, settings)
         return done
 
-    def _attend(self, call: AttentionCall) -> tuple[Tensor, str] | Rejected:
-        """The attention (B, H, Sq, Dv) and the lowering that computed it, or why none takes the call."""
+    def _attend(self, call: AttentionCall, selection: Selection | None) -> tuple[Tensor, str, Tensor | None] | Rejected:
+        """The attention (B, H, Sq, Dv), the lowering that computed it, and the blocks it visited where it chose them.
+
+        Or why none takes the call.
+        """
         assert self._judge is not None
         request, limit = self.request, self._judge.limit(call.query.device)
         kind = call.query.device.type
@@ -158,16 +167,20 @@ class TriangleAttention:
         one_node = torch.compiler.is_compiling() or kind not in ("cpu", "cuda")
         place = f"{'node' if one_node else 'eager'} {'cuda' if kind == 'cuda' else 'cpu'}"
         role = Role.CHUNK if request.chunked_prefill else Role.PROMPT
-        lowering = choose(place, role, call, Wish(request.lowering, limit))
+        role = Role.DYNAMIC if selection is not None else role
+        lowering = choose(place, role, call, Wish(request.lowering, limit, selection=selection))
         if isinstance(lowering, Rejected):
             return lowering
+        if isinstance(lowering, BlockSparse):
+            out, visited = lowering.attend(call)
+            return out, lowering.name, visited
         if role is Role.PROMPT:
-            return immediate(lowering, call), lowering.name
+            return immediate(lowering, call), lowering.name, None
         q, k, v, key_mask, geometry = call.query, call.key, call.value, call.key_mask, call.geometry
         like = q if key_mask is None else key_mask
         first = FIRST_LAST_ROW(like, None, q.shape[2], k.shape[2], geometry.last, limit, False)
-        out: Tensor = CHUNK(q, k, v, key_mask, first, *geometry.counts, call.scale, geometry.reach, request.lowering)
-        return out, lowering.name
+        out = CHUNK(q, k, v, key_mask, first, *geometry.counts, call.scale, geometry.reach, request.lowering)
+        return out, lowering.name, None
 
     def record(
         self,

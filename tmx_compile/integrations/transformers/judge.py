@@ -14,6 +14,7 @@ from tmx_compile.integrations.transformers.causal_mask import CausalMask
 from tmx_compile.lowering.base import AttentionCall
 from tmx_compile.lowering.worth import least_length
 from tmx_compile.mask.geometry import Geometry
+from tmx_compile.mask.selection import Selection
 from tmx_compile.operator.prefill import current_chunk
 from tmx_compile.report import NOTHING_MISSED, Reason, Rejected
 from tmx_compile.request import Request
@@ -48,7 +49,9 @@ class Judge:
     def __init__(self, request: Request, config: TriangleMixConfig) -> None:
         self.request = request
         self._config = config
-        self._layers = frozenset(config.layers())
+        self._dynamic = frozenset(config.dynamic_layers())
+        self._layers = frozenset(config.layers()) | self._dynamic
+        self._selection = Selection.of(config)
         self._limits = {
             kind: least_length(request.lowering, torch.device(kind), config.min_seq_len, config.geometry)
             for kind in ("cpu", "cuda")
@@ -69,7 +72,7 @@ class Judge:
         settings: Mapping[str, Any],
     ) -> AttentionCall | Rejected:
         """The call that a lowering is to take, or why the layer stays dense; see ``TriangleAttention.forward``."""
-        why = self._against_layer(module) or self._against_rows(query) or _against_form(module, settings)
+        why = self._against_layer(module) or self._against_rows(module, query) or _against_form(module, settings)
         shown = why or self._shown(query, key, mask, settings)
         if isinstance(shown, Rejected):
             return shown
@@ -86,11 +89,19 @@ class Judge:
             key[:, :, :keys],
             value[:, :, :keys],
             None if shown.key_mask is None else shown.key_mask[:, :keys].to(query.device),
-            Geometry(*self._config.geometry, None if shown.window is None else shown.window - 1),
+            self._geometry(module, shown.window),
             query.shape[3] ** -0.5 if scaling is None else float(scaling),
             needs_grad,
             layout=_TRANSFORMERS_LAYOUT,
         )
+
+    def selection(self, module: nn.Module) -> Selection | None:
+        """How a layer chooses its blocks, where it is a dynamic one."""
+        return self._selection if layer_of(module) in self._dynamic else None
+
+    def _geometry(self, module: nn.Module, window: int | None) -> Geometry:
+        geometry = Geometry(*self._config.geometry, None if window is None else window - 1)
+        return geometry if self.selection(module) is None else geometry.as_dense()
 
     def is_missed(self, module: nn.Module, why: Rejected, settings: Mapping[str, Any]) -> bool:
         """Whether strict mode forbids a layer to stay dense for a reason: see ``passes.settle.check_strict``."""
@@ -104,8 +115,10 @@ class Judge:
             return Rejected(Reason.LAYER_UNKNOWN, "the module has no layer_idx")
         return None if layer in self._layers else Rejected(Reason.NOT_SELECTED)
 
-    def _against_rows(self, query: Tensor) -> Rejected | None:
+    def _against_rows(self, module: nn.Module, query: Tensor) -> Rejected | None:
         rows, limit = query.shape[2], self.limit(query.device)
+        if self.request.chunked_prefill and self.selection(module) is not None:
+            return Rejected(Reason.NO_LOWERING, "dynamic blocks in chunked prefill")
         # What is said about chunks is known when the call runs, and in a graph the operator asks.
         if self.request.chunked_prefill and (torch.compiler.is_compiling() or current_chunk() is not None):
             return None

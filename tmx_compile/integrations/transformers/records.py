@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from tmx_compile.config import TriangleMixConfig
 from tmx_compile.mask import Geometry, pair_counts
 from tmx_compile.passes.lengths import hint
 from tmx_compile.report import Report, SiteRecord
@@ -19,9 +20,14 @@ class Records:
     recorded. Its graph is the number of kinds that the layer had before.
     """
 
-    def __init__(self, report: Report, geometry: Geometry) -> None:
-        self._report, self._geometry = report, geometry
+    def __init__(self, report: Report, geometry: Geometry, config: TriangleMixConfig | None = None) -> None:
+        self._report, self._geometry, self._config = report, geometry, config
         self._seen: dict[tuple[str, int | None], list[tuple[str, str, str]]] = {}
+
+    def visited(self, path: str, layer: int | None, lowering: str, counts: Tensor) -> None:
+        """Tell what a dynamic layer's call visited: (2,) blocks, and those of dense attention."""
+        graph = self._seen[path, layer].index((lowering, "", ""))
+        self._report.count_visited(graph, path, layer, counts)
 
     def add(
         self,
@@ -46,6 +52,9 @@ class Records:
         kinds.append(kind)
         shapes = [tuple(hint(size) for size in x.shape) for x in (query, key, value)]
         geometry = replace(self._geometry, reach=None if window is None else window - 1)
+        config = self._config
+        chosen = not reason and config is not None and layer in config.dynamic_layers()
+        geometry = geometry.as_dense() if chosen else geometry
         attended, causal = pair_counts(geometry, shapes[0][2], shapes[1][2])
         self._report.add_call(
             SiteRecord(
@@ -57,11 +66,13 @@ class Records:
                 value=shapes[2],
                 dtype=str(query.dtype).removeprefix("torch."),
                 dynamic=any(isinstance(size, torch.SymInt) for x in (query, key, value) for size in x.shape),
-                decision="dense" if reason else "triangle",
+                decision="dense" if reason else "dynamic" if chosen else "triangle",
                 reason=reason,
                 detail=detail,
                 lowering=lowering,
                 attended_pairs=causal if reason else attended,
                 causal_pairs=causal,
+                method=config.dynamic_method if chosen and config is not None else "",
+                share=config.dynamic_share if chosen and config is not None else None,
             )
         )

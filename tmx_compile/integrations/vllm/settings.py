@@ -108,7 +108,11 @@ class Asked:
         config, warnings = self._config(num_layers)
         if not config.layers():
             return None, [*warnings, "the configuration selects no triangle layer: every layer stays dense"]
-        plain = config.replace(num_triangle_layers=None, triangle_layer_indices=config.layers())
+        if config.dynamic_layers():
+            warnings = [*warnings, f"layers {list(config.dynamic_layers())} choose no blocks here: they stay dense"]
+        plain = config.replace(
+            num_triangle_layers=None, triangle_layer_indices=config.layers(), dynamic_layer_indices=None
+        )
         rest = {name: self.own[name] for name in ("lowering", "strict", "stats_log_interval") if name in self.own}
         return Settings(plain, num_layers, **rest), warnings
 

@@ -1,0 +1,69 @@
+"""The part of a configuration that is about layers whose blocks are chosen at run time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tmx_compile.config.values import as_layer_indices
+
+METHODS = ("pooled", "antidiagonal")
+"""How the mass of a block is estimated: see :mod:`tmx_compile.operator.dynamic.estimate`."""
+BLOCKS = (16, 32, 64, 128)
+"""Sides of a block that a kernel tiles by."""
+DYNAMIC = ("dynamic_layer_indices", "dynamic_share", "dynamic_method", "dynamic_block")
+"""The parameters of dynamic layers, in order."""
+
+
+def checked_method(name: str, value: Any) -> str:
+    """The name of a method, or a ``ValueError`` that names the parameter and the value."""
+    if value not in METHODS:
+        raise ValueError(f"{name} must be one of {', '.join(METHODS)}, got {value!r}")
+    return str(value)
+
+
+def checked_share(name: str, value: Any) -> float:
+    """A share above 0 and at most 1, likewise."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value <= 1.0:
+        raise ValueError(f"{name} must be above 0 and at most 1, got {value!r}")
+    return float(value)
+
+
+def checked_block(name: str, value: Any) -> int:
+    """The side of a block, likewise."""
+    if isinstance(value, bool) or value not in BLOCKS:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, BLOCKS))}, got {value!r}")
+    return int(value)
+
+
+def checked(values: Mapping[str, Any], triangle: tuple[int, ...]) -> dict[str, Any]:
+    """The parameters of :data:`DYNAMIC` as they are kept; ``ValueError`` also where a layer is to be both."""
+    indices = values["dynamic_layer_indices"]
+    if indices is not None:
+        indices = as_layer_indices("dynamic_layer_indices", indices)
+        both = sorted(set(indices) & set(triangle))
+        if both:
+            raise ValueError(f"dynamic_layer_indices must name no triangle layer, got {', '.join(map(str, both))}")
+    return {
+        "dynamic_layer_indices": indices,
+        "dynamic_share": checked_share("dynamic_share", values["dynamic_share"]),
+        "dynamic_method": checked_method("dynamic_method", values["dynamic_method"]),
+        "dynamic_block": checked_block("dynamic_block", values["dynamic_block"]),
+    }
+
+
+def profile_section(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The section ``dynamic`` of a profile: empty where there are no dynamic layers."""
+    if not values["dynamic_layer_indices"]:
+        return {}
+    return {"dynamic": {**values, "dynamic_layer_indices": list(values["dynamic_layer_indices"])}}
+
+
+def from_profile_section(profile: Mapping[str, Any]) -> dict[str, Any]:
+    """Constructor arguments out of a profile's section, which need not be there."""
+    if "dynamic" not in profile:
+        return {}
+    section = profile["dynamic"]
+    if not isinstance(section, dict) or set(section) != set(DYNAMIC):
+        raise ValueError(f"dynamic must hold {', '.join(DYNAMIC)} and no more, got {section!r}")
+    return section
