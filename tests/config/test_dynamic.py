@@ -1,0 +1,67 @@
+"""Dynamic layers in a configuration: validated, saved, part of the fingerprint."""
+
+import json
+
+import pytest
+
+from tmx_compile import TriangleMixConfig
+
+CONFIG = TriangleMixConfig(
+    8, 512, 128, triangle_layer_indices=[4, 5], dynamic_layer_indices=[1, 0], dynamic_share=0.8, dynamic_block=64
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"dynamic_layer_indices": [3, 4]}, "dynamic_layer_indices must name no triangle layer, got 4"),
+        ({"dynamic_layer_indices": [1, 1]}, "dynamic_layer_indices must not repeat a layer, got 1"),
+        ({"dynamic_layer_indices": "01"}, "dynamic_layer_indices must be a sequence of layer indices, got '01'"),
+        ({"dynamic_share": 0}, "dynamic_share must be above 0 and at most 1, got 0"),
+        ({"dynamic_share": True}, "dynamic_share must be above 0 and at most 1, got True"),
+        ({"dynamic_method": "best"}, "dynamic_method must be one of pooled, antidiagonal, got 'best'"),
+        ({"dynamic_block": 100}, "dynamic_block must be one of 16, 32, 64, 128, got 100"),
+    ],
+)
+def test_refused(changes, words):
+    with pytest.raises(ValueError, match=words):
+        CONFIG.replace(**changes)
+
+
+def test_layers_outside_the_model():
+    with pytest.raises(ValueError, match="dynamic_layer_indices must be less than num_layers=6, got 6"):
+        CONFIG.replace(dynamic_layer_indices=[6]).check_layers(6)
+
+
+def test_first_layers_count_as_triangle_layers():
+    with pytest.raises(ValueError, match="no triangle layer, got 1"):
+        TriangleMixConfig(num_triangle_layers=2, dynamic_layer_indices=[1])
+
+
+def test_off_by_default():
+    assert TriangleMixConfig().dynamic_layers() == ()
+    assert CONFIG.dynamic_layers() == (0, 1)
+
+
+def test_a_profile_keeps_them(tmp_path):
+    path = tmp_path / "profile.json"
+    CONFIG.to_profile(path, num_layers=6)
+    assert TriangleMixConfig.from_profile(path, num_layers=6) == CONFIG
+    saved = json.loads(path.read_text())
+    del saved["dynamic"]["dynamic_share"]
+    path.write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match="dynamic must hold dynamic_layer_indices, dynamic_share"):
+        TriangleMixConfig.from_profile(path, num_layers=6)
+
+
+def test_a_profile_without_them_is_as_before(tmp_path):
+    path = tmp_path / "profile.json"
+    TriangleMixConfig(triangle_layer_indices=[1]).to_profile(path, num_layers=2)
+    assert "dynamic" not in json.loads(path.read_text())
+
+
+@pytest.mark.parametrize(
+    "change", [{"dynamic_layer_indices": [0]}, {"dynamic_share": 0.7}, {"dynamic_method": "antidiagonal"}]
+)
+def test_the_fingerprint_tells_them_apart(change):
+    assert CONFIG.replace(**change).fingerprint() != CONFIG.fingerprint()
