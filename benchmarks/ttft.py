@@ -144,7 +144,7 @@ def measure(part: str, quick: bool) -> Records:
         before = counters["stats"]["unique_graphs"]
         for tokens in lengths:
             free()
-            record = {**base, "tokens": tokens, **_EMPTY}
+            record = {**base, "tokens": tokens, **EMPTY}
             try:
                 prefill = Prefill(model, compiled, tokens, mask=variant.mask, dynamic=True, graphs=variant.graphs)
                 record |= _timed(prefill, tokens, plan, place, first=tokens == lengths[0], graphs=variant.graphs)
@@ -168,7 +168,7 @@ def measure(part: str, quick: bool) -> Records:
     return records
 
 
-_EMPTY = dict.fromkeys(("ms", "peak_gib", "compile_s", "failed", "account")) | {"ms_all": [], "oom": False}
+EMPTY = dict.fromkeys(("ms", "peak_gib", "compile_s", "failed", "account")) | {"ms_all": [], "oom": False}
 
 
 def _timed(

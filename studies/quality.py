@@ -38,7 +38,7 @@ PROFILES = RESULTS / "profiles"
 FINAL = 64
 """Last positions of a prompt that are compared beside what follows it."""
 # A CPU has time for few items.
-_ITEMS = {"cpu": {"texts": 8, "needles": 6, "copies": 4}, "cuda": {"texts": 20, "needles": 20, "copies": 12}}
+ITEMS = {"cpu": {"texts": 8, "needles": 6, "copies": 4}, "cuda": {"texts": 20, "needles": 20, "copies": 12}}
 _DIRECT = {"cpu": 2, "cuda": 8}
 _GEOMETRIES = [[4, 32, 64], [8, 64, 128], [8, 512, 128]]
 _DIRECT_FOR = {"cpu": [[8, 64, 128]], "cuda": _GEOMETRIES}
@@ -83,12 +83,12 @@ RANKED = ("gradient", "direct", "deepest")
 CONTRAST = ("first", *(f"random{i}" for i in range(DRAWS)))
 
 
-def _plan(quick: bool) -> dict[str, Any]:
+def plan_of(quick: bool) -> dict[str, Any]:
     if quick:
         return QUICK
     kind = device().type
     calibration = FULL["calibration"] | {"direct": _DIRECT[kind]}
-    return FULL | _ITEMS[kind] | {"direct_for": _DIRECT_FOR[kind], "calibration": calibration}
+    return FULL | ITEMS[kind] | {"direct_for": _DIRECT_FOR[kind], "calibration": calibration}
 
 
 def _slug(geometry: Sequence[int]) -> str:
@@ -96,7 +96,7 @@ def _slug(geometry: Sequence[int]) -> str:
 
 
 def names(quick: bool) -> list[str]:
-    plan = _plan(quick)
+    plan = plan_of(quick)
     found = [f"ranking/{_slug(g)}/gradient" for g in plan["geometries"]]
     found += [f"ranking/{_slug(g)}/direct" for g in plan["direct_for"]]
     for prompt in plan["prompts"]:
@@ -108,7 +108,7 @@ def names(quick: bool) -> list[str]:
 
 def settings(quick: bool) -> dict[str, Any]:
     return {
-        **_plan(quick),
+        **plan_of(quick),
         "device": device().type,
         "model": "SmolLM2-135M-Instruct (4-bit weights, computed in bfloat16)",
         "final": FINAL,
@@ -207,7 +207,7 @@ def measure(name: str, quick: bool) -> Records:
 
 @functools.lru_cache(maxsize=1)
 def _lab(quick: bool) -> Lab:
-    return Lab(_plan(quick))
+    return Lab(plan_of(quick))
 
 
 class Lab:

@@ -112,7 +112,7 @@ def variants(query: Tensor, key: Tensor, value: Tensor, geometry: tuple[int, int
         "general, 128 rows": general(query, sink, window, last, tuning.LARGE),
         "copy": lambda: query.clone(),
     }
-    hopper = launch._HOPPER
+    hopper = launch.HOPPER
     if hopper is not None and hopper.takes(query, key, value):
         streaming = found["without last rows"]
 

@@ -65,7 +65,7 @@ def test_items_have_the_prompt_and_what_follows():
 def test_every_cell_has_its_layers():
     names = quality.names(False)
     assert len(names) == len(set(names))
-    plan = quality._plan(False)
+    plan = quality.plan_of(False)
     for name in names:
         if name.startswith("ranking/"):
             continue

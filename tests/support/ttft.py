@@ -15,7 +15,7 @@ def ttft_record(variant, tokens, ms, **changes):
         "mask": chosen.mask,
         "graphs": chosen.graphs,
         "tokens": tokens,
-        **ttft._EMPTY,
+        **ttft.EMPTY,
         "ms": ms,
         "compilations": 1,
         "lowerings": "triton" if chosen.geometry else "as written",
