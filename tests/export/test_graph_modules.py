@@ -115,7 +115,7 @@ def test_a_graph_without_shapes_is_an_error_that_says_so():
     FakeTensorProp(gm).propagate(x)
     after, report = rewrite(gm, CONFIG, strict=True)
     assert len(report.triangle()) == 1
-    close(after(x), oracle(*qkv(x), None, *CONFIG.geometry, 0.25)[0])
+    close(after(x), oracle(*qkv(x), None, *CONFIG.geometry.counts, 0.25)[0])
 
 
 def test_bad_arguments():

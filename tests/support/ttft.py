@@ -9,7 +9,7 @@ def ttft_record(variant, tokens, ms, **changes):
         "part": f"llama/{variant}",
         "model": "Llama-3.1-8B",
         "variant": variant,
-        "geometry": list(chosen.geometry) if chosen.geometry else None,
+        "geometry": list(chosen.geometry.counts) if chosen.geometry else None,
         "triangle_layers": 16 if chosen.geometry else 0,
         "layers": 32,
         "mask": chosen.mask,

@@ -83,13 +83,8 @@ class LayerPath:
         return self.index is not None or self.mark is not None
 
 
-def layer_path(node: Node) -> LayerPath:
-    """Read the innermost recorded module path of a node; ``index`` is None when it does not name one layer."""
-    return layer_paths([node])[0]
-
-
 def layer_paths(nodes: Iterable[Node | None]) -> list[LayerPath]:
-    """The layers of all sites of one graph.
+    """The layers of all sites of one graph, by the innermost recorded module path of each.
 
     Where a path has several indices (``layers.3.0``: layers that are pairs of modules), the layer's is the one that
     varies among the paths of this form, if it is the only one.
