@@ -28,7 +28,7 @@ def _hopper_launch() -> Any:
     return importlib.import_module("tmx_compile.lowering.triton.hopper_launch") if tried and not INTERPRETED else None
 
 
-_HOPPER = _hopper_launch()
+HOPPER = _hopper_launch()
 
 
 def attend(
@@ -74,8 +74,8 @@ def attend(
         or tuning.one_block(slots)
         or batch * q_len < tuning.HOPPER_FROM_TOKENS
     )
-    if not general and _HOPPER is not None and _HOPPER.takes(query, key, value):
-        return _HOPPER.attend(query, key, value, key_mask, extent, geometry, scale), None
+    if not general and HOPPER is not None and HOPPER.takes(query, key, value):
+        return HOPPER.attend(query, key, value, key_mask, extent, geometry, scale), None
     dtype = query.dtype
     if INTERPRETED and dtype == torch.bfloat16:
         # The interpreter multiplies bfloat16 as if it were integers.
