@@ -69,9 +69,7 @@ def test_explain_tells_and_counts_nothing():
     assert report.density(next(iter(report))) is None
 
 
-@pytest.mark.parametrize(
-    ("changes", "reason"), [({"is_causal": False}, "NOT_CAUSAL"), ({"dropout_p": 0.1}, "DROPOUT")]
-)
+@pytest.mark.parametrize(("changes", "reason"), [({"is_causal": False}, "NOT_CAUSAL"), ({"dropout_p": 0.1}, "DROPOUT")])
 def test_only_proven_causal_sites(changes, reason):
     model, x = three(**changes), torch.randn(1, 2, 300, 16)
     report = explain(model, x, config=CONFIG)

@@ -44,8 +44,8 @@ class Selection:
     @classmethod
     def of(cls, config: TriangleMixConfig) -> Selection:
         """That of a configuration's dynamic layers, by groups of 16 tokens."""
-        sink, _, last = config.geometry
-        return cls(config.dynamic_method, config.dynamic_share, config.dynamic_block, cls.stride, sink, last)
+        words = config.dynamic_method, config.dynamic_share, config.dynamic_block
+        return cls(*words, cls.stride, config.num_sink_tokens, config.num_last_tokens)
 
     @property
     def arguments(self) -> tuple[str, float, int, int, int, int]:

@@ -44,6 +44,6 @@ def test_with_padding_and_counts(model):
 def test_chunked_prefill_is_dense_with_the_reason(model):
     ids = torch.randint(0, 64, (1, 300))
     _, report = logits(model, CONFIG, ids, None, chunked_prefill=True)
-    assert [(site.decision, site.detail) for site in report][0] == ("dense", "dynamic blocks in chunked prefill")
+    assert next((site.decision, site.detail) for site in report) == ("dense", "dynamic blocks in chunked prefill")
     with pytest.raises(StrictModeError, match="chunked prefill"):
         logits(model, CONFIG, ids, None, chunked_prefill=True, strict=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -100,7 +100,7 @@ class Judge:
         return self._selection if layer_of(module) in self._dynamic else None
 
     def _geometry(self, module: nn.Module, window: int | None) -> Geometry:
-        geometry = Geometry(*self._config.geometry, None if window is None else window - 1)
+        geometry = replace(self._config.geometry, reach=None if window is None else window - 1)
         return geometry if self.selection(module) is None else geometry.as_dense()
 
     def is_missed(self, module: nn.Module, why: Rejected, settings: Mapping[str, Any]) -> bool:
