@@ -6,7 +6,6 @@ import torch.nn.functional as F
 
 from tests.support.blocks import listed_oracle
 from tmx_compile import StrictModeError, TriangleMixConfig, explain, rewrite, tmx_backend
-from tmx_compile.mask.selection import Selection
 from tmx_compile.operator.dynamic import select
 
 CONFIG = TriangleMixConfig(
@@ -30,7 +29,7 @@ def three(**changes):
 
 def one_layer_oracle(x):
     keys = x[:, ::2]
-    lists = select(x, keys, None, Selection.of(CONFIG), 0.25)
+    lists = select(x, keys, None, CONFIG.selection, 0.25)
     return listed_oracle(x, keys, keys, None, lists, 32, 0.25), lists.visited
 
 

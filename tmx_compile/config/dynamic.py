@@ -6,34 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from tmx_compile.config.values import as_layer_indices
+from tmx_compile.mask.selection import checked_block, checked_method, checked_share
 
-METHODS = ("pooled", "antidiagonal")
-"""How the mass of a block is estimated: see :mod:`tmx_compile.operator.dynamic.estimate`."""
-BLOCKS = (16, 32, 64, 128)
-"""Sides of a block that a kernel tiles by."""
 DYNAMIC = ("dynamic_layer_indices", "dynamic_share", "dynamic_method", "dynamic_block")
 """The parameters of dynamic layers, in order."""
-
-
-def checked_method(name: str, value: Any) -> str:
-    """The name of a method, or a ``ValueError`` that names the parameter and the value."""
-    if value not in METHODS:
-        raise ValueError(f"{name} must be one of {', '.join(METHODS)}, got {value!r}")
-    return str(value)
-
-
-def checked_share(name: str, value: Any) -> float:
-    """A share above 0 and at most 1, likewise."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value <= 1.0:
-        raise ValueError(f"{name} must be above 0 and at most 1, got {value!r}")
-    return float(value)
-
-
-def checked_block(name: str, value: Any) -> int:
-    """The side of a block, likewise."""
-    if isinstance(value, bool) or value not in BLOCKS:
-        raise ValueError(f"{name} must be one of {', '.join(map(str, BLOCKS))}, got {value!r}")
-    return int(value)
 
 
 def checked(values: Mapping[str, Any], triangle: tuple[int, ...]) -> dict[str, Any]:

@@ -44,6 +44,7 @@ from tmx_compile.config.dynamic import DYNAMIC, checked, from_profile_section, p
 from tmx_compile.config.profile import GEOMETRY, PROFILE_FORMAT, check_model, profile_values
 from tmx_compile.config.values import as_count, as_layer_indices, refuse_unknown
 from tmx_compile.mask.geometry import Geometry
+from tmx_compile.mask.selection import Selection
 
 if TYPE_CHECKING:
     from torch import nn
@@ -284,6 +285,17 @@ class TriangleMixConfig:
         (0, 1)
         """
         return tuple(self.dynamic_layer_indices or ())
+
+    @property
+    def selection(self) -> Selection:
+        """How dynamic layers choose their blocks, by groups of 16 tokens.
+
+        >>> from tmx_compile import TriangleMixConfig
+        >>> TriangleMixConfig(dynamic_layer_indices=[0]).selection.share
+        0.9
+        """
+        words = self.dynamic_method, self.dynamic_share, self.dynamic_block
+        return Selection(*words, Selection.stride, self.num_sink_tokens, self.num_last_tokens)
 
     @property
     def _dynamic(self) -> dict[str, Any]:

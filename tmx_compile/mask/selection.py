@@ -3,9 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
-from tmx_compile.config import TriangleMixConfig
-from tmx_compile.config.dynamic import checked_block, checked_method, checked_share
+METHODS = ("pooled", "antidiagonal")
+"""How the mass of a block is estimated: see :mod:`tmx_compile.operator.dynamic.estimate`."""
+BLOCKS = (16, 32, 64, 128)
+"""Sides of a block that a kernel tiles by."""
+
+
+def checked_method(name: str, value: Any) -> str:
+    """The name of a method, or a ``ValueError`` that names the parameter and the value."""
+    if value not in METHODS:
+        raise ValueError(f"{name} must be one of {', '.join(METHODS)}, got {value!r}")
+    return str(value)
+
+
+def checked_share(name: str, value: Any) -> float:
+    """A share above 0 and at most 1, likewise."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value <= 1.0:
+        raise ValueError(f"{name} must be above 0 and at most 1, got {value!r}")
+    return float(value)
+
+
+def checked_block(name: str, value: Any) -> int:
+    """The side of a block, likewise."""
+    if isinstance(value, bool) or value not in BLOCKS:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, BLOCKS))}, got {value!r}")
+    return int(value)
 
 
 @dataclass(frozen=True)
@@ -40,12 +64,6 @@ class Selection:
         for name in ("sink", "last"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-
-    @classmethod
-    def of(cls, config: TriangleMixConfig) -> Selection:
-        """That of a configuration's dynamic layers, by groups of 16 tokens."""
-        words = config.dynamic_method, config.dynamic_share, config.dynamic_block
-        return cls(*words, cls.stride, config.num_sink_tokens, config.num_last_tokens)
 
     @property
     def arguments(self) -> tuple[str, float, int, int, int, int]:

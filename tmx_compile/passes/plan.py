@@ -168,7 +168,7 @@ class Plan:
     @property
     def selection(self) -> Selection:
         """How dynamic layers choose."""
-        return Selection.of(self.config)
+        return self.config.selection
 
     @property
     def triangle(self) -> list[SitePlan]:

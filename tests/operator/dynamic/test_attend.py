@@ -3,28 +3,10 @@
 import pytest
 import torch
 
-from tests.support.blocks import listed_oracle, random_lists
-from tests.support.calls import Case
+from tests.support.blocks import CASES, listed_oracle, random_lists
 from tests.support.oracle import tolerance
 from tmx_compile.mask.selection import Selection
 from tmx_compile.operator.dynamic import attend, block_sparse_attention, select
-
-CASES = {
-    "whole blocks": Case(128, 128, 0, 0, 0, heads=4, kv_heads=2),
-    "odd length": Case(211, 211, 0, 0, 0, heads=6, kv_heads=2),
-    "one token": Case(1, 1, 0, 0, 0),
-    "multi-query": Case(100, 100, 0, 0, 0, heads=5, kv_heads=1, batch=2),
-    "more keys than rows": Case(90, 240, 0, 0, 0),
-    "value dim differs": Case(100, 100, 0, 0, 0, dim=24, v_dim=16),
-    "odd head dim": Case(100, 100, 0, 0, 0, dim=33),
-    "bfloat16": Case(200, 200, 0, 0, 0, dim=64, dtype=torch.bfloat16),
-    "float64": Case(100, 100, 0, 0, 0, dtype=torch.float64),
-    "strided": Case(150, 150, 0, 0, 0, heads=4, kv_heads=2, strided=True),
-    "left padding": Case(200, 200, 0, 0, 0, batch=3, valid=((0, 200), (60, 200), (199, 200))),
-    "padding on both sides": Case(200, 200, 0, 0, 0, batch=2, valid=((67, 140), (3, 150)), holes=True),
-    "no valid key": Case(100, 100, 0, 0, 0, batch=2, valid=((0, 100), (0, 0))),
-    "padding and more keys than rows": Case(90, 240, 0, 0, 0, batch=2, valid=((0, 240), (150, 240))),
-}
 
 
 @pytest.mark.parametrize("name", CASES)

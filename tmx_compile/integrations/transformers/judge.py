@@ -51,7 +51,7 @@ class Judge:
         self._config = config
         self._dynamic = frozenset(config.dynamic_layers())
         self._layers = frozenset(config.layers()) | self._dynamic
-        self._selection = Selection.of(config)
+        self._selection = config.selection
         self._limits = {
             kind: least_length(request.lowering, torch.device(kind), config.min_seq_len, config.geometry)
             for kind in ("cpu", "cuda")

@@ -21,11 +21,11 @@ from tmx_compile.lowering.triton.tiles import arrived, blocks_of, load_rows, mas
 from tmx_compile.lowering.triton.walk import walk
 
 # Finite, so that a row that has met no key yet subtracts no infinity from another.
-_NO_MAXIMUM = tl.constexpr(-3.0e38)
+NO_MAXIMUM = tl.constexpr(-3.0e38)
 
 
 @triton.jit
-def _add_keys(acc, total, maximum, query, key, value, allowed, scale, FLOAT32: tl.constexpr):
+def add_keys(acc, total, maximum, query, key, value, allowed, scale, FLOAT32: tl.constexpr):
     """One step of the running softmax (Milakov and Gimelshein 2018): acc (M, Dv), total and maximum (M,), base 2.
 
     ``allowed`` is (M, N), or None where every pair is attended.
@@ -139,7 +139,7 @@ def triangle_kernel(
     value_base = value_ptr + batch64 * v_batch + kv_head.to(tl.int64) * v_head
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    maximum = tl.full([BLOCK_M], _NO_MAXIMUM, tl.float32)
+    maximum = tl.full([BLOCK_M], NO_MAXIMUM, tl.float32)
 
     for step in tl.range(0, masked, num_stages=STAGES):
         block = tl.where(step < masked_front, step, step - masked_front + full_end)
@@ -148,7 +148,7 @@ def triangle_kernel(
         )
         key = load_rows(key_base, wide * k_row, 1, DIM, BLOCK_D, used)
         value = load_rows(value_base, wide * v_row, 1, DIM_V, BLOCK_DV, used)
-        acc, total, maximum = _add_keys(acc, total, maximum, query, key, value, allowed, scale, FLOAT32)
+        acc, total, maximum = add_keys(acc, total, maximum, query, key, value, allowed, scale, FLOAT32)
 
     front_place = low - sinks - empty + masked_front * BLOCK_N
     far_column = tl.arange(0, FULL_N)
@@ -156,7 +156,7 @@ def triangle_kernel(
         wide = (front_place + step * FULL_N).to(tl.int64)
         key = load_rows(key_base + wide * k_row, far_column, k_row, DIM, BLOCK_D, None)
         value = load_rows(value_base + wide * v_row, far_column, v_row, DIM_V, BLOCK_DV, None)
-        acc, total, maximum = _add_keys(acc, total, maximum, query, key, value, None, scale, FLOAT32)
+        acc, total, maximum = add_keys(acc, total, maximum, query, key, value, None, scale, FLOAT32)
 
     # A row without any key: total is 0, and so is its result.
     some = total > 0
@@ -212,7 +212,7 @@ def _merge(
     else:
         acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
-        maximum = tl.full([BLOCK_M], _NO_MAXIMUM, tl.float32)
+        maximum = tl.full([BLOCK_M], NO_MAXIMUM, tl.float32)
         for other in range(splits):
             # Past the first-level cache: other multiprocessors wrote these.
             its_lse = tl.load(lse_at + other * BLOCK_M, mask=mine, other=float("-inf"), cache_modifier=".cg")

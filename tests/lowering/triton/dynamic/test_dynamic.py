@@ -5,8 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.operator.dynamic.test_attend import CASES
-from tests.support.blocks import always_kept, listed_oracle, random_lists, visits
+from tests.support.blocks import CASES, always_kept, listed_oracle, random_lists, visits
 from tests.support.oracle import tolerance
 from tmx_compile.lowering.triton.dynamic.launch import Tuning, attend, select
 from tmx_compile.lowering.triton.dynamic.op import TRITON_BLOCK_SPARSE

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tmx_compile.lowering.triton.kernel import _NO_MAXIMUM, _add_keys
+from tmx_compile.lowering.triton.kernel import NO_MAXIMUM, add_keys
 from tmx_compile.lowering.triton.tiles import load_rows
 
 
@@ -86,14 +86,14 @@ def block_sparse_kernel(
         whole = tl.where((count > 0) & (final == own), count - 1, count)
     acc = tl.zeros([BLOCK, BLOCK_DV], tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
-    maximum = tl.full([BLOCK], _NO_MAXIMUM, tl.float32)
+    maximum = tl.full([BLOCK], NO_MAXIMUM, tl.float32)
     column = tl.arange(0, STEP)
 
     for step in tl.range(0, whole * PER, num_stages=STAGES):
         place = tl.load(list_ptr + step // PER).to(tl.int64) * BLOCK + step % PER * STEP
         key = load_rows(key_base + place * k_row, column, k_row, DIM, BLOCK_D, None)
         value = load_rows(value_base + place * v_row, column, v_row, DIM_V, BLOCK_DV, None)
-        acc, total, maximum = _add_keys(acc, total, maximum, query, key, value, None, scale, FLOAT32)
+        acc, total, maximum = add_keys(acc, total, maximum, query, key, value, None, scale, FLOAT32)
 
     for step in tl.range(whole * PER, count * PER, num_stages=1):
         place = tl.load(list_ptr + step // PER).to(tl.int64) * BLOCK + step % PER * STEP + column
@@ -103,7 +103,7 @@ def block_sparse_kernel(
         key = load_rows(key_base, place * k_row, 1, DIM, BLOCK_D, used)
         value = load_rows(value_base, place * v_row, 1, DIM_V, BLOCK_DV, used)
         allowed = (place[None, :] <= position[:, None]) & used[None, :]
-        acc, total, maximum = _add_keys(acc, total, maximum, query, key, value, allowed, scale, FLOAT32)
+        acc, total, maximum = add_keys(acc, total, maximum, query, key, value, allowed, scale, FLOAT32)
 
     # A row without any key: total is 0, and so is its result.
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]
