@@ -47,6 +47,10 @@ def test_defaults_and_order() -> None:
         ("num_triangle_layers", None),
         ("triangle_layer_indices", None),
         ("min_seq_len", 2048),
+        ("dynamic_layer_indices", None),
+        ("dynamic_share", 0.9),
+        ("dynamic_method", "pooled"),
+        ("dynamic_block", 128),
     ]
     assert list(dataclasses.asdict(TriangleMixInferenceConfig()).items()) == [
         ("enable_trianglemix", False),
