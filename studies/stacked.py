@@ -18,7 +18,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface
 
 from benchmarks.common import RESULTS, Case, Parts, Records, device, note
 from benchmarks.models import smollm2
@@ -106,6 +105,8 @@ class Board:
     """A model whose attention is switched, and what its dynamic layers visited."""
 
     def __init__(self, model: nn.Module, name: str) -> None:
+        from transformers import AttentionInterface
+
         self.model, self.layers = model, Layers()
         self.visited: list[Tensor] = []
         AttentionInterface.register(name, self.attend)
