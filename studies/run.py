@@ -18,12 +18,13 @@ from studies import (
     stages,
     switch,
     training,
+    training_step,
 )
 
 CASES = (
     *(first_n.CASE, calibration.CASE, quality.CASE, recall.CASE),
     *(pass_cost.CASE, prefill_memory.CASE, kv_cache.CASE, million.CASE, stages.CASE, switch.CASE, training.CASE),
-    short_prompts.CASE,
+    *(short_prompts.CASE, training_step.CASE),
 )
 
 
