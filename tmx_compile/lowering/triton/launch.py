@@ -101,15 +101,16 @@ def prepare(
     """
     geometry = geometry.bounded(key.shape[2], query.shape[2])
     sink, window, last = geometry.counts
-    batch, _, q_len, _ = query.shape
+    batch, heads, q_len, _ = query.shape
     # Where many rows read all keys, those decide the block shapes.
     slots = sink + window if 4 * last < q_len else key.shape[2]
-    general = shapes is not None or with_lse or tuning.one_block(slots) or batch * q_len < tuning.HOPPER_FROM_TOKENS
+    size = batch * heads * q_len, multiprocessors(query.device)
+    general = shapes is not None or with_lse or tuning.one_block(slots) or not tuning.enough_for_hopper(*size)
     if not general and _HOPPER is not None and _HOPPER.takes(query, key, value):
         return _HOPPER.Launch(query, key, value, key_mask, geometry, scale)  # type: ignore[no-any-return]
     if shapes is None:
         dim = max(query.shape[3], value.shape[3])
-        shapes = tuning.choose(query.dtype.itemsize, _padded(dim), slots)
+        shapes = tuning.choose(query.dtype.itemsize, _padded(dim), slots, *size)
     return _General(query, key, value, key_mask, geometry, scale, with_lse, shapes)
 
 
