@@ -23,7 +23,7 @@ def compile_for(kernel, capability, shapes, constants):
     """A kernel of bfloat16 tensors, in blocks of ``shapes``."""
     constants = {"BLOCK_M": shapes.rows, "BLOCK_N": shapes.keys, "STAGES": shapes.stages, "FLOAT32": False} | constants
     types = {f"{name}_ptr": "*fp32" for name in NUMBERS}
-    types |= {"mask_ptr": "*i1", "extent_ptr": "*i32", "arrived_ptr": "*i32", "scale": "fp32"}
+    types |= {"mask_ptr": "*i1", "extent_ptr": "*i32", "done_ptr": "*i32", "arrived_ptr": "*i32", "scale": "fp32"}
     signature = {}
     for name in kernel.arg_names:
         pointer = "*bf16" if name.endswith("_ptr") else "i32"
@@ -37,7 +37,7 @@ def main(capability):
     done = []
     for padded in (False, True):
         same = {**HEADS, "PADDED": padded, "REACH": padded}
-        forward = {"FULL_N": 32, "FULL_STAGES": 2, "WRITE_LSE": padded}
+        forward = {"FULL_N": 32, "FULL_STAGES": 2, "WRITE_LSE": padded, "DONE": padded}
         compile_for(triangle_kernel, capability, tuning.SMALL, same | forward)
         compile_for(query_kernel, capability, tuning.BACKWARD.queries, same | {"KEY_GROUP": 4, "LSE_GRAD": padded})
         shapes = tuning.BACKWARD.sinks if padded else tuning.BACKWARD.keys

@@ -35,7 +35,7 @@ class Triangle:
 
 @dataclass(frozen=True)
 class Maskless:
-    """The site stays dense for a reason, but without forming its mask."""
+    """The site stays dense for a reason, but without forming its mask, or by a faster kernel."""
 
     why: Rejected
 
