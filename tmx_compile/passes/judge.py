@@ -40,7 +40,7 @@ def _limit(queries: Sequence[Tensor], plan: Plan) -> int:
         plan.request.lowering,
         queries[0].device,
         plan.config.min_seq_len,
-        plan.config.geometry,
+        plan.geometry,
         min(widths, default=None),
         plan.needs_grad,
     )
