@@ -96,6 +96,7 @@ def _operands(n: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor,
 def variants(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry) -> dict[str, Callable[[], Any]]:
     """What to time, by the names of :data:`TOLD`; the Hopper kernel's only where it can run."""
     from tmx_compile.lowering.triton import launch, tuning
+    from tmx_compile.lowering.triton.prepared import kind
 
     scale = DIM**-0.5
     rows = query[:, :, -geometry.last :]
@@ -113,11 +114,12 @@ def variants(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry) -> d
         "copy": lambda: query.clone(),
     }
     hopper = launch.HOPPER
-    if hopper is not None and hopper.takes(query, key, value):
+    if hopper is not None and hopper.takes(kind(query), kind(key), kind(value)):
         streaming = found["without last rows"]
+        whole, last = (hopper.Launch(kind(x), kind(key), kind(value), None, geometry, scale) for x in (query, rows))
 
         def alone() -> Any:
-            return hopper.attend(rows, key, value, None, None, geometry, scale)
+            return last(rows, key, value, None, None)
 
         def apart() -> Any:
             return streaming(), alone()
@@ -133,7 +135,7 @@ def variants(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry) -> d
             here.wait_stream(side)
             return out, beside
 
-        found["hopper"] = lambda: hopper.attend(query, key, value, None, None, geometry, scale)
+        found["hopper"] = lambda: whole(query, key, value, None, None)
         found["last rows alone, hopper"] = alone
         found["apart"] = apart
         found["apart, two streams"] = two_streams

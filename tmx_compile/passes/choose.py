@@ -26,11 +26,7 @@ from tmx_compile.request import Short
 def choose(plan: Plan) -> Plan:
     """Give every site that is to be written anew its lowering, and every site its final decision."""
     around = transforms(plan.gm.graph)
-    needs_grad = torch.is_grad_enabled() and any(
-        isinstance(value := nodes.value_of(node), torch.Tensor) and value.requires_grad
-        for node in plan.gm.graph.nodes
-        if node.op in ("placeholder", "get_attr")
-    )
+    needs_grad = plan.needs_grad
     return replace(plan, sites=tuple(_chosen(item, plan, needs_grad or item.node in around) for item in plan.sites))
 
 

@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 from tmx_compile.config import TriangleMixConfig
 from tmx_compile.find.site import AttentionSite
 from tmx_compile.graph.layer import LayerPath
+from tmx_compile.graph.nodes import value_of
 from tmx_compile.graph.sizes import SizeInput
 from tmx_compile.graph.storages import Storages
 from tmx_compile.lowering.base import AttentionCall, Lowering
@@ -169,6 +170,15 @@ class Plan:
     def selection(self) -> Selection:
         """How dynamic layers choose."""
         return self.config.selection
+
+    @property
+    def needs_grad(self) -> bool:
+        """Whether what the graph computes is differentiated."""
+        return torch.is_grad_enabled() and any(
+            isinstance(value := value_of(node), torch.Tensor) and value.requires_grad
+            for node in self.gm.graph.nodes
+            if node.op in ("placeholder", "get_attr")
+        )
 
     @property
     def triangle(self) -> list[SitePlan]:
