@@ -264,11 +264,10 @@ def test_times_are_read_from_a_benchmark(bench_file, tmp_path):
     found = {t.geometry: t for t in read_times(path)}
     shape = AttentionShape(4, 2, 16, 16)
     machine = content["hardware"]["cpu"]
+    small, large = Geometry(2, 6, 5), Geometry(4, 9, 5)
     assert found == {
-        Geometry(2, 6, 5): LayerTime(
-            shape, Geometry(2, 6, 5), 300, "float32", first["dense_ms"], 4.0, "blocked", machine
-        ),
-        (4, 9, 5): LayerTime(shape, (4, 9, 5), 300, "float32", second["dense_ms"], 7.0, "operator", machine),
+        small: LayerTime(shape, small, 300, "float32", first["dense_ms"], 4.0, "blocked", machine),
+        large: LayerTime(shape, large, 300, "float32", second["dense_ms"], 7.0, "operator", machine),
     }
     for text in ("[]", "{", json.dumps(content | {"records": [{"n": 1}]}), json.dumps({"settings": {}})):
         path.write_text(text)
