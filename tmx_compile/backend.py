@@ -148,9 +148,16 @@ class TmxBackend:
         plan = pipeline.decide(gm, self.request, host, example_inputs)
         if plan.prompt is Prompt.SHORT:
             return compiler.compile(gm, example_inputs), plan
-        if plan.fixed_length is None:
-            return self._compile_long(plan, gm, compiler, example_inputs)
-        return self._compile_range(plan, gm, compiler, example_inputs)
+        if plan.fixed_length is not None:
+            return self._compile_range(plan, gm, compiler, example_inputs)
+        long, done = self._compile_long(plan, gm, compiler, example_inputs)
+        if plan.length is None:
+            return long, done
+        # Now, not at the first call of the other side: only here are the guards of both still checked by Dynamo. And
+        # under our key: a cached graph brings the guards of the one who compiled it, such as a bound on the length.
+        with _cache_tag(plan.config):
+            short = compiler.compile(gm, example_inputs)
+        return dispatch(plan.length, plan.limit, short, long), done
 
     def _compile_long(
         self, plan: Plan, gm: GraphModule, compiler: Compiler, example_inputs: Sequence[Any]

@@ -94,7 +94,7 @@ class SiteRecord:
         dynamic: whether a length is dynamic.
         decision: "dense", "triangle", or "streaming" (a decode step that attends to sinks and window).
         reason: the name of a :class:`Reason` where the site stays dense, else "".
-        detail: its particulars.
+        detail: its particulars; of a sparse site, up to which length the graph serves prompts dense.
         lowering: what computes the call; "as written" where it is left as it is.
         attended_pairs: how many pairs the mask keeps.
         causal_pairs: how many pairs dense causal attention has.
@@ -251,7 +251,7 @@ class Report:
                 site.decision,
                 site.lowering,
                 share,
-                f"{why}: {site.detail}" if site.detail else why,
+                ": ".join(filter(None, (why, site.detail))),
             )
         return table
 

@@ -7,7 +7,7 @@ import torch
 from tmx_compile.graph.layer import LayerPath
 from tmx_compile.lowering.table import Role
 from tmx_compile.mask import Geometry, pair_counts
-from tmx_compile.passes.lengths import hint
+from tmx_compile.passes.lengths import Prompt, hint
 from tmx_compile.passes.plan import Plan, SitePlan
 from tmx_compile.report import SiteRecord
 
@@ -21,6 +21,14 @@ def _layers(layer: LayerPath) -> tuple[int, ...]:
     if layer.index is None and layer.mark is not None:
         return layer.mark.layers
     return () if layer.index is None else (layer.index,)
+
+
+def _detail(item: SitePlan, plan: Plan) -> str:
+    if item.why is not None:
+        return item.why.detail
+    # Whether or not the length that compilation saw is one of these.
+    sides = plan.prompt is Prompt.BOTH and not item.role.shows_own_key
+    return f"dense up to {plan.limit} tokens" if sides else ""
 
 
 def _record(item: SitePlan, plan: Plan, graph: int) -> SiteRecord:
@@ -46,7 +54,7 @@ def _record(item: SitePlan, plan: Plan, graph: int) -> SiteRecord:
         dynamic=any(isinstance(size, torch.SymInt) for x in tensors for size in x.shape),
         decision="dense" if not is_triangle else "streaming" if is_streaming else "triangle",
         reason="" if item.why is None else item.why.reason.name,
-        detail="" if item.why is None else item.why.detail,
+        detail=_detail(item, plan),
         lowering="as written" if item.lowering is None else item.lowering.name,
         attended_pairs=attended if is_triangle else causal,
         causal_pairs=causal,
