@@ -19,6 +19,7 @@ from tmx_compile.graph.copies import copy_graph
 from tmx_compile.graph.nodes import value_of
 from tmx_compile.layers import Watch, hand_over
 from tmx_compile.legacy.inference import TriangleMixInferenceConfig
+from tmx_compile.limit import RecompileLimit
 from tmx_compile.passes import pipeline
 from tmx_compile.passes.lengths import Prompt, dispatch, hint
 from tmx_compile.passes.one_row import one_row_chunk
@@ -78,7 +79,10 @@ class TmxBackend:
             torchair.check_config(self.request.compiler_config)
         self.report = Report() if report is None else report
         config_in_use = self.request.config
-        self._watch = Watch(self.report, 0 if config_in_use is None else config_in_use.min_seq_len, self.request.strict)
+        # A model that was handed over tells of each call by itself, and may be sparse in it.
+        self._limit = RecompileLimit(self.report, self.request.strict and model is None)
+        longest = 0 if config_in_use is None else config_in_use.min_seq_len
+        self._watch = Watch(self.report, longest, self.request.strict, self._limit)
         if model is not None and config_in_use is not None:
             hand_over(model, config_in_use, self._watch)
             self.request = replace(self.request, handed_over=True)
@@ -120,6 +124,7 @@ class TmxBackend:
         )
         if not self.request.sparse:
             return compiler.compile(gm, example_inputs)
+        self._limit.compiling()
         chunked = self.request.chunked_prefill
         one_row = one_row_chunk(gm, self.request, host, example_inputs) if chunked else None
         compiled, plan = self._compile(gm, host, compiler, example_inputs)
@@ -136,7 +141,7 @@ class TmxBackend:
         >>> from tmx_compile import TriangleMixConfig, tmx_backend
         >>> tmx_backend(TriangleMixConfig.deepest(1, num_layers=2)).allow_uncompiled()  # nothing handed over: no effect
         """
-        self._watch.off = True
+        self._watch.off = self._limit.off = True
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TmxBackend:
         # generate copies its settings and the backend in them: what it compiles is still this one's.

@@ -136,6 +136,7 @@ class Report:
         graphs: how many graphs were compiled, those without attention too.
         uncompiled: calls of triangle layers of a model that was handed over, on long prompts, outside every compiled
             graph, and so dense.
+        switched: such calls that were sparse, because the model runs under :func:`register_attention` too.
 
     >>> import torch
     >>> import torch.nn.functional as F
@@ -155,6 +156,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
     graphs: int = 0
     uncompiled: int = 0
+    switched: int = 0
 
     def __iter__(self) -> Iterator[SiteRecord]:
         return iter(self.sites)
@@ -264,6 +266,9 @@ class Report:
         console.print(self.table(shapes=True))
         for note in self.notes:
             console.print(f"note: {note}")
+        for count, how in ((self.uncompiled, "dense"), (self.switched, "sparse through the switch")):
+            if count:
+                console.print(f"calls of triangle layers outside every graph, {how}: {count}")
         return console.export_text()
 
 

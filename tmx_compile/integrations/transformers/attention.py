@@ -24,6 +24,7 @@ from tmx_compile.integrations.transformers.dense import dense_attention
 from tmx_compile.integrations.transformers.judge import Judge, layer_of
 from tmx_compile.integrations.transformers.paged import no_mask, paged_attention
 from tmx_compile.integrations.transformers.records import Records
+from tmx_compile.layers import is_handed_over, went_sparse
 from tmx_compile.legacy.inference import TriangleMixInferenceConfig
 from tmx_compile.lowering.base import AttentionCall, immediate
 from tmx_compile.lowering.chunk import CHUNK, FIRST_LAST_ROW
@@ -92,12 +93,17 @@ class TriangleAttention:
         """
         if self._judge is None:
             return dense_attention(module, query, key, value, attention_mask, scaling=scaling, **settings)
+        if torch.compiler.is_dynamo_compiling() and is_handed_over(module):
+            # The backend that has the model does more with plain attention than one node: see tmx_backend.
+            return dense_attention(module, query, key, value, attention_mask, scaling=scaling, **settings)
         call = self._judge.call(module, query, key, value, attention_mask, scaling, settings)
         done = call if isinstance(call, Rejected) else self._attend(call)
         if not isinstance(call, Rejected) and not isinstance(done, Rejected):
             out, lowering = done
             # The call's keys: those of a static cache go on behind the prompt.
             self.record(module, call.query, call.key, call.value, attention_mask, lowering)
+            if not torch.compiler.is_compiling():
+                went_sparse(module)
             return out.transpose(1, 2).contiguous(), None
         assert isinstance(done, Rejected)
         self.record(module, query, key, value, attention_mask, done)
