@@ -14,6 +14,7 @@ from studies import (
     prefill_memory,
     quality,
     recall,
+    soak,
     stages,
     switch,
     training,
@@ -21,7 +22,8 @@ from studies import (
 
 CASES = (
     *(first_n.CASE, calibration.CASE, quality.CASE, recall.CASE),
-    *(pass_cost.CASE, prefill_memory.CASE, kv_cache.CASE, million.CASE, stages.CASE, switch.CASE, training.CASE),
+    *(pass_cost.CASE, prefill_memory.CASE, kv_cache.CASE, million.CASE, soak.CASE, stages.CASE, switch.CASE),
+    training.CASE,
 )
 
 
