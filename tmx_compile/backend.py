@@ -255,8 +255,9 @@ def tmx_backend(
         model: the model that will be compiled with it, or the decoder inside. Each of its attention modules then
             carries what it is to be: layers compiled one by one, behind hooks or after graph breaks are placed, by two
             kinds of graphs and not one a layer, and a triangle layer that runs uncompiled on a long prompt warns (or
-            raises, if strict) until :meth:`TmxBackend.allow_uncompiled`. Without it a layer is known by its path in a
-            graph of the whole model.
+            raises, if strict) until :meth:`TmxBackend.allow_uncompiled`. If the model runs under
+            ``register_attention`` too, such a call is sparse. Without it a layer is known by its path in a graph of the
+            whole model.
         report: a report to fill; a new one by default, found as ``backend.report``.
         target: what compiles the graphs. "inductor"; "ascend", torchair; "auto" takes torchair for graphs on an NPU.
         compiler_config: a ``torchair.CompilerConfig`` for the target "ascend" (its ``mode`` chooses GE graphs, the

@@ -253,7 +253,7 @@ def register_attention(
         report: a report to fill; a new one by default, found as ``.report`` of the result.
         lowering: "auto", "triton", "blocked" or "operator"; as for :func:`tmx_compile.tmx_backend`. Inside of a model
             that is compiled by whatever backend, "auto" is one node: ``triton`` on CUDA, else ``operator``; "blocked"
-            gives that backend its operations.
+            gives that backend its operations. A model that was handed over to ``tmx_backend`` is left to that one.
         strict: raise :class:`tmx_compile.StrictModeError` where a layer that the configuration names stays
             dense in a long prompt.
         chunked_prefill: prompts may come in chunks, announced by :func:`tmx_compile.prefill`; inference only.
