@@ -155,13 +155,13 @@ class TmxBackend:
             return compiler.compile(gm, example_inputs), plan
         if plan.fixed_length is not None:
             return self._compile_range(plan, gm, compiler, example_inputs)
-        long, done = self._compile_long(plan, gm, compiler, example_inputs)
         if plan.length is None:
-            return long, done
-        # Now, not at the first call of the other side: only here are the guards of both still checked by Dynamo. And
+            return self._compile_long(plan, gm, compiler, example_inputs)
+        # Now, not at the first call of its side: only here are the guards of both forms still checked by Dynamo. And
         # under our key: a cached graph brings the guards of the one who compiled it, such as a bound on the length.
         with _cache_tag(plan.config):
-            short = compiler.compile(gm, example_inputs)
+            short = compiler.compile(copy_graph(gm), example_inputs)
+        long, done = self._compile_long(plan, gm, compiler, example_inputs)
         return dispatch(plan.length, plan.limit, short, long), done
 
     def _compile_long(
