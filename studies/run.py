@@ -16,6 +16,7 @@ from studies import (
     quality,
     recall,
     short_prompts,
+    soak,
     stacked,
     stages,
     switch,
@@ -26,7 +27,7 @@ from studies import (
 CASES = (
     *(first_n.CASE, calibration.CASE, quality.CASE, recall.CASE, stacked.CASE),
     *(pass_cost.CASE, prefill_memory.CASE, kv_cache.CASE, million.CASE, stages.CASE, switch.CASE, training.CASE),
-    *(dense.CASE, short_prompts.CASE, training_step.CASE),
+    *(dense.CASE, short_prompts.CASE, training_step.CASE, soak.CASE),
 )
 
 

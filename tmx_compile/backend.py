@@ -20,6 +20,7 @@ from tmx_compile.graph.guards import RangeGuards
 from tmx_compile.graph.nodes import value_of
 from tmx_compile.layers import Watch, hand_over
 from tmx_compile.legacy.inference import TriangleMixInferenceConfig
+from tmx_compile.limit import RecompileLimit
 from tmx_compile.passes import pipeline
 from tmx_compile.passes.lengths import Prompt, dispatch, hint
 from tmx_compile.passes.one_row import one_row_chunk
@@ -79,7 +80,10 @@ class TmxBackend:
             torchair.check_config(self.request.compiler_config)
         self.report = Report() if report is None else report
         config_in_use = self.request.config
-        self._watch = Watch(self.report, 0 if config_in_use is None else config_in_use.min_seq_len, self.request.strict)
+        # A model that was handed over tells of each call by itself, and may be sparse in it.
+        self._limit = RecompileLimit(self.report, self.request.strict and model is None)
+        longest = 0 if config_in_use is None else config_in_use.min_seq_len
+        self._watch = Watch(self.report, longest, self.request.strict, self._limit)
         if model is not None and config_in_use is not None and config_in_use.dynamic_layers():
             raise ValueError(
                 f"model cannot be handed over together with dynamic_layer_indices={config_in_use.dynamic_layer_indices}"
@@ -125,6 +129,7 @@ class TmxBackend:
         )
         if not self.request.sparse:
             return compiler.compile(gm, example_inputs)
+        self._limit.compiling()
         chunked = self.request.chunked_prefill
         one_row = one_row_chunk(gm, self.request, host, example_inputs) if chunked else None
         compiled, plan = self._compile(gm, host, compiler, example_inputs)
@@ -141,7 +146,7 @@ class TmxBackend:
         >>> from tmx_compile import TriangleMixConfig, tmx_backend
         >>> tmx_backend(TriangleMixConfig.deepest(1, num_layers=2)).allow_uncompiled()  # nothing handed over: no effect
         """
-        self._watch.off = True
+        self._watch.off = self._limit.off = True
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TmxBackend:
         # generate copies its settings and the backend in them: what it compiles is still this one's.
@@ -153,9 +158,16 @@ class TmxBackend:
         plan = pipeline.decide(gm, self.request, host, example_inputs)
         if plan.prompt is Prompt.SHORT:
             return compiler.compile(gm, example_inputs), plan
-        if plan.fixed_length is None:
+        if plan.fixed_length is not None:
+            return self._compile_range(plan, gm, compiler, example_inputs)
+        if plan.length is None:
             return self._compile_long(plan, gm, compiler, example_inputs)
-        return self._compile_range(plan, gm, compiler, example_inputs)
+        # Now, not at the first call of its side: only here are the guards of both forms still checked by Dynamo. And
+        # under our key: a cached graph brings the guards of the one who compiled it, such as a bound on the length.
+        with _cache_tag(plan.config):
+            short = compiler.compile(copy_graph(gm), example_inputs)
+        long, done = self._compile_long(plan, gm, compiler, example_inputs)
+        return dispatch(plan.length, plan.limit, short, long), done
 
     def _compile_long(
         self, plan: Plan, gm: GraphModule, compiler: Compiler, example_inputs: Sequence[Any]
@@ -250,8 +262,9 @@ def tmx_backend(
         model: the model that will be compiled with it, or the decoder inside. Each of its attention modules then
             carries what it is to be: layers compiled one by one, behind hooks or after graph breaks are placed, by two
             kinds of graphs and not one a layer, and a triangle layer that runs uncompiled on a long prompt warns (or
-            raises, if strict) until :meth:`TmxBackend.allow_uncompiled`. Without it a layer is known by its path in a
-            graph of the whole model.
+            raises, if strict) until :meth:`TmxBackend.allow_uncompiled`. If the model runs under
+            ``register_attention`` too, such a call is sparse. Without it a layer is known by its path in a graph of the
+            whole model.
         report: a report to fill; a new one by default, found as ``backend.report``.
         target: what compiles the graphs. "inductor"; "ascend", torchair; "auto" takes torchair for graphs on an NPU.
         compiler_config: a ``torchair.CompilerConfig`` for the target "ascend" (its ``mode`` chooses GE graphs, the

@@ -24,6 +24,7 @@ from torch.fx.traceback import annotate
 from tmx_compile.config import TriangleMixConfig
 from tmx_compile.errors import StrictModeError
 from tmx_compile.graph.layer import MARK, LayerPath, Mark, placed
+from tmx_compile.limit import RecompileLimit
 from tmx_compile.report import Report
 
 _ATTENTION = re.compile("attention|attn", re.IGNORECASE)
@@ -37,12 +38,14 @@ class Watch:
         report: of the backend that the model was handed to.
         longest: prompts of so many tokens stay dense anyway.
         strict: raise instead of warning.
+        limit: whether Dynamo goes on compiling.
         off: whether nothing is said any more.
     """
 
     report: Report
     longest: int
     strict: bool
+    limit: RecompileLimit
     off: bool = False
 
     def ran(self, layer: int, tokens: int) -> None:
@@ -51,13 +54,16 @@ class Watch:
             return
         if not self.report.graphs:
             cause = "the backend has compiled nothing: call model.compile(backend=...) on the module that is run"
+        elif self.limit.hit:
+            cause = self.limit.hit
         else:
-            cause = "a graph break, a hook, the recompile limit or a stance (TORCH_LOGS=graph_breaks,recompiles), or a "
+            cause = "a graph break, a hook or a stance (TORCH_LOGS=graph_breaks,recompiles), or a "
             cause += "call of the uncompiled model: where that is meant, backend.allow_uncompiled()"
         text = f"layer {layer} ran uncompiled, dense, on {tokens} tokens; {self.report.graphs} graphs compiled; {cause}"
         if self.strict:
             raise StrictModeError(text)
-        if not self.report.uncompiled:
+        # The limit has been told already.
+        if not self.report.uncompiled and not self.limit.hit:
             warnings.warn(text, stacklevel=4)
             self.report.notes.append(text)
         self.report.uncompiled += 1
@@ -123,12 +129,28 @@ def _run(module: Any, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any
     if torch.compiler.is_compiling():
         with annotate({MARK: module._tmx_mark}):
             return run(*args, **kwargs)
-    if module._tmx_watch is not None:
-        watch, layer = module._tmx_watch
+    if module._tmx_watch is None:
+        return run(*args, **kwargs)
+    watch, layer = module._tmx_watch
+    before = watch.report.switched
+    out = run(*args, **kwargs)
+    if watch.report.switched == before:
         given = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim() > 1), None)
         # Whichever dimension holds the tokens: (B, S, E), (S, B, E) and (B, H, S, D) are all in use.
         watch.ran(layer, 0 if given is None else max(given.shape[:-1]))
-    return run(*args, **kwargs)
+    return out
+
+
+def is_handed_over(module: nn.Module) -> bool:
+    """Whether the backend that compiles an attention module knows it: it makes its plain attention sparse then."""
+    return hasattr(module, "_tmx_mark")
+
+
+def went_sparse(module: nn.Module) -> None:
+    """Tell the report of the backend that a module was handed to, if any, of an uncompiled call that was sparse."""
+    told = getattr(module, "_tmx_watch", None)
+    if told is not None:
+        told[0].report.switched += 1
 
 
 def _is_ours(put: Any, module: nn.Module) -> bool:

@@ -96,7 +96,7 @@ class SiteRecord:
         decision: "dense", "triangle", "dynamic" (blocks chosen while it runs), or "streaming" (a decode step that
             attends to sinks and window).
         reason: the name of a :class:`Reason` where the site stays dense, else "".
-        detail: its particulars.
+        detail: its particulars; of a sparse site, up to which length the graph serves prompts dense.
         lowering: what computes the call; "as written" where it is left as it is.
         attended_pairs: how many pairs the mask keeps; of a dynamic site at most, see :meth:`Report.density`.
         causal_pairs: how many pairs dense causal attention has.
@@ -142,6 +142,7 @@ class Report:
         graphs: how many graphs were compiled, those without attention too.
         uncompiled: calls of triangle layers of a model that was handed over, on long prompts, outside every compiled
             graph, and so dense.
+        switched: such calls that were sparse, because the model runs under :func:`register_attention` too.
 
     >>> import torch
     >>> import torch.nn.functional as F
@@ -161,6 +162,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
     graphs: int = 0
     uncompiled: int = 0
+    switched: int = 0
     _visited: dict[tuple[int, str, int | None], Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def __iter__(self) -> Iterator[SiteRecord]:
@@ -290,7 +292,7 @@ class Report:
                 site.decision,
                 site.lowering,
                 share,
-                f"{why}: {site.detail}" if site.detail else why,
+                ": ".join(filter(None, (why, site.detail))),
             )
         return table
 
@@ -303,6 +305,9 @@ class Report:
         console.print(self.table(shapes=True))
         for note in self.notes:
             console.print(f"note: {note}")
+        for count, how in ((self.uncompiled, "dense"), (self.switched, "sparse through the switch")):
+            if count:
+                console.print(f"calls of triangle layers outside every graph, {how}: {count}")
         return console.export_text()
 
 

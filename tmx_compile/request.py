@@ -155,6 +155,7 @@ def takes(kind: type[RewriteOptions]) -> Callable[[Callable[_P, _T]], Callable[_
 class Short(enum.Enum):
     """What happens to prompts of at most ``min_seq_len`` tokens where one graph may get such and longer ones."""
 
+    BESIDE = "another form of the same graph serves them, where its inputs tell the length; else another graph"
     OTHER_GRAPH = "another graph serves them"
     INSIDE = "they are dense inside the graph"
     LEFT_DENSE = "the site stays dense for all lengths"
@@ -183,7 +184,7 @@ class Host:
         return "cuda" if device.type == "cuda" else "cpu"
 
 
-INDUCTOR = Host("Inductor", "inductor", guards=True, short=Short.OTHER_GRAPH)
+INDUCTOR = Host("Inductor", "inductor", guards=True, short=Short.BESIDE)
 TORCHAIR = Host("torchair", "torchair", guards=True, short=Short.OTHER_GRAPH)
 PROGRAM = Host("the program's caller", "", guards=False, short=Short.LEFT_DENSE)
 AIR = Host("the .air", "torchair", guards=False, short=Short.INSIDE)

@@ -78,15 +78,19 @@ def check(compiled, x):
 
 
 def test_prompts_up_to_it_stay_dense_and_say_why(limited, eager):
-    """One graph for each side of the limit, whatever the length."""
+    """One graph with both sides of the limit, whatever the length."""
     backend = tmx_backend(CONFIG)
     compiled = torch.compile(Stack(), backend=backend)
     for n in (250, 120, LIMIT, LIMIT + 1, 500, 350):
         x = torch.randn(1, 2, n, 16)
         torch._dynamo.mark_dynamic(x, 2)
         check(compiled, x)
-    assert [site.reason for site in backend.report] == ["NOT_SELECTED", "NOT_FASTER", "NOT_SELECTED", ""]
-    assert list(backend.report)[1].detail == f"up to {LIMIT} tokens"
+    assert [site.reason for site in backend.report] == ["NOT_SELECTED", ""]
+    assert list(backend.report)[1].detail == f"dense up to {LIMIT} tokens"
+    torch._dynamo.reset()
+    check(torch.compile(Stack(), backend=backend, dynamic=False), torch.randn(1, 2, 250, 16))
+    last = list(backend.report)[-1]
+    assert (last.reason, last.detail) == ("NOT_FASTER", f"up to {LIMIT} tokens")
 
 
 def test_strict_mode_accepts_it(limited, eager):

@@ -89,7 +89,7 @@ def test_generate(specimens, name):
 
 @pytest.mark.parametrize("name", ["Llama", "GPT-2", "Gemma 3 text (alternating windows)"])
 def test_dynamic_lengths(specimens, name):
-    """One graph for all long prompts, one for short ones; the numbers are right for each."""
+    """One graph for all prompts; the numbers are right for long ones, and short ones are dense."""
     specimen = specimens(name, "sdpa")
     backend = tmx_backend(specimen.config, lowering="operator")
     with compiled(specimen.model, backend, dynamic=True), torch.no_grad():
@@ -97,14 +97,13 @@ def test_dynamic_lengths(specimens, name):
             mask = torch.ones(2, tokens, dtype=torch.long)
             mask[1, :9] = 0
             inputs = specimen.entry.inputs(2, tokens, mask)
-            before = backend.report.graphs
             out = specimen.model(**inputs)
             if tokens > MIN_SEQ_LEN:
                 specimen.check(out, inputs, mask, backend.report)
             else:
-                assert backend.report.graphs == before + 1
-                assert {site.reason for site in backend.report.of_graph(before)} == {"SHORT_PROMPT"}
-    assert backend.report.graphs == 2
+                with torch.compiler.set_stance("force_eager"):
+                    torch.testing.assert_close(out.logits, specimen.model(**inputs).logits)
+    assert backend.report.graphs == 1
     assert {site.decision for site in backend.report.of_graph(0)} == {TRIANGLE}
 
 

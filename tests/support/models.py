@@ -56,13 +56,14 @@ def masked_oracle(model, config, ids, attention_mask=None):
     return with_masks(model, ids, masks, attention_mask)
 
 
-def with_masks(model, ids, masks, attention_mask=None):
+def with_masks(model, ids, masks, attention_mask=None, **settings):
     """Logits of a Hugging Face model in float64 with a mask, (N, N) or (B, N, N), True = attend, for each layer named.
 
-    Other layers are causal.
+    Other layers are causal; ``settings`` go to the model.
     """
     with torch.no_grad():
-        return masked(model, *ids.shape, masks)(ids, attention_mask=attention_mask, use_cache=False).logits
+        double = masked(model, *ids.shape, masks)
+        return double(ids, attention_mask=attention_mask, use_cache=False, **settings).logits
 
 
 def masked(model, batch, n, masks):

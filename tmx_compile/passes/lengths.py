@@ -33,7 +33,8 @@ def decide(q_len: int | torch.SymInt, min_seq_len: int, *, may_guard: bool = Tru
     """The side a graph is for. Guards on it, so that Dynamo compiles once per side, unless the user fixed a range.
 
     ``mark_dynamic(min=, max=)`` promises one graph for the whole range; a guard inside it is a constraint violation.
-    Such a graph has to serve both sides; so has one whose guards nobody would check (``may_guard=False``).
+    Such a graph has to serve both sides; so has one that is not to be one of two, or whose guards nobody would check
+    (``may_guard=False``).
     """
     side = known(q_len, min_seq_len)
     if side is not None:

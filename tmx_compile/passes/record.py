@@ -9,7 +9,7 @@ import torch
 from tmx_compile.graph.layer import LayerPath
 from tmx_compile.lowering.table import Role
 from tmx_compile.mask import pair_counts
-from tmx_compile.passes.lengths import hint
+from tmx_compile.passes.lengths import Prompt, hint
 from tmx_compile.passes.plan import Dynamic, Plan, SitePlan
 from tmx_compile.report import SiteRecord
 
@@ -31,6 +31,14 @@ def _decision(item: SitePlan) -> str:
     if not item.is_triangle:
         return "dense"
     return "streaming" if item.role is Role.STREAM else "triangle"
+
+
+def _detail(item: SitePlan, plan: Plan) -> str:
+    if item.why is not None:
+        return item.why.detail
+    # Whether or not the length that compilation saw is one of these.
+    sides = plan.prompt is Prompt.BOTH and not item.role.shows_own_key
+    return f"dense up to {plan.limit} tokens" if sides else ""
 
 
 def _record(item: SitePlan, plan: Plan, graph: int) -> SiteRecord:
@@ -56,7 +64,7 @@ def _record(item: SitePlan, plan: Plan, graph: int) -> SiteRecord:
         dynamic=any(isinstance(size, torch.SymInt) for x in tensors for size in x.shape),
         decision=_decision(item),
         reason="" if item.why is None else item.why.reason.name,
-        detail="" if item.why is None else item.why.detail,
+        detail=_detail(item, plan),
         lowering="as written" if item.lowering is None else item.lowering.name,
         attended_pairs=attended if is_triangle else causal,
         causal_pairs=causal,

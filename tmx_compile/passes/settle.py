@@ -10,7 +10,7 @@ import torch
 
 from tmx_compile.errors import StrictModeError
 from tmx_compile.find.site import AttentionSite
-from tmx_compile.graph.sizes import size_inputs, size_of
+from tmx_compile.graph.sizes import SizeInput, size_inputs, size_of
 from tmx_compile.lowering.table import Role
 from tmx_compile.passes.judge import short
 from tmx_compile.passes.lengths import Prompt, all_short, decide, has_fixed_range, hint, row_counts
@@ -24,13 +24,14 @@ def settle(plan: Plan) -> Plan:
     # Once per length, not per site: each look goes over all inputs of the graph.
     settled: dict[Any, Prompt | Rejected] = {}
     sites = list(plan.sites)
+    lengths = {size_of(item.site.q_len) for item in sites if item.is_sparse and item.site is not None}
     for position, item in enumerate(sites):
         if not item.is_sparse:
             continue
         assert item.site is not None
         length = size_of(item.site.q_len)
         if length not in settled:
-            settled[length], plan = _side(plan, item.site, item.role)
+            settled[length], plan = _side(plan, item.site, item.role, alone=len(lengths) == 1)
         side = settled[length]
         if isinstance(side, Rejected):
             sites[position] = item.untouched(replace(side, node=item.node))
@@ -41,25 +42,37 @@ def settle(plan: Plan) -> Plan:
     return plan
 
 
-def _side(plan: Plan, site: AttentionSite, role: Role) -> tuple[Prompt | Rejected, Plan]:
-    """The side of the limit that sites of one length are on, or why they stay dense; and the plan that knows it."""
+def _side(plan: Plan, site: AttentionSite, role: Role, *, alone: bool) -> tuple[Prompt | Rejected, Plan]:
+    """The side of the limit that sites of one length are on, or why they stay dense; and the plan that knows it.
+
+    ``alone`` tells that no site has another length.
+    """
     if role.shows_own_key:
         return Prompt.LONG, plan
     q_len, host = site.q_len, plan.host
-    side = Prompt.LONG if role is Role.CHUNK else decide(q_len, plan.limit, may_guard=host.guards)
+    if role is Role.CHUNK:
+        side = Prompt.LONG
+    else:
+        # A graph for each side would be one more than Inductor's own for every kind of prompt, and Dynamo counts them.
+        beside = host.short is Short.BESIDE and alone and _input_of(plan, q_len) is not None
+        side = decide(q_len, plan.limit, may_guard=host.guards and not beside)
     if side is Prompt.SHORT:
         return short(site, plan), plan
     if side is Prompt.BOTH and host.short is Short.INSIDE:
         side = Prompt.LONG
     if side is Prompt.BOTH:
-        assert isinstance(q_len, torch.SymInt)
-        where = size_inputs(plan.gm.graph).get(q_len.node.expr)
+        where = _input_of(plan, q_len)
         if host.short is Short.LEFT_DENSE or where is None or plan.length not in (None, where):
             return Rejected(Reason.NO_DISPATCH, f"length {q_len}", site.node), plan
         plan = replace(plan, length=where)
     if isinstance(q_len, torch.SymInt) and has_fixed_range(q_len):
         plan = replace(plan, fixed_length=q_len)
     return side, plan
+
+
+def _input_of(plan: Plan, q_len: int | torch.SymInt) -> SizeInput | None:
+    """The input that tells a length in each call."""
+    return size_inputs(plan.gm.graph).get(q_len.node.expr) if isinstance(q_len, torch.SymInt) else None
 
 
 def check_strict(plan: Plan) -> None:

@@ -24,6 +24,7 @@ from tmx_compile.integrations.transformers.dense import dense_attention
 from tmx_compile.integrations.transformers.judge import Judge, layer_of
 from tmx_compile.integrations.transformers.paged import no_mask, paged_attention
 from tmx_compile.integrations.transformers.records import Records
+from tmx_compile.layers import is_handed_over, went_sparse
 from tmx_compile.legacy.inference import TriangleMixInferenceConfig
 from tmx_compile.lowering.base import AttentionCall, immediate
 from tmx_compile.lowering.block_sparse import BlockSparse
@@ -94,6 +95,9 @@ class TriangleAttention:
         """
         if self._judge is None:
             return dense_attention(module, query, key, value, attention_mask, scaling=scaling, **settings)
+        if torch.compiler.is_dynamo_compiling() and is_handed_over(module):
+            # The backend that has the model does more with plain attention than one node: see tmx_backend.
+            return dense_attention(module, query, key, value, attention_mask, scaling=scaling, **settings)
         call = self._judge.call(module, query, key, value, attention_mask, scaling, settings)
         selection = self._judge.selection(module)
         done = call if isinstance(call, Rejected) else self._attend(call, selection)
@@ -101,6 +105,8 @@ class TriangleAttention:
             out, lowering, visited = done
             # The call's keys: those of a static cache go on behind the prompt.
             self.record(module, call.query, call.key, call.value, attention_mask, lowering)
+            if not torch.compiler.is_compiling():
+                went_sparse(module)
             if visited is not None and not torch.compiler.is_compiling():
                 self.records.visited(type(module).__name__, layer_of(module), lowering, visited)
             return out.transpose(1, 2).contiguous(), None
@@ -259,7 +265,7 @@ def register_attention(
         report: a report to fill; a new one by default, found as ``.report`` of the result.
         lowering: "auto", "triton", "blocked" or "operator"; as for :func:`tmx_compile.tmx_backend`. Inside of a model
             that is compiled by whatever backend, "auto" is one node: ``triton`` on CUDA, else ``operator``; "blocked"
-            gives that backend its operations.
+            gives that backend its operations. A model that was handed over to ``tmx_backend`` is left to that one.
         strict: raise :class:`tmx_compile.StrictModeError` where a layer that the configuration names stays
             dense in a long prompt.
         chunked_prefill: prompts may come in chunks, announced by :func:`tmx_compile.prefill`; inference only.

@@ -1,0 +1,170 @@
+"""Five hundred mixed prompts through one model, compiled and switched: graphs, memory, and every answer.
+
+Past Dynamo's recompile limit the compiled model goes on uncompiled, and the attention implementation keeps it sparse.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import random
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.common import Case, Measured, note
+from studies.processes import resident_mib
+from tmx_compile import TriangleMixConfig, tmx_backend
+
+FULL: dict[str, Any] = {"prompts": 500, "block": 50, "shortest": 20, "longest": 1500, "min_seq_len": 512}
+QUICK: dict[str, Any] = {"prompts": 4, "block": 2, "shortest": 20, "longest": 90, "min_seq_len": 48}
+GEOMETRY = {"num_sink_tokens": 4, "sliding_window_size": 32, "num_last_tokens": 16}
+LAYERS, ANSWERED, SEED = 2, 3, 0
+SHAPE: dict[str, Any] = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 4096,
+    # Large enough for attention to matter.
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+
+
+def measure(quick: bool) -> Measured:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from tmx_compile.integrations.transformers import register_attention
+
+    plan = QUICK if quick else FULL
+    torch.manual_seed(SEED)
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE)).eval()
+    oracle = copy.deepcopy(model).double()
+    config = TriangleMixConfig.deepest(1, num_layers=LAYERS, min_seq_len=plan["min_seq_len"], **GEOMETRY)
+    attention = register_attention(config, name="tmx_soak")
+    model.set_attn_implementation(attention.name)
+    backend = tmx_backend(config, model=model)
+    model.compile(backend=backend)
+    records: list[dict[str, Any]] = []
+    furthest, changed = 0.0, 0
+    for turn, (ids, mask) in enumerate(prompts(plan), 1):
+        with warnings.catch_warnings():
+            # That the limit is reached is what this is about.
+            warnings.filterwarnings("ignore", message=".*recompile_limit")
+            tokens, logits = answered(model, ids, mask)
+        want = true_logits(oracle, config, tokens, mask)
+        furthest = max(furthest, float((logits.double() - want).abs().max()))
+        changed += int((logits.argmax(-1) != want.argmax(-1)).sum())
+        if turn % plan["block"] == 0:
+            report = backend.report
+            records.append(
+                {
+                    "prompts": turn,
+                    "graphs": report.graphs,
+                    "uncompiled_dense": report.uncompiled,
+                    "uncompiled_sparse": report.switched,
+                    "resident_mib": resident_mib(),
+                    "tensors": living_tensors(),
+                    "largest_difference": furthest,
+                    "other_tokens": changed,
+                }
+            )
+            note(f"soak: {records[-1]}")
+    settings = {
+        **plan,
+        **GEOMETRY,
+        "model": f"Llama, random weights: {SHAPE}",
+        "triangle_layers": config.layers(),
+        "batch": "1 to 3",
+        "padding": "on the left of seven prompts in ten, up to half of each sequence",
+        "recompile_limit": torch._dynamo.config.recompile_limit,
+        "compiled": "model.compile(backend=tmx_backend(config, model=model)) and "
+        "set_attn_implementation; model.generate, greedy",
+        "answered_tokens": ANSWERED,
+        "graphs_with_triangle": len({site.graph for site in backend.report.triangle()}),
+        "oracle": "the model in float64, uncompiled, under masks written out; rows of the answer see every key",
+        "largest_difference": "of any logit of any answered token of any prompt so far",
+        "other_tokens": "answered tokens so far whose most likely token is another than the oracle's",
+        "tensors": "tensors alive, after a collection",
+    }
+    return Measured(settings, records)
+
+
+def prompts(plan: dict[str, Any]) -> Iterator[tuple[Tensor, Tensor]]:
+    """(ids, attention mask) of 1 to 3 sequences of a common length."""
+    chance = random.Random(SEED)
+    for _ in range(plan["prompts"]):
+        batch, tokens = chance.randint(1, 3), chance.randint(plan["shortest"], plan["longest"])
+        mask = torch.ones(batch, tokens, dtype=torch.long)
+        if chance.random() < 0.7:
+            for row in range(batch):
+                mask[row, : chance.randint(0, tokens // 2)] = 0
+        yield torch.randint(2, SHAPE["vocab_size"], (batch, tokens)), mask
+
+
+def answered(model: Any, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The tokens of a prompt with its answer (B, N + T), and the logits of each answered token (B, T, vocabulary)."""
+    out = model.generate(
+        ids,
+        attention_mask=mask,
+        max_new_tokens=ANSWERED,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    return out.sequences, torch.stack(out.logits, 1)
+
+
+def true_logits(model: nn.Module, config: TriangleMixConfig, tokens: Tensor, mask: Tensor) -> Tensor:
+    """What :func:`answered` should give, (B, T, vocabulary), from a model in float64 that is given whole masks."""
+    length, total = mask.shape[1], tokens.shape[1]
+    valid = torch.cat([mask, mask.new_ones(mask.shape[0], total - length)], 1).bool()
+    row, key = torch.arange(total)[:, None], torch.arange(total)
+    dense = (key <= row) & valid[:, None, :] | (key == row)
+    start = valid.int().argmax(1)[:, None, None]
+    kept = (key < start + config.num_sink_tokens) | (row - key <= config.sliding_window_size)
+    kept |= row >= length - config.num_last_tokens
+    sparse = dense & kept if length > config.min_seq_len else dense
+    model_: Any = model
+    hooks = [
+        layer.self_attn.register_forward_pre_hook(
+            _under(sparse if index in config.layers() else dense), with_kwargs=True
+        )
+        for index, layer in enumerate(model_.model.layers)
+    ]
+    positions = (valid.long().cumsum(1) - 1).clamp(min=0)
+    try:
+        with torch.no_grad():
+            out: Tensor = model_(tokens, position_ids=positions, use_cache=False).logits
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return out[:, length - 1 : total - 1]
+
+
+def _under(mask: Tensor) -> Callable[..., Any]:
+    def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        return args, {**kwargs, "attention_mask": mask[:, None]}
+
+    return before
+
+
+def living_tensors() -> int:
+    """How many tensors are alive."""
+    gc.collect()
+    return sum(issubclass(type(each), Tensor) for each in gc.get_objects())
+
+
+COLUMNS = (
+    *("prompts", "graphs", "uncompiled_dense", "uncompiled_sparse", "resident_mib", "tensors"),
+    *("largest_difference", "other_tokens"),
+)
+CASE = Case("soak", "soak.json", measure, COLUMNS)
