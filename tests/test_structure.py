@@ -24,6 +24,7 @@ ORDER = [
     "find",
     "proof",
     "lowering",
+    "limit",
     "layers",
     "request",
     "passes",
