@@ -1,0 +1,47 @@
+"""Attention over a part of the keys, and the sum of such parts by their log-sum-exp."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+
+from tmx_compile.lowering.base import AttentionCall, Writer, example, length
+from tmx_compile.lowering.triton import Triton
+from tmx_compile.lowering.triton.lowering import extents
+from tmx_compile.lowering.triton.op import TRAINING_OPERATOR
+from tmx_compile.mask.geometry import ALL_ROWS, Geometry
+from tmx_compile.operator import OPERATOR
+from tmx_compile.report import Accepted
+
+_ALL = Geometry(0, 0, ALL_ROWS)
+
+
+def causal(write: Writer, q: Any, k: Any, v: Any, key_mask: Any, scale: float) -> tuple[Any, Any]:
+    """Rows that end at the last key: out (B, H, Sq, Dv) and lse (B, H, Sq) float32."""
+    mask = None if key_mask is None else example(key_mask)
+    call = AttentionCall(example(q), example(k), example(v), mask, _ALL, scale, False)
+    if example(q).is_cuda and isinstance(Triton().supports(call), Accepted):
+        extent = None if key_mask is None else extents(key_mask, length(k, 2), ALL_ROWS)
+        both = write.call(TRAINING_OPERATOR, q, k, v, key_mask, extent, *_ALL.arguments(scale))
+    else:
+        both = write.call(OPERATOR, q, k, v, key_mask, *_ALL.arguments(scale))
+    return write.call(operator.getitem, both, 0), write.call(operator.getitem, both, 1)
+
+
+def over_all(write: Writer, q: Any, k: Any, v: Any, key_mask: Any, scale: float) -> tuple[Any, Any]:
+    """The same of rows that see every key: rows become heads, of one row each, which stands at the last key."""
+    batch, heads, q_len, dim = (length(q, d) for d in range(4))
+    out, lse = causal(write, q.reshape(batch, heads * q_len, 1, dim), k, v, key_mask, scale)
+    return out.reshape(batch, heads, q_len, length(v, 3)), lse.reshape(batch, heads, q_len)
+
+
+def merged(outs: Any, lses: Any) -> Any:
+    """The whole (B, H, r, Dv) of parts (n, B, H, r, Dv) and their (n, B, H, r); 0 where no part has a key."""
+    # A softmax over the parts would be NaN where all are empty.
+    top = lses.amax(0)
+    weights = torch.exp(lses - torch.where(top == float("-inf"), 0.0, top))
+    total = weights.sum(0)
+    weights = (weights / torch.where(total == 0.0, 1.0, total))[..., None]
+    return (outs * weights).sum(0).to(example(outs).dtype)
