@@ -19,6 +19,7 @@ from tmx_compile.graph.copies import copy_graph
 from tmx_compile.graph.nodes import value_of
 from tmx_compile.layers import Watch, hand_over
 from tmx_compile.legacy.inference import TriangleMixInferenceConfig
+from tmx_compile.lowering.context_parallel import agreed
 from tmx_compile.passes import pipeline
 from tmx_compile.passes.lengths import Prompt, dispatch, hint
 from tmx_compile.passes.one_row import one_row_chunk
@@ -118,7 +119,7 @@ class TmxBackend:
             if host is TORCHAIR
             else Inductor(mode, options or {})
         )
-        if not self.request.sparse:
+        if not self.request.sparse and self.request.context_parallel is None:
             return compiler.compile(gm, example_inputs)
         chunked = self.request.chunked_prefill
         one_row = one_row_chunk(gm, self.request, host, example_inputs) if chunked else None
@@ -146,7 +147,7 @@ class TmxBackend:
         self, gm: GraphModule, host: Host, compiler: Compiler, example_inputs: Sequence[Any]
     ) -> tuple[Callable[..., Any], Plan]:
         plan = pipeline.decide(gm, self.request, host, example_inputs)
-        if plan.prompt is Prompt.SHORT:
+        if plan.as_given:
             return compiler.compile(gm, example_inputs), plan
         if plan.fixed_length is None:
             return self._compile_long(plan, gm, compiler, example_inputs)
@@ -156,9 +157,13 @@ class TmxBackend:
         self, plan: Plan, gm: GraphModule, compiler: Compiler, example_inputs: Sequence[Any]
     ) -> tuple[Callable[..., Any], Plan]:
         outcome = pipeline.rewrite(plan, gm)
-        as_written = copy_graph(gm).forward if plan.known and not self.request.strict else None
+        # Whose attention is of a piece, if the prompt is split.
+        right = not self.request.strict and self.request.context_parallel is None
+        as_written = copy_graph(gm).forward if plan.known and right else None
         with _cache_tag(plan.config):
             compiled = compiler.compile(outcome.graph, example_inputs, outcome.needs)
+        if self.request.context_parallel is not None and plan.sites:
+            compiled = agreed(compiled, self.request.context_parallel, *_described(outcome.plan))
         # Here, so that no form of a graph is run without asking for what its own proofs rest on.
         return watched(compiled, plan.known, as_written), outcome.plan
 
@@ -367,6 +372,14 @@ def _cache_tag(config: TriangleMixConfig) -> Iterator[None]:
     tag = torch.compiler.config.cache_key_tag
     with torch.compiler.config.patch(cache_key_tag=f"{tag}|{own}" if tag else own):  # type: ignore[attr-defined]
         yield
+
+
+def _described(plan: Plan) -> tuple[str, str]:
+    """A graph of a split prompt: its name, and what the other processes' has to have in common with it."""
+    names = [item.layer.path or item.node.name for item in plan.sites]
+    name = f"the graph of {names[0]}" + (f" to {names[-1]}" if len(names) > 1 else "")
+    decisions = [f"{layer}: {item.why or 'triangle'}" for layer, item in zip(names, plan.sites, strict=True)]
+    return name, f"{plan.config!r}, lowering={plan.request.lowering!r}, {'; '.join(decisions)}"
 
 
 def _zeros_of(gm: GraphModule) -> Callable[..., Any]:

@@ -12,6 +12,7 @@ from tmx_compile.errors import StrictModeError
 from tmx_compile.find.site import AttentionSite
 from tmx_compile.graph.inputs import size_inputs
 from tmx_compile.graph.sizes import size_of
+from tmx_compile.lowering.context_parallel import least_piece
 from tmx_compile.lowering.table import Role
 from tmx_compile.passes.judge import short
 from tmx_compile.passes.lengths import Prompt, all_short, decide, has_fixed_range, hint, row_counts
@@ -55,11 +56,14 @@ def _side(plan: Plan, site: AttentionSite, role: Role) -> tuple[Prompt | Rejecte
     if side is Prompt.BOTH:
         assert isinstance(q_len, torch.SymInt)
         where = size_inputs(plan.gm.graph).get(q_len.node.expr)
-        if host.short is Short.LEFT_DENSE or where is None or plan.length not in (None, where):
+        if plan.request.context_parallel is not None or host.short is Short.LEFT_DENSE or where is None or plan.length not in (None, where):
             return Rejected(Reason.NO_DISPATCH, f"length {q_len}", site.node), plan
         plan = replace(plan, length=where)
     if isinstance(q_len, torch.SymInt) and has_fixed_range(q_len):
         plan = replace(plan, fixed_length=q_len)
+    elif plan.request.context_parallel is not None and host.guards:
+        # Known from here on. Shorter pieces are a graph of their own: they exchange more.
+        bool(q_len >= least_piece(plan.geometry))
     return side, plan
 
 

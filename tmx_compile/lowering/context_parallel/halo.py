@@ -52,11 +52,11 @@ def attend(
         last, lse = partial.causal(write, got.last_rows, k, v, None, call.scale)
     else:
         last, lse = partial.over_all(write, got.last_rows, k, v, None, call.scale)
-    last, lse = (_to_final(write, ranks, x) for x in (last, lse))
+    parts = _to_final(write, ranks, partial.packed(last, lse))
     if not ranks.is_final:
         return out
-    whole = rows.Extent(0, length(k, 2))
-    return rows.join(out, partial.merged(last, lse), q, k, None, whole, geometry.last, call.layout)
+    final = partial.merged(*partial.unpacked(parts, last, lse))
+    return rows.join(out, final, q, k, None, rows.Extent(0, length(k, 2)), geometry.last, call.layout)
 
 
 @dataclass(frozen=True)
@@ -84,10 +84,13 @@ def _exchanged(write: Writer, ranks: Ranks, q: Any, k: Any, v: Any, geometry: Ge
 
     def sends(source: int, to: int) -> list[str]:
         names: list[str] = []
-        if source != to:
-            names += ["sink_keys", "sink_values"] if source == 0 and sink else []
-            names += ["halo_keys", "halo_values"] if source == to - 1 and window else []
-            names += ["last_rows"] if source == final and last else []
+        if source == 0 and to != 0 and sink:
+            names += ["sink_keys", "sink_values"]
+        if source == to - 1 and window:
+            names += ["halo_keys", "halo_values"]
+        if source == final and last:
+            # To itself too: what it sends next then comes after this, as on every other process.
+            names += ["last_rows"]
         return names
 
     everyone = range(ranks.size)
@@ -97,24 +100,23 @@ def _exchanged(write: Writer, ranks: Ranks, q: Any, k: Any, v: Any, geometry: Ge
     flat = [parts[name].reshape(-1) for names in sent for name in names]
     found: dict[str, Any] = {}
     if any(sends(source, to) for source in everyone for to in everyone):
+        # Processes in the middle may have nothing to send, and take part all the same.
         buffer = torch.cat(flat) if flat else q.reshape(-1)[:0]
         sizes = [[_total(counts[name] for name in names) for names in each] for each in (received, sent)]
         got, at = ranks.all_to_all(write, buffer, *sizes), 0
         for name in (name for names in received for name in names):
             found[name] = got[at : at + counts[name]].view(*(length(parts[name], d) for d in range(4)))
             at = at + counts[name]
-    if ranks.is_final:
-        found["last_rows"] = parts["last_rows"]
     return _Exchanged(*(found.get(name) for name in parts))
 
 
 def _to_final(write: Writer, ranks: Ranks, x: Any) -> Any:
-    """(size, ...) of the ``x`` of every process, on the final one; on the others nothing."""
-    shape, count = [length(x, d) for d in range(example(x).dim())], _count(x)
+    """(size, n) of the ``x`` (n,) of every process, on the final one; on the others nothing."""
+    count = length(x, 0)
     sent = [0] * (ranks.size - 1) + [count]
     received = [count if ranks.is_final else 0] * ranks.size
-    got = ranks.all_to_all(write, x.reshape(-1), received, sent)
-    return got.view(ranks.size, *shape) if ranks.is_final else got
+    got = ranks.all_to_all(write, x, received, sent)
+    return got.view(ranks.size, count) if ranks.is_final else got
 
 
 def _count(x: Any) -> Any:

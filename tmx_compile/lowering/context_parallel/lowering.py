@@ -10,10 +10,15 @@ from torch.fx import Proxy
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from tmx_compile.lowering.base import AttentionCall, Lowering, Operands, Writer
-from tmx_compile.lowering.context_parallel import halo, heads
+from tmx_compile.lowering.context_parallel import halo, heads, step
 from tmx_compile.lowering.context_parallel.ranks import Ranks
 from tmx_compile.lowering.operator_call import OperatorCall
 from tmx_compile.report import Accepted, Reason, Rejected
+
+def is_step(call: AttentionCall) -> bool:
+    """Whether a call is one row after a prompt, whose keys are split."""
+    return statically_known_true(call.query.shape[2] == 1) and not statically_known_true(call.key.shape[2] == 1)
+
 
 Choice = Callable[[AttentionCall], "Lowering | Rejected"]
 
@@ -39,7 +44,15 @@ class ContextParallel:
         """Whole prompts, for inference."""
         if call.needs_grad:
             return Rejected(Reason.NO_LOWERING, "context_parallel: inference only, and a gradient is asked for")
-        if not statically_known_true(call.query.shape[2] == call.key.shape[2]):
+        if call.documents:
+            return Rejected(Reason.NO_LOWERING, "context_parallel: packed documents")
+        if is_step(call):
+            if call.key_mask is None:
+                why = "a decode step without an attention mask, which tells where the new key counts"
+                return Rejected(Reason.NO_LOWERING, f"context_parallel: {why}")
+            if call.geometry.reach is not None:
+                return Rejected(Reason.NO_LOWERING, "context_parallel: a decode step of a layer with its own window")
+        elif not statically_known_true(call.query.shape[2] == call.key.shape[2]):
             return Rejected(Reason.NO_LOWERING, "context_parallel: a cache holds tokens before this piece")
         return Accepted()
 
@@ -52,6 +65,8 @@ class ContextParallel:
 
         if self.ranks.size == 1:
             return cast("Proxy", inner(call, operands))
+        if is_step(call):
+            return cast("Proxy", step.attend(write, self.ranks, call, operands))
         form = halo if self.takes_halo(call) else heads
         return cast("Proxy", form.attend(write, self.ranks, call, operands, inner))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import Any
 
@@ -35,6 +36,24 @@ def over_all(write: Writer, q: Any, k: Any, v: Any, key_mask: Any, scale: float)
     batch, heads, q_len, dim = (length(q, d) for d in range(4))
     out, lse = causal(write, q.reshape(batch, heads * q_len, 1, dim), k, v, key_mask, scale)
     return out.reshape(batch, heads, q_len, length(v, 3)), lse.reshape(batch, heads, q_len)
+
+
+def packed(out: Any, lse: Any) -> Any:
+    """Both in one flat tensor of out's dtype, the bits of the float32 lse as they are."""
+    dtype, flat = example(out).dtype, lse.reshape(-1)
+    bits = flat.view(dtype) if dtype.itemsize < torch.float32.itemsize else flat.to(dtype)
+    return torch.cat([out.reshape(-1), bits])
+
+
+def unpacked(x: Any, out: Any, lse: Any) -> tuple[Any, Any]:
+    """(n, ...) of ``out`` and of ``lse`` from (n, all) of :func:`packed`."""
+    dtype, shapes = example(out).dtype, [[length(y, d) for d in range(example(y).dim())] for y in (out, lse)]
+    number, count = length(x, 0), math.prod(shapes[0])
+    bits = x[:, count:]
+    if dtype.itemsize < torch.float32.itemsize:
+        # A copy of its own, in which float32 is aligned.
+        bits = bits.reshape(number, math.prod(shapes[1]), torch.float32.itemsize // dtype.itemsize).contiguous().view(torch.float32)
+    return x[:, :count].reshape(number, *shapes[0]), bits.reshape(number, *shapes[1]).to(torch.float32)
 
 
 def merged(outs: Any, lses: Any) -> Any:
