@@ -109,7 +109,6 @@ def _check_values(asked: Request) -> None:
     if asked.decode not in ("dense", "streaming"):
         raise ValueError(f"decode must be 'dense' or 'streaming', got {asked.decode!r}")
 
-
     if asked.context_parallel is not None:
         _check_mesh(asked.context_parallel)
 

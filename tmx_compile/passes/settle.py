@@ -56,7 +56,12 @@ def _side(plan: Plan, site: AttentionSite, role: Role) -> tuple[Prompt | Rejecte
     if side is Prompt.BOTH:
         assert isinstance(q_len, torch.SymInt)
         where = size_inputs(plan.gm.graph).get(q_len.node.expr)
-        if plan.request.context_parallel is not None or host.short is Short.LEFT_DENSE or where is None or plan.length not in (None, where):
+        if (
+            plan.request.context_parallel is not None
+            or host.short is Short.LEFT_DENSE
+            or where is None
+            or plan.length not in (None, where)
+        ):
             return Rejected(Reason.NO_DISPATCH, f"length {q_len}", site.node), plan
         plan = replace(plan, length=where)
     if isinstance(q_len, torch.SymInt) and has_fixed_range(q_len):

@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from tmx_compile.errors import TriangleMixError
+from tmx_compile.lowering.base import Immediate
+from tmx_compile.lowering.context_parallel.ranks import Ranks
 
 _FACTS = ("the graph's attention or its configuration", "the shapes or dtypes of the inputs")
 
@@ -30,16 +31,13 @@ def agreed(compiled: Callable[..., Any], mesh: Any, name: str, facts: str) -> Ca
         TriangleMixError: from the call, on every process: what differs, and between which; or the others did not come.
             An error of the graph itself gets a note that names this process and the graph.
     """
-    group = mesh.get_group()
-    rank, size = mesh.get_local_rank(), mesh.size()
-    where = f"context_parallel: process {rank} of {size}"
+    ranks = Ranks.of(mesh)
+    where = f"context_parallel: process {ranks.rank} of {ranks.size}"
 
     def run(*args: Any) -> Any:
         own = torch.tensor([_number(facts), _number(_inputs(args))], dtype=torch.int64, device=mesh.device_type)
-        everyone = own.new_empty(size * len(own))
         try:
-            dist.all_gather_into_tensor(everyone, own, group=group)
-            told = everyone.view(size, -1).tolist()
+            told = ranks.all_gather(Immediate(), own).view(ranks.size, -1).tolist()
         except RuntimeError as error:
             raise TriangleMixError(f"{where} got no answer of the others before {name}: {error}") from error
         for column, what in enumerate(_FACTS):

@@ -131,4 +131,3 @@ def _total(counts: Any) -> Any:
     for count in counts:
         total = total + count
     return total
-

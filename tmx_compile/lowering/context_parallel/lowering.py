@@ -15,6 +15,7 @@ from tmx_compile.lowering.context_parallel.ranks import Ranks
 from tmx_compile.lowering.operator_call import OperatorCall
 from tmx_compile.report import Accepted, Reason, Rejected
 
+
 def is_step(call: AttentionCall) -> bool:
     """Whether a call is one row after a prompt, whose keys are split."""
     return statically_known_true(call.query.shape[2] == 1) and not statically_known_true(call.key.shape[2] == 1)

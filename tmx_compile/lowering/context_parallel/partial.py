@@ -23,7 +23,7 @@ def causal(write: Writer, q: Any, k: Any, v: Any, key_mask: Any, scale: float) -
     """Rows that end at the last key: out (B, H, Sq, Dv) and lse (B, H, Sq) float32."""
     mask = None if key_mask is None else example(key_mask)
     call = AttentionCall(example(q), example(k), example(v), mask, _ALL, scale, False)
-    if example(q).is_cuda and isinstance(Triton().supports(call), Accepted):
+    if isinstance(Triton().supports(call), Accepted):
         extent = None if key_mask is None else extents(key_mask, length(k, 2), ALL_ROWS)
         both = write.call(TRAINING_OPERATOR, q, k, v, key_mask, extent, *_ALL.arguments(scale))
     else:
@@ -52,7 +52,11 @@ def unpacked(x: Any, out: Any, lse: Any) -> tuple[Any, Any]:
     bits = x[:, count:]
     if dtype.itemsize < torch.float32.itemsize:
         # A copy of its own, in which float32 is aligned.
-        bits = bits.reshape(number, math.prod(shapes[1]), torch.float32.itemsize // dtype.itemsize).contiguous().view(torch.float32)
+        bits = (
+            bits.reshape(number, math.prod(shapes[1]), torch.float32.itemsize // dtype.itemsize)
+            .contiguous()
+            .view(torch.float32)
+        )
     return x[:, :count].reshape(number, *shapes[0]), bits.reshape(number, *shapes[1]).to(torch.float32)
 
 

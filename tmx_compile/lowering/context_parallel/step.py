@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tmx_compile.lowering.base import AttentionCall, Operands, Writer, length
+from tmx_compile.lowering.base import AttentionCall, Operands, Writer
 from tmx_compile.lowering.context_parallel import partial
 from tmx_compile.lowering.context_parallel.ranks import Ranks
 
