@@ -116,7 +116,9 @@ def _check_values(asked: Request) -> None:
 def _check_mesh(mesh: Any) -> None:
     if not torch.distributed.is_available():
         raise ValueError("context_parallel needs a PyTorch with torch.distributed")
-    if not isinstance(mesh, torch.distributed.DeviceMesh) or mesh.ndim != 1:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    if not isinstance(mesh, DeviceMesh) or mesh.ndim != 1:
         raise ValueError(f"context_parallel must be a DeviceMesh of one dimension, got {mesh!r}")
     if mesh.get_coordinate() is None:
         raise ValueError(f"context_parallel must be a mesh that this process is in, got {mesh!r}")

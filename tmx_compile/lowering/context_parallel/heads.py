@@ -35,8 +35,9 @@ def attend(
     query, key, value = (_whole(write, ranks, x) for x in padded)
     key_mask = None if operands.key_mask is None else whole_mask(write, ranks, operands.key_mask)
     whole = Operands(query, key, value, key_mask)
-    fakes = [None if x is None else example(x) for x in (query, key, value, key_mask)]
-    out = inner(replace(call, query=fakes[0], key=fakes[1], value=fakes[2], key_mask=fakes[3], layout=None), whole)
+    mask = None if key_mask is None else example(key_mask)
+    seen = replace(call, query=example(query), key=example(key), value=example(value), key_mask=mask, layout=None)
+    out = inner(seen, whole)
     return _own_rows(write, ranks, out, heads)
 
 

@@ -10,7 +10,7 @@ from torch.fx import Proxy
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from tmx_compile.lowering.base import AttentionCall, Lowering, Operands, Writer
-from tmx_compile.lowering.context_parallel import halo, heads, step
+from tmx_compile.lowering.context_parallel import halo, heads, padded, step
 from tmx_compile.lowering.context_parallel.ranks import Ranks
 from tmx_compile.lowering.operator_call import OperatorCall
 from tmx_compile.report import Accepted, Reason, Rejected
@@ -68,12 +68,14 @@ class ContextParallel:
             return cast("Proxy", inner(call, operands))
         if is_step(call):
             return cast("Proxy", step.attend(write, self.ranks, call, operands))
-        form = halo if self.takes_halo(call) else heads
-        return cast("Proxy", form.attend(write, self.ranks, call, operands, inner))
+        form = heads.attend
+        if self.takes_halo(call):
+            form = halo.attend if call.key_mask is None else padded.attend
+        return cast("Proxy", form(write, self.ranks, call, operands, inner))
 
     def takes_halo(self, call: AttentionCall) -> bool:
-        """Whether pieces are surely long enough for a call in which every token is valid."""
+        """Whether it is a triangle layer's, and pieces are surely long enough."""
         geometry = call.geometry
-        if geometry.is_dense or geometry.reach is not None or call.key_mask is not None:
+        if geometry.is_dense or geometry.reach is not None:
             return False
         return bool(statically_known_true(call.query.shape[2] >= halo.least_piece(geometry)))
