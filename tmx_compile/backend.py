@@ -52,6 +52,7 @@ class TmxBackend:
         compiler_config: torchair's.
         decode: "dense" or "streaming".
         chunked_prefill: compile for prompts that come in chunks.
+        context_parallel: the processes that hold a prompt together.
 
     Attributes:
         request: what was asked, checked.
@@ -260,6 +261,9 @@ def tmx_backend(
         chunked_prefill: compile for prompts that come in chunks, announced by :func:`tmx_compile.prefill`: the same
             outputs as in one pass, for chunks and prompts of any length without a compilation for each. Inference only;
             the lowering is "auto", "triton", "blocked" or "operator".
+        context_parallel: a ``torch.distributed.DeviceMesh`` of one dimension, whose processes hold one prompt together,
+            in pieces of one length, in order. Every attention call is rewritten, or compiling raises
+            :class:`tmx_compile.LoweringError`. Inference only, by Inductor. ``min_seq_len`` is that of the prompt.
 
     Raises:
         ValueError: an argument of the wrong kind or value, or two that contradict each other, naming them.
