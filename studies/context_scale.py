@@ -1,8 +1,8 @@
 """How a split prompt scales, by a model of a few measured constants: ``python -m studies.context_scale [RESULTS]``.
 
-One card's time is taken as ``fixed + linear x tokens + square x tokens^2``, fitted to one card's records. The square
-part is that of the dense layers, which heads split evenly; the rest is split by tokens. A collective takes a latency and
-its bytes at a rate, fitted to all-to-alls on two cards. Cards beyond one host are assumed to send at a slower rate.
+One card's time is taken as ``fixed + linear x tokens + square x tokens^2``, fitted to its records. The square part
+is that of the dense layers, which heads split evenly; the rest is split by tokens. A collective takes a latency and its
+bytes at a rate, fitted to all-to-alls on two cards. Cards beyond one host are assumed to send at a slower rate.
 """
 
 from __future__ import annotations

@@ -17,13 +17,13 @@ WORLD = 2
 PATIENCE = datetime.timedelta(seconds=30)
 
 
-def outcomes(checks, world=WORLD):
+def outcomes(checks, world=WORLD, patience=PATIENCE):
     """Run each of {name: function of no arguments, importable} in so many processes: {name: (text of each process,)}.
 
     The text is empty where the check held, else a traceback; what stands behind a failed check is not run.
     """
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_worker, (checks, folder, world), nprocs=world)
+        mp.spawn(_worker, (checks, folder, world, patience), nprocs=world)
         texts = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(world)]
     return {name: tuple(text[name] for text in texts) for name in checks}
 
@@ -36,8 +36,8 @@ def join(rank, world, folder, patience=PATIENCE):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=patience)
 
 
-def _worker(rank, checks, folder, world):
-    join(rank, world, folder)
+def _worker(rank, checks, folder, world, patience):
+    join(rank, world, folder, patience)
     told = dict.fromkeys(checks, "not run: a check before it failed")
     for name, check in checks.items():
         torch._dynamo.reset()

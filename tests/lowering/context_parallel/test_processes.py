@@ -3,12 +3,12 @@
 import pytest
 
 from tests.support.processes import outcomes
-from tests.support.split import CHECKS, WORLD
+from tests.support.split import CHECKS, LONG, WORLD
 
 
 @pytest.fixture(scope="module")
 def told():
-    return outcomes(CHECKS, WORLD)
+    return outcomes(CHECKS, WORLD, LONG)
 
 
 @pytest.mark.parametrize("name", CHECKS)

@@ -42,8 +42,8 @@ def attend(
     ours = [_held(k, sinks, first), _held(v, sinks, first), _held(q, finals, first)]
     sink_keys, sink_values, last_rows = _summed(write, ranks, ours)
     keys, values, mask = k, v, key_mask
-    if not ranks.is_first or sink or window:
-        back = max(window, sink)
+    back = max(window, sink)
+    if back > 0:
         halo = _halo(write, ranks, k, v, back)
         if not ranks.is_first:
             keys, values = (torch.cat(x, 2) for x in ((sink_keys, halo[0], k), (sink_values, halo[1], v)))
