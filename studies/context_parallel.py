@@ -240,6 +240,8 @@ def variant(
             with torch.no_grad():
                 return compiled(x, positions)  # noqa: B023
 
+        if kind == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         begin = time.perf_counter()
         out = call()
         finish(kind)
@@ -266,7 +268,6 @@ def variant(
             }
         if kind == "cuda":
             item["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-            torch.cuda.reset_peak_memory_stats()
             if n in plan["profiled"] and name != "one":
                 item |= collectives(call)
         yield item
