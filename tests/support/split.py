@@ -174,33 +174,6 @@ def llama_of_three():
     llama(3)
 
 
-def decoding():
-    """A prompt, then steps over the split cache: each process appends, and the mask counts a new key on the final."""
-    from transformers import DynamicCache
-
-    from tests.support.models import masked_oracle
-    from tests.support.sharded import llama as made
-
-    plain, model, rank, n = made(), made(), dist.get_rank(), 240
-    model.load_state_dict(plain.state_dict())
-    model.compile(backend=tmx_backend(CONFIG, context_parallel=mesh_of(WORLD)), dynamic=True)
-    ids, cache = torch.randint(0, 128, (2, n + 5)), DynamicCache(config=model.config)
-    mask = torch.ones(2, n // WORLD, dtype=torch.int64)
-    with as_written():
-        own, positions = part(ids[:, :n], rank, WORLD, 1), part(torch.arange(n)[None], rank, WORLD, 1)
-        model(own, position_ids=positions, attention_mask=mask, past_key_values=cache)
-        for step in range(n, n + 5):
-            mask = torch.cat([mask, torch.full((2, 1), int(rank == WORLD - 1))], 1)
-            position = torch.tensor([[step]])
-            logits = model(
-                ids[:, step : step + 1], position_ids=position, attention_mask=mask, past_key_values=cache
-            ).logits
-            # The prompt's layers were triangle layers, so its oracle has the prompt's last rows and what follows.
-            longer = TriangleMixConfig(4, 32, 16 + step + 1 - n, triangle_layer_indices=[1, 2], min_seq_len=128)
-            want = masked_oracle(plain, longer, ids[:, : step + 1])[:, -1:]
-            torch.testing.assert_close(logits.double(), want, rtol=2e-4, atol=2e-4)
-
-
 def tensor_parallel():
     """Heads over two processes, the prompt over two."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("context", "tensor"))
@@ -257,6 +230,6 @@ CHECKS = {
     each.__name__: each
     for each in (
         *(operator_of_one, operator_of_two, operator_of_three, operator_of_four),
-        *(llama_of_two, llama_of_three, decoding, tensor_parallel, inductor, disagreement),
+        *(llama_of_two, llama_of_three, tensor_parallel, inductor, disagreement),
     )
 }

@@ -10,16 +10,10 @@ from torch.fx import Proxy
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from tmx_compile.lowering.base import AttentionCall, Lowering, Operands, Writer
-from tmx_compile.lowering.context_parallel import halo, heads, padded, step
+from tmx_compile.lowering.context_parallel import halo, heads, padded
 from tmx_compile.lowering.context_parallel.ranks import Ranks
 from tmx_compile.lowering.operator_call import OperatorCall
 from tmx_compile.report import Accepted, Reason, Rejected
-
-
-def is_step(call: AttentionCall) -> bool:
-    """Whether a call is one row after a prompt, whose keys are split."""
-    return statically_known_true(call.query.shape[2] == 1) and not statically_known_true(call.key.shape[2] == 1)
-
 
 Choice = Callable[[AttentionCall], "Lowering | Rejected"]
 
@@ -47,13 +41,7 @@ class ContextParallel:
             return Rejected(Reason.NO_LOWERING, "context_parallel: inference only, and a gradient is asked for")
         if call.documents:
             return Rejected(Reason.NO_LOWERING, "context_parallel: packed documents")
-        if is_step(call):
-            if call.key_mask is None:
-                why = "a decode step without an attention mask, which tells where the new key counts"
-                return Rejected(Reason.NO_LOWERING, f"context_parallel: {why}")
-            if call.geometry.reach is not None:
-                return Rejected(Reason.NO_LOWERING, "context_parallel: a decode step of a layer with its own window")
-        elif not statically_known_true(call.query.shape[2] == call.key.shape[2]):
+        if not statically_known_true(call.query.shape[2] == call.key.shape[2]):
             return Rejected(Reason.NO_LOWERING, "context_parallel: a cache holds tokens before this piece")
         return Accepted()
 
@@ -66,8 +54,6 @@ class ContextParallel:
 
         if self.ranks.size == 1:
             return cast("Proxy", inner(call, operands))
-        if is_step(call):
-            return cast("Proxy", step.attend(write, self.ranks, call, operands))
         form = heads.attend
         if self.takes_halo(call):
             form = halo.attend if call.key_mask is None else padded.attend
