@@ -21,6 +21,7 @@ from tmx_compile.graph.nodes import value_of
 from tmx_compile.layers import Watch, hand_over
 from tmx_compile.legacy.inference import TriangleMixInferenceConfig
 from tmx_compile.limit import RecompileLimit
+from tmx_compile.lowering.context_parallel import agreed
 from tmx_compile.passes import pipeline
 from tmx_compile.passes.lengths import Prompt, dispatch, hint
 from tmx_compile.passes.one_row import one_row_chunk
@@ -53,6 +54,7 @@ class TmxBackend:
         compiler_config: torchair's.
         decode: "dense" or "streaming".
         chunked_prefill: compile for prompts that come in chunks.
+        context_parallel: the processes that hold a prompt together.
 
     Attributes:
         request: what was asked, checked.
@@ -127,7 +129,7 @@ class TmxBackend:
             if host is TORCHAIR
             else Inductor(mode, options or {})
         )
-        if not self.request.sparse:
+        if not self.request.sparse and self.request.context_parallel is None:
             return compiler.compile(gm, example_inputs)
         self._limit.compiling()
         chunked = self.request.chunked_prefill
@@ -156,7 +158,7 @@ class TmxBackend:
         self, gm: GraphModule, host: Host, compiler: Compiler, example_inputs: Sequence[Any]
     ) -> tuple[Callable[..., Any], Plan]:
         plan = pipeline.decide(gm, self.request, host, example_inputs)
-        if plan.prompt is Prompt.SHORT:
+        if plan.as_given:
             return compiler.compile(gm, example_inputs), plan
         if plan.fixed_length is not None:
             return self._compile_range(plan, gm, compiler, example_inputs)
@@ -173,11 +175,15 @@ class TmxBackend:
         self, plan: Plan, gm: GraphModule, compiler: Compiler, example_inputs: Sequence[Any]
     ) -> tuple[Callable[..., Any], Plan]:
         outcome = pipeline.rewrite(plan, gm)
-        as_written = copy_graph(gm).forward if plan.known and not self.request.strict else None
+        # Whose attention is of a piece, if the prompt is split.
+        right = not self.request.strict and self.request.context_parallel is None
+        as_written = copy_graph(gm).forward if plan.known and right else None
         with _cache_tag(plan.config):
             compiled = compiler.compile(outcome.graph, example_inputs, outcome.needs)
         if outcome.plan.visited is not None:
             compiled = counted(compiled, outcome.plan.visited)
+        if self.request.context_parallel is not None and plan.sites:
+            compiled = agreed(compiled, self.request.context_parallel, *_described(outcome.plan))
         # Here, so that no form of a graph is run without asking for what its own proofs rest on.
         return watched(compiled, plan.known, as_written), outcome.plan
 
@@ -275,6 +281,9 @@ def tmx_backend(
         chunked_prefill: compile for prompts that come in chunks, announced by :func:`tmx_compile.prefill`: the same
             outputs as in one pass, for chunks and prompts of any length without a compilation for each. Inference only;
             the lowering is "auto", "triton", "blocked" or "operator".
+        context_parallel: a ``torch.distributed.DeviceMesh`` of one dimension, whose processes hold one prompt together,
+            in pieces of one length, in order. Every attention call is rewritten, or compiling raises
+            :class:`tmx_compile.LoweringError`. Inference only, by Inductor. ``min_seq_len`` is that of the prompt.
 
     Raises:
         ValueError: an argument of the wrong kind or value, or two that contradict each other, naming them.
@@ -387,6 +396,14 @@ def _cache_tag(config: TriangleMixConfig) -> Iterator[None]:
     tag = torch.compiler.config.cache_key_tag
     with torch.compiler.config.patch(cache_key_tag=f"{tag}|{own}" if tag else own):  # type: ignore[attr-defined]
         yield
+
+
+def _described(plan: Plan) -> tuple[str, str]:
+    """A graph of a split prompt: its name, and what the other processes' has to have in common with it."""
+    names = [item.layer.path or item.node.name for item in plan.sites]
+    name = f"the graph of {names[0]}" + (f" to {names[-1]}" if len(names) > 1 else "")
+    decisions = [f"{layer}: {item.why or 'triangle'}" for layer, item in zip(names, plan.sites, strict=True)]
+    return name, f"{plan.config!r}, lowering={plan.request.lowering!r}, {'; '.join(decisions)}"
 
 
 def _zeros_of(gm: GraphModule) -> Callable[..., Any]:

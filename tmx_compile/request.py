@@ -13,6 +13,7 @@ import torch
 
 from tmx_compile.config import TriangleMixConfig
 from tmx_compile.legacy.inference import TriangleMixInferenceConfig
+from tmx_compile.lowering.context_parallel import Ranks
 from tmx_compile.lowering.table import CHUNK_LOWERINGS, LOWERINGS
 
 TARGETS = ("auto", "inductor", "ascend")
@@ -36,6 +37,7 @@ class Options(RewriteOptions, total=False):
     compiler_config: Any
     decode: str
     chunked_prefill: bool
+    context_parallel: Any
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class Request:
     compiler_config: Any = None
     decode: str = "dense"
     chunked_prefill: bool = False
+    context_parallel: Any = None
     handed_over: bool = False
 
     @classmethod
@@ -83,6 +86,11 @@ class Request:
         """Whether any layer is to go sparse."""
         return self.config is not None and bool(self.config.layers() or self.config.dynamic_layers())
 
+    @property
+    def ranks(self) -> Ranks | None:
+        """The processes that hold a prompt together."""
+        return None if self.context_parallel is None else Ranks.of(self.context_parallel)
+
     def __str__(self) -> str:
         """The options that a reader wants to see, as keyword arguments."""
         always = ("lowering", "strict", "assume_causal")
@@ -101,6 +109,20 @@ def _check_values(asked: Request) -> None:
     if asked.decode not in ("dense", "streaming"):
         raise ValueError(f"decode must be 'dense' or 'streaming', got {asked.decode!r}")
 
+    if asked.context_parallel is not None:
+        _check_mesh(asked.context_parallel)
+
+
+def _check_mesh(mesh: Any) -> None:
+    if not torch.distributed.is_available():
+        raise ValueError("context_parallel needs a PyTorch with torch.distributed")
+    from torch.distributed.device_mesh import DeviceMesh
+
+    if not isinstance(mesh, DeviceMesh) or mesh.ndim != 1:
+        raise ValueError(f"context_parallel must be a DeviceMesh of one dimension, got {mesh!r}")
+    if mesh.get_coordinate() is None:
+        raise ValueError(f"context_parallel must be a mesh that this process is in, got {mesh!r}")
+
 
 def _check_together(asked: Request) -> None:
     target, lowering = asked.target, asked.lowering
@@ -115,6 +137,17 @@ def _check_together(asked: Request) -> None:
         raise ValueError(f"lowering 'ascend' is compiled by torchair, and target is {target!r}: give target='ascend'")
     if target == "ascend" and lowering not in ("auto", "ascend"):
         raise ValueError(f"lowering {lowering!r} is not for torchair: with target='ascend' it is 'auto' or 'ascend'")
+    if asked.context_parallel is not None and asked.config is None:
+        raise ValueError("context_parallel needs a configuration that is enabled: without one no attention is split")
+    if asked.context_parallel is not None and (target == "ascend" or asked.decode != "dense" or asked.chunked_prefill):
+        raise ValueError(
+            f"context_parallel takes neither target 'ascend' nor streaming decode nor chunked prefill, got "
+            f"target={target!r}, decode={asked.decode!r}, chunked_prefill={asked.chunked_prefill!r}"
+        )
+    if asked.context_parallel is not None and asked.config is not None and asked.config.dynamic_layers():
+        raise ValueError(
+            f"context_parallel splits no dynamic layers, got dynamic_layer_indices={asked.config.dynamic_layer_indices}"
+        )
     if asked.chunked_prefill and lowering not in CHUNK_LOWERINGS:
         raise ValueError(f"chunked_prefill takes a lowering of {', '.join(CHUNK_LOWERINGS)}, got {lowering!r}")
 

@@ -1,4 +1,4 @@
-"""Two processes with gloo that run a list of checks, started once for a whole file."""
+"""Processes with gloo that run a list of checks, started once for a whole file."""
 
 from __future__ import annotations
 
@@ -17,22 +17,27 @@ WORLD = 2
 PATIENCE = datetime.timedelta(seconds=30)
 
 
-def outcomes(checks):
-    """Run each of {name: function of no arguments, importable} in two processes: {name: (text of each process,)}.
+def outcomes(checks, world=WORLD, patience=PATIENCE):
+    """Run each of {name: function of no arguments, importable} in so many processes: {name: (text of each process,)}.
 
     The text is empty where the check held, else a traceback; what stands behind a failed check is not run.
     """
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_worker, (checks, folder), nprocs=WORLD)
-        texts = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(WORLD)]
+        mp.spawn(_worker, (checks, folder, world, patience), nprocs=world)
+        texts = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(world)]
     return {name: tuple(text[name] for text in texts) for name in checks}
 
 
-def _worker(rank, checks, folder):
-    # As torchrun sets them: Transformers asks.
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD)}
+def join(rank, world, folder, patience=PATIENCE):
+    """Become one of the processes, as torchrun would have it; they meet in a folder."""
+    # Transformers asks for these.
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD, timeout=PATIENCE)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=patience)
+
+
+def _worker(rank, checks, folder, world, patience):
+    join(rank, world, folder, patience)
     told = dict.fromkeys(checks, "not run: a check before it failed")
     for name, check in checks.items():
         torch._dynamo.reset()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -14,6 +14,7 @@ from tmx_compile.lowering.base import AttentionCall, Lowering
 from tmx_compile.lowering.block_sparse import BlockSparse, BlockSparseTriton
 from tmx_compile.lowering.blocked import Blocked
 from tmx_compile.lowering.chunk import Chunked
+from tmx_compile.lowering.context_parallel import ContextParallel, Ranks
 from tmx_compile.lowering.decode import Decode
 from tmx_compile.lowering.fa4 import FlashAttention4
 from tmx_compile.lowering.flex import Flex
@@ -63,12 +64,14 @@ class Wish:
         limit: prompts of at most this length stay dense.
         streaming: whether decode steps stream.
         selection: how a dynamic layer chooses its blocks.
+        ranks: the processes that hold the prompt together; None: this one has all of it.
     """
 
     named: str = "auto"
     limit: int = 0
     streaming: bool = False
     selection: Selection | None = None
+    ranks: Ranks | None = None
 
 
 # In the order in which they are asked: benchmarks/results/operator_{cpu,cuda}.json. "portable" is a graph that is
@@ -99,6 +102,13 @@ _FLEX_FROM_WINDOW = {torch.float32: 128}
 
 def candidates(place: str, role: Role, call: AttentionCall, wish: Wish) -> tuple[Lowering, ...]:
     """The lowerings to ask for a call, in order."""
+    if wish.ranks is not None:
+        own = replace(wish, ranks=None)
+
+        def share(call: AttentionCall) -> Lowering | Rejected:
+            return choose(place, Role.MASKLESS if call.geometry.is_dense else Role.PROMPT, call, own)
+
+        return (ContextParallel(wish.ranks, share),)
     if role is Role.PROMPT and wish.named != "auto":
         return (NAMED[wish.named],)
     if role is Role.STREAM and wish.named == OPERATOR.name:
@@ -149,6 +159,8 @@ def choose(place: str, role: Role, call: AttentionCall, wish: Wish) -> Lowering 
         if not isinstance(answer, Rejected):
             return lowering
         refused = answer
+    if wish.ranks is not None:
+        raise LoweringError(f"context_parallel cannot take this attention: {refused.detail}")
     if role.is_chunk:
         raise LoweringError(f"chunked_prefill=True cannot take this attention: {refused.detail}")
     if role is Role.PROMPT and wish.named != "auto":

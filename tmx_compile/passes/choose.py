@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
 
-from tmx_compile.errors import StrictModeError
+from tmx_compile.errors import LoweringError, StrictModeError
 from tmx_compile.find.site import AttentionSite
 from tmx_compile.graph import nodes
 from tmx_compile.graph.layout import memory_order, permuted
@@ -27,7 +28,31 @@ def choose(plan: Plan) -> Plan:
     """Give every site that is to be written anew its lowering, and every site its final decision."""
     around = transforms(plan.gm.graph)
     needs_grad = plan.needs_grad
-    return replace(plan, sites=tuple(_chosen(item, plan, needs_grad or item.node in around) for item in plan.sites))
+    sites = tuple(_chosen(item, plan, needs_grad or item.node in around) for item in plan.sites)
+    if plan.request.context_parallel is not None:
+        _check_every_one(sites)
+    return replace(plan, sites=sites)
+
+
+def _check_every_one(sites: Iterable[SitePlan]) -> None:
+    """As it is written, a call attends within its process's piece of the prompt: none may stay so.
+
+    Raises:
+        LoweringError: one has to.
+    """
+    for item in sites:
+        more = item.proof is not None and not _is_causal(item.proof)
+        if item.lowering is None or more:
+            why = None if more else item.unproven or item.why
+            raise LoweringError(
+                f"context_parallel cannot split {item.layer.path or item.node.name}: "
+                f"{why or 'its mask is more than causal and a padding mask'}"
+            )
+
+
+def _is_causal(proof: Proof) -> bool:
+    """Whether a mask is causal, within a reach or not, and one over keys: what it is in a piece, it is in all."""
+    return replace(proof, reach=None).plain
 
 
 def _chosen(item: SitePlan, plan: Plan, needs_grad: bool) -> SitePlan:
@@ -48,7 +73,7 @@ def _chosen(item: SitePlan, plan: Plan, needs_grad: bool) -> SitePlan:
             return item
     call = _call(site, proof, geometry, needs_grad, plan)
     selection = item.decision.selection if isinstance(item.decision, Dynamic) else None
-    wish = Wish(request.lowering, plan.limit, request.decode == "streaming", selection)
+    wish = Wish(request.lowering, plan.limit, request.decode == "streaming", selection, request.ranks)
     lowering = choose_lowering(plan.host.place(call.query.device), role, call, wish)
     if not isinstance(lowering, Rejected):
         decision = Triangle(geometry) if isinstance(item.decision, Triangle) else item.decision
@@ -65,6 +90,8 @@ def _dense_role(item: SitePlan, site: AttentionSite, proof: Proof, plan: Plan) -
     # Layers that stay dense beside streaming ones keep their numbers to the last bit.
     if item.role.shows_own_key or of_other_shape(site) or without_layout(site.node):
         return None
+    if plan.request.context_parallel is not None:
+        return Role.MASKLESS if _is_causal(proof) else None
     # A FlexAttention call with a block plan forms no mask: it stays the user's choice.
     if not proof.plain or site.block_plan is not None:
         return None

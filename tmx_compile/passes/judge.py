@@ -25,7 +25,9 @@ def judge(plan: Plan) -> Plan:
     """Refuse what has a reason, and note layers that the configuration names and the model does not have."""
     queries = [item.site.fake("query") for item in plan.sites if item.site is not None]
     if queries:
-        plan = replace(plan, limit=_limit(queries, plan))
+        # Of the prompt; a graph sees the length of its piece.
+        limit, ranks = _limit(queries, plan), plan.request.ranks
+        plan = replace(plan, limit=limit if ranks is None else limit // ranks.size)
     sites = []
     for item in plan.sites:
         why = None if item.site is None else _against(item, item.site, plan)
@@ -65,7 +67,7 @@ def _against(item: SitePlan, site: AttentionSite, plan: Plan) -> Rejected | None
     elif role is Role.CHUNK:
         if item.proof is not None and item.proof.documents is not None:
             return Rejected(Reason.NO_LOWERING, "chunked prefill of packed documents", site.node)
-    elif role is Role.STEP and config.min_seq_len == 0:
+    elif role is Role.STEP and (config.min_seq_len == 0 or plan.request.context_parallel is not None):
         return Rejected(Reason.SHORT_PROMPT, "one row: a decode step", site.node)
     elif known(site.q_len, plan.limit) is Prompt.SHORT:
         return short(site, plan)
@@ -89,7 +91,8 @@ def _no_whole_prompt(role: Role, site: AttentionSite) -> Rejected:
 
 def short(site: AttentionSite, plan: Plan) -> Rejected:
     """Why a prompt on the short side of the limit stays dense."""
-    if hint(site.q_len) <= plan.config.min_seq_len:
+    ranks = plan.request.ranks
+    if hint(site.q_len) * (1 if ranks is None else ranks.size) <= plan.config.min_seq_len:
         return Rejected(Reason.SHORT_PROMPT, f"at most {plan.config.min_seq_len} tokens", site.node)
     return Rejected(Reason.NOT_FASTER, f"up to {plan.limit} tokens", site.node)
 

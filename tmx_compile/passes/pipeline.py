@@ -20,7 +20,6 @@ from tmx_compile.graph.guards import no_guard_added
 from tmx_compile.graph.nodes import fake_mode_of
 from tmx_compile.passes.choose import choose
 from tmx_compile.passes.judge import judge
-from tmx_compile.passes.lengths import Prompt
 from tmx_compile.passes.lower import inductor_options, lower
 from tmx_compile.passes.open import close, open_graph
 from tmx_compile.passes.plan import Plan
@@ -116,7 +115,7 @@ def decide(
 
 def rewrite(plan: Plan, source: GraphModule) -> Outcome:
     """The graph that a plan decides, or ``source`` where no prompt is long enough for it."""
-    if plan.prompt is Prompt.SHORT:
+    if plan.as_given:
         return Outcome(source, plan)
     plan = _run(REWRITE if plan.host.compiler else REWRITE_PROGRAM, plan)
     return Outcome(plan.gm, plan, inductor_options(plan))
@@ -155,7 +154,7 @@ def compile(
 def explain(gm: GraphModule, request: Request, host: Host, example_inputs: Sequence[Any] = ()) -> Plan:
     """The plan that :func:`compile` would carry out, lowerings included; the graph stays as it is."""
     plan = decide(gm, request, host, example_inputs)
-    return plan if plan.prompt is Prompt.SHORT else _run(CHOOSE, plan)
+    return plan if plan.as_given else _run(CHOOSE, plan)
 
 
 def retried(attempt: Callable[[Request], tuple[_T, str]], request: Request, host: Host, why: str) -> tuple[_T, str]:

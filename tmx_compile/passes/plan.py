@@ -181,6 +181,11 @@ class Plan:
         )
 
     @property
+    def as_given(self) -> bool:
+        """Whether the graph is to stay as it came: no prompt is long enough, and each holds all of its tokens."""
+        return self.prompt is Prompt.SHORT and self.request.context_parallel is None
+
+    @property
     def triangle(self) -> list[SitePlan]:
         """The sites with the triangle's mask."""
         return [item for item in self.sites if item.is_triangle]

@@ -11,6 +11,7 @@ import torch
 from tmx_compile.errors import StrictModeError
 from tmx_compile.find.site import AttentionSite
 from tmx_compile.graph.sizes import SizeInput, size_inputs, size_of
+from tmx_compile.lowering.context_parallel import least_piece
 from tmx_compile.lowering.table import Role
 from tmx_compile.passes.judge import short
 from tmx_compile.passes.lengths import Prompt, all_short, decide, has_fixed_range, hint, row_counts
@@ -55,6 +56,8 @@ def _side(plan: Plan, site: AttentionSite, role: Role, *, alone: bool) -> tuple[
     else:
         # A graph for each side would be one more than Inductor's own for every kind of prompt, and Dynamo counts them.
         beside = host.short is Short.BESIDE and alone and _input_of(plan, q_len) is not None
+        # The two sides of a split prompt exchange different things: a graph each.
+        beside = beside and plan.request.context_parallel is None
         side = decide(q_len, plan.limit, may_guard=host.guards and not beside)
     if side is Prompt.SHORT:
         return short(site, plan), plan
@@ -62,11 +65,15 @@ def _side(plan: Plan, site: AttentionSite, role: Role, *, alone: bool) -> tuple[
         side = Prompt.LONG
     if side is Prompt.BOTH:
         where = _input_of(plan, q_len)
-        if host.short is Short.LEFT_DENSE or where is None or plan.length not in (None, where):
+        split = plan.request.context_parallel is not None
+        if split or host.short is Short.LEFT_DENSE or where is None or plan.length not in (None, where):
             return Rejected(Reason.NO_DISPATCH, f"length {q_len}", site.node), plan
         plan = replace(plan, length=where)
     if isinstance(q_len, torch.SymInt) and has_fixed_range(q_len):
         plan = replace(plan, fixed_length=q_len)
+    elif plan.request.context_parallel is not None and host.guards:
+        # Known from here on. Shorter pieces are a graph of their own: they exchange more.
+        bool(q_len >= least_piece(plan.geometry))
     return side, plan
 
 

@@ -1,0 +1,16 @@
+"""A prompt split over one to four processes (gloo) gives the numbers of one: the operator, models, decode steps."""
+
+import pytest
+
+from tests.support.processes import outcomes
+from tests.support.split import CHECKS, LONG, WORLD
+
+
+@pytest.fixture(scope="module")
+def told():
+    return outcomes(CHECKS, WORLD, LONG)
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_processes(told, name):
+    assert told[name] == ("",) * WORLD

@@ -1,0 +1,67 @@
+"""The lowering of a graph that holds a piece of its prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+from torch.fx import Proxy
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from tmx_compile.lowering.base import AttentionCall, Lowering, Operands, Writer
+from tmx_compile.lowering.context_parallel import halo, heads, padded
+from tmx_compile.lowering.context_parallel.ranks import Ranks
+from tmx_compile.lowering.operator_call import OperatorCall
+from tmx_compile.report import Accepted, Reason, Rejected
+
+Choice = Callable[[AttentionCall], "Lowering | Rejected"]
+
+
+@dataclass(frozen=True)
+class ContextParallel:
+    """Attention of all tokens of a prompt, written for the process that holds a piece of them.
+
+    Attributes:
+        ranks: the processes.
+        choose: what computes a process's own share.
+    """
+
+    ranks: Ranks
+    choose: Choice
+    name: str = "context_parallel"
+
+    def inductor_options(self, call: AttentionCall) -> Mapping[str, Any]:
+        """None of its own."""
+        return {}
+
+    def supports(self, call: AttentionCall) -> Accepted | Rejected:
+        """Whole prompts, for inference."""
+        if call.needs_grad:
+            return Rejected(Reason.NO_LOWERING, "context_parallel: inference only, and a gradient is asked for")
+        if call.documents:
+            return Rejected(Reason.NO_LOWERING, "context_parallel: packed documents")
+        if not statically_known_true(call.query.shape[2] == call.key.shape[2]):
+            return Rejected(Reason.NO_LOWERING, "context_parallel: a cache holds tokens before this piece")
+        return Accepted()
+
+    def emit(self, write: Writer, call: AttentionCall, operands: Operands) -> Proxy:
+        """Sinks, halo and last rows where that is all a process lacks, else all rows for a share of the heads."""
+
+        def inner(call: AttentionCall, operands: Operands) -> Any:
+            lowering = self.choose(call)
+            return (OperatorCall() if isinstance(lowering, Rejected) else lowering).emit(write, call, operands)
+
+        if self.ranks.size == 1:
+            return cast("Proxy", inner(call, operands))
+        form = heads.attend
+        if self.takes_halo(call):
+            form = halo.attend if call.key_mask is None else padded.attend
+        return cast("Proxy", form(write, self.ranks, call, operands, inner))
+
+    def takes_halo(self, call: AttentionCall) -> bool:
+        """Whether it is a triangle layer's, and pieces are surely long enough."""
+        geometry = call.geometry
+        if geometry.is_dense or geometry.reach is not None:
+            return False
+        return bool(statically_known_true(call.query.shape[2] >= halo.least_piece(geometry)))
