@@ -18,9 +18,10 @@ from studies import (
     switch,
     training,
 )
+from studies.clients import case as clients
 
 CASES = (
-    *(first_n.CASE, calibration.CASE, quality.CASE, recall.CASE),
+    *(clients.CASE, first_n.CASE, calibration.CASE, quality.CASE, recall.CASE),
     *(pass_cost.CASE, prefill_memory.CASE, kv_cache.CASE, million.CASE, stages.CASE, switch.CASE, training.CASE),
 )
 
