@@ -8,7 +8,6 @@ import sys
 from typing import Any
 
 from benchmarks.common import RESULTS, Case, Parts
-from studies.clients.common import CONFIG, LAYERS, TOKENS
 
 PROGRAMS = (
     *("transformers_generate", "accelerate_offload", "peft_lora", "trl_sft", "torchao_int8", "bitsandbytes_int8"),
@@ -17,6 +16,8 @@ PROGRAMS = (
 
 
 def settings(quick: bool) -> dict[str, Any]:
+    from studies.clients.common import CONFIG, LAYERS, TOKENS
+
     sink, window, last = CONFIG.geometry
     return {
         "model": f"random weights, {LAYERS} layers, float32",
