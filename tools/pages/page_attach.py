@@ -11,6 +11,8 @@ from tools.pages.results import load, origin
 PAGE = "attach.md"
 FILE, CLIENTS = "switch.json", "clients.json"
 _NAMES = {"torch": "PyTorch", "transformers": "Transformers", "accelerate": "Accelerate", "peft": "PEFT", "trl": "TRL"}
+# Nothing is missed where these are told.
+_MEANT = ("NOT_SELECTED", "SHORT_PROMPT")
 
 
 def generate(results: Path, docs: Path) -> str | None:
@@ -38,7 +40,7 @@ def clients(result: Fields) -> str:
             outcome, error = f"does not run: {r['failed']}", ""
         else:
             dense = [layer for layer in wanted if layer not in r["triangle"]]
-            why = [reason for reason in r["reasons"] if reason != "NOT_SELECTED"]
+            why = [reason for reason in r["reasons"] if reason not in _MEANT]
             outcome = f"dense: {', '.join(why) or 'not compiled'}" if dense else "triangle"
             error = f"{r['error']:.0e}"
         rows.append(["" if name == before else name, r["way"], outcome, error])
