@@ -23,9 +23,10 @@ from studies import (
     training,
     training_step,
 )
+from studies.clients import case as clients
 
 CASES = (
-    *(first_n.CASE, calibration.CASE, quality.CASE, recall.CASE, stacked.CASE),
+    *(clients.CASE, first_n.CASE, calibration.CASE, quality.CASE, recall.CASE, stacked.CASE),
     *(pass_cost.CASE, prefill_memory.CASE, kv_cache.CASE, million.CASE, stages.CASE, switch.CASE, training.CASE),
     *(dense.CASE, short_prompts.CASE, training_step.CASE, soak.CASE),
 )

@@ -223,3 +223,27 @@ def test_rows_start_among_the_keys_or_the_call_says_so(by_positions, dynamic, lo
                 with pytest.raises(ValueError, match=f"start at key {start}, and {N} rows|not consecutive"):
                     model(x, keys, where)
     assert {site.decision for site in report} == {"triangle"}
+
+
+class Unpacked(nn.Module):
+    """As 8-bit layers do: a weight of known sizes that is given other storage, behind the product that read it."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(16, 16), requires_grad=False)
+        self.register_buffer("packed", torch.randn(16, 16))
+
+    def forward(self, x):
+        y = x @ self.weight
+        self.weight.data = self.packed
+        return F.scaled_dot_product_attention(y, y, y, is_causal=True)
+
+
+def test_a_weight_that_is_given_other_storage_leaves_attention_alone(eager):
+    model = nn.Sequential(Unpacked())
+    run = torch.compile(model, backend=tmx_backend(CONFIG, strict=True, lowering="operator"))
+    x = torch.randn(1, 2, N, 16)
+    with torch.no_grad():
+        for weight in (model[0].weight.clone(), model[0].packed):
+            y = x @ weight
+            torch.testing.assert_close(run(x).double(), under_mask(y, y, square()).double(), rtol=1e-4, atol=1e-4)

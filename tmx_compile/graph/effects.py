@@ -288,11 +288,15 @@ def _learn(node: Node, mode: FakeTensorMode, autocast: bool) -> Effect:
 
 def _is_symbolic(node: Node) -> bool:
     """Whether some length of the call is known by a symbol only."""
-    for source in node.all_input_nodes:
-        for leaf in tree_leaves(value_of(source)):
-            sizes: Sequence[Any] = (*leaf.shape, *leaf.stride()) if isinstance(leaf, Tensor) else (leaf,)
-            if any(isinstance(size, torch.SymInt) for size in sizes):
-                return True
+    return any(map(has_symbols, node.all_input_nodes))
+
+
+def has_symbols(node: Node) -> bool:
+    """Whether some size or stride of a node's value is known by a symbol only."""
+    for leaf in tree_leaves(value_of(node)):
+        sizes: Sequence[Any] = (*leaf.shape, *leaf.stride()) if isinstance(leaf, Tensor) else (leaf,)
+        if any(isinstance(size, torch.SymInt) for size in sizes):
+            return True
     return False
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from torch.fx import Graph, GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
-from tmx_compile.graph.effects import NOTHING, Effect, Effects, storages_of
+from tmx_compile.graph.effects import NOTHING, Effect, Effects, has_symbols, storages_of
 from tmx_compile.graph.nodes import value_of
 
 
@@ -87,8 +87,9 @@ class Storages:
 
     @property
     def reshaped_input(self) -> Node | None:
-        """An input of the graph that some call gives another shape, other strides or another storage, or None."""
-        return next((node for node in self._place if node.op == "placeholder" and self.is_reshaped(node)), None)
+        """An input of unknown sizes that some call gives another shape, other strides or another storage, or None."""
+        inputs = (node for node in self._place if node.op == "placeholder" and self.is_reshaped(node))
+        return next((node for node in inputs if has_symbols(node)), None)
 
     def is_reshaped(self, node: Node) -> bool:
         """Whether a call changes a tensor's shape, strides or storage, so that its recorded value is not its own."""

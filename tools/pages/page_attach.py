@@ -1,4 +1,4 @@
-"""The table of docs/attach.md: what the switch gives without compiling."""
+"""The tables of docs/attach.md: what each client did, and what the switch gives without compiling."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from tools.pages.markdown import Fields, slashed, table
 from tools.pages.results import load, origin
 
 PAGE = "attach.md"
-FILE = "switch.json"
+FILE, CLIENTS = "switch.json", "clients.json"
+_NAMES = {"torch": "PyTorch", "transformers": "Transformers", "accelerate": "Accelerate", "peft": "PEFT", "trl": "TRL"}
+# Nothing is missed where these are told.
+_MEANT = ("NOT_SELECTED", "SHORT_PROMPT")
 
 
 def generate(results: Path, docs: Path) -> str | None:
@@ -18,10 +21,31 @@ def generate(results: Path, docs: Path) -> str | None:
     Raises:
         ValueError: the page is missing or lacks the marks, or the result file lacks a field.
     """
-    if not (results / FILE).is_file():
+    files = {"switch": (FILE, section), "clients": (CLIENTS, clients)}
+    if not any((results / file).is_file() for file, _ in files.values()):
         return None
-    result = load(results / FILE)
-    return filled(docs / PAGE, {"switch": f"{section(result)}\n\n<sub>{origin(result, FILE)}</sub>"})
+    blocks = {}
+    for name, (file, write) in files.items():
+        result = load(results / file)
+        blocks[name] = f"{write(result)}\n\n<sub>{origin(result, file)}</sub>"
+    return filled(docs / PAGE, blocks)
+
+
+def clients(result: Fields) -> str:
+    """A line for each way in which each client was used."""
+    wanted, rows, before = result["settings"]["triangle_layers"], [], ""
+    for r in result["records"]:
+        name = f"{_NAMES.get(r['client'], r['client'])} {r['version'].partition('+')[0]}"
+        if r["failed"]:
+            outcome, error = f"does not run: {r['failed']}", ""
+        else:
+            dense = [layer for layer in wanted if layer not in r["triangle"]]
+            why = [reason for reason in r["reasons"] if reason not in _MEANT]
+            outcome = f"dense: {', '.join(why) or 'not compiled'}" if dense else "triangle"
+            error = f"{r['error']:.0e}"
+        rows.append(["" if name == before else name, r["way"], outcome, error])
+        before = name
+    return table(["client", "used with", "layers", "error"], rows)
 
 
 def section(result: Fields) -> str:

@@ -134,6 +134,7 @@ class Model:
             attention of its own takes "sdpa", which the oracle can replace, or "itself", in float32 and left as it is.
         dense: reasons with which the causal sites are right to stay dense, by implementation, call or both ("sdpa",
             "no mask", "sdpa, no mask"; "*" for all). Without an entry they have to go sparse.
+        brief: called with a full mask and with left padding alone.
     """
 
     name: str
@@ -147,6 +148,7 @@ class Model:
     offers: tuple[str, ...] = ("sdpa", "eager", "flex_attention")
     reference: str = ""
     dense: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    brief: bool = False
 
     def is_causal(self, path: str) -> bool:
         """Whether a module path is that of a causal self-attention."""

@@ -11,12 +11,16 @@ from typing import Any
 from unittest import mock
 
 import torch
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
 
 from tests.support.zoo.models import VOCABULARY, Model
 from tests.support.zoo.oracle import Oracle
 from tmx_compile import Report, SiteRecord, TriangleMixConfig, tmx_backend
 
 IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention")
+# Not compiled: what ``register_attention`` registers.
+SWITCH = "tmx"
 TOKENS, BATCH, PADDING, NEW_TOKENS = 100, 2, 30, 3
 GEOMETRY = (4, 8, 8)
 MIN_SEQ_LEN = 48
@@ -60,6 +64,8 @@ def calls_of(entry: Model) -> list[Call]:
     """The calls that make sense for a model."""
     if not entry.text:
         return [CALLS["no mask"]]
+    if entry.brief:
+        return [CALLS["full mask"], CALLS["left padding"]]
     return [call for call in CALLS.values() if entry.generates or not (call.generate or call.cache)]
 
 
@@ -72,12 +78,12 @@ class Specimen:
 
     def __init__(self, entry: Model, implementation: str) -> None:
         self.entry, self.implementation = entry, implementation
-        self.model = entry.build(implementation)
-        self.oracle = Oracle(entry, implementation)
-        layers = {
-            int(re.search(r"\.(\d+)\.", path)[1]) for path, _ in self.model.named_modules() if entry.is_causal(path)
-        }
+        written = "sdpa" if implementation == SWITCH else implementation
+        self.model = entry.build(written)
+        self.oracle = Oracle(entry, written)
         self.causal = frozenset(path for path, _ in self.model.named_modules() if entry.is_causal(path))
+        self._numbered = {int(re.search(r"\.(\d+)\.", path)[1]): path for path in self.causal}
+        layers = set(self._numbered)
         assert bool(self.causal) == bool(entry.causal), f"no module of {entry.name} is called {entry.causal}"
         names = ("num_sink_tokens", "sliding_window_size", "num_last_tokens")
         # An encoder's layers are numbered from 0 too: it is for the pass to leave them alone.
@@ -95,6 +101,10 @@ class Specimen:
         """
         mask = None if call.padding is None else left_padding(BATCH, TOKENS, call.padding)
         inputs = self.entry.inputs(BATCH, TOKENS, mask)
+        if self.implementation == SWITCH:
+            with switched(self.model, self.config) as report, torch.no_grad():
+                self.check(self.model(**inputs, use_cache=False), inputs | {"use_cache": False}, mask, report)
+            return self._outcome(report.sites)
         backend = tmx_backend(self.config, lowering="operator")
         with compiled(self.model, backend), torch.no_grad():
             if call.generate:
@@ -164,7 +174,9 @@ class Specimen:
         return {name: x.to(dtype) if torch.is_tensor(x) and x.is_floating_point() else x for name, x in inputs.items()}
 
     def _whole_path(self, site: SiteRecord) -> str:
-        """After a graph break the recorded path may start at an inner module."""
+        """After a graph break the recorded path may start at an inner module; the switch tells its class alone."""
+        if self.implementation == SWITCH:
+            return self._numbered.get(-1 if site.layer is None else site.layer, site.path)
         wholes = [name for name, _ in self.model.named_modules() if f".{name}".endswith(f".{site.path}")]
         if len(wholes) > 1 and site.query[2:3] == (TOKENS,):
             # No other tower has that many tokens; were the guess wrong, so would be the oracle's numbers.
@@ -215,6 +227,21 @@ def compiled(model: Any, backend: Any, dynamic: bool | None = None) -> Iterator[
     finally:
         del model.forward
         torch._dynamo.reset()
+
+
+@contextlib.contextmanager
+def switched(model: Any, config: TriangleMixConfig) -> Iterator[Report]:
+    """The model under the package's own attention implementation, and the report that it fills."""
+    from tmx_compile.integrations.transformers import register_attention
+
+    with (
+        mock.patch.dict(AttentionInterface._global_mapping),
+        mock.patch.dict(AttentionMaskInterface._global_mapping),
+    ):
+        attention = register_attention(config, name=SWITCH, lowering="operator")
+        model.set_attn_implementation(SWITCH)
+        yield attention.report
+    model.set_attn_implementation("sdpa")
 
 
 def complaint(entry: Model, implementation: str, call: str, outcome: Outcome) -> str:
