@@ -135,7 +135,8 @@ def _read(node: Node, operand: Node, scores_path: list[Node], weights_path: list
     result, order = _result(node, _of(second.out_axes, axes))
     _check_sizes(node, scores, result, order, query, value)
     _check_dtypes(node, first.node, query, key)
-    scale = scores.scale * query.scale * key.scale
+    scale, softcap = scores.scoring(node)
+    scale *= query.scale * key.scale
     if not math.isfinite(scale):
         refuse(Reason.SCALE, f"a scale of {scale:g}", node)
     _check_gradient_mode(result, first.node)
@@ -149,6 +150,8 @@ def _read(node: Node, operand: Node, scores_path: list[Node], weights_path: list
         scale=scale,
         form="eager",
         factor=scores.factor,
+        softcap=softcap,
+        sink_logits=scores.sinks,
         result_order=None if order == IDENTITY else order,
         effects=tuple(scores.effects),
     )

@@ -34,7 +34,7 @@ class OperatorCall:
             operands.key,
             operands.value,
             operands.key_mask,
-            *call.geometry.arguments(call.scale),
+            *call.geometry.arguments(call.scale, operands.sink_logits, call.softcap),
         )
         out: Proxy = write.call(operator.getitem, both, 0)
         return out

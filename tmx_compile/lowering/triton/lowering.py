@@ -39,8 +39,8 @@ class Triton:
     def _why_not(self, call: AttentionCall) -> str | None:
         query, value = call.query, call.value
         dims = query.shape[3], value.shape[3]
-        if call.documents:
-            return "packed documents"
+        if call.documents or call.changes:
+            return call.changes or "packed documents"
         if query.dtype not in _DTYPES:
             return f"{query.dtype} is not bfloat16, float16 or float32"
         if not all(isinstance(x, int) and 0 < x <= MAX_HEAD_DIM for x in dims):
