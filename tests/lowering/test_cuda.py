@@ -158,13 +158,18 @@ def test_the_hopper_kernel(name):
     """The kernel for long prompts, on the short ones of the conformance suite, in the dtypes and head dims it takes."""
     from tmx_compile.lowering.triton import hopper_launch
     from tmx_compile.lowering.triton.lowering import extents
+    from tmx_compile.lowering.triton.prepared import kind
 
     case = HOPPER_CASES[name]
     *qkv, key_mask = case.tensors(device="cuda")
-    assert hopper_launch.takes(*qkv)
+    kinds = tuple(map(kind, qkv))
+    assert hopper_launch.takes(*kinds)
     extent = None if key_mask is None else extents(key_mask, case.kv_len, case.last)
     geometry = case.mask.bounded(case.kv_len, case.q_len)
-    out = hopper_launch.attend(*qkv, key_mask, extent, geometry, case.scale)
+    launch = hopper_launch.Launch(*kinds, None if key_mask is None else kind(key_mask), geometry, case.scale)
+    out, _ = launch(*qkv, key_mask, extent)
+    # Prepared by now.
+    assert torch.equal(launch(*qkv, key_mask, extent)[0], out)
     want, _ = oracle(*(x.cpu() for x in qkv), None if key_mask is None else key_mask.cpu(), *case.arguments)
     torch.testing.assert_close(out.cpu().double(), want, atol=allowed(case.dtype), rtol=0)
 

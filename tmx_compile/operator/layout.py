@@ -14,3 +14,8 @@ def empty_by_tokens(like: Tensor, dim: int) -> Tensor:
     """
     batch, heads, tokens, _ = like.shape
     return like.new_empty(batch, tokens, heads, dim).transpose(1, 2)
+
+
+def strides_by_tokens(heads: int, tokens: int, dim: int) -> tuple[int, int, int, int]:
+    """The strides of such a (B, heads, tokens, dim), in elements."""
+    return tokens * heads * dim, dim, heads * dim, 1

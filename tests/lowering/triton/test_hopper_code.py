@@ -38,3 +38,12 @@ def test_the_code_is_what_the_design_needs(settings, tmp_path):
     assert not found["serialized"]
     assert found["spilled_bytes"] <= 64
     assert found["undefined"] == []
+
+
+def test_the_other_kernels_compile_for_ampere(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    script = SCRIPT.with_name("compiled_kernels.py")
+    done = subprocess.run([sys.executable, script, "80"], capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout) == [False, True]

@@ -108,7 +108,7 @@ def key_kernel(
     batch = program // (tiles * splits * KV_HEADS)
     batch64 = batch.to(tl.int64)
 
-    start, end, _ = valid_range(extent_ptr, batch, kv_len, PADDED)
+    start, end, holes = valid_range(extent_ptr, batch, kv_len, PADDED)
     last_low = tl.maximum(tl.maximum(end - last, offset), start)
     sink_end = tl.minimum(start + sink, end)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 from torch import Tensor
@@ -11,9 +13,10 @@ from tmx_compile.lowering.triton.backward_keys import key_kernel
 from tmx_compile.lowering.triton.backward_queries import query_kernel
 from tmx_compile.lowering.triton.devices import multiprocessors
 from tmx_compile.lowering.triton.launch import INTERPRETED, heads_per_tile, row_grid
+from tmx_compile.lowering.triton.prepared import Kind, Prepared, kind
 from tmx_compile.lowering.triton.tuning import BackwardTuning
 from tmx_compile.mask.geometry import Geometry
-from tmx_compile.operator.layout import empty_by_tokens
+from tmx_compile.operator.layout import strides_by_tokens
 
 
 def gradients(
@@ -52,65 +55,128 @@ def gradients(
     )
     key_mask = key_mask if key_mask is None or key_mask.stride(1) == 1 else key_mask.contiguous()
     lse, grad_lse = lse.contiguous(), None if grad_lse is None else grad_lse.contiguous()
-    batch, heads, q_len, dim = query.shape
-    kv_heads, kv_len, v_dim = key.shape[1], key.shape[2], value.shape[3]
-    geometry = geometry.bounded(kv_len, q_len)
-    sink, window, last = geometry.counts
-    block_d, block_dv = (max(16, triton.next_power_of_2(x)) for x in (dim, v_dim))
-    shapes = shapes or tuning.choose_backward(query.element_size(), max(block_d, block_dv))
-    grad_query, grad_key, grad_value = (empty_by_tokens(x, x.shape[3]) for x in (query, key, value))
-    row_lse, delta = torch.empty_like(lse), torch.empty_like(lse)
+    tensors = grad_out, grad_lse, query, key, value, key_mask, extent, out, lse
+    launches = prepare(tuple(None if x is None else kind(x) for x in tensors), geometry, scale, shapes)
+    grads = launches(*tensors)
+    return grads if grads[0].dtype == dtype else tuple(x.to(dtype) for x in grads)  # type: ignore[return-value]
 
-    grid = row_grid(query, key, last, shapes.queries)
-    # The sinks: as small a tile as holds them, and ranges of rows.
-    sink_keys = min(shapes.sinks.keys, max(16, triton.next_power_of_2(sink)))
-    sink_tiles = triton.cdiv(sink, sink_keys)
-    group = heads // kv_heads
-    key_group = heads_per_tile(group, min(shapes.sinks.rows, shapes.keys.rows))
-    all_tiles = batch * kv_heads * sink_tiles
-    splits = tuning.sink_splits(all_tiles, q_len * group, multiprocessors(query.device)) if sink else 1
-    part = sink_part = sink_part_value = arrived = delta
-    if grid.splits > 1:
-        part = delta.new_empty(grid.last_programs * shapes.queries.rows * dim)
-    if splits > 1:
-        sink_part = delta.new_empty(all_tiles * splits * sink_keys * (dim + v_dim))
-        sink_part_value = sink_part[all_tiles * splits * sink_keys * dim :]
-    # A multiple of 16 bytes: Triton compiles a kernel again for a pointer that is none.
-    last_items = triton.cdiv(grid.last_items, 4) * 4
-    if grid.splits > 1 or splits > 1:
-        arrived = torch.zeros(last_items + all_tiles, dtype=torch.int32, device=query.device)
 
-    padded = key_mask is not None
-    mask = delta if key_mask is None else key_mask
-    reach = geometry.reach_within(kv_len)
-    strides = [y for x in (query, key, value) for y in x.stride()[:3]]
-    mask_batch = 0 if key_mask is None else key_mask.stride(0)
-    lengths = q_len, kv_len, sink, window, last, reach, scale
-    same = {
-        "HEADS": heads, "KV_HEADS": kv_heads, "DIM": dim, "DIM_V": v_dim, "BLOCK_D": block_d, "BLOCK_DV": block_dv,
-        "PADDED": padded, "REACH": geometry.reach is not None, "FLOAT32": query.dtype == torch.float32,
-    }  # fmt: skip
-    query_kernel[(grid.programs,)](
-        query, key, value, out, grad_out, lse, delta if grad_lse is None else grad_lse,
-        mask, extent if padded else delta, grad_query, row_lse, delta, part, arrived,
-        *strides, *out.stride()[:3], *grad_out.stride()[:3], *grad_query.stride()[:3], mask_batch,
-        *lengths, grid.last_programs, grid.last_tiles, grid.splits, grid.split_keys,
-        **same, GROUP=grid.group, KEY_GROUP=key_group, BLOCK_M=shapes.queries.rows, BLOCK_N=shapes.queries.keys,
-        LSE_GRAD=grad_lse is not None, STAGES=shapes.queries.stages,
-        num_warps=shapes.queries.warps, num_stages=shapes.queries.stages, maxnreg=shapes.queries.registers,
-    )  # fmt: skip
-    for sinks, shape in ((True, shapes.sinks), (False, shapes.keys)):
-        if sinks and not sink:
-            continue
-        keys = sink_keys if sinks else shape.keys
-        tiles = sink_tiles if sinks else triton.cdiv(kv_len, keys)
-        parts = splits if sinks else 1
-        key_kernel[(batch * kv_heads * tiles * parts,)](
-            query, key, value, grad_out, row_lse, delta, mask, extent if padded else delta, grad_key, grad_value,
-            sink_part, sink_part_value, arrived[last_items:] if splits > 1 else arrived,
-            *strides, *grad_out.stride()[:3], *grad_key.stride()[:3], *grad_value.stride()[:3], mask_batch,
-            *lengths, tiles, parts, triton.cdiv(triton.cdiv(q_len, parts), shape.rows) * shape.rows,
-            **same, GROUP=key_group, BLOCK_M=shape.rows, BLOCK_N=keys, SINKS=sinks,
-            STAGES=shape.stages, num_warps=shape.warps, num_stages=shape.stages, maxnreg=shape.registers,
+@functools.lru_cache(maxsize=1024)
+def prepare(
+    kinds: tuple[Kind | None, ...], geometry: Geometry, scale: float, shapes: BackwardTuning | None
+) -> _Launches:
+    """What one kind of call computes once: a function of the nine tensors of ``kinds``, in the order of its names."""
+    return _Launches(kinds, geometry, scale, shapes)
+
+
+class _Launches:
+    """The launches of the backward kernels."""
+
+    def __init__(
+        self, kinds: tuple[Kind | None, ...], geometry: Geometry, scale: float, shapes: BackwardTuning | None
+    ) -> None:
+        grad_out, grad_lse, query, key, value, key_mask, _, out, _ = kinds
+        assert grad_out is not None
+        assert query is not None
+        assert key is not None
+        assert value is not None
+        assert out is not None
+        batch, heads, q_len, dim = query.shape
+        kv_heads, kv_len, v_dim = key.shape[1], key.shape[2], value.shape[3]
+        geometry = geometry.bounded(kv_len, q_len)
+        sink, window, last = geometry.counts
+        block_d, block_dv = (max(16, triton.next_power_of_2(x)) for x in (dim, v_dim))
+        shapes = shapes or tuning.choose_backward(query.dtype.itemsize, max(block_d, block_dv))
+        self._results = [(x.shape, strides_by_tokens(*x.shape[1:])) for x in (query, key, value)]
+        of_query, of_key, of_value = (strides[:3] for _, strides in self._results)
+
+        grid = row_grid(query, key, last, shapes.queries)
+        # The sinks: as small a tile as holds them, and ranges of rows.
+        sink_keys = min(shapes.sinks.keys, max(16, triton.next_power_of_2(sink)))
+        sink_tiles = triton.cdiv(sink, sink_keys)
+        group = heads // kv_heads
+        key_group = heads_per_tile(group, min(shapes.sinks.rows, shapes.keys.rows))
+        all_tiles = batch * kv_heads * sink_tiles
+        splits = tuning.sink_splits(all_tiles, q_len * group, multiprocessors(query.device)) if sink else 1
+        # Numbers of float32: partial results of the last rows, and of the sinks for keys and values.
+        self._part = grid.last_programs * shapes.queries.rows * dim if grid.splits > 1 else 0
+        self._sink_part, self._sink_part_value = (
+            all_tiles * splits * sink_keys * x if splits > 1 else 0 for x in (dim, v_dim)
+        )
+        # A multiple of 16 bytes: Triton compiles a kernel again for a pointer that is none.
+        self._last_items = triton.cdiv(grid.last_items, 4) * 4
+        self._items = self._last_items + all_tiles if grid.splits > 1 or splits > 1 else 0
+
+        strides = [y for x in (query, key, value) for y in x.stride[:3]]
+        mask_batch = 0 if key_mask is None else key_mask.stride[0]
+        lengths = q_len, kv_len, sink, window, last, geometry.reach_within(kv_len), scale
+        same = {
+            "HEADS": heads, "KV_HEADS": kv_heads, "DIM": dim, "DIM_V": v_dim, "BLOCK_D": block_d, "BLOCK_DV": block_dv,
+            "PADDED": key_mask is not None, "REACH": geometry.reach is not None,
+            "FLOAT32": query.dtype == torch.float32,
+        }  # fmt: skip
+        self._query_launch = Prepared(
+            query_kernel,
+            grid.programs,
+            (
+                *strides, *out.stride[:3], *grad_out.stride[:3], *of_query, mask_batch,
+                *lengths, grid.last_programs, grid.last_tiles, grid.splits, grid.split_keys,
+            ),
+            **same, GROUP=grid.group, KEY_GROUP=key_group, BLOCK_M=shapes.queries.rows, BLOCK_N=shapes.queries.keys,
+            LSE_GRAD=grad_lse is not None, STAGES=shapes.queries.stages,
+            num_warps=shapes.queries.warps, num_stages=shapes.queries.stages, maxnreg=shapes.queries.registers,
         )  # fmt: skip
-    return grad_query.to(dtype), grad_key.to(dtype), grad_value.to(dtype)
+        self._key_launches = []
+        for sinks, shape in ((True, shapes.sinks), (False, shapes.keys)):
+            if sinks and not sink:
+                continue
+            keys = sink_keys if sinks else shape.keys
+            tiles = sink_tiles if sinks else triton.cdiv(kv_len, keys)
+            parts = splits if sinks else 1
+            launch = Prepared(
+                key_kernel,
+                batch * kv_heads * tiles * parts,
+                (
+                    *strides, *grad_out.stride[:3], *of_key, *of_value, mask_batch,
+                    *lengths, tiles, parts, triton.cdiv(triton.cdiv(q_len, parts), shape.rows) * shape.rows,
+                ),
+                **same, GROUP=key_group, BLOCK_M=shape.rows, BLOCK_N=keys, SINKS=sinks,
+                STAGES=shape.stages, num_warps=shape.warps, num_stages=shape.stages, maxnreg=shape.registers,
+            )  # fmt: skip
+            self._key_launches.append(launch)
+
+    def __call__(
+        self,
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None,
+        extent: Tensor | None,
+        out: Tensor,
+        lse: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        grad_query, grad_key, grad_value = (query.new_empty_strided(*x) for x in self._results)
+        row_lse, delta = torch.empty_like(lse), torch.empty_like(lse)
+        part = sink_part = sink_part_value = arrived = sinks_arrived = delta
+        if self._part:
+            part = delta.new_empty(self._part)
+        if self._sink_part:
+            sink_part = delta.new_empty(self._sink_part + self._sink_part_value)
+            sink_part_value = sink_part[self._sink_part :]
+        if self._items:
+            arrived = delta.new_zeros(self._items, dtype=torch.int32)
+            sinks_arrived = arrived[self._last_items :] if self._sink_part else arrived
+        mask = delta if key_mask is None else key_mask
+        extent = delta if key_mask is None else extent
+        self._query_launch(
+            query, key, value, out, grad_out, lse, delta if grad_lse is None else grad_lse,
+            mask, extent, grad_query, row_lse, delta, part, arrived,
+        )  # fmt: skip
+        for launch in self._key_launches:
+            launch(
+                query, key, value, grad_out, row_lse, delta, mask, extent, grad_key, grad_value,
+                sink_part, sink_part_value, sinks_arrived,
+            )  # fmt: skip
+        return grad_query, grad_key, grad_value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import torch
 import triton
@@ -14,8 +15,9 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from tmx_compile.lowering.triton import tuning
 from tmx_compile.lowering.triton.devices import is_hopper, multiprocessors
 from tmx_compile.lowering.triton.hopper import hopper_kernel
+from tmx_compile.lowering.triton.prepared import Kind, Prepared
 from tmx_compile.mask.geometry import Geometry
-from tmx_compile.operator.layout import empty_by_tokens
+from tmx_compile.operator.layout import strides_by_tokens
 
 _GROUP_ROWS = 64  # stacked rows of a computing group: one wgmma tile
 _GROUPS = 2  # computing groups of a CTA
@@ -25,7 +27,7 @@ STAGES = 4  # blocks in flight; with two queries deep this fills the shared memo
 REGISTERS = (168, 232, 40)  # per thread: at launch, computing, copying
 
 
-def takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
+def takes(query: Kind, key: Kind, value: Kind) -> bool:
     """Whether the kernel is for these tensors: a Hopper GPU, 16-bit, one head dim of 33 to 128, addressable by TMA."""
     return (
         is_hopper(query.device)
@@ -37,70 +39,95 @@ def takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
     )
 
 
-def _fits_tma(x: Tensor) -> bool:
+def _fits_tma(x: Kind) -> bool:
     """Whether the tensor memory accelerator can address it: 16-byte strides and base, contiguous last dimension."""
-    size = x.element_size()
-    aligned = all(stride * size % 16 == 0 for stride in x.stride()[:3])
-    return x.stride(3) == 1 and x.data_ptr() % 16 == 0 and aligned and x.numel() > 0
+    aligned = all(stride * x.dtype.itemsize % 16 == 0 for stride in x.stride[:3])
+    return x.stride[3] == 1 and x.aligned and aligned and 0 not in x.shape
 
 
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    extent: Tensor | None,
-    geometry: Geometry,
-    scale: float,
-) -> Tensor:
-    """Run the kernel for tensors that :func:`takes` accepts.
+class Launch:
+    """A launch of the Hopper kernel for tensors that :func:`takes` accepts.
 
-    Arguments and result are those of ``launch.attend``; no count of ``geometry`` is beyond its length.
+    Arguments and results are those of ``launch.prepare``; no count of ``geometry`` is beyond its length.
     """
-    batch, heads, q_len, dim = query.shape
-    sink, window, last = geometry.counts
-    kv_heads, kv_len = key.shape[1], key.shape[2]
-    block_d = triton.next_power_of_2(dim)
-    group = heads // kv_heads
-    head_box = triton.next_power_of_2(group)
-    positions = _GROUP_ROWS // head_box
-    rows = positions * _GROUPS
-    out = empty_by_tokens(query, dim)
-    all_heads = batch * kv_heads
-    tiles, last_tiles = triton.cdiv(q_len, rows), max(1, triton.cdiv(last, rows))
-    ctas = multiprocessors(query.device)
-    splits = tuning.splits(all_heads * last_tiles, kv_len, _GROUPS * _GROUP_ROWS, ctas) if last else 1
-    split_keys = triton.cdiv(triton.cdiv(kv_len, splits), KEYS) * KEYS
-    last_items = all_heads * last_tiles * splits if last else 0
-    stream_items = all_heads * tiles
-    # Tiles that a CTA does while another does a last-row item: by their blocks, and 3 for a tile's own overhead.
-    tile_blocks = triton.cdiv(window + rows, KEYS) + 3
-    head_start = split_keys // KEYS // tile_blocks if last else 0
-    part = part_lse = arrived = out
-    if last and splits > 1:
-        groups = all_heads * last_tiles * _GROUPS
-        part = query.new_empty(groups * splits * _GROUP_ROWS * (block_d + 1), dtype=torch.float32)
-        part_lse = part[groups * splits * _GROUP_ROWS * block_d :]
-        arrived = query.new_zeros(groups, dtype=torch.int32)
-    padded = key_mask is not None
-    hopper_kernel[(min(ctas, stream_items + last_items),)](
-        _descriptor(query, head_box, positions, block_d),
-        _descriptor(key, 1, KEYS, block_d), _descriptor(value, 1, KEYS, block_d),
-        _descriptor(key, 1, 16, 64), _descriptor(value, 1, 16, 64),
-        out, key_mask if padded else out, extent if padded else out, part, part_lse, arrived,
-        *out.stride()[:3], 0 if key_mask is None else key_mask.stride(0),
-        q_len, kv_len, sink, window, last, geometry.reach_within(kv_len), scale * math.log2(math.e),
-        last_items, last_tiles, splits, split_keys, tiles, stream_items, head_start,
-        HEADS=heads, KV_HEADS=kv_heads, GROUP=group, HEAD_BOX=head_box, DIM=dim, BLOCK_D=block_d,
-        BLOCK_N=KEYS, STAGES=STAGES, PADDED=padded, REACH=geometry.reach is not None,
-        CONSUMER_REGISTERS=REGISTERS[1], PRODUCER_REGISTERS=REGISTERS[2], num_warps=4, maxnreg=REGISTERS[0],
-    )  # fmt: skip
-    return out
+
+    def __init__(
+        self, query: Kind, key: Kind, value: Kind, key_mask: Kind | None, geometry: Geometry, scale: float
+    ) -> None:
+        batch, heads, q_len, dim = query.shape
+        sink, window, last = geometry.counts
+        kv_heads, kv_len = key.shape[1], key.shape[2]
+        block_d = triton.next_power_of_2(dim)
+        group = heads // kv_heads
+        head_box = triton.next_power_of_2(group)
+        positions = _GROUP_ROWS // head_box
+        rows = positions * _GROUPS
+        all_heads = batch * kv_heads
+        tiles, last_tiles = triton.cdiv(q_len, rows), max(1, triton.cdiv(last, rows))
+        ctas = multiprocessors(query.device)
+        splits = tuning.splits(all_heads * last_tiles, kv_len, _GROUPS * _GROUP_ROWS, ctas) if last else 1
+        split_keys = triton.cdiv(triton.cdiv(kv_len, splits), KEYS) * KEYS
+        last_items = all_heads * last_tiles * splits if last else 0
+        stream_items = all_heads * tiles
+        # Tiles that a CTA does while another does a last-row item: by their blocks, and 3 for a tile's own overhead.
+        tile_blocks = triton.cdiv(window + rows, KEYS) + 3
+        head_start = split_keys // KEYS // tile_blocks if last else 0
+        self._shape, self._strides = (batch, heads, q_len, dim), strides_by_tokens(heads, q_len, dim)
+        self._groups = all_heads * last_tiles * _GROUPS if last and splits > 1 else 0
+        self._part, self._part_lse = (self._groups * splits * _GROUP_ROWS * x for x in (block_d, 1))
+        self._descriptors = (
+            _Descriptor(query, head_box, positions, block_d),
+            *(_Descriptor(x, 1, KEYS, block_d) for x in (key, value)),
+            *(_Descriptor(x, 1, 16, 64) for x in (key, value)),
+        )
+        self._launch = Prepared(
+            hopper_kernel,
+            min(ctas, stream_items + last_items),
+            (
+                *self._strides[:3], 0 if key_mask is None else key_mask.stride[0],
+                q_len, kv_len, sink, window, last, geometry.reach_within(kv_len), scale * math.log2(math.e),
+                last_items, last_tiles, splits, split_keys, tiles, stream_items, head_start,
+            ),
+            HEADS=heads, KV_HEADS=kv_heads, GROUP=group, HEAD_BOX=head_box, DIM=dim, BLOCK_D=block_d,
+            BLOCK_N=KEYS, STAGES=STAGES, PADDED=key_mask is not None, REACH=geometry.reach is not None,
+            CONSUMER_REGISTERS=REGISTERS[1], PRODUCER_REGISTERS=REGISTERS[2], num_warps=4, maxnreg=REGISTERS[0],
+        )  # fmt: skip
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, extent: Tensor | None
+    ) -> tuple[Tensor, None]:
+        """Launch it."""
+        out = query.new_empty_strided(self._shape, self._strides)
+        part = part_lse = arrived = out
+        if self._groups:
+            part = query.new_empty(self._part + self._part_lse, dtype=torch.float32)
+            part_lse = part[self._part :]
+            arrived = query.new_zeros(self._groups, dtype=torch.int32)
+        of_query, of_key, of_value, tail_of_key, tail_of_value = self._descriptors
+        padded = key_mask is not None
+        self._launch(
+            of_query(query), of_key(key), of_value(value), tail_of_key(key), tail_of_value(value),
+            out, key_mask if padded else out, extent if padded else out, part, part_lse, arrived,
+        )  # fmt: skip
+        return out, None
 
 
-def _descriptor(x: Tensor, heads: int, rows: int, block_dim: int) -> TensorDescriptor:
-    shape = [1, heads, rows, block_dim]
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), shape, _layout(tuple(shape), x.dtype))
+class _Descriptor:
+    """Makes descriptors of tensors of one kind; the first is checked, and the others differ in their address alone."""
+
+    def __init__(self, x: Kind, heads: int, rows: int, block_dim: int) -> None:
+        shape = [1, heads, rows, block_dim]
+        self._numbers = list(x.shape), list(x.stride), shape, _layout(tuple(shape), x.dtype)
+        self._fields: dict[str, Any] | None = None
+
+    def __call__(self, x: Tensor) -> TensorDescriptor:
+        if self._fields is None:
+            made = TensorDescriptor(x, *self._numbers)
+            self._fields = {name: value for name, value in vars(made).items() if name != "base"}
+            return made
+        made = TensorDescriptor.__new__(TensorDescriptor)
+        vars(made).update(self._fields, base=x)
+        return made
 
 
 @functools.cache

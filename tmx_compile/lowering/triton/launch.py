@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,18 +16,20 @@ from torch import Tensor
 from tmx_compile.lowering.triton import tuning
 from tmx_compile.lowering.triton.devices import multiprocessors
 from tmx_compile.lowering.triton.kernel import triangle_kernel
+from tmx_compile.lowering.triton.prepared import TRIED_VERSION, Kind, Prepared, kind
 from tmx_compile.lowering.triton.tuning import Tuning
 from tmx_compile.mask.geometry import Geometry
-from tmx_compile.operator.layout import empty_by_tokens
+from tmx_compile.operator.layout import strides_by_tokens
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Whether Triton runs the kernels itself, on tensors of any device: TRITON_INTERPRET=1 was set at import."""
 
 
 def _hopper_launch() -> Any:
-    """The Hopper kernel's launch, or None: Gluon changes between versions of Triton, and these two are tried."""
-    tried = triton.__version__.startswith(("3.6.", "3.7."))
-    return importlib.import_module("tmx_compile.lowering.triton.hopper_launch") if tried and not INTERPRETED else None
+    """The Hopper kernel's launch, or None: Gluon changes between versions of Triton."""
+    if INTERPRETED or not TRIED_VERSION:
+        return None
+    return importlib.import_module("tmx_compile.lowering.triton.hopper_launch")
 
 
 _HOPPER = _hopper_launch()
@@ -56,46 +60,121 @@ def attend(
     Returns:
         out (B, H, Sq, Dv), in (B, Sq, H, Dv) memory as SDPA's own kernels leave it; lse (B, H, Sq) float32 or None.
     """
-    query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
-    key_mask = key_mask if key_mask is None or key_mask.stride(1) == 1 else key_mask.contiguous()
-    batch, heads, q_len, dim = query.shape
-    kv_heads, kv_len, v_dim = key.shape[1], key.shape[2], value.shape[3]
-    geometry = geometry.bounded(kv_len, q_len)
-    sink, window, last = geometry.counts
-    # Where many rows read all keys, those decide the block shapes.
-    slots = sink + window if 4 * last < q_len else kv_len
-    general = shapes is not None or with_lse or tuning.one_block(slots) or batch * q_len < tuning.HOPPER_FROM_TOKENS
-    if not general and _HOPPER is not None and _HOPPER.takes(query, key, value):
-        return _HOPPER.attend(query, key, value, key_mask, extent, geometry, scale), None
+    if query.stride(3) != 1 or key.stride(3) != 1 or value.stride(3) != 1:
+        query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
+    if key_mask is not None and key_mask.stride(1) != 1:
+        key_mask = key_mask.contiguous()
     dtype = query.dtype
     if INTERPRETED and dtype == torch.bfloat16:
         # The interpreter multiplies bfloat16 as if it were integers.
         query, key, value = query.float(), key.float(), value.float()
-    out = empty_by_tokens(query, v_dim)
-    lse = query.new_empty(batch, heads, q_len, dtype=torch.float32) if with_lse else None
-    block_d, block_dv = (max(16, triton.next_power_of_2(x)) for x in (dim, v_dim))
-    shapes = shapes or tuning.choose(query.element_size(), max(block_d, block_dv), slots)
-    grid = row_grid(query, key, last, shapes)
-    part = part_lse = arrived = out
-    if grid.splits > 1:
-        part = query.new_empty(grid.last_programs * shapes.rows * (v_dim + 1), dtype=torch.float32)
-        part_lse = part[grid.last_programs * shapes.rows * v_dim :]
-        arrived = query.new_zeros(grid.last_items, dtype=torch.int32)
-    padded = key_mask is not None
-    triangle_kernel[(grid.programs,)](
-        query, key, value, out, out if lse is None else lse,
-        key_mask if padded else out, extent if padded else out, part, part_lse, arrived,
-        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
-        0 if key_mask is None else key_mask.stride(0),
-        q_len, kv_len, sink, window, last, geometry.reach_within(kv_len),
-        scale * math.log2(math.e), grid.last_programs, grid.last_tiles, grid.splits, grid.split_keys,
-        HEADS=heads, KV_HEADS=kv_heads, GROUP=grid.group, DIM=dim, DIM_V=v_dim, BLOCK_D=block_d, BLOCK_DV=block_dv,
-        BLOCK_M=shapes.rows, BLOCK_N=shapes.keys, PADDED=padded, REACH=geometry.reach is not None, WRITE_LSE=with_lse,
-        FLOAT32=query.dtype == torch.float32, STAGES=shapes.stages,
-        FULL_N=shapes.full_keys or shapes.keys, FULL_STAGES=shapes.full_stages or shapes.stages,
-        num_warps=shapes.warps, num_stages=shapes.stages, maxnreg=shapes.registers,
-    )  # fmt: skip
-    return out.to(dtype), lse
+    launch = prepare(
+        kind(query),
+        kind(key),
+        kind(value),
+        None if key_mask is None else kind(key_mask),
+        None if extent is None else kind(extent),
+        geometry,
+        scale,
+        with_lse,
+        shapes,
+    )
+    out, lse = launch(query, key, value, key_mask, extent)
+    return (out if out.dtype == dtype else out.to(dtype)), lse
+
+
+@functools.lru_cache(maxsize=4096)
+def prepare(
+    query: Kind,
+    key: Kind,
+    value: Kind,
+    key_mask: Kind | None,
+    extent: Kind | None,
+    geometry: Geometry,
+    scale: float,
+    with_lse: bool,
+    shapes: Tuning | None,
+) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """What one kind of call computes once: a function of the five tensors. The arguments are those of :func:`attend`.
+
+    One prompt calls it once a layer, with its own length: the least recently used kinds are forgotten.
+    """
+    geometry = geometry.bounded(key.shape[2], query.shape[2])
+    sink, window, last = geometry.counts
+    batch, heads, q_len, _ = query.shape
+    # Where many rows read all keys, those decide the block shapes.
+    slots = sink + window if 4 * last < q_len else key.shape[2]
+    size = batch * heads * q_len, multiprocessors(query.device)
+    general = shapes is not None or with_lse or tuning.one_block(slots) or not tuning.enough_for_hopper(*size)
+    if not general and _HOPPER is not None and _HOPPER.takes(query, key, value):
+        return _HOPPER.Launch(query, key, value, key_mask, geometry, scale)  # type: ignore[no-any-return]
+    if shapes is None:
+        dim = max(query.shape[3], value.shape[3])
+        shapes = tuning.choose(query.dtype.itemsize, _padded(dim), slots, *size)
+    return _General(query, key, value, key_mask, geometry, scale, with_lse, shapes)
+
+
+def _padded(dim: int) -> int:
+    padded: int = max(16, triton.next_power_of_2(dim))
+    return padded
+
+
+class _General:
+    """A launch of the general kernel."""
+
+    def __init__(
+        self,
+        query: Kind,
+        key: Kind,
+        value: Kind,
+        key_mask: Kind | None,
+        geometry: Geometry,
+        scale: float,
+        with_lse: bool,
+        shapes: Tuning,
+    ) -> None:
+        batch, heads, q_len, dim = query.shape
+        kv_heads, kv_len, v_dim = key.shape[1], key.shape[2], value.shape[3]
+        sink, window, last = geometry.counts
+        grid = row_grid(query, key, last, shapes)
+        self._shape, self._strides = (batch, heads, q_len, v_dim), strides_by_tokens(heads, q_len, v_dim)
+        self._lse_shape = query.shape[:3] if with_lse else None
+        # Of the partial results and their log-sum-exps, if there are several.
+        self._splits, self._items = grid.splits, grid.last_items
+        self._part, self._part_lse = grid.last_programs * shapes.rows * v_dim, grid.last_programs * shapes.rows
+        self._launch = Prepared(
+            triangle_kernel,
+            grid.programs,
+            (
+                *query.stride[:3], *key.stride[:3], *value.stride[:3], *self._strides[:3],
+                0 if key_mask is None else key_mask.stride[0],
+                q_len, kv_len, sink, window, last, geometry.reach_within(kv_len),
+                scale * math.log2(math.e), grid.last_programs, grid.last_tiles, grid.splits, grid.split_keys,
+            ),
+            HEADS=heads, KV_HEADS=kv_heads, GROUP=grid.group, DIM=dim, DIM_V=v_dim,
+            BLOCK_D=_padded(dim), BLOCK_DV=_padded(v_dim), BLOCK_M=shapes.rows, BLOCK_N=shapes.keys,
+            FULL_N=shapes.full_keys or shapes.keys, PADDED=key_mask is not None, REACH=geometry.reach is not None,
+            WRITE_LSE=with_lse, FLOAT32=query.dtype == torch.float32, STAGES=shapes.stages,
+            FULL_STAGES=shapes.full_stages or shapes.stages,
+            num_warps=shapes.warps, num_stages=shapes.stages, maxnreg=shapes.registers,
+        )  # fmt: skip
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, extent: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        out = query.new_empty_strided(self._shape, self._strides)
+        lse = None if self._lse_shape is None else query.new_empty(self._lse_shape, dtype=torch.float32)
+        part = part_lse = arrived = out
+        if self._splits > 1:
+            part = query.new_empty(self._part + self._part_lse, dtype=torch.float32)
+            part_lse = part[self._part :]
+            arrived = query.new_zeros(self._items, dtype=torch.int32)
+        padded = key_mask is not None
+        self._launch(
+            query, key, value, out, out if lse is None else lse,
+            key_mask if padded else out, extent if padded else out, part, part_lse, arrived,
+        )  # fmt: skip
+        return out, lse
 
 
 @dataclass(frozen=True)
@@ -121,7 +200,7 @@ class RowGrid:
     programs: int
 
 
-def row_grid(query: Tensor, key: Tensor, last: int, shapes: Tuning) -> RowGrid:
+def row_grid(query: Kind | Tensor, key: Kind | Tensor, last: int, shapes: Tuning) -> RowGrid:
     """The programs for (B, H, Sq, D) queries and (B, Hkv, Skv, D) keys in tiles of ``shapes``."""
     batch, heads, q_len, _ = query.shape
     kv_len = key.shape[2]

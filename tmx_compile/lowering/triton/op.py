@@ -1,12 +1,19 @@
-"""The kernels as PyTorch operators, so that a compiled graph can hold a call of them. Imports without Triton."""
+"""The kernels as PyTorch operators, so that a compiled graph can hold a call of them. Imports without Triton.
+
+A call takes the host about as long as a small kernel runs, so an operator is registered by hand, which costs a quarter
+of ``torch.library.custom_op``: nothing stands between the dispatcher and the launch where no gradient is wanted.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import DispatchKey, DispatchKeySet
 
 from tmx_compile.mask.geometry import Geometry
 from tmx_compile.operator.layout import empty_by_tokens
@@ -14,15 +21,48 @@ from tmx_compile.operator.sharding import shard_by_batch_and_heads
 
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? key_mask, Tensor? extent"
 _COUNTS = "int sink, int window, int last, float scale, int? reach=None"
+_LIBRARY: Any = torch.library.Library("tmx", "FRAGMENT")  # type: ignore[no-untyped-call]
+_BACKENDS = (DispatchKey.CUDA, DispatchKey.CPU)
+
+
+def _define(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """The operator ``tmx::name``, which ``run`` computes on every device."""
+    _LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"tmx::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.tmx, name).default
+
+
+def _differentiate(operator: Any, run: Callable[..., Any], function: Any) -> None:
+    """Let ``function`` compute ``operator`` where a gradient is wanted; its first argument is how to go on."""
+
+    def with_keys(keys: DispatchKeySet, *args: Any) -> Any:
+        below = keys & torch._C._after_autograd_keyset
+        # Tensors and nothing that watches them: the next kernel is ours, and needs no dispatcher to be found.
+        plain = below.highestPriorityTypeId() in _BACKENDS
+        if torch.is_grad_enabled() and any(x.requires_grad for x in args[:3]):
+            return function.apply(below, *args)
+        return run(*args) if plain else _below_autograd(operator, below, args)
+
+    _LIBRARY.impl(operator._schema.name.split("::")[1], with_keys, "Autograd", with_keyset=True)
+
+
+def _below_autograd(operator: Any, below: DispatchKeySet, args: tuple[Any, ...]) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator.redispatch(below, *args)
+
+
+_geometry = functools.lru_cache(maxsize=1024)(Geometry)
 
 
 def _on_device_of(x: Tensor) -> Any:
     """Triton launches on the current device, which need not be the tensors'."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    if not x.is_cuda or x.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(x.device)
 
 
-@torch.library.custom_op("tmx::triangle_attention_triton", mutates_args=(), schema=f"({_INPUTS}, {_COUNTS}) -> Tensor")
-def _forward(
+def _run_forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -37,20 +77,10 @@ def _forward(
     from tmx_compile.lowering.triton.launch import attend
 
     with _on_device_of(query):
-        return attend(query, key, value, key_mask, extent, Geometry(sink, window, last, reach), scale)[0]
+        return attend(query, key, value, key_mask, extent, _geometry(sink, window, last, reach), scale)[0]
 
 
-@_forward.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
-    return empty_by_tokens(query, value.shape[3])
-
-
-@torch.library.custom_op(
-    "tmx::triangle_attention_triton_training",
-    mutates_args=(),
-    schema=f"({_INPUTS}, {_COUNTS}) -> (Tensor out, Tensor lse)",
-)
-def _training(
+def _run_training(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -64,25 +94,14 @@ def _training(
 ) -> tuple[Tensor, Tensor]:
     from tmx_compile.lowering.triton.launch import attend
 
-    geometry = Geometry(sink, window, last, reach)
+    geometry = _geometry(sink, window, last, reach)
     with _on_device_of(query):
         out, lse = attend(query, key, value, key_mask, extent, geometry, scale, with_lse=True)
     assert lse is not None
     return out, lse
 
 
-@_training.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return empty_by_tokens(query, value.shape[3]), query.new_empty(query.shape[:3], dtype=torch.float32)
-
-
-@torch.library.custom_op(
-    "tmx::triangle_attention_triton_backward",
-    mutates_args=(),
-    schema=f"(Tensor grad_out, Tensor? grad_lse, {_INPUTS}, Tensor out, Tensor lse, {_COUNTS})"
-    " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
-)
-def _backward(
+def _run_backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
     query: Tensor,
@@ -100,52 +119,84 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from tmx_compile.lowering.triton.backward_launch import gradients
 
-    geometry = Geometry(sink, window, last, reach)
+    geometry = _geometry(sink, window, last, reach)
     with _on_device_of(query):
         return gradients(grad_out, grad_lse, query, key, value, key_mask, extent, out, lse, geometry, scale)
 
 
-@_backward.register_fake
-def _(
+def _fake_forward(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
+    return empty_by_tokens(query, value.shape[3])
+
+
+def _fake_training(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return empty_by_tokens(query, value.shape[3]), query.new_empty(query.shape[:3], dtype=torch.float32)
+
+
+def _fake_backward(
     grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(empty_by_tokens(x, x.shape[3]) for x in (query, key, value))  # type: ignore[return-value]
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.geometry = inputs[5:]
-    ctx.save_for_backward(*inputs[:5], *output)
-    # The log-sum-exp has no gradient unless somebody uses it.
-    ctx.set_materialize_grads(False)
-
-
-def _autograd(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    *inputs, out, lse = ctx.saved_tensors
-    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-    grads = torch.ops.tmx.triangle_attention_triton_backward(grad_out, grad_lse, *inputs, out, lse, *ctx.geometry)
-    return (*grads, *[None] * (2 + len(ctx.geometry)))
-
-
-def _save_for_forward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.geometry = inputs[5:]
-    ctx.save_for_backward(*inputs[:5])
-
-
-def _autograd_again(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-    """Where nobody foresaw a gradient, the forward runs again for its log-sum-exp."""
-    inputs = ctx.saved_tensors
-    out, lse = torch.ops.tmx.triangle_attention_triton_training(*inputs, *ctx.geometry)
-    grads = torch.ops.tmx.triangle_attention_triton_backward(grad_out, None, *inputs, out, lse, *ctx.geometry)
-    return (*grads, *[None] * (2 + len(ctx.geometry)))
-
-
-_training.register_autograd(_autograd, setup_context=_save)
-_forward.register_autograd(_autograd_again, setup_context=_save_for_forward)
-
-TRITON_OPERATOR = torch.ops.tmx.triangle_attention_triton.default
+TRITON_OPERATOR = _define("triangle_attention_triton", f"({_INPUTS}, {_COUNTS}) -> Tensor", _run_forward, _fake_forward)
 """The operator as a node target."""
 
-TRAINING_OPERATOR = torch.ops.tmx.triangle_attention_triton_training.default
+TRAINING_OPERATOR = _define(
+    "triangle_attention_triton_training",
+    f"({_INPUTS}, {_COUNTS}) -> (Tensor out, Tensor lse)",
+    _run_training,
+    _fake_training,
+)
 """The same for a graph that is differentiated: ``(out, lse)``, the log-sum-exp (B, H, Sq) being for the backward."""
 
-shard_by_batch_and_heads(TRITON_OPERATOR, TRAINING_OPERATOR, torch.ops.tmx.triangle_attention_triton_backward.default)
+_BACKWARD_OPERATOR = _define(
+    "triangle_attention_triton_backward",
+    f"(Tensor grad_out, Tensor? grad_lse, {_INPUTS}, Tensor out, Tensor lse, {_COUNTS})"
+    " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
+    _run_backward,
+    _fake_backward,
+)
+
+
+class _Training(torch.autograd.Function):
+    """The gradients of :data:`TRAINING_OPERATOR`, from its results."""
+
+    @staticmethod
+    def forward(ctx: Any, below: DispatchKeySet, *inputs: Any) -> Any:
+        out, lse = _below_autograd(TRAINING_OPERATOR, below, inputs)
+        ctx.counts = inputs[5:]
+        ctx.save_for_backward(*inputs[:5], out, lse)
+        # The log-sum-exp has no gradient unless somebody uses it.
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        *inputs, out, lse = ctx.saved_tensors
+        grad_out, grad_lse = grads
+        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        found = _BACKWARD_OPERATOR(grad_out, grad_lse, *inputs, out, lse, *ctx.counts)
+        return (None, *found, None, None, *[None] * len(ctx.counts))
+
+
+class _Forward(torch.autograd.Function):
+    """Those of :data:`TRITON_OPERATOR`, where nobody foresaw a gradient: it runs again for its log-sum-exp."""
+
+    @staticmethod
+    def forward(ctx: Any, below: DispatchKeySet, *inputs: Any) -> Any:
+        ctx.counts = inputs[5:]
+        ctx.save_for_backward(*inputs[:5])
+        return _below_autograd(TRITON_OPERATOR, below, inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        inputs = ctx.saved_tensors
+        out, lse = TRAINING_OPERATOR(*inputs, *ctx.counts)
+        found = _BACKWARD_OPERATOR(grads[0], None, *inputs, out, lse, *ctx.counts)
+        return (None, *found, None, None, *[None] * len(ctx.counts))
+
+
+_differentiate(TRAINING_OPERATOR, _run_training, _Training)
+_differentiate(TRITON_OPERATOR, _run_forward, _Forward)
+
+shard_by_batch_and_heads(TRITON_OPERATOR, TRAINING_OPERATOR, _BACKWARD_OPERATOR)

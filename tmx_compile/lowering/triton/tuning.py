@@ -1,7 +1,8 @@
 """Which kernel a call gets and its block shapes: a small measured table, never a search at a user's first prompt.
 
-The choice depends on what is fixed per model and layer (dtype, head dims, geometry), and on the length in two steps
-only: from a few thousand rows on another kernel runs, and where a quarter of all rows are last rows those decide.
+The choice depends on what is fixed per model and layer (dtype, heads, head dims, geometry), and on the length in a few
+steps only: with few rows tiles are smaller, with many another kernel runs, and where a quarter of all rows are last
+rows those decide.
 Measured on an H100: benchmarks/results/operator_cuda.json.
 """
 
@@ -69,17 +70,33 @@ LEAST_SPLIT = 256
 """Keys that one part of the last rows walks at least, or rows that one part of the sinks does: less would cost more in
 the merge than it saves."""
 
-HOPPER_FROM_TOKENS = 8192
-"""Batch x rows from which the Hopper kernel pays: preparing its five descriptors takes the host 0.3 ms a call."""
+_TILES_OF_HOPPER = 4
+"""Tiles of 128 stacked rows for each multiprocessor from which the Hopper kernel pays: one program a multiprocessor
+takes them one after another, and with fewer the last one's end would be waited for."""
 
 
-def choose(element_size: int, dim: int, slots: int) -> Tuning:
-    """The general kernel's shapes for a dtype's size in bytes, the larger padded head dim, and sinks + window."""
+def enough_for_hopper(rows: int, multiprocessors: int) -> bool:
+    """Whether the Hopper kernel pays for ``rows`` stacked rows: batch x query heads x tokens."""
+    return rows >= _TILES_OF_HOPPER * 128 * multiprocessors
+
+
+def choose(element_size: int, dim: int, slots: int, rows: int, multiprocessors: int) -> Tuning:
+    """The general kernel's shapes.
+
+    Args:
+        element_size: of the dtype, bytes.
+        dim: the larger padded head dim.
+        slots: sinks and window together, or all keys where last rows decide.
+        rows: stacked rows, batch x query heads x tokens.
+        multiprocessors: of the GPU.
+    """
     if element_size == 4:
         return FLOAT32 if dim <= 128 else FLOAT32_LARGE_HEADS
     if dim > 128:
         return LARGE_HEADS
-    return SMALL if one_block(slots) else LARGE
+    # Large tiles that could all run at once: half the rows a tile make twice as many programs.
+    few = dim == 128 and rows < 2 * LARGE.rows * multiprocessors
+    return SMALL if few or one_block(slots) else LARGE
 
 
 def choose_backward(element_size: int, dim: int) -> BackwardTuning:

@@ -1,0 +1,262 @@
+"""Where the triangle pays: short prompts, few and many heads, plain calls and CUDA graphs, inference and training.
+
+One attention layer by the operator that ``auto`` writes, against dense attention by its best SDPA backend. A plain call
+is timed as a model makes it: one after another, so that the host's share counts wherever the GPU waits for it.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.common import Case, Measured, Records, device, note
+from tmx_compile.bench.layer import MIN_SEQ_LEN
+from tmx_compile.bench.timing import describe, timing_events
+from tmx_compile.lowering.triton.op import TRAINING_OPERATOR, TRITON_OPERATOR
+from tmx_compile.lowering.worth import least_length
+
+GEOMETRIES = ((4, 32, 64), (8, 512, 128), (64, 1024, 128))
+FULL: dict[str, Any] = {
+    "lengths": (2112, 3072, 4096, 6144, 8192, 16384),
+    "batches": (1, 4),
+    "heads": ((32, 8), (8, 8), (16, 2), (9, 3)),
+    "head_dims": (64, 128),
+    "geometries": GEOMETRIES,
+    "dtype": "bfloat16",
+    "rounds": 3,
+    "round_s": 0.006,
+    "minutes": 1.0,
+}
+TRAINING: dict[str, Any] = {
+    **FULL,
+    "lengths": (2112, 4096, 8192, 16384),
+    "batches": (1,),
+    "heads": ((32, 8), (9, 3)),
+    "minutes": 0.4,
+}
+QUICK: dict[str, Any] = {
+    **FULL,
+    "lengths": (2112,),
+    "batches": (1,),
+    "heads": ((9, 3),),
+    "head_dims": (64,),
+    "rounds": 1,
+}
+_BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+_MOST_CALLS = 100
+COLUMNS = (
+    *("pass", "n", "batch", "heads", "kv_heads", "head_dim", "geometry", "takes"),
+    *("ms", "dense_ms", "dense_backend", "speedup", "graph_ms", "dense_graph_ms", "graph_speedup"),
+)
+TOLD = {
+    "takes": "whether auto makes such a layer sparse",
+    "ms": "wall time of a plain call, called one after another; forward, or forward and backward",
+    "dense_ms": "the same of F.scaled_dot_product_attention(is_causal=True), its backend chosen beforehand",
+    "graph_ms": "time on the GPU of a call in a CUDA graph of several",
+    "host_us": "what a plain call takes the host: of a problem that the GPU gets through sooner",
+}
+
+Runs = dict[str, Callable[[], Any]]
+
+
+def measure(quick: bool) -> Measured:
+    plan, training = (QUICK, QUICK) if quick else (FULL, TRAINING)
+    left_out: dict[str, str] = {}
+    records: Records = [{"pass": "host", **_host(left_out)}]
+    for name, wanted in (("forward", plan), ("both", training)):
+        started = time.monotonic()
+        for heads, dim in itertools.product(wanted["heads"], wanted["head_dims"]):
+            note(f"short prompts, {name}: {heads[0]}/{heads[1]} heads of {dim}")
+            for batch, n in itertools.product(wanted["batches"], wanted["lengths"]):
+                if time.monotonic() - started > 60 * wanted["minutes"]:
+                    left_out[f"{name} {batch} x {n}, {heads}, {dim}"] = "no time left"
+                    continue
+                try:
+                    records += _at(name, n, batch, heads, dim, wanted, left_out)
+                # A shape that fits no memory: the others still count.
+                except RuntimeError as error:
+                    left_out[f"{name} {batch} x {n}, {heads}, {dim}"] = describe(error)
+    settings = {**plan, "training": training, "min_seq_len": MIN_SEQ_LEN, "device": "cuda", "fields": TOLD}
+    return Measured({**settings, "left_out": left_out}, records)
+
+
+def _operands(n: int, batch: int, heads: tuple[int, int], dim: int, dtype: str, grad: bool) -> list[Tensor]:
+    counts = heads[0], heads[1], heads[1]
+    made = (torch.randn(batch, n, x, dim, device=device(), dtype=getattr(torch, dtype)) for x in counts)
+    return [x.transpose(1, 2).requires_grad_(grad) for x in made]
+
+
+def _at(
+    name: str, n: int, batch: int, heads: tuple[int, int], dim: int, plan: dict[str, Any], left_out: dict[str, str]
+) -> Records:
+    """The records of one shape, one for each geometry."""
+    training = name == "both"
+    qkv = _operands(n, batch, heads, dim, plan["dtype"], training)
+    grad_out = torch.randn_like(qkv[0]) if training else None
+
+    def whole(forward: Callable[[], Tensor]) -> Callable[[], Any]:
+        return forward if grad_out is None else lambda: torch.autograd.grad(forward(), qkv, grad_out)
+
+    dense = whole(lambda: F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True))
+    runs: Runs = {}
+    with torch.set_grad_enabled(training):
+        for backend, kind in _BACKENDS.items():
+            run = _under(kind, dense)
+            try:
+                run()
+            # A backend without a kernel for this shape: the other is the baseline.
+            except RuntimeError as error:
+                left_out[f"dense {backend}, {name}, {heads}, {dim}"] = describe(error)
+                continue
+            runs[backend] = run
+        first = {backend: _calls(run, 0.001) for backend, run in runs.items()}
+        runs = {backend: run for backend, run in runs.items() if first[backend] < 1.5 * min(first.values())}
+        for geometry in plan["geometries"]:
+            runs[str(geometry)] = whole(functools.partial(_sparse, qkv, geometry, training))
+        calls = _in_turn({key: functools.partial(_calls, run, plan["round_s"]) for key, run in runs.items()}, plan)
+        graphs = _in_turn({key: graph for key, run in runs.items() if (graph := _graph(run, left_out, key))}, plan)
+    records = []
+    for geometry in plan["geometries"]:
+        least = least_length("auto", torch.device("cuda"), MIN_SEQ_LEN, geometry)
+        record = {
+            "pass": name,
+            "n": n,
+            "batch": batch,
+            "heads": heads[0],
+            "kv_heads": heads[1],
+            "head_dim": dim,
+            "geometry": list(geometry),
+            "takes": n > least,
+        }
+        for prefix, times in (("", calls), ("graph_", graphs)):
+            own = times.get(str(geometry))
+            best = min((x for x in _BACKENDS if x in times), key=lambda x: times[x], default=None)
+            suffix = "graph_ms" if prefix else "ms"
+            record |= {suffix: own, f"dense_{suffix}": times.get(best or ""), f"dense_{prefix}backend": best}
+            if own and best:
+                record[f"{prefix}speedup"] = times[best] / own
+        records.append(record)
+    return records
+
+
+def _sparse(qkv: list[Tensor], geometry: tuple[int, int, int], training: bool) -> Tensor:
+    operator = TRAINING_OPERATOR if training else TRITON_OPERATOR
+    made = operator(*qkv, None, None, *geometry, qkv[0].shape[3] ** -0.5)
+    return made[0] if training else made  # type: ignore[no-any-return]
+
+
+def _under(kind: SDPBackend, run: Callable[[], Any]) -> Callable[[], Any]:
+    """The same under one backend; :func:`_calls` enters it once for many calls."""
+
+    def call() -> Any:
+        with sdpa_kernel(kind):
+            return run()
+
+    call.inner, call.kind = run, kind  # type: ignore[attr-defined]
+    return call
+
+
+def _calls(run: Callable[[], Any], round_s: float) -> float:
+    """Milliseconds of one of many plain calls, one after another, until the GPU is through."""
+    inner = getattr(run, "inner", None)
+    if inner is not None:
+        with sdpa_kernel(run.kind):  # type: ignore[attr-defined]
+            return _calls(inner, round_s)
+    count = 3
+    while True:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(count):
+            run()
+        torch.cuda.synchronize()
+        taken = time.perf_counter() - start
+        if taken > round_s / 2 or count >= _MOST_CALLS:
+            return 1e3 * taken / count
+        count = min(_MOST_CALLS, max(2 * count, int(count * round_s / taken)))
+
+
+def _graph(run: Callable[[], Any], left_out: dict[str, str], name: str) -> Callable[[], float] | None:
+    """Replays a CUDA graph of several calls; milliseconds of one."""
+    calls = 8 if _calls(run, 0.001) < 2 else 2
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, stream=side):
+            for _ in range(calls):
+                run()
+    # What stops a capture: the plain call is measured all the same.
+    except Exception as error:
+        torch.cuda.synchronize()
+        left_out[f"graph of {name}"] = describe(error)
+        return None
+    start, stop = timing_events()
+
+    def replay() -> float:
+        start.record()
+        graph.replay()
+        stop.record()
+        stop.synchronize()
+        return float(start.elapsed_time(stop)) / calls
+
+    replay()
+    return replay
+
+
+def _in_turn(runs: dict[str, Callable[[], float]], plan: dict[str, Any]) -> dict[str, float]:
+    """The median of what each run says, in turn."""
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(plan["rounds"]):
+        for name, run in runs.items():
+            samples[name].append(run())
+    return {name: statistics.median(taken) for name, taken in samples.items()}
+
+
+@torch.no_grad()
+def _host(left_out: dict[str, str]) -> dict[str, Any]:
+    """Microseconds of the host in a plain call, where the GPU is through before the next one comes."""
+    from tmx_compile.lowering.triton import hopper_launch, launch
+    from tmx_compile.lowering.triton.prepared import kind as kind_of
+    from tmx_compile.mask.geometry import Geometry
+
+    qkv = _operands(1024, 1, (2, 1), 64, "bfloat16", False)
+    geometry, scale = Geometry(4, 32, 64), 0.125
+
+    def dense() -> Tensor:
+        return F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True)
+
+    runs: Runs = {
+        "operator": functools.partial(_sparse, qkv, geometry.counts, False),
+        "launch": lambda: launch.attend(*qkv, None, None, geometry, scale),
+        "without last rows": functools.partial(_sparse, qkv, (4, 32, 0), False),
+        "training operator": functools.partial(_sparse, qkv, geometry.counts, True),
+        **{f"dense {name}": _under(kind, dense) for name, kind in _BACKENDS.items()},
+        "empty": lambda: torch.empty(16, device="cuda"),
+    }
+    kinds = tuple(map(kind_of, qkv))
+    if hopper_launch.takes(*kinds):
+        prepared = hopper_launch.Launch(*kinds, None, geometry, scale)
+        runs["hopper launch"] = lambda: prepared(*qkv, None, None)
+    for name, run in list(runs.items()):
+        try:
+            run()
+        except RuntimeError as error:
+            left_out[f"host, {name}"] = describe(error)
+            del runs[name]
+    times = _in_turn({name: functools.partial(_calls, run, 0.02) for name, run in runs.items()}, {"rounds": 5})
+    return {"host_us": {name: round(1e3 * value, 1) for name, value in times.items()}}
+
+
+CASE = Case("short_prompts", "short_prompts.json", measure, COLUMNS, needs_cuda=True, quick_anywhere=False)
