@@ -10,7 +10,7 @@ from tests.support.flex_eager import CudaFlexInEager
 from tests.support.oracle import oracle
 from tests.support.problems import SCORES, check_static, f64
 from tmx_compile.lowering.base import AttentionCall
-from tmx_compile.lowering.table import ASCEND, BLOCKED, DECODE, DENSE, FLEX, OPERATOR, REFERENCE
+from tmx_compile.lowering.table import ASCEND, BLOCKED, DECODE, DENSE, FLEX, OPERATOR, REFERENCE, TRITON
 from tmx_compile.mask.geometry import Geometry
 from tmx_compile.report import Rejected
 
@@ -27,6 +27,7 @@ def pairs(*lowerings):
         (BLOCKED, SINKS),
         (REFERENCE, SCORES),
         (OPERATOR, SCORES),
+        (TRITON, SCORES),
         (CudaFlexInEager(), [name for name in SCORES if "every" not in name]),
         (DECODE, ["both, one row"]),
     ),

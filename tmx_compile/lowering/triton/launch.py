@@ -44,13 +44,16 @@ def attend(
     geometry: Geometry,
     scale: float,
     *,
+    sink_logits: Tensor | None = None,
+    softcap: float | None = None,
     with_lse: bool = False,
     shapes: Tuning | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Run the kernel.
 
     Args:
-        query, key, value, key_mask, scale: as for :func:`tmx_compile.operator.triangle_attention`; key_mask bool.
+        query, key, value, key_mask, scale, sink_logits, softcap: as for
+            :func:`tmx_compile.operator.triangle_attention`; key_mask bool.
         extent: (B, 3) int32 beside a key mask: first valid key, one past the last, whether a key between is masked;
             where all rows are last rows, the second is Skv (:func:`tmx_compile.lowering.triton.lowering.extents`).
         geometry: the mask.
@@ -68,6 +71,8 @@ def attend(
     if INTERPRETED and dtype == torch.bfloat16:
         # The interpreter multiplies bfloat16 as if it were integers.
         query, key, value = query.float(), key.float(), value.float()
+    if sink_logits is not None:
+        sink_logits = sink_logits.float().contiguous() if INTERPRETED else sink_logits.contiguous()
     launch = prepare(
         kind(query),
         kind(key),
@@ -78,8 +83,11 @@ def attend(
         scale,
         with_lse,
         shapes,
+        None if sink_logits is None else kind(sink_logits),
+        softcap,
     )
-    out, lse = launch(query, key, value, key_mask, extent)
+    learned = () if sink_logits is None else (sink_logits,)
+    out, lse = launch(query, key, value, key_mask, extent, *learned)
     return (out if out.dtype == dtype else out.to(dtype)), lse
 
 
@@ -94,8 +102,10 @@ def prepare(
     scale: float,
     with_lse: bool,
     shapes: Tuning | None,
+    sink_logits: Kind | None = None,
+    softcap: float | None = None,
 ) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """What one kind of call computes once: a function of the five tensors. The arguments are those of :func:`attend`.
+    """What one kind of call computes once: a function of the tensors. The arguments are those of :func:`attend`.
 
     One prompt calls it once a layer, with its own length: the least recently used kinds are forgotten.
     """
@@ -105,13 +115,15 @@ def prepare(
     # Where many rows read all keys, those decide the block shapes.
     slots = sink + window if 4 * last < q_len else key.shape[2]
     size = batch * heads * q_len, multiprocessors(query.device)
-    general = shapes is not None or with_lse or tuning.one_block(slots) or not tuning.enough_for_hopper(*size)
+    # The Hopper kernel has neither learned sinks nor a softcap.
+    general = shapes is not None or with_lse or sink_logits is not None or softcap is not None
+    general = general or tuning.one_block(slots) or not tuning.enough_for_hopper(*size)
     if not general and _HOPPER is not None and _HOPPER.takes(query, key, value):
         return _HOPPER.Launch(query, key, value, key_mask, geometry, scale)  # type: ignore[no-any-return]
     if shapes is None:
         dim = max(query.shape[3], value.shape[3])
         shapes = tuning.choose(query.dtype.itemsize, _padded(dim), slots, *size)
-    return _General(query, key, value, key_mask, geometry, scale, with_lse, shapes)
+    return _General(query, key, value, key_mask, geometry, scale, with_lse, shapes, sink_logits is not None, softcap)
 
 
 def _padded(dim: int) -> int:
@@ -132,6 +144,8 @@ class _General:
         scale: float,
         with_lse: bool,
         shapes: Tuning,
+        sinks: bool,
+        softcap: float | None,
     ) -> None:
         batch, heads, q_len, dim = query.shape
         kv_heads, kv_len, v_dim = key.shape[1], key.shape[2], value.shape[3]
@@ -155,12 +169,18 @@ class _General:
             BLOCK_D=_padded(dim), BLOCK_DV=_padded(v_dim), BLOCK_M=shapes.rows, BLOCK_N=shapes.keys,
             FULL_N=shapes.full_keys or shapes.keys, PADDED=key_mask is not None, REACH=geometry.reach is not None,
             WRITE_LSE=with_lse, FLOAT32=query.dtype == torch.float32, STAGES=shapes.stages,
-            FULL_STAGES=shapes.full_stages or shapes.stages,
+            FULL_STAGES=shapes.full_stages or shapes.stages, SINK_LOGITS=sinks, SOFTCAP=softcap or 0.0,
             num_warps=shapes.warps, num_stages=shapes.stages, maxnreg=shapes.registers,
         )  # fmt: skip
 
     def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, extent: Tensor | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None,
+        extent: Tensor | None,
+        sink_logits: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         out = query.new_empty_strided(self._shape, self._strides)
         lse = None if self._lse_shape is None else query.new_empty(self._lse_shape, dtype=torch.float32)
@@ -173,6 +193,7 @@ class _General:
         self._launch(
             query, key, value, out, out if lse is None else lse,
             key_mask if padded else out, extent if padded else out, part, part_lse, arrived,
+            out if sink_logits is None else sink_logits,
         )  # fmt: skip
         return out, lse
 

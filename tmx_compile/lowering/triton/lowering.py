@@ -39,8 +39,8 @@ class Triton:
     def _why_not(self, call: AttentionCall) -> str | None:
         query, value = call.query, call.value
         dims = query.shape[3], value.shape[3]
-        if call.documents or call.changes:
-            return call.changes or "packed documents"
+        if call.documents:
+            return "packed documents"
         if query.dtype not in _DTYPES:
             return f"{query.dtype} is not bfloat16, float16 or float32"
         if not all(isinstance(x, int) and 0 < x <= MAX_HEAD_DIM for x in dims):
@@ -64,7 +64,7 @@ class Triton:
             operands.value,
             operands.key_mask,
             extent,
-            *call.geometry.arguments(call.scale),
+            *call.geometry.arguments(call.scale, operands.sink_logits, call.softcap),
         )
         return write.call(operator.getitem, made, 0) if call.needs_grad else made
 
