@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 
 from benchmarks.account import account, floor_limit
 from benchmarks.common import Case, Parts, Records, cold_compiles, device, free, note
-from benchmarks.shapes import CAUSAL, MODELS, ModelShape, Prefill, build, check_layers, lowerings, triangle
+from benchmarks.shapes import CAUSAL, MODELS, Prefill, build, check_layers, lowerings, triangle
 from tmx_compile import tmx_backend
 from tmx_compile.bench.floor import Shape, copy_rate
 from tmx_compile.bench.timing import describe, seconds
@@ -96,8 +96,8 @@ def settings(quick: bool) -> dict[str, Any]:
         "attention_mask of ones",
         "dense": "Hugging Face's attn_implementation='sdpa' under torch.compile(backend='inductor'), the mask as its "
         "code builds it",
-        "dense-causal": "the same with F.scaled_dot_product_attention(is_causal=True, enable_gqa=True) and no mask: "
-        "the best that dense can be, right without padding only",
+        "dense-causal": "the same by FlashAttention-4 where versions have it, else by SDPA's is_causal=True, and no "
+        "mask: the best that dense can be, right without padding only",
         "triangle": "torch.compile(backend=tmx_backend(config, strict=True)) of the unchanged model",
         "graphs": "mode='reduce-overhead'",
         "shapes": "dynamic length",
@@ -233,7 +233,7 @@ def finish(records: Records) -> None:
         accounted = next((r for r in same if r["variant"] == "dense-causal" and r["account"]), None)
         if record["geometry"] is None or dense is None or accounted is None or record["graphs"]:
             continue
-        shape = _shape_of(record["model"])
+        shape = next(shape for shape in MODELS.values() if shape.name == record["model"])
         record["limit_ms"] = floor_limit(
             accounted["ms"],
             accounted["account"]["attention_ms"],
@@ -244,10 +244,6 @@ def finish(records: Records) -> None:
             record["geometry"],
         )
         record["limit_reduction"] = 1 - record["limit_ms"] / dense["ms"]
-
-
-def _shape_of(name: str) -> ModelShape:
-    return next(shape for shape in MODELS.values() if shape.name == name)
 
 
 COLUMNS = (

@@ -19,10 +19,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.common import Case, Measured, Records, device, note
-from tmx_compile.bench.layer import MIN_SEQ_LEN
 from tmx_compile.bench.timing import describe, timing_events
 from tmx_compile.lowering.triton.op import TRAINING_OPERATOR, TRITON_OPERATOR
-from tmx_compile.lowering.worth import least_length
 
 GEOMETRIES = ((4, 32, 64), (8, 512, 128), (64, 1024, 128))
 FULL: dict[str, Any] = {
@@ -52,13 +50,13 @@ QUICK: dict[str, Any] = {
     "rounds": 1,
 }
 _BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
-_MOST_CALLS = 100
+# A few calls would time what the first of them waits for.
+_LEAST_CALLS, _MOST_CALLS = 10, 100
 COLUMNS = (
-    *("pass", "n", "batch", "heads", "kv_heads", "head_dim", "geometry", "takes"),
+    *("pass", "n", "batch", "heads", "kv_heads", "head_dim", "geometry"),
     *("ms", "dense_ms", "dense_backend", "speedup", "graph_ms", "dense_graph_ms", "graph_speedup"),
 )
 TOLD = {
-    "takes": "whether auto makes such a layer sparse",
     "ms": "wall time of a plain call, called one after another; forward, or forward and backward",
     "dense_ms": "the same of F.scaled_dot_product_attention(is_causal=True), its backend chosen beforehand",
     "graph_ms": "time on the GPU of a call in a CUDA graph of several",
@@ -85,7 +83,7 @@ def measure(quick: bool) -> Measured:
                 # A shape that fits no memory: the others still count.
                 except RuntimeError as error:
                     left_out[f"{name} {batch} x {n}, {heads}, {dim}"] = describe(error)
-    settings = {**plan, "training": training, "min_seq_len": MIN_SEQ_LEN, "device": "cuda", "fields": TOLD}
+    settings = {**plan, "training": training, "device": "cuda", "fields": TOLD}
     return Measured({**settings, "left_out": left_out}, records)
 
 
@@ -122,11 +120,13 @@ def _at(
         runs = {backend: run for backend, run in runs.items() if first[backend] < 1.5 * min(first.values())}
         for geometry in plan["geometries"]:
             runs[str(geometry)] = whole(functools.partial(_sparse, qkv, geometry, training))
+            # Once through Triton, once as it is repeated.
+            for _ in range(2):
+                runs[str(geometry)]()
         calls = _in_turn({key: functools.partial(_calls, run, plan["round_s"]) for key, run in runs.items()}, plan)
         graphs = _in_turn({key: graph for key, run in runs.items() if (graph := _graph(run, left_out, key))}, plan)
     records = []
     for geometry in plan["geometries"]:
-        least = least_length("auto", torch.device("cuda"), MIN_SEQ_LEN, geometry)
         record = {
             "pass": name,
             "n": n,
@@ -135,7 +135,6 @@ def _at(
             "kv_heads": heads[1],
             "head_dim": dim,
             "geometry": list(geometry),
-            "takes": n > least,
         }
         for prefix, times in (("", calls), ("graph_", graphs)):
             own = times.get(str(geometry))
@@ -171,7 +170,7 @@ def _calls(run: Callable[[], Any], round_s: float) -> float:
     if inner is not None:
         with sdpa_kernel(run.kind):  # type: ignore[attr-defined]
             return _calls(inner, round_s)
-    count = 3
+    count = _LEAST_CALLS
     while True:
         torch.cuda.synchronize()
         start = time.perf_counter()

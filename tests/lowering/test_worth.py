@@ -1,8 +1,11 @@
 """From which length on a prompt goes sparse, where dense kernels are fast."""
 
+import json
+
 import pytest
 import torch
 
+from benchmarks.common import RESULTS
 from tests.support.layers import N, Stack, expected
 from tests.support.oracle import attended
 from tmx_compile import TriangleMixConfig, tmx_backend
@@ -27,6 +30,33 @@ def test_only_auto_on_cuda_waits_for_it():
     assert least_length("auto", CUDA, 2048, (4, 32, 64)) == 2048
     assert least_length("triton", CUDA, 2048, (64, 1024, 128)) == 2048
     assert least_length("auto", CPU, 2048, (64, 1024, 128)) == 2048
+
+
+def test_narrow_attention_waits_for_longer_prompts():
+    """Work is pairs x query heads x head dim."""
+    narrow, wide = (least_length("auto", CUDA, 2048, (4, 32, 64), width) for width in (576, 4096))
+    assert narrow**2 / 2 * 576 <= 6e9 < (narrow + 1) ** 2 / 2 * 576
+    assert wide == 2048
+    assert least_length("auto", CUDA, 2048, (4, 32, 64), 4096, True) > wide
+    assert least_length("auto", CUDA, 2048, (64, 1024, 128), 4096) == break_even(64, 1024, 128) - 1
+    assert least_length("triton", CUDA, 2048, (4, 32, 64), 576, True) == 2048
+    assert least_length("auto", CPU, 2048, (4, 32, 64), 576, True) == 2048
+
+
+def test_auto_lost_no_measured_case_that_it_takes():
+    """The stored table of plain calls and CUDA graphs, forward alone and with backward."""
+    records = json.loads((RESULTS / "short_prompts.json").read_text(encoding="utf-8"))["records"]
+    cases = [x for x in records if x["pass"] in ("forward", "both")]
+    taken = []
+    for x in cases:
+        width = x["heads"] * x["head_dim"]
+        if x["n"] > least_length("auto", CUDA, 256, tuple(x["geometry"]), width, x["pass"] == "both"):
+            taken.append(x)
+    assert len(taken) > 200
+    assert {x["pass"] for x in taken} == {"forward", "both"}
+    assert [x for x in taken if min(x["speedup"], x["graph_speedup"]) < 1] == []
+    # There is something to lose.
+    assert any(x["speedup"] < 1 for x in cases if x not in taken)
 
 
 CONFIG = TriangleMixConfig(4, 16, 8, triangle_layer_indices=[1], min_seq_len=100)

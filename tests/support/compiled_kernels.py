@@ -23,7 +23,7 @@ def compile_for(kernel, capability, shapes, constants):
     """A kernel of bfloat16 tensors, in blocks of ``shapes``."""
     constants = {"BLOCK_M": shapes.rows, "BLOCK_N": shapes.keys, "STAGES": shapes.stages, "FLOAT32": False} | constants
     types = {f"{name}_ptr": "*fp32" for name in NUMBERS}
-    types |= {"mask_ptr": "*i1", "extent_ptr": "*i32", "arrived_ptr": "*i32", "scale": "fp32"}
+    types |= {"mask_ptr": "*i1", "extent_ptr": "*i32", "done_ptr": "*i32", "arrived_ptr": "*i32", "scale": "fp32"}
     signature = {}
     for name in kernel.arg_names:
         pointer = "*bf16" if name.endswith("_ptr") else "i32"
@@ -38,7 +38,7 @@ def main(capability):
     for padded in (False, True):
         # With what a layer may do to its scores, and without.
         same = {**HEADS, "PADDED": padded, "REACH": padded, "SOFTCAP": 50.0 if padded else 0.0}
-        forward = {"FULL_N": 32, "FULL_STAGES": 2, "WRITE_LSE": padded, "SINK_LOGITS": padded}
+        forward = {"FULL_N": 32, "FULL_STAGES": 2, "WRITE_LSE": padded, "DONE": padded, "SINK_LOGITS": padded}
         compile_for(triangle_kernel, capability, tuning.SMALL, same | forward)
         compile_for(query_kernel, capability, tuning.BACKWARD.queries, same | {"KEY_GROUP": 4, "LSE_GRAD": padded})
         shapes = tuning.BACKWARD.sinks if padded else tuning.BACKWARD.keys

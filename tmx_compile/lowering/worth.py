@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 
@@ -10,12 +11,25 @@ from tmx_compile.mask import Grid, dense_section, pair_count, triangle
 
 _SHARE = 0.5
 """The triangle mask has to leave out half of the causal pairs: dense kernels get through more pairs a second, and at
-this share ours were never slower (an H100, lengths from 2,112 on, windows from 32 to 1,024)."""
+this share ours were never slower on the GPU, nor their backward (an H100, lengths from 2,112 on, windows from 32 to
+1,024: benchmarks/results/short_prompts.json)."""
+
+_LEAST_WORK = {False: 6 * 10**9, True: 30 * 10**9}
+"""Causal pairs x query heads x head dim of a sequence, in inference and in training, from which on no plain call lost
+to dense in that file. With less dense attention is done before the host has launched ours; CUDA graphs would have no
+such limit."""
 
 _LONGEST = 1 << 40
 
 
-def least_length(lowering: str, device: torch.device, min_seq_len: int, geometry: tuple[int, int, int]) -> int:
+def least_length(
+    lowering: str,
+    device: torch.device,
+    min_seq_len: int,
+    geometry: tuple[int, int, int],
+    width: int | None = None,
+    training: bool = False,
+) -> int:
     """The length up to which a prompt stays dense: ``min_seq_len``, or more where ``auto`` would lose to dense.
 
     Args:
@@ -23,10 +37,18 @@ def least_length(lowering: str, device: torch.device, min_seq_len: int, geometry
         device: where the attention runs. Only on CUDA are dense kernels that much better fed.
         min_seq_len: the configuration's.
         geometry: sinks, window, last rows.
+        width: query heads x head dim, where they are known.
+        training: whether a backward pass follows.
     """
     if lowering != "auto" or device.type != "cuda":
         return min_seq_len
-    return max(min_seq_len, break_even(*geometry) - 1)
+    least = max(min_seq_len, break_even(*geometry) - 1)
+    return least if width is None else max(least, least_for_width(width, training))
+
+
+def least_for_width(width: int, training: bool) -> int:
+    """The length up to which dense attention, of ``width`` query heads x head dim, is done before ours is launched."""
+    return math.isqrt(2 * _LEAST_WORK[training] // width)
 
 
 @functools.cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from torch import Tensor
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
@@ -22,16 +23,27 @@ from tmx_compile.report import Reason, Rejected
 
 def judge(plan: Plan) -> Plan:
     """Refuse what has a reason, and note layers that the configuration names and the model does not have."""
-    first = next((item.site for item in plan.sites if item.site is not None), None)
-    if first is not None:
-        device = first.fake("query").device
-        limit = least_length(plan.request.lowering, device, plan.config.min_seq_len, plan.config.geometry)
-        plan = replace(plan, limit=limit)
+    queries = [item.site.fake("query") for item in plan.sites if item.site is not None]
+    if queries:
+        plan = replace(plan, limit=_limit(queries, plan))
     sites = []
     for item in plan.sites:
         why = None if item.site is None else _against(item, item.site, plan)
         sites.append(item if why is None else item.untouched(why))
     return replace(plan, sites=_one_stack(sites), notes=(*plan.notes, *_notes(sites, plan.config)))
+
+
+def _limit(queries: Sequence[Tensor], plan: Plan) -> int:
+    """The length up to which prompts stay dense in the whole graph: what its narrowest attention asks for."""
+    widths = [x.shape[1] * x.shape[3] for x in queries if isinstance(x.shape[1], int) and isinstance(x.shape[3], int)]
+    return least_length(
+        plan.request.lowering,
+        queries[0].device,
+        plan.config.min_seq_len,
+        plan.config.geometry,
+        min(widths, default=None),
+        plan.needs_grad,
+    )
 
 
 def _against(item: SitePlan, site: AttentionSite, plan: Plan) -> Rejected | None:

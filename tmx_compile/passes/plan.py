@@ -13,6 +13,7 @@ from tmx_compile.config import TriangleMixConfig
 from tmx_compile.find.site import AttentionSite
 from tmx_compile.graph.inputs import SizeInput
 from tmx_compile.graph.layer import LayerPath
+from tmx_compile.graph.nodes import value_of
 from tmx_compile.graph.storages import Storages
 from tmx_compile.lowering.base import AttentionCall, Lowering
 from tmx_compile.lowering.table import Role
@@ -34,7 +35,7 @@ class Triangle:
 
 @dataclass(frozen=True)
 class Maskless:
-    """The site stays dense for a reason, but without forming its mask."""
+    """The site stays dense for a reason, but without forming its mask, or by a faster kernel."""
 
     why: Rejected
 
@@ -144,6 +145,15 @@ class Plan:
     def geometry(self) -> Geometry:
         """The configuration's geometry."""
         return Geometry(*self.config.geometry)
+
+    @property
+    def needs_grad(self) -> bool:
+        """Whether what the graph computes is differentiated."""
+        return torch.is_grad_enabled() and any(
+            isinstance(value := value_of(node), torch.Tensor) and value.requires_grad
+            for node in self.gm.graph.nodes
+            if node.op in ("placeholder", "get_attr")
+        )
 
     @property
     def triangle(self) -> list[SitePlan]:

@@ -152,7 +152,7 @@ class TriangleAttention:
     def _attend(self, call: AttentionCall) -> tuple[Tensor, str] | Rejected:
         """The attention (B, H, Sq, Dv) and the lowering that computed it, or why none takes the call."""
         assert self._judge is not None
-        request, limit = self.request, self._judge.limit(call.query.device)
+        request, limit = self.request, self._judge.limit(call.query, call.needs_grad)
         kind = call.query.device.type
         # Other devices (NPUs) have kernels of their own behind the operator.
         one_node = torch.compiler.is_compiling() or kind not in ("cpu", "cuda")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tmx_compile.config import TriangleMixConfig
 from tmx_compile.integrations.transformers.causal_mask import CausalMask
 from tmx_compile.lowering.base import AttentionCall
-from tmx_compile.lowering.worth import least_length
+from tmx_compile.lowering.worth import least_for_width, least_length
 from tmx_compile.mask.geometry import Geometry
 from tmx_compile.operator.prefill import current_chunk
 from tmx_compile.report import NOTHING_MISSED, Reason, Rejected
@@ -53,9 +53,13 @@ class Judge:
             for kind in ("cpu", "cuda")
         }
 
-    def limit(self, device: torch.device) -> int:
-        """The length up to which prompts stay dense."""
-        return self._limits["cuda" if device.type == "cuda" else "cpu"]
+    def limit(self, query: Tensor, needs_grad: bool) -> int:
+        """The length up to which prompts stay dense, for (B, H, Sq, D) queries."""
+        kind = "cuda" if query.device.type == "cuda" else "cpu"
+        limit = self._limits[kind]
+        if kind == "cpu" or self.request.lowering != "auto":
+            return limit
+        return max(limit, least_for_width(query.shape[1] * query.shape[3], needs_grad))
 
     def call(
         self,
@@ -68,7 +72,11 @@ class Judge:
         settings: Mapping[str, Any],
     ) -> AttentionCall | Rejected:
         """The call that a lowering is to take, or why the layer stays dense; see ``TriangleAttention.forward``."""
-        why = self._against_layer(module) or self._against_rows(query) or _against_form(module, query, settings)
+        sinks: Tensor | None = settings.get("s_aux")
+        learned = (query, key, value) if sinks is None else (query, key, value, sinks)
+        needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in learned)
+        why = self._against_layer(module) or self._against_rows(query, needs_grad)
+        why = why or _against_form(module, query, settings)
         shown = why or self._shown(query, key, mask, settings)
         if isinstance(shown, Rejected):
             return shown
@@ -79,9 +87,6 @@ class Judge:
             dtype = torch.get_autocast_dtype(query.device.type)
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         keys = shown.first_row + query.shape[2]
-        sinks: Tensor | None = settings.get("s_aux")
-        learned = (query, key, value) if sinks is None else (query, key, value, sinks)
-        needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in learned)
         return AttentionCall(
             query,
             key[:, :, :keys],
@@ -107,8 +112,8 @@ class Judge:
             return Rejected(Reason.LAYER_UNKNOWN, "the module has no layer_idx")
         return None if layer in self._layers else Rejected(Reason.NOT_SELECTED)
 
-    def _against_rows(self, query: Tensor) -> Rejected | None:
-        rows, limit = query.shape[2], self.limit(query.device)
+    def _against_rows(self, query: Tensor, needs_grad: bool) -> Rejected | None:
+        rows, limit = query.shape[2], self.limit(query, needs_grad)
         # What is said about chunks is known when the call runs, and in a graph the operator asks.
         if self.request.chunked_prefill and (torch.compiler.is_compiling() or current_chunk() is not None):
             return None

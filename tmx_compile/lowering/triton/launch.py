@@ -48,6 +48,7 @@ def attend(
     softcap: float | None = None,
     with_lse: bool = False,
     shapes: Tuning | None = None,
+    done: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Run the kernel.
 
@@ -59,6 +60,8 @@ def attend(
         geometry: the mask.
         with_lse: also return the log-sum-exp.
         shapes: runs the general kernel with these; by default the table decides.
+        done: a result (B, H, Sq, Dv) to complete in place, and (B, 2) int32: the positions [from, to) of each sequence
+            whose rows it has already.
 
     Returns:
         out (B, H, Sq, Dv), in (B, Sq, H, Dv) memory as SDPA's own kernels leave it; lse (B, H, Sq) float32 or None.
@@ -83,11 +86,11 @@ def attend(
         scale,
         with_lse,
         shapes,
+        None if done is None else (kind(done[0]), kind(done[1])),
         None if sink_logits is None else kind(sink_logits),
         softcap,
     )
-    learned = () if sink_logits is None else (sink_logits,)
-    out, lse = launch(query, key, value, key_mask, extent, *learned)
+    out, lse = launch(query, key, value, key_mask, extent, done, sink_logits)
     return (out if out.dtype == dtype else out.to(dtype)), lse
 
 
@@ -102,10 +105,11 @@ def prepare(
     scale: float,
     with_lse: bool,
     shapes: Tuning | None,
+    done: tuple[Kind, Kind] | None = None,
     sink_logits: Kind | None = None,
     softcap: float | None = None,
 ) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """What one kind of call computes once: a function of the tensors. The arguments are those of :func:`attend`.
+    """What one kind of call computes once: a function of all the tensors. The arguments are those of :func:`attend`.
 
     One prompt calls it once a layer, with its own length: the least recently used kinds are forgotten.
     """
@@ -115,15 +119,17 @@ def prepare(
     # Where many rows read all keys, those decide the block shapes.
     slots = sink + window if 4 * last < q_len else key.shape[2]
     size = batch * heads * q_len, multiprocessors(query.device)
+    general = shapes is not None or with_lse or done is not None or tuning.one_block(slots)
     # The Hopper kernel has neither learned sinks nor a softcap.
-    general = shapes is not None or with_lse or sink_logits is not None or softcap is not None
-    general = general or tuning.one_block(slots) or not tuning.enough_for_hopper(*size)
-    if not general and _HOPPER is not None and _HOPPER.takes(query, key, value):
+    general = general or sink_logits is not None or softcap is not None
+    if not general and tuning.enough_for_hopper(*size) and _HOPPER is not None and _HOPPER.takes(query, key, value):
         return _HOPPER.Launch(query, key, value, key_mask, geometry, scale)  # type: ignore[no-any-return]
     if shapes is None:
         dim = max(query.shape[3], value.shape[3])
         shapes = tuning.choose(query.dtype.itemsize, _padded(dim), slots, *size)
-    return _General(query, key, value, key_mask, geometry, scale, with_lse, shapes, sink_logits is not None, softcap)
+    out = None if done is None else done[0]
+    scores = sink_logits is not None, softcap or 0.0
+    return _General(query, key, value, key_mask, geometry, scale, with_lse, shapes, out, scores)
 
 
 def _padded(dim: int) -> int:
@@ -144,14 +150,15 @@ class _General:
         scale: float,
         with_lse: bool,
         shapes: Tuning,
-        sinks: bool,
-        softcap: float | None,
+        out: Kind | None,
+        scores: tuple[bool, float],
     ) -> None:
         batch, heads, q_len, dim = query.shape
         kv_heads, kv_len, v_dim = key.shape[1], key.shape[2], value.shape[3]
         sink, window, last = geometry.counts
         grid = row_grid(query, key, last, shapes)
-        self._shape, self._strides = (batch, heads, q_len, v_dim), strides_by_tokens(heads, q_len, v_dim)
+        self._shape = batch, heads, q_len, v_dim
+        self._strides = strides_by_tokens(heads, q_len, v_dim) if out is None else out.stride
         self._lse_shape = query.shape[:3] if with_lse else None
         # Of the partial results and their log-sum-exps, if there are several.
         self._splits, self._items = grid.splits, grid.last_items
@@ -167,9 +174,10 @@ class _General:
             ),
             HEADS=heads, KV_HEADS=kv_heads, GROUP=grid.group, DIM=dim, DIM_V=v_dim,
             BLOCK_D=_padded(dim), BLOCK_DV=_padded(v_dim), BLOCK_M=shapes.rows, BLOCK_N=shapes.keys,
-            FULL_N=shapes.full_keys or shapes.keys, PADDED=key_mask is not None, REACH=geometry.reach is not None,
-            WRITE_LSE=with_lse, FLOAT32=query.dtype == torch.float32, STAGES=shapes.stages,
-            FULL_STAGES=shapes.full_stages or shapes.stages, SINK_LOGITS=sinks, SOFTCAP=softcap or 0.0,
+            FULL_N=shapes.full_keys or shapes.keys, PADDED=key_mask is not None, DONE=out is not None,
+            REACH=geometry.reach is not None, WRITE_LSE=with_lse, FLOAT32=query.dtype == torch.float32,
+            STAGES=shapes.stages, FULL_STAGES=shapes.full_stages or shapes.stages,
+            SINK_LOGITS=scores[0], SOFTCAP=scores[1],
             num_warps=shapes.warps, num_stages=shapes.stages, maxnreg=shapes.registers,
         )  # fmt: skip
 
@@ -180,9 +188,10 @@ class _General:
         value: Tensor,
         key_mask: Tensor | None,
         extent: Tensor | None,
+        done: tuple[Tensor, Tensor] | None = None,
         sink_logits: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        out = query.new_empty_strided(self._shape, self._strides)
+        out, there = (query.new_empty_strided(self._shape, self._strides), query) if done is None else done
         lse = None if self._lse_shape is None else query.new_empty(self._lse_shape, dtype=torch.float32)
         part = part_lse = arrived = out
         if self._splits > 1:
@@ -192,7 +201,7 @@ class _General:
         padded = key_mask is not None
         self._launch(
             query, key, value, out, out if lse is None else lse,
-            key_mask if padded else out, extent if padded else out, part, part_lse, arrived,
+            key_mask if padded else out, extent if padded else out, there, part, part_lse, arrived,
             out if sink_logits is None else sink_logits,
         )  # fmt: skip
         return out, lse
