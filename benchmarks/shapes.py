@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tmx_compile import TriangleMixConfig
 from tmx_compile.lowering import fa4
+from tmx_compile.mask.geometry import Geometry
 
 # Hugging Face's name for attention that builds no mask; registered by build().
 CAUSAL = "tmx_bench_causal"
@@ -189,11 +190,9 @@ class Prefill:
         return logits
 
 
-def triangle(geometry: Sequence[int], layers: Sequence[int], min_seq_len: int) -> TriangleMixConfig:
-    """The configuration that makes ``layers`` triangle layers of (sinks, window, last rows)."""
-    names = ("num_sink_tokens", "sliding_window_size", "num_last_tokens")
-    counts: Any = dict(zip(names, geometry, strict=True))
-    return TriangleMixConfig(**counts, triangle_layer_indices=layers, min_seq_len=min_seq_len)
+def triangle(geometry: Geometry, layers: Sequence[int], min_seq_len: int) -> TriangleMixConfig:
+    """The configuration that makes ``layers`` triangle layers."""
+    return TriangleMixConfig(*geometry.counts, triangle_layer_indices=layers, min_seq_len=min_seq_len)
 
 
 def check_layers(backend: Any, wanted: Sequence[int], kind: str = "triangle") -> None:

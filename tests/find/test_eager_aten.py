@@ -3,18 +3,15 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.fx.experimental.proxy_tensor import make_fx
 
-from tests.support.eager_forms import CONFIG, FORMS, SCALE, N, causal, tensors
+from tests.support.eager_forms import AOT, CONFIG, FORMS, SCALE, N, causal, exported, tensors
 from tests.support.graphs import squares
-from tests.support.layers import OneLayer
 from tests.support.oracle import oracle
 from tmx_compile.find import find_attention
 from tmx_compile.find.site import AttentionSite
 from tmx_compile.graph.layer import LayerPath
 from tmx_compile.graph.nodes import value_of
 from tmx_compile.graph.storages import Storages
-from tmx_compile.mask.geometry import Geometry
 from tmx_compile.passes.choose import choose
 from tmx_compile.passes.plan import Plan, SitePlan, Triangle
 from tmx_compile.passes.substitute import substitute
@@ -23,21 +20,6 @@ from tmx_compile.proof.prove import Prover
 from tmx_compile.report import Reason
 from tmx_compile.request import PROGRAM, Request
 
-
-def exported(call, args, decompose=False):
-    """An exported program's graph and all of its inputs."""
-    program = torch.export.export(OneLayer(call), tuple(args))
-    program = program.run_decompositions() if decompose else program
-    held, given = dict(program.state_dict) | dict(program.constants), iter(args)
-    inputs = [held[s.target] if s.target else next(given) for s in program.graph_signature.input_specs]
-    return program.graph_module, inputs
-
-
-AOT = {
-    "export": exported,
-    "decomposed": lambda call, args: exported(call, args, decompose=True),
-    "make_fx": lambda call, args: (make_fx(call, tracing_mode="fake")(*args), args),
-}
 # Decompositions leave constants that were tensors as inputs of the graph.
 UNREADABLE = {
     ("decomposed", "where as a method"): Reason.MASK_UNKNOWN,
@@ -52,7 +34,7 @@ def substituted(gm, inputs):
     storages = Storages(gm.graph)
     proof = Prover.of(site.fake("query"), storages).prove(site)
     assert isinstance(proof, Proof), proof
-    item = SitePlan(site.node, LayerPath("", 0), True, Triangle(Geometry(*CONFIG.geometry)), site=site, proof=proof)
+    item = SitePlan(site.node, LayerPath("", 0), True, Triangle(CONFIG.geometry), site=site, proof=proof)
     plan = Plan(gm, Request(CONFIG, lowering="operator"), PROGRAM, storages=storages, sites=(item,))
     node = substitute(choose(plan)).sites[0].operator
     assert squares(gm, N) == []
@@ -87,7 +69,7 @@ def test_forms_in_aten_graphs(kind, name):
         assert answer.reason is UNREADABLE[kind, name]
         return
     out, heads = substituted(gm, inputs)
-    want, _ = oracle(q, k, v, None, *CONFIG.geometry, SCALE)
+    want, _ = oracle(q, k, v, None, *CONFIG.geometry.counts, SCALE)
     torch.testing.assert_close(out.double(), want, atol=2e-5, rtol=0)
     assert heads == kv_heads
 
@@ -105,5 +87,5 @@ def test_decomposed_sdpa(masked_by):
     (site,) = find_attention(gm)
     assert (site.form, site.scale) == ("eager", pytest.approx(SCALE))
     out, _ = substituted(gm, inputs)
-    want, _ = oracle(*args, None, *CONFIG.geometry, SCALE)
+    want, _ = oracle(*args, None, *CONFIG.geometry.counts, SCALE)
     torch.testing.assert_close(out.double(), want, atol=2e-5, rtol=0)

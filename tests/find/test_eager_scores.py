@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from tests.find.test_eager_aten import AOT
-from tests.support.eager_forms import CONFIG, KV, SCALE, B, D, H, N, R, additive, masked, repeat_kv, tensors
+from tests.support.eager_forms import AOT, CONFIG, KV, SCALE, B, D, H, N, R, additive, masked, repeat_kv, tensors
 from tests.support.graphs import found_in, squares
 from tests.support.layers import OneLayer
 from tests.support.oracle import oracle
@@ -69,7 +68,9 @@ def test_forms(name, eager):
     backend = tmx_backend(CONFIG, lowering="operator", strict=True)
     got = torch.compile(OneLayer(call), backend=backend)(q, k, v, sinks)
     learned = dict(sink_logits=sinks if has_sinks else None, softcap=softcap)
-    torch.testing.assert_close(got.double(), oracle(q, k, v, None, *CONFIG.geometry, SCALE, **learned)[0], **CLOSE)
+    torch.testing.assert_close(
+        got.double(), oracle(q, k, v, None, *CONFIG.geometry.counts, SCALE, **learned)[0], **CLOSE
+    )
     torch.testing.assert_close(
         call(q, k, v, sinks).double(), oracle(q, k, v, None, 0, 0, N, SCALE, **learned)[0], **CLOSE
     )
@@ -101,7 +102,7 @@ def test_a_dynamic_length(eager):
     for n in (N, N + 13):
         qkv, sinks = torch.randn(B, H + 2 * KV, n, D), torch.randn(H)
         torch._dynamo.mark_dynamic(qkv, 2)
-        want, _ = oracle(*qkv.split([H, KV, KV], 1), None, *CONFIG.geometry, SCALE, sink_logits=sinks)
+        want, _ = oracle(*qkv.split([H, KV, KV], 1), None, *CONFIG.geometry.counts, SCALE, sink_logits=sinks)
         torch.testing.assert_close(compiled(qkv, sinks).double(), want, **CLOSE)
     assert backend.report.graphs == 1
 

@@ -19,7 +19,7 @@ from tmx_compile.lowering.decode import decode_attention
 from tmx_compile.lowering.scoring import Scoring
 
 pytestmark = pytest.mark.filterwarnings("ignore:streaming decode")
-SINK, WINDOW, _ = CONFIG.geometry
+SINK, WINDOW, _ = CONFIG.geometry.counts
 
 
 def compiled(model, backend, **kwargs):

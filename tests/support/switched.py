@@ -138,7 +138,7 @@ def plan_model(name, config, ids, attention_mask=None):
     masks = {}
     for index in range(3):
         reach = WINDOW - 1 if index in _MODELS[name][2] else None
-        geometry = config.geometry if index in config.layers() and n > config.min_seq_len else (0, 0, n)
+        geometry = config.geometry.counts if index in config.layers() and n > config.min_seq_len else (0, 0, n)
         masks[index] = attended(n, n, key_mask, *geometry, reach)
     # What sdpa does not know, the models' own files write out; the grouped product of experts has no float64.
     model = switched_model(name, "eager" if name in WITH_SCORES else "sdpa")

@@ -15,8 +15,9 @@ from torch.fx import Node
 from tmx_compile.find.axes import Axes, complete, forward, is_cast, is_expand, is_move, order_to, source_of
 from tmx_compile.find.operand import IDENTITY, Found, operands
 from tmx_compile.find.product import Product, factors_of, is_product, product_of
+from tmx_compile.find.refusal import NotAttention, refuse
 from tmx_compile.find.repeat import divides, same
-from tmx_compile.find.scores import SOFTMAX, NotAttention, Scores, refuse
+from tmx_compile.find.scores import SOFTMAX, Scores
 from tmx_compile.find.site import AttentionSite
 from tmx_compile.graph.calls import call_of
 from tmx_compile.graph.nodes import op_name, tensor_of

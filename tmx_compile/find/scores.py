@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -28,12 +28,13 @@ from tmx_compile.find.axes import (
 )
 from tmx_compile.find.constant import number_of
 from tmx_compile.find.learned_sinks import drops_sinks, joined_sinks
+from tmx_compile.find.refusal import check_dropout, refuse
 from tmx_compile.find.repeat import same
 from tmx_compile.find.site import MaskPart, SinkLogits
 from tmx_compile.graph.calls import Call, call_of, named
 from tmx_compile.graph.effects import writes
 from tmx_compile.graph.nodes import op_name, tensor_of
-from tmx_compile.report import Reason, Rejected
+from tmx_compile.report import Reason
 
 SOFTMAX = frozenset({"softmax", "_softmax", "_safe_softmax"})
 DROPOUT = frozenset({"dropout", "native_dropout"})
@@ -44,19 +45,6 @@ _SHAPE_READERS = frozenset(
 )
 _LIKE_ANOTHER = frozenset({"expand_as", "view_as", "reshape_as", "type_as"})
 ROWS_AND_KEYS = ("q", "k")
-
-
-class NotAttention(Exception):
-    """Raised while reading, with the refusal that it becomes."""
-
-    def __init__(self, rejected: Rejected) -> None:
-        super().__init__(str(rejected))
-        self.rejected = rejected
-
-
-def refuse(reason: Reason, detail: str, node: Node) -> NoReturn:
-    """Give up a site."""
-    raise NotAttention(Rejected(reason, detail, node))
 
 
 def plain_name(node: Node) -> str:
@@ -407,14 +395,3 @@ class Scores:
 
 def _writes(user: Node, node: Node) -> bool:
     return writes(user) and bool(user.args) and user.args[0] is node
-
-
-def check_dropout(node: Node) -> None:
-    """Dropout that does nothing: outside of training, or of probability 0."""
-    call = call_of(node)
-    if call is None:
-        refuse(Reason.DROPOUT, "of arguments that are not understood", node)
-    # Without a word about it, ``native_dropout`` trains.
-    training, p = call["training"] is not False, call["p"]
-    if training and not (isinstance(p, (int, float)) and p == 0):
-        refuse(Reason.DROPOUT, f"p={p} on the weights", node)

@@ -7,7 +7,6 @@ in host memory, so nothing waits for a device and no graph is compiled again for
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -19,7 +18,7 @@ from torch.fx import Node, Proxy
 from tmx_compile.errors import LoweringError
 from tmx_compile.graph.nodes import FIRST_ROW
 from tmx_compile.lowering import rows
-from tmx_compile.lowering.base import AttentionCall, Operands, Writer, length
+from tmx_compile.lowering.base import AttentionCall, Lowering, Operands, Writer, length
 from tmx_compile.lowering.blocked import Blocked, blocked_attention
 from tmx_compile.lowering.scoring import Scoring, attend
 from tmx_compile.lowering.triton.lowering import attend as triton_attention
@@ -115,21 +114,7 @@ def _chunk(
 
 
 @_chunk.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    first_last_row: Tensor,
-    sink: int,
-    window: int,
-    last: int,
-    scale: float,
-    reach: int | None,
-    lowering: str,
-    sink_logits: Tensor | None = None,
-    softcap: float | None = None,
-) -> Tensor:
+def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
     return empty_by_tokens(query, value.shape[3])
 
 
@@ -193,7 +178,7 @@ def _dense(call: AttentionCall, scoring: Scoring) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Chunked:
+class Chunked(Lowering):
     """The ``chunked`` lowering: calls that may be a chunk of their prompt.
 
     Attributes:
@@ -206,10 +191,6 @@ class Chunked:
     streaming: bool
     parts: str
     name: str = "chunked"
-
-    def inductor_options(self, call: AttentionCall) -> Mapping[str, Any]:
-        """None: to Inductor the call is opaque."""
-        return {}
 
     def supports(self, call: AttentionCall) -> Accepted | Rejected:
         """Every call for inference, but packed documents."""

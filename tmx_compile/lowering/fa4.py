@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -22,7 +22,7 @@ from torch.fx import Proxy
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from tmx_compile.lowering import rows
-from tmx_compile.lowering.base import AttentionCall, Operands, Writer, length
+from tmx_compile.lowering.base import AttentionCall, Lowering, Operands, Writer, length
 from tmx_compile.lowering.triton.lowering import extents
 from tmx_compile.mask.geometry import ALL_ROWS, Geometry
 from tmx_compile.operator.layout import empty_by_tokens
@@ -38,14 +38,10 @@ HEAD_DIMS = (64, 128)
 _DTYPES = (torch.bfloat16, torch.float16)
 
 
-class FlashAttention4:
+class FlashAttention4(Lowering):
     """The ``fa4`` lowering: dense causal attention in inference, on Hopper, with padding or without."""
 
     name = "fa4"
-
-    def inductor_options(self, call: AttentionCall) -> Mapping[str, Any]:
-        """None: to Inductor the call is opaque."""
-        return {}
 
     def supports(self, call: AttentionCall) -> Accepted | Rejected:
         """What was measured to be faster, where the package and a GPU for it are there."""

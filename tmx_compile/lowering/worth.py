@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from tmx_compile.mask import Grid, dense_section, pair_count, triangle
+from tmx_compile.mask import Geometry, pair_counts
 
 _SHARE = 0.5
 """The triangle mask has to leave out half of the causal pairs: dense kernels get through more pairs a second, and at
@@ -26,7 +26,7 @@ def least_length(
     lowering: str,
     device: torch.device,
     min_seq_len: int,
-    geometry: tuple[int, int, int],
+    geometry: Geometry,
     width: int | None = None,
     training: bool = False,
 ) -> int:
@@ -42,7 +42,7 @@ def least_length(
     """
     if lowering != "auto" or device.type != "cuda":
         return min_seq_len
-    least = max(min_seq_len, break_even(*geometry) - 1)
+    least = max(min_seq_len, break_even(geometry) - 1)
     return least if width is None else max(least, least_for_width(width, training))
 
 
@@ -52,13 +52,13 @@ def least_for_width(width: int, training: bool) -> int:
 
 
 @functools.cache
-def break_even(sink: int, window: int, last: int) -> int:
+def break_even(geometry: Geometry) -> int:
     """The least length from which on a prompt's mask keeps at most half of its causal pairs (2**40: never)."""
     low, high = 1, _LONGEST
     while low < high:
         middle = (low + high) // 2
-        grid = Grid(middle, middle)
-        if pair_count(triangle(sink, window, last), grid) <= _SHARE * pair_count(dense_section(), grid):
+        attended, causal = pair_counts(geometry, middle, middle)
+        if attended <= _SHARE * causal:
             high = middle
         else:
             low = middle + 1

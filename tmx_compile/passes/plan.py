@@ -11,9 +11,9 @@ from torch.fx import GraphModule, Node
 
 from tmx_compile.config import TriangleMixConfig
 from tmx_compile.find.site import AttentionSite
-from tmx_compile.graph.inputs import SizeInput
 from tmx_compile.graph.layer import LayerPath
 from tmx_compile.graph.nodes import value_of
+from tmx_compile.graph.sizes import SizeInput
 from tmx_compile.graph.storages import Storages
 from tmx_compile.lowering.base import AttentionCall, Lowering
 from tmx_compile.lowering.table import Role
@@ -144,7 +144,7 @@ class Plan:
     @property
     def geometry(self) -> Geometry:
         """The configuration's geometry."""
-        return Geometry(*self.config.geometry)
+        return self.config.geometry
 
     @property
     def needs_grad(self) -> bool:

@@ -32,7 +32,7 @@ def _hopper_launch() -> Any:
     return importlib.import_module("tmx_compile.lowering.triton.hopper_launch")
 
 
-_HOPPER = _hopper_launch()
+HOPPER = _hopper_launch()
 
 
 def attend(
@@ -122,8 +122,8 @@ def prepare(
     general = shapes is not None or with_lse or done is not None or tuning.one_block(slots)
     # The Hopper kernel has neither learned sinks nor a softcap.
     general = general or sink_logits is not None or softcap is not None
-    if not general and tuning.enough_for_hopper(*size) and _HOPPER is not None and _HOPPER.takes(query, key, value):
-        return _HOPPER.Launch(query, key, value, key_mask, geometry, scale)  # type: ignore[no-any-return]
+    if not general and tuning.enough_for_hopper(*size) and HOPPER is not None and HOPPER.takes(query, key, value):
+        return HOPPER.Launch(query, key, value, key_mask, geometry, scale)  # type: ignore[no-any-return]
     if shapes is None:
         dim = max(query.shape[3], value.shape[3])
         shapes = tuning.choose(query.dtype.itemsize, _padded(dim), slots, *size)
