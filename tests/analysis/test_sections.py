@@ -96,7 +96,8 @@ def test_the_function_is_dense_attention_and_records_once():
     recorded = []
     gate = torch.zeros((), requires_grad=True)
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    out = RecordMiddle.apply(gate, *leaves, key_mask, Geometry(*case.geometry), case.scale, None, recorded.append)
+    rest = (case.scale, None, None, None, recorded.append)
+    out = RecordMiddle.apply(gate, *leaves, key_mask, Geometry(*case.geometry), *rest)
     torch.testing.assert_close(out, AttentionInputs(q, k, v, key_mask, case.scale, None).dense())
     assert recorded == []
     grads = torch.autograd.grad(out, (gate, *leaves), d_out)

@@ -3,11 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.fx.experimental.proxy_tensor import make_fx
 
-from tests.support.eager_forms import CONFIG, FORMS, SCALE, N, causal, tensors
+from tests.support.eager_forms import AOT, CONFIG, FORMS, SCALE, N, causal, exported, tensors
 from tests.support.graphs import squares
-from tests.support.layers import OneLayer
 from tests.support.oracle import oracle
 from tmx_compile.find import find_attention
 from tmx_compile.find.site import AttentionSite
@@ -22,21 +20,6 @@ from tmx_compile.proof.prove import Prover
 from tmx_compile.report import Reason
 from tmx_compile.request import PROGRAM, Request
 
-
-def exported(call, args, decompose=False):
-    """An exported program's graph and all of its inputs."""
-    program = torch.export.export(OneLayer(call), tuple(args))
-    program = program.run_decompositions() if decompose else program
-    held, given = dict(program.state_dict) | dict(program.constants), iter(args)
-    inputs = [held[s.target] if s.target else next(given) for s in program.graph_signature.input_specs]
-    return program.graph_module, inputs
-
-
-AOT = {
-    "export": exported,
-    "decomposed": lambda call, args: exported(call, args, decompose=True),
-    "make_fx": lambda call, args: (make_fx(call, tracing_mode="fake")(*args), args),
-}
 # Decompositions leave constants that were tensors as inputs of the graph.
 UNREADABLE = {
     ("decomposed", "where as a method"): Reason.MASK_UNKNOWN,

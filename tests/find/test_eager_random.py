@@ -190,7 +190,8 @@ class Program:
         if self.shift:
             s = s - s.amax(-1, keepdim=True)
         if mutation == "sink":
-            s = torch.cat([s, torch.zeros(*s.shape[:-1], 1, dtype=s.dtype)], -1)
+            sinks = torch.linspace(-1, 1, s.shape[1], dtype=s.dtype)[:, None, None] if s.dim() == 4 else s.new_zeros(())
+            s = torch.cat([s, sinks.expand(*s.shape[:-1], 1)], -1)
         axis = -2 if mutation == "wrong axis" else -1
         if self.softmax == "module":
             w = torch.nn.Softmax(axis)(s)
@@ -239,7 +240,10 @@ def programs(draw, mutations=("",)):
 QUICK = settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 # These are no attention, or not causal, or more than attention: no site may come of them.
-NEVER = frozenset(MUTATIONS) - {"transposed value", "transposed query", "missing scale", "wrong reshape"}
+# A hyperbolic tangent of the scores may be a softcap, and a column learned sinks.
+NEVER = frozenset(MUTATIONS) - {
+    "transposed value", "transposed query", "missing scale", "wrong reshape", "tanh", "sink",
+}  # fmt: skip
 
 
 def compiled(program, args, config, strict=False):

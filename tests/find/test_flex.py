@@ -173,24 +173,28 @@ def test_the_scale(scale, dynamic, eager):
 
 
 @pytest.mark.parametrize(
-    ("mod", "factor"),
+    ("mod", "factor", "softcap"),
     [
-        (lambda score, b, h, row, key: score, 1),
-        (lambda score, b, h, row, key: score * 2.0, 2),
-        (lambda score, b, h, row, key: 3 * (score / 2), 1.5),
+        (lambda score, b, h, row, key: score, 1, None),
+        (lambda score, b, h, row, key: score * 2.0, 2, None),
+        (lambda score, b, h, row, key: 3 * (score / 2), 1.5, None),
+        (lambda score, b, h, row, key: 2.0 * torch.tanh(score / 2.0), 1, 2.0),
+        (lambda score, b, h, row, key: torch.tanh(score * 3.0) / 0.5, 6.0, 2.0),
     ],
 )
-def test_a_score_mod_that_is_a_factor(mod, factor, eager):
+def test_a_score_mod_that_is_a_factor_and_a_softcap(mod, factor, softcap, eager):
     q, k, v = tensors()
 
     def call(q, k, v, mask):
         return flex_attention(q, k, v, score_mod=mod, block_mask=mask, enable_gqa=True)
 
-    check(triangle(call, (q, k, v, block_mask(causal))), q, k, v, scale=factor * D**-0.5)
+    check(triangle(call, (q, k, v, block_mask(causal))), q, k, v, scale=factor * D**-0.5, softcap=softcap)
 
 
 SCORES = {
-    "softcap": lambda score, b, h, row, key: 20 * torch.tanh(score / 20),
+    "a softcap of a softcap": lambda score, b, h, row, key: 20 * torch.tanh(torch.tanh(score) / 20),
+    "a softcap turned": lambda score, b, h, row, key: -20 * torch.tanh(score / 20),
+    "a softcap moved": lambda score, b, h, row, key: 20 * torch.tanh(score / 20) + 1,
     "a bias": lambda score, b, h, row, key: score - 0.1 * (row - key),
     "a mask": lambda score, b, h, row, key: torch.where(row - key < 30, score, -float("inf")),
     "by head": lambda score, b, h, row, key: score * h,

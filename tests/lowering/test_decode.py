@@ -16,6 +16,7 @@ from tests.support.serving import CONFIG, SETTINGS, check_generated, left_padded
 from tmx_compile import StrictModeError, TriangleMixConfig, explain, tmx_backend
 from tmx_compile.integrations.transformers import StaticStreamingCache, StreamingCache
 from tmx_compile.lowering.decode import decode_attention
+from tmx_compile.lowering.scoring import Scoring
 
 pytestmark = pytest.mark.filterwarnings("ignore:streaming decode")
 SINK, WINDOW, _ = CONFIG.geometry.counts
@@ -179,7 +180,7 @@ CASES = {
 def test_the_lowering_equals_the_oracle(name):
     case = CASES[name]
     q, k, v, key_mask = case.tensors()
-    got = decode_attention(q, k, v, key_mask, case.mask, case.scale)
+    got = decode_attention(q, k, v, key_mask, case.mask, Scoring(case.scale))
     want = oracle(q, k, v, key_mask, *case.geometry, case.scale, case.reach)[0]
     torch.testing.assert_close(got.double(), want, atol=tolerance(case.dtype), rtol=0)
 

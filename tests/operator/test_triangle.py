@@ -17,7 +17,8 @@ from tmx_compile.operator import kernel
 
 def run(case, *tensors):
     sink, window, last = case.geometry
-    return triangle_attention(*tensors, sink=sink, window=window, last=last, scale=case.scale, reach=case.reach)
+    counts = dict(sink=sink, window=window, last=last, scale=case.scale, reach=case.reach, softcap=case.softcap)
+    return triangle_attention(*tensors[:4], **counts, sink_logits=tensors[4] if len(tensors) == 5 else None)
 
 
 @given(cases(**SHORT), st.sampled_from([200, 5000, 1 << 22]))
@@ -27,17 +28,19 @@ def test_forward_and_gradients_against_float64(case, budget):
     before, kernel.SCORE_BUDGET = kernel.SCORE_BUDGET, budget
     try:
         *qkv, key_mask = case.tensors(requires_grad=True)
-        out, lse = run(case, *qkv, key_mask)
-        want, want_lse = oracle(*qkv, key_mask, *case.arguments)
+        sinks = case.sink_logits(requires_grad=True)
+        out, lse = run(case, *qkv, key_mask, sinks)
+        want, want_lse = oracle(*qkv, key_mask, *case.arguments, sink_logits=sinks, softcap=case.softcap)
         torch.testing.assert_close(out, want, atol=1e-11, rtol=0)
         torch.testing.assert_close(lse, want_lse.float(), atol=1e-5, rtol=1e-6)
         seen = torch.isfinite(want_lse)
         weight, lse_weight = torch.randn_like(out), torch.randn_like(want_lse) * seen
         got_loss = (out * weight).sum() + (lse.masked_fill(~seen, 0) * lse_weight).sum()
         want_loss = (want * weight).sum() + (want_lse.masked_fill(~seen, 0) * lse_weight).sum()
-        got = torch.autograd.grad(got_loss, qkv)
+        leaves = qkv if sinks is None else [*qkv, sinks]
+        got = torch.autograd.grad(got_loss, leaves)
         # The lse is returned in float32, and so is its gradient.
-        for mine, theirs in zip(got, torch.autograd.grad(want_loss, qkv), strict=True):
+        for mine, theirs in zip(got, torch.autograd.grad(want_loss, leaves), strict=True):
             torch.testing.assert_close(mine, theirs.nan_to_num(0.0), atol=1e-5, rtol=1e-5)
     finally:
         kernel.SCORE_BUDGET = before
@@ -69,12 +72,14 @@ def test_a_sequence_without_valid_keys_is_zero():
     assert (lse[1] == float("-inf")).all()
 
 
-@pytest.mark.parametrize("kind", ["plain", "padded", "documents", "reach"])
+@pytest.mark.parametrize("kind", ["plain", "padded", "documents", "reach", "scores"])
 def test_opcheck(kind):
     changes = {"padded": {"valid": ((3, 48), (0, 40))}, "documents": {"documents": True}, "reach": {"reach": 20}}
+    changes["scores"] = {"sinks": True, "softcap": 1.5, "valid": ((3, 48), (0, 0))}
     case = Case(40, 48, 2, 5, 7, batch=2, heads=4, kv_heads=2, **changes.get(kind, {}))
     *qkv, key_mask = case.tensors(requires_grad=True)
-    results = torch.library.opcheck(torch.ops.tmx.triangle_attention, (*qkv, key_mask, *case.arguments))
+    arguments = case.mask.arguments(case.scale, case.sink_logits(requires_grad=True), case.softcap)
+    results = torch.library.opcheck(torch.ops.tmx.triangle_attention, (*qkv, key_mask, *arguments))
     assert set(results.values()) == {"SUCCESS"}
 
 
@@ -119,6 +124,12 @@ def test_fake_kernel_keeps_symbolic_sizes():
         (dict(sink=-1), "sink must not be negative, got -1"),
         (dict(window=-2), "window must not be negative, got -2"),
         (dict(last=-3), "last must not be negative, got -3"),
+        (dict(sinks=torch.zeros(3)), r"sink_logits must be \(query heads,\) = \(2,\), got shape \(3,\)"),
+        (dict(sinks=torch.zeros(1, 2)), r"sink_logits must be \(query heads,\) = \(2,\), got shape \(1, 2\)"),
+        (dict(sinks=torch.zeros(2, dtype=torch.int32)), "sink_logits must be a floating point tensor, got torch.int32"),
+        (dict(sinks=torch.zeros(2, device="meta")), "sink_logits must be on query's device cpu, got meta"),
+        (dict(softcap=0.0), "softcap must be positive and finite, or None, got 0.0"),
+        (dict(softcap=float("inf")), "softcap must be positive and finite, or None, got inf"),
     ],
 )
 def test_bad_arguments_name_themselves(changes, message):
@@ -133,6 +144,8 @@ def test_bad_arguments_name_themselves(changes, message):
             sink=given["sink"],
             window=given["window"],
             last=given["last"],
+            sink_logits=given.get("sinks"),
+            softcap=given.get("softcap"),
         )
 
 

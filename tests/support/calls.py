@@ -39,6 +39,8 @@ class Case:
     strided: bool = False
     reach: int | None = None
     documents: bool = False
+    sinks: bool = False  # learned ones: see sink_logits
+    softcap: float | None = None
 
     @property
     def scale(self):
@@ -61,7 +63,13 @@ class Case:
     @property
     def one_call(self):
         """The arguments of :class:`OneCall`."""
-        return self.geometry, *self.arguments[3:]
+        return self.geometry, self.scale, self.reach, self.softcap
+
+    def sink_logits(self, requires_grad=False, device="cpu", dtype=None):
+        """Fresh random (H,) logits about as large as the scores, None where there are no learned sinks."""
+        if not self.sinks:
+            return None
+        return torch.randn(self.heads, dtype=dtype or self.dtype, device=device).add_(1.0).requires_grad_(requires_grad)
 
     def tensors(self, requires_grad=False, device="cpu"):
         """Fresh random query, key, value and key mask."""
@@ -97,12 +105,21 @@ class Case:
 class OneCall(torch.nn.Module):
     """The operator alone."""
 
-    def __init__(self, geometry, scale, *reach):
+    def __init__(self, geometry, scale, reach=None, softcap=None):
         super().__init__()
-        self.arguments = (*geometry, scale, *reach)
+        self.geometry, self.scale, self.softcap = Geometry(*geometry, reach), scale, softcap
 
-    def forward(self, q, k, v, key_mask):
-        return torch.ops.tmx.triangle_attention(q, k, v, key_mask, *self.arguments)[0]
+    def forward(self, q, k, v, key_mask, sink_logits=None):
+        arguments = self.geometry.arguments(self.scale, sink_logits, self.softcap)
+        return torch.ops.tmx.triangle_attention(q, k, v, key_mask, *arguments)[0]
+
+
+def call_of(node, needs_grad=False):
+    """What a lowering is told of an operator's node."""
+    *fakes, sink, window, last, scale, reach, sink_logits, softcap = [*node.args, *[None] * (11 - len(node.args))]
+    fakes = [None if x is None else tensor_of(x) for x in (*fakes, sink_logits)]
+    geometry = Geometry(sink, window, last, reach)
+    return AttentionCall(*fakes[:4], geometry, scale, needs_grad, sink_logits=fakes[4], softcap=softcap)
 
 
 class LoweringBackend:
@@ -120,8 +137,7 @@ class LoweringBackend:
         options = {}
         for node in [n for n in gm.graph.nodes if n.target in (OPERATOR, torch.ops.tmx.triangle_attention)]:
             node.target = OPERATOR
-            fakes = [None if a is None else tensor_of(a) for a in node.args[:4]]
-            call = AttentionCall(*fakes, Geometry(*node.args[4:7], *node.args[8:]), node.args[7], grad)
+            call = call_of(node, grad)
             answer = self.lowering.supports(call)
             if isinstance(answer, Rejected):
                 raise AssertionError(f"refused: {answer}")

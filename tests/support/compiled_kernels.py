@@ -36,8 +36,9 @@ def compile_for(kernel, capability, shapes, constants):
 def main(capability):
     done = []
     for padded in (False, True):
-        same = {**HEADS, "PADDED": padded, "REACH": padded}
-        forward = {"FULL_N": 32, "FULL_STAGES": 2, "WRITE_LSE": padded, "DONE": padded}
+        # With what a layer may do to its scores, and without.
+        same = {**HEADS, "PADDED": padded, "REACH": padded, "SOFTCAP": 50.0 if padded else 0.0}
+        forward = {"FULL_N": 32, "FULL_STAGES": 2, "WRITE_LSE": padded, "DONE": padded, "SINK_LOGITS": padded}
         compile_for(triangle_kernel, capability, tuning.SMALL, same | forward)
         compile_for(query_kernel, capability, tuning.BACKWARD.queries, same | {"KEY_GROUP": 4, "LSE_GRAD": padded})
         shapes = tuning.BACKWARD.sinks if padded else tuning.BACKWARD.keys

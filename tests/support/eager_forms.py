@@ -5,7 +5,9 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
+from tests.support.layers import OneLayer
 from tmx_compile import TriangleMixConfig
 
 B, H, KV, N, D = 2, 6, 2, 40, 8
@@ -257,4 +259,20 @@ FORMS = {
     "einsum, the other way round": (einsum_the_other_way_round, H),
     "in place": (in_place, H),
     "in place as statements": (written_as_statements, H),
+}
+
+
+def exported(call, args, decompose=False):
+    """An exported program's graph and all of its inputs."""
+    program = torch.export.export(OneLayer(call), tuple(args))
+    program = program.run_decompositions() if decompose else program
+    held, given = dict(program.state_dict) | dict(program.constants), iter(args)
+    inputs = [held[s.target] if s.target else next(given) for s in program.graph_signature.input_specs]
+    return program.graph_module, inputs
+
+
+AOT = {
+    "export": exported,
+    "decomposed": lambda call, args: exported(call, args, decompose=True),
+    "make_fx": lambda call, args: (make_fx(call, tracing_mode="fake")(*args), args),
 }

@@ -45,12 +45,18 @@ def parts(kv_len, key_mask):
     return [(valid, own) for valid, own in found if valid.any()]
 
 
-def oracle(q, k, v, key_mask, sink, window, last, scale, reach=None):
-    """out and lse in float64 with the mask written out; differentiable."""
+def oracle(q, k, v, key_mask, sink, window, last, scale, reach=None, sink_logits=None, softcap=None):
+    """out and lse in float64 with the mask written out; differentiable. A learned sink is one more key of value 0."""
     group = q.shape[1] // k.shape[1]
     k, v = (x.double().repeat_interleave(group, 1) for x in (k, v))
     mask = attended(q.shape[2], k.shape[2], key_mask, sink, window, last, reach)[:, None]
-    scores = (q.double() @ k.transpose(2, 3) * scale).masked_fill(~mask, float("-inf"))
+    scores = q.double() @ k.transpose(2, 3) * scale
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~mask, float("-inf"))
+    if sink_logits is not None:
+        column = sink_logits.double()[:, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, column], -1)
+        return torch.softmax(scores, -1)[..., :-1] @ v, torch.logsumexp(scores, -1)
     alive = mask.any(-1, keepdim=True)
     weights = torch.softmax(scores.masked_fill(~alive, 0.0), -1) * alive
     return weights @ v, torch.logsumexp(scores, -1)

@@ -59,13 +59,14 @@ CASES = {
 
 def check(case, compiled, tol=None, dynamic=False):
     *qkv, key_mask = case.tensors()
+    sinks = case.sink_logits()
     if dynamic:
         for x, dim in ((qkv[0], 2), (qkv[1], 2), (qkv[2], 2), (key_mask, 1)):
             if x is not None:
                 torch._dynamo.mark_dynamic(x, dim)
     with torch.no_grad():
-        out = compiled(*qkv, key_mask)
-    want, _ = oracle(*qkv, key_mask, *case.arguments)
+        out = compiled(*qkv, key_mask, *(() if sinks is None else (sinks,)))
+    want, _ = oracle(*qkv, key_mask, *case.arguments, sink_logits=sinks, softcap=case.softcap)
     assert out.shape == want.shape
     assert out.dtype == case.dtype
     torch.testing.assert_close(out.double(), want, atol=tol or tolerance(case.dtype), rtol=0)
@@ -77,17 +78,39 @@ def check_static(case, lowering, inductor):
     check(case, torch.compile(OneCall(*case.one_call), backend=backend, dynamic=False))
 
 
+# Learned sinks and a softcap. A cap of 1.5 bends most scores.
+SCORES = {
+    "sinks": Case(131, 131, 4, 20, 16, heads=6, kv_heads=2, sinks=True),
+    "sinks, no last rows, bfloat16": Case(130, 130, 4, 20, 0, batch=2, heads=4, dim=64, dtype=bf16, sinks=True),
+    "sinks, left padding": Case(150, 150, 4, 20, 8, batch=3, valid=((0, 150), (60, 150), (149, 150)), sinks=True),
+    "sinks, holes and a reach": Case(
+        120, 120, 10, 20, 30, batch=2, valid=((0, 120), (60, 110)), holes=True, reach=70, sinks=True
+    ),
+    "sinks, no valid key": Case(70, 70, 4, 20, 8, batch=2, valid=((0, 70), (0, 0)), sinks=True),
+    "sinks, more keys than rows": Case(60, 140, 4, 20, 8, dim=24, v_dim=16, sinks=True),
+    "sinks, all rows are last rows": Case(90, 90, 0, 0, 2**31 - 1, batch=2, valid=((0, 90), (5, 60)), sinks=True),
+    "softcap": Case(131, 131, 4, 20, 16, heads=6, kv_heads=2, softcap=1.5),
+    "softcap of Gemma 2, bfloat16": Case(130, 130, 4, 20, 8, batch=2, heads=4, dim=64, dtype=bf16, softcap=50.0),
+    "softcap, padding on both sides": Case(
+        150, 150, 40, 20, 30, batch=2, valid=((67, 140), (3, 120)), holes=True, softcap=1.5
+    ),
+    "softcap, a window of the layer's own": Case(140, 140, 4, 20, 8, heads=4, kv_heads=2, reach=50, softcap=1.5),
+    "both": Case(131, 131, 4, 20, 16, batch=2, heads=4, valid=((0, 131), (40, 131)), sinks=True, softcap=1.5),
+    "both, one row": Case(1, 140, 4, 20, 0, heads=4, kv_heads=2, sinks=True, softcap=1.5),
+}
+
 LENGTHS, NEVER = st.integers(1, 260), st.just(False)
 COUNTS = st.one_of(st.integers(0, 40), st.sampled_from([64, 100, 129, 1000]))
 SHORT = {
     "lengths": st.sampled_from([1, 2, 3, 31, 64, 97]),
     "counts": st.sampled_from([0, 1, 2, 5, 16, 40, 1000, ALL_ROWS]),
     "documents": st.integers(0, 3).map(lambda n: n == 0),
+    "scores": st.booleans(),
 }
 
 
 @st.composite
-def cases(draw, lengths=LENGTHS, counts=COUNTS, documents=NEVER):
+def cases(draw, lengths=LENGTHS, counts=COUNTS, documents=NEVER, scores=NEVER):
     """A random problem in float64; ``SHORT`` has the arguments for an operator that takes every one of them."""
     kv_len = draw(lengths)
     q_len = draw(st.integers(1, kv_len)) if draw(st.booleans()) else kv_len
@@ -114,4 +137,6 @@ def cases(draw, lengths=LENGTHS, counts=COUNTS, documents=NEVER):
         strided=draw(st.booleans()),
         reach=draw(st.one_of(st.none(), st.integers(0, 60), st.just(1000))),
         documents=draw(documents),
+        sinks=draw(scores),
+        softcap=1.5 if draw(scores) else None,
     )

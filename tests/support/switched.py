@@ -50,7 +50,18 @@ _MODELS = {
     "Mistral": ("Mistral", dict(sliding_window=WINDOW), (0, 1, 2)),
     "Gemma3": ("Gemma3", _GEMMA, (0, 2)),
     "Gemma2": ("Gemma2", _GEMMA, (0, 2)),
-    "GptOss": ("GptOss", dict(head_dim=16, num_local_experts=2, num_experts_per_tok=1), ()),
+    "GptOss": (
+        "GptOss",
+        dict(
+            head_dim=16,
+            num_local_experts=2,
+            num_experts_per_tok=1,
+            sliding_window=WINDOW,
+            layer_types=_MIXED,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        ),
+        (0, 2),
+    ),
     "DeepseekV3": ("DeepseekV3", _LATENT, ()),
     "DeepseekV32": (
         "DeepseekV32",
@@ -59,6 +70,9 @@ _MODELS = {
     ),
     "GPT2": ("GPT2", dict(n_embd=64, n_layer=3, n_head=4), ()),
 }
+
+WITH_SCORES = ("Gemma2", "GptOss")
+"""Those that have a softcap or learned sinks."""
 
 
 def switched_model(name="Llama", implementation="tmx", **changes):
@@ -126,7 +140,11 @@ def plan_model(name, config, ids, attention_mask=None):
         reach = WINDOW - 1 if index in _MODELS[name][2] else None
         geometry = config.geometry.counts if index in config.layers() and n > config.min_seq_len else (0, 0, n)
         masks[index] = attended(n, n, key_mask, *geometry, reach)
-    return masked(switched_model(name, "sdpa"), batch, n, masks)
+    # What sdpa does not know, the models' own files write out; the grouped product of experts has no float64.
+    model = switched_model(name, "eager" if name in WITH_SCORES else "sdpa")
+    if name == "GptOss":
+        model.set_experts_implementation("eager")
+    return masked(model, batch, n, masks)
 
 
 @contextlib.contextmanager

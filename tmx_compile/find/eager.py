@@ -15,8 +15,9 @@ from torch.fx import Node
 from tmx_compile.find.axes import Axes, complete, forward, is_cast, is_expand, is_move, order_to, source_of
 from tmx_compile.find.operand import IDENTITY, Found, operands
 from tmx_compile.find.product import Product, factors_of, is_product, product_of
+from tmx_compile.find.refusal import NotAttention, refuse
 from tmx_compile.find.repeat import divides, same
-from tmx_compile.find.scores import SOFTMAX, NotAttention, Scores, refuse
+from tmx_compile.find.scores import SOFTMAX, Scores
 from tmx_compile.find.site import AttentionSite
 from tmx_compile.graph.calls import call_of
 from tmx_compile.graph.nodes import op_name, tensor_of
@@ -135,7 +136,8 @@ def _read(node: Node, operand: Node, scores_path: list[Node], weights_path: list
     result, order = _result(node, _of(second.out_axes, axes))
     _check_sizes(node, scores, result, order, query, value)
     _check_dtypes(node, first.node, query, key)
-    scale = scores.scale * query.scale * key.scale
+    scale, softcap = scores.scoring(node)
+    scale *= query.scale * key.scale
     if not math.isfinite(scale):
         refuse(Reason.SCALE, f"a scale of {scale:g}", node)
     _check_gradient_mode(result, first.node)
@@ -149,6 +151,8 @@ def _read(node: Node, operand: Node, scores_path: list[Node], weights_path: list
         scale=scale,
         form="eager",
         factor=scores.factor,
+        softcap=softcap,
+        sink_logits=scores.sinks,
         result_order=None if order == IDENTITY else order,
         effects=tuple(scores.effects),
     )

@@ -41,9 +41,9 @@ def find_flex(node: Node) -> AttentionSite | Rejected | None:
     out = _only_result(node)
     if isinstance(out, Rejected):
         return out
-    factor = _score_factor(_child(node, given["score_mod"]))
-    if factor is None:
-        return Rejected(Reason.SCORE_CHANGED, "score_mod is more than the score times a number", node)
+    change = _score_change(_child(node, given["score_mod"]))
+    if change is None:
+        return Rejected(Reason.SCORE_CHANGED, "score_mod is more than the score times a number and a softcap", node)
     scale = scale_of(given["scale"], q)
     if scale is None:
         return Rejected(Reason.SCALE, f"scale={given.get('scale')} is not known at compile time", node)
@@ -59,7 +59,8 @@ def find_flex(node: Node) -> AttentionSite | Rejected | None:
     if isinstance(mask, Rejected):
         return mask
     masks, plan = (mask[0],), mask[1]
-    return AttentionSite(out, *operands, masks, False, scale * factor, "flex", block_plan=plan)
+    factor, softcap = change
+    return AttentionSite(out, *operands, masks, False, scale * factor, "flex", softcap=softcap, block_plan=plan)
 
 
 def _only_result(node: Node) -> Node | Rejected:
@@ -121,19 +122,24 @@ def _child(node: Node, arg: Any) -> GraphModule | None:
     return child if isinstance(child, GraphModule) else None
 
 
-def _score_factor(score_mod: GraphModule | None) -> float | None:
-    """The number that a score_mod multiplies the score by; None for any other score_mod."""
+def _score_change(score_mod: GraphModule | None) -> tuple[float, float | None] | None:
+    """The number that a score_mod multiplies the score by, and its softcap; None for any other score_mod."""
     if score_mod is None:
         return None
     score = next(iter(score_mod.graph.find_nodes(op="placeholder")))
     result: Any = score_mod.graph.output_node().args[0]
     factor = 1.0
+    softcap: float | None = None
     while result is not score:
         if isinstance(result, (tuple, list)) and len(result) == 1:
             result = result[0]
             continue
-        call = named(result, "mul", "div")
-        if call is None or call.arguments.get("rounding_mode") is not None:
+        call = named(result, "mul", "div", "tanh")
+        if call is not None and call.name == "tanh" and softcap is None and factor > 0:
+            # From below the number that multiplies is inside.
+            result, softcap = call["input"], factor
+            continue
+        if call is None or call.name == "tanh" or call.arguments.get("rounding_mode") is not None:
             return None
         left, right = call["input"], call["other"]
         if call.name == "mul" and isinstance(left, (int, float)):
@@ -142,7 +148,7 @@ def _score_factor(score_mod: GraphModule | None) -> float | None:
             return None
         factor = factor * right if call.name == "mul" else factor / right
         result = left
-    return factor
+    return factor, softcap
 
 
 def _known(size: Any) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -27,12 +27,14 @@ from tmx_compile.find.axes import (
     source_of,
 )
 from tmx_compile.find.constant import number_of
+from tmx_compile.find.learned_sinks import drops_sinks, joined_sinks
+from tmx_compile.find.refusal import check_dropout, refuse
 from tmx_compile.find.repeat import same
-from tmx_compile.find.site import MaskPart
+from tmx_compile.find.site import MaskPart, SinkLogits
 from tmx_compile.graph.calls import Call, call_of, named
 from tmx_compile.graph.effects import writes
 from tmx_compile.graph.nodes import op_name, tensor_of
-from tmx_compile.report import Reason, Rejected
+from tmx_compile.report import Reason
 
 SOFTMAX = frozenset({"softmax", "_softmax", "_safe_softmax"})
 DROPOUT = frozenset({"dropout", "native_dropout"})
@@ -45,19 +47,6 @@ _LIKE_ANOTHER = frozenset({"expand_as", "view_as", "reshape_as", "type_as"})
 ROWS_AND_KEYS = ("q", "k")
 
 
-class NotAttention(Exception):
-    """Raised while reading, with the refusal that it becomes."""
-
-    def __init__(self, rejected: Rejected) -> None:
-        super().__init__(str(rejected))
-        self.rejected = rejected
-
-
-def refuse(reason: Reason, detail: str, node: Node) -> NoReturn:
-    """Give up a site."""
-    raise NotAttention(Rejected(reason, detail, node))
-
-
 def plain_name(node: Node) -> str:
     """:func:`op_name` without the mark of a call that works in place."""
     return op_name(node).rstrip("_") if writes(node) else op_name(node)
@@ -68,7 +57,10 @@ class Scores:
     """Scores on their way; ``axes`` are the names of the present tensor's axes.
 
     Attributes:
-        scale: number that the product has been multiplied by.
+        scale: number that the product has been multiplied by; once capped, that the hyperbolic tangent has been.
+        capped: number that the product was multiplied by before its hyperbolic tangent was taken; None: it was not.
+        sinks: learned sinks that were joined to the scores, with ``before_sinks``, the scores without them.
+        shifted: whether the row's maximum has been subtracted.
         factor: 0-d tensor that it has been multiplied by, at most one; ``factor_reader`` is the call that did.
         masks: what masks the scores, with the numbers of the present tensor.
         chain: the tensors between the product and the weights, each read by the next.
@@ -80,6 +72,10 @@ class Scores:
     present: Node
     axes: Axes
     scale: float = 1.0
+    capped: float | None = None
+    sinks: SinkLogits | None = None
+    before_sinks: Node | None = None
+    shifted: bool = False
     factor: Node | None = None
     factor_reader: Node | None = None
     masks: list[MaskPart] = field(default_factory=list)
@@ -119,6 +115,8 @@ class Scores:
             self._move(node)
         elif name in SOFTMAX and not self.weights:
             self._softmax(node)
+        elif self.weights and call is not None and self._drops_sinks(call):
+            self._name(self.axes, node)
         elif self.weights:
             if call is None or not (name == "where" and self._clears_empty_rows(call)):
                 refuse(Reason.SCORE_CHANGED, f"{name} after the softmax", node)
@@ -178,8 +176,11 @@ class Scores:
         old, new, call = tensor_of(self.present), tensor_of(node), call_of(node)
         assert old is not None
         unread = Reason.WRITTEN_IN_PLACE if writes(node) else Reason.SCORE_CHANGED
-        if name == "cat":
-            refuse(Reason.SCORE_CHANGED, "columns are joined to the scores, such as attention sinks", node)
+        if name == "cat" and call is not None:
+            self._join(call)
+            return
+        if self.sinks is not None and name != "sub":
+            refuse(Reason.SCORE_CHANGED, f"{name} of the scores and their sinks", node)
         if new is None or call is None or list(call.arguments.values()).count(self.present) != 1:
             refuse(unread, f"{name} before the softmax", node)
         if not same_shape(old.shape, new.shape):
@@ -188,6 +189,8 @@ class Scores:
             self._multiply(call, name)
         elif name in ("add", "sub", "rsub"):
             self._add(call, name)
+        elif name == "tanh":
+            self._cap(node)
         elif name in ("maximum", "max", "clamp"):
             self._clamp(call, name)
         elif name == "masked_fill":
@@ -203,6 +206,38 @@ class Scores:
                 refuse(Reason.SCORE_CHANGED, "the scores are a condition", node)
         else:
             refuse(unread, f"{name} before the softmax", node)
+
+    def _join(self, call: Call) -> None:
+        """Learned sinks as one more column, behind the keys."""
+        sinks = None if self.sinks or self.shifted else joined_sinks(call, self.present, self.axes)
+        if sinks is None:
+            refuse(Reason.SCORE_CHANGED, "columns are joined to the scores, and are no learned sinks", call.node)
+        self.sinks, self.before_sinks = sinks, self.present
+        self._name(self.axes, call.node)
+
+    def _drops_sinks(self, call: Call) -> bool:
+        before = self.before_sinks
+        if before is None or call["input"] is not self.present or not drops_sinks(call, before):
+            return False
+        self.before_sinks = None
+        return True
+
+    def _cap(self, node: Node) -> None:
+        """A softcap: what is multiplied from now on is its own height."""
+        if self.capped is not None or self.masks or self.shifted:
+            what = "of masked scores" if self.masks else "of scores that are none any more"
+            refuse(Reason.SCORE_CHANGED, f"a hyperbolic tangent {what}", node)
+        self.capped, self.scale = self.scale, 1.0
+
+    def scoring(self, node: Node) -> tuple[float, float | None]:
+        """The scale and the softcap, once everything is read."""
+        if self.before_sinks is not None:
+            refuse(Reason.SCORE_CHANGED, "the sinks' weights are not dropped behind the softmax", node)
+        if self.capped is None:
+            return self.scale, None
+        if self.scale <= 0:
+            refuse(Reason.SCORE_CHANGED, f"a softcap of {self.scale:g}", node)
+        return self.capped * self.scale, self.scale
 
     def _other(self, call: Call) -> Any:
         """The operand of a call of two that is not the scores."""
@@ -228,7 +263,7 @@ class Scores:
         if fake is not None and any(not same(size, 1) for size in fake.shape[-2:]):
             refuse(Reason.SCORE_CHANGED, f"multiplied by a tensor of shape {tuple(fake.shape)}", node)
         known = isinstance(other, Node) and fake is not None and fake.dim() == 0 and fake.dtype.is_floating_point
-        if divides or not known or self.factor is not None or self.masks:
+        if divides or not known or self.factor is not None or self.masks or self.capped is not None:
             how = "divided by" if divides else "multiplied by"
             refuse(Reason.SCALE, f"{how} {other}, which is not known at compile time", node)
         self.factor, self.factor_reader = other, node
@@ -248,7 +283,10 @@ class Scores:
         if alpha != 1 or name == "rsub" or (name == "sub" and call["input"] is not self.present):
             refuse(Reason.SCORE_CHANGED, f"{name} with alpha={alpha}, or of the scores", node)
         if name == "sub" and self._is_row_maximum(other):
+            self.shifted = True
             return
+        if self.sinks is not None:
+            refuse(Reason.SCORE_CHANGED, f"{name} of the scores and their sinks", node)
         if not isinstance(other, Node) or tensor_of(other) is None:
             refuse(Reason.SCORE_CHANGED, f"{name} of {other}", node)
         self.mask(other, "add", -1.0 if name == "sub" else 1.0, node)
@@ -357,14 +395,3 @@ class Scores:
 
 def _writes(user: Node, node: Node) -> bool:
     return writes(user) and bool(user.args) and user.args[0] is node
-
-
-def check_dropout(node: Node) -> None:
-    """Dropout that does nothing: outside of training, or of probability 0."""
-    call = call_of(node)
-    if call is None:
-        refuse(Reason.DROPOUT, "of arguments that are not understood", node)
-    # Without a word about it, ``native_dropout`` trains.
-    training, p = call["training"] is not False, call["p"]
-    if training and not (isinstance(p, (int, float)) and p == 0):
-        refuse(Reason.DROPOUT, f"p={p} on the weights", node)

@@ -29,6 +29,20 @@ class Operand:
 
 
 @dataclass(frozen=True)
+class SinkLogits:
+    """A tensor of as many elements as there are query heads, in their order: one more logit in every row's softmax."""
+
+    node: Node
+
+    @property
+    def fake(self) -> Tensor:
+        """It as (H,)."""
+        value = value_of(self.node)
+        assert isinstance(value, Tensor)
+        return value if value.dim() == 1 else value.new_empty(value.numel())
+
+
+@dataclass(frozen=True)
 class MaskPart:
     """One tensor that masks the scores; broadcasts to (batch, heads, rows, keys) from the right.
 
@@ -98,6 +112,8 @@ class AttentionSite:
         is_causal: masked to the top left triangle beside (or instead of) ``masks``.
         scale: factor on the scores.
         factor: a scalar of the graph (0-d tensor) that the scores are multiplied by as well, or None.
+        softcap: scores become ``softcap * tanh(scores / softcap)`` before the masks, or None.
+        sink_logits: learned sinks, or None.
         form: the finder's name.
         result_order: how (B, H, Sq, Dv) is permuted to ``node``'s dimensions; None: not at all.
         effects: calls with an effect that have no meaning without the site, such as writing a mask into its scores.
@@ -114,6 +130,8 @@ class AttentionSite:
     scale: float
     form: str
     factor: Node | None = None
+    softcap: float | None = None
+    sink_logits: SinkLogits | None = None
     result_order: tuple[int, ...] | None = None
     block_plan: BlockMaskNodes | None = None
     effects: tuple[Node, ...] = ()

@@ -59,6 +59,8 @@ def _leaves(site: AttentionSite) -> Iterator[Node]:
         yield from part.tensors
     if site.factor is not None:
         yield site.factor
+    if site.sink_logits is not None:
+        yield site.sink_logits.node
     if site.block_plan is not None:
         yield from site.block_plan.tensors
 

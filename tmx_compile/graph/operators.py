@@ -57,6 +57,7 @@ not(input)                                        bitwise_not logical_not operat
 not(input)                                        prims.bitwise_not
 where(condition:tensor, input, other)             torch.where aten.where
 where(input, condition:tensor, other)             Tensor.where
+tanh(input)                                       tanh
 where(condition/pred:tensor, input, other/b)      prims.where
 masked_fill(input, mask:tensor, value)            masked_fill
 tril(input, diagonal=0)                           tril

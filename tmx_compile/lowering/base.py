@@ -39,6 +39,14 @@ class AttentionCall:
     needs_grad: bool
     dense_up_to: int | None = None
     layout: Order | None = None
+    sink_logits: Tensor | None = None
+    softcap: float | None = None
+
+    @property
+    def changes(self) -> str:
+        """What the layer does to its scores beside scaling and masking them, in words; "" for nothing."""
+        named = (("learned sinks", self.sink_logits is not None), ("a softcap", self.softcap is not None))
+        return " and ".join(name for name, there in named if there)
 
     @property
     def documents(self) -> bool:
@@ -66,12 +74,13 @@ class Lowering(Protocol):
 
 @dataclass(frozen=True)
 class Operands:
-    """The proxies of one call, in the operator's order, typed as what they act as; ``key_mask`` may be None."""
+    """The proxies of one call, typed as what they act as; ``key_mask`` and ``sink_logits`` may be None."""
 
     query: Any
     key: Any
     value: Any
     key_mask: Any
+    sink_logits: Any = None
 
 
 class _RecordingTracer(GraphAppendingTracer):
@@ -136,7 +145,8 @@ class Immediate(Writer):
 
 def immediate(lowering: Lowering, call: AttentionCall) -> Tensor:
     """Attention (B, H, Sq, Dv) of a call of tensors by a lowering that takes it and needs no graph."""
-    out: Any = lowering.emit(Immediate(), call, Operands(call.query, call.key, call.value, call.key_mask))
+    operands = Operands(call.query, call.key, call.value, call.key_mask, call.sink_logits)
+    out: Any = lowering.emit(Immediate(), call, operands)
     return cast("Tensor", out)
 
 

@@ -26,6 +26,7 @@ from tmx_compile.lowering.base import (
     length,
     symbol,
 )
+from tmx_compile.lowering.scoring import Scoring, attend
 from tmx_compile.mask import formula
 from tmx_compile.mask.geometry import Geometry
 from tmx_compile.report import Accepted, Reason, Rejected
@@ -42,6 +43,8 @@ class Blocked(Lowering):
         """Any device and dtype; windows, sinks and last rows that are small against the prompt."""
         if call.documents:
             return Rejected(Reason.NO_LOWERING, "blocked: packed documents")
+        if call.softcap is not None:
+            return Rejected(Reason.NO_LOWERING, "blocked: SDPA has no softcap")
         kv_len = call.key.shape[2]
         for name, count, limit in (
             ("window", call.geometry.window, _MAX_REACH),
@@ -60,7 +63,7 @@ class Blocked(Lowering):
             operands.value,
             operands.key_mask,
             call.geometry,
-            call.scale,
+            Scoring.of(call, operands),
             call.layout,
         )
         return out
@@ -79,7 +82,7 @@ def blocked_attention(
     v: Any,
     key_mask: Any,
     geometry: Geometry,
-    scale: float,
+    scoring: Scoring,
     layout: Order | None = None,
 ) -> Any:
     """Triangle attention, out (B, H, Sq, Dv), from tensors or proxies of the operator's shapes."""
@@ -87,16 +90,16 @@ def blocked_attention(
     where = rows.extent(key_mask, kv_len)
     ending = where if key_mask is None else rows.last_extent(where, kv_len, geometry.last)
     geometry = geometry.within_reach().bounded(kv_len, q_len)
-    out = _streaming(q, k, v, key_mask, where, geometry, scale)
+    out = _streaming(q, k, v, key_mask, where, geometry, scoring)
     if geometry.last > 0:
-        final = rows.last_rows(q, k, v, key_mask, ending, geometry, scale)
+        final = rows.last_rows(q, k, v, key_mask, ending, geometry, scoring)
         out = rows.join(out, final, q, k, key_mask, ending, geometry.last, layout)
     if key_mask is not None:
         out = rows.zero_empty(out, q, k, key_mask, ending, geometry)
     return out
 
 
-def _streaming(q: Any, k: Any, v: Any, key_mask: Any, where: rows.Extent, geometry: Geometry, scale: float) -> Any:
+def _streaming(q: Any, k: Any, v: Any, key_mask: Any, where: rows.Extent, geometry: Geometry, scoring: Scoring) -> Any:
     sink, window, reach = geometry.sink, geometry.window, geometry.reach
     batch, heads, q_len, head_dim = (length(q, d) for d in range(4))
     kv_len = length(k, 2)
@@ -141,7 +144,7 @@ def _streaming(q: Any, k: Any, v: Any, key_mask: Any, where: rows.Extent, geomet
     keys, values = (torch.cat([s, key_blocks(x)], 3).flatten(0, 1) for s, x in zip(sinks, (k, v), strict=True))
     queries = F.pad(q, (0, 0, 0, tail)).reshape(batch, heads, blocks, size, head_dim).transpose(1, 2).flatten(0, 1)
     mask = mask.expand(batch, -1, -1, -1).flatten(0, 1)[:, None]
-    out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale, enable_gqa=True)
+    out = attend(queries, keys, values, mask, scoring)
     out = out.reshape(batch, blocks, heads, size, length(v, 3)).transpose(1, 2)
     return out.reshape(batch, heads, blocks * size, length(v, 3))[:, :, :q_len]
 

@@ -8,7 +8,7 @@ in host memory, so nothing waits for a device and no graph is compiled again for
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from tmx_compile.graph.nodes import FIRST_ROW
 from tmx_compile.lowering import rows
 from tmx_compile.lowering.base import AttentionCall, Lowering, Operands, Writer, length
 from tmx_compile.lowering.blocked import Blocked, blocked_attention
+from tmx_compile.lowering.scoring import Scoring, attend
 from tmx_compile.lowering.triton.lowering import attend as triton_attention
 from tmx_compile.mask import formula
 from tmx_compile.mask.geometry import ALL_ROWS, Geometry
@@ -81,7 +82,7 @@ def _(
     "tmx::triangle_attention_chunk",
     mutates_args=(),
     schema="(Tensor query, Tensor key, Tensor value, Tensor? key_mask, Tensor first_last_row, int sink, int window,"
-    " int last, float scale, int? reach, str lowering) -> Tensor",
+    " int last, float scale, int? reach, str lowering, Tensor? sink_logits=None, float? softcap=None) -> Tensor",
     tags=(torch.Tag.cudagraph_unsafe,),
 )
 def _chunk(
@@ -96,9 +97,11 @@ def _chunk(
     scale: float,
     reach: int | None,
     lowering: str,
+    sink_logits: Tensor | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     firsts: list[int] = first_last_row.tolist()
-    part = Part(Geometry(sink, window, last, reach), scale, lowering)
+    part = Part(Geometry(sink, window, last, reach), Scoring(scale, softcap, sink_logits), lowering)
     out = empty_by_tokens(query, value.shape[3])
     with torch.autocast(query.device.type, enabled=False):
         if len(set(firsts)) <= 1:
@@ -134,12 +137,14 @@ class Part:
     """Attention of real tensors by the lowering that suits them."""
 
     geometry: Geometry
-    scale: float
+    scoring: Scoring
     lowering: str
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, last: int) -> Tensor:
         """Triangle attention (B, H, Sq, Dv) of a call whose rows end at the last key."""
-        call = AttentionCall(q, k, v, key_mask, replace(self.geometry, last=last), self.scale, False)
+        geometry, scoring = replace(self.geometry, last=last), self.scoring
+        learned = dict(sink_logits=scoring.sink_logits, softcap=scoring.softcap)
+        call = AttentionCall(q, k, v, key_mask, geometry, scoring.scale, False, **learned)
         if self.lowering == "triton" or (self.lowering == "auto" and q.is_cuda):
             out = triton_attention(call)
             if isinstance(out, Tensor):
@@ -148,27 +153,27 @@ class Part:
                 raise LoweringError(f"lowering 'triton' cannot take this chunk: {out.detail}")
         if self.lowering != "operator":
             if last >= q.shape[2] and q.shape[2] * k.shape[2] <= _DENSE_CELLS:
-                return _dense(call)
+                return _dense(call, scoring)
             if isinstance(Blocked().supports(call), Accepted):
-                blocked: Tensor = blocked_attention(q, k, v, key_mask, call.geometry, self.scale)
+                blocked: Tensor = blocked_attention(q, k, v, key_mask, geometry, scoring)
                 return blocked
-        both: tuple[Tensor, Tensor] = OPERATOR(q, k, v, key_mask, *call.geometry.arguments(self.scale))
+        both: tuple[Tensor, Tensor] = OPERATOR(q, k, v, key_mask, *geometry.arguments(scoring.scale, **learned))
         return both[0]
 
 
-def _dense(call: AttentionCall) -> Tensor:
+def _dense(call: AttentionCall, scoring: Scoring) -> Tensor:
     """Rows over all keys by SDPA, with a mask of (rows, keys) where SDPA has no better way to be told."""
     q, k, v, key_mask = call.query, call.key, call.value, call.key_mask
     q_len, kv_len = q.shape[2], k.shape[2]
-    if key_mask is None and call.geometry.reach is None and q_len == kv_len:
+    if key_mask is None and call.geometry.reach is None and q_len == kv_len and not call.changes:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=call.scale, enable_gqa=True)
     row = (torch.arange(q_len, device=q.device) + (kv_len - q_len))[:, None]
     key = torch.arange(kv_len, device=q.device)[None, :]
     allowed = formula.within(formula.causal(row, key), row, key, call.geometry.reach)
     if key_mask is None:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=call.scale, enable_gqa=True)
+        return cast("Tensor", attend(q, k, v, allowed, scoring))
     safe, alive = rows.with_own_key(allowed[None] & key_mask[:, None, :], (key == row)[None])
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=safe[:, None], scale=call.scale, enable_gqa=True)
+    out = attend(q, k, v, safe[:, None], scoring)
     return torch.where(alive[:, None, :, None], out, 0.0)
 
 
@@ -206,7 +211,17 @@ class Chunked(Lowering):
             FIRST_LAST_ROW, like, first_row, length(q, 2), length(k, 2), geometry.last, self.dense_up_to, self.streaming
         )
         out: Proxy = write.call(
-            CHUNK, q, k, operands.value, key_mask, first, *geometry.counts, call.scale, geometry.reach, self.parts
+            CHUNK,
+            q,
+            k,
+            operands.value,
+            key_mask,
+            first,
+            *geometry.counts,
+            call.scale,
+            geometry.reach,
+            self.parts,
+            *((operands.sink_logits, call.softcap) if call.changes else ()),
         )
         return out
 

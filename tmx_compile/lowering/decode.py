@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.fx import Proxy
 
 from tmx_compile.lowering import rows
 from tmx_compile.lowering.base import AttentionCall, Lowering, Operands, Writer, arange, length
+from tmx_compile.lowering.scoring import Scoring, attend
 from tmx_compile.mask import formula
 from tmx_compile.mask.geometry import Geometry
 from tmx_compile.report import Accepted, Reason, Rejected
@@ -40,12 +40,12 @@ class Decode(Lowering):
             operands.value,
             operands.key_mask,
             call.geometry,
-            call.scale,
+            Scoring.of(call, operands),
         )
         return out
 
 
-def decode_attention(q: Any, k: Any, v: Any, key_mask: Any, geometry: Geometry, scale: float) -> Any:
+def decode_attention(q: Any, k: Any, v: Any, key_mask: Any, geometry: Geometry, scoring: Scoring) -> Any:
     """Streaming attention of one row (B, H, 1, D) at the last key, out (B, H, 1, Dv), from tensors or proxies."""
     geometry = geometry.within_reach()
     sink, window, reach = geometry.sink, geometry.window, geometry.reach
@@ -59,7 +59,7 @@ def decode_attention(q: Any, k: Any, v: Any, key_mask: Any, geometry: Geometry, 
         index = torch.cat([far.clamp(max=row), near.clamp(min=0)])
         keys, values = (x.index_select(2, index) for x in (k, v))
         mask = allowed[None, None, None, :]
-        return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale, enable_gqa=True)
+        return attend(q, keys, values, mask, scoring)
     where = rows.extent(key_mask, kv_len)
     far = where.start + arange(q, sink)[None, :]
     near = near[None, :].expand(length(q, 0), -1)
@@ -70,5 +70,5 @@ def decode_attention(q: Any, k: Any, v: Any, key_mask: Any, geometry: Geometry, 
     safe, alive = rows.with_own_key(allowed, own)
     keys, values = (x.gather(2, index[:, None, :, None].expand(-1, length(x, 1), -1, length(x, 3))) for x in (k, v))
     mask = safe[:, None, None, :]
-    out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale, enable_gqa=True)
+    out = attend(q, keys, values, mask, scoring)
     return torch.where(alive[:, None, None, None], out, 0.0)

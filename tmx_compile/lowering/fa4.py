@@ -53,6 +53,8 @@ class FlashAttention4(Lowering):
         dims = query.shape[3], value.shape[3]
         if call.documents or call.geometry.reach is not None or call.geometry.last < ALL_ROWS:
             return "causal and padding only"
+        if call.changes:
+            return call.changes
         if not statically_known_true(query.shape[2] == key.shape[2]):
             return "needs equal numbers of rows and keys"
         if call.needs_grad:

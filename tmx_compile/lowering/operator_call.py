@@ -28,7 +28,7 @@ class OperatorCall(Lowering):
             operands.key,
             operands.value,
             operands.key_mask,
-            *call.geometry.arguments(call.scale),
+            *call.geometry.arguments(call.scale, operands.sink_logits, call.softcap),
         )
         out: Proxy = write.call(operator.getitem, both, 0)
         return out

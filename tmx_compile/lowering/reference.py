@@ -8,7 +8,8 @@ import torch
 from torch.fx import Proxy
 
 from tmx_compile.lowering import rows
-from tmx_compile.lowering.base import AttentionCall, Lowering, Operands, Writer, arange, example, length
+from tmx_compile.lowering.base import AttentionCall, Lowering, Operands, Writer, arange, length
+from tmx_compile.lowering.scoring import Scoring, written_out
 from tmx_compile.mask import formula
 from tmx_compile.mask.geometry import Geometry
 from tmx_compile.report import Accepted, Reason, Rejected
@@ -33,15 +34,19 @@ class Reference(Lowering):
     def emit(self, write: Writer, call: AttentionCall, operands: Operands) -> Proxy:
         """See :func:`reference_attention`."""
         out: Proxy = reference_attention(
-            operands.query, operands.key, operands.value, operands.key_mask, call.geometry, call.scale
+            operands.query,
+            operands.key,
+            operands.value,
+            operands.key_mask,
+            call.geometry,
+            Scoring.of(call, operands),
         )
         return out
 
 
-def reference_attention(q: Any, k: Any, v: Any, key_mask: Any, geometry: Geometry, scale: float) -> Any:
+def reference_attention(q: Any, k: Any, v: Any, key_mask: Any, geometry: Geometry, scoring: Scoring) -> Any:
     """Triangle attention, out (B, H, Sq, Dv), with the mask written out; float64 stays float64."""
     q_len, kv_len = length(q, 2), length(k, 2)
-    batch, heads, kv_heads, dim = length(q, 0), length(q, 1), length(k, 1), length(q, 3)
     where = rows.extent(key_mask, kv_len)
     row = (arange(q, q_len) + (kv_len - q_len))[None, :, None]
     key = arange(q, kv_len)[None, None, :]
@@ -51,15 +56,7 @@ def reference_attention(q: Any, k: Any, v: Any, key_mask: Any, geometry: Geometr
     if key_mask is not None:
         allowed = allowed & key_mask[:, None, :]
     safe, alive = rows.with_own_key(allowed, key == row)
-    grouped = q.reshape(batch, kv_heads, heads // kv_heads, q_len, dim)
-    scores = torch.einsum("bgrqd,bgkd->bgrqk", _wide(grouped), _wide(k)) * scale
-    weights = torch.softmax(scores.masked_fill(~safe[:, None, None], float("-inf")), -1)
-    out = torch.einsum("bgrqk,bgkd->bgrqd", weights, _wide(v)).reshape(batch, heads, q_len, length(v, 3))
-    return torch.where(alive[:, None, :, None], out, 0.0).to(example(q).dtype)
-
-
-def _wide(x: Any) -> Any:
-    return x if example(x).dtype == torch.float64 else x.to(torch.float32)
+    return torch.where(alive[:, None, :, None], written_out(q, k, v, safe[:, None], scoring), 0.0)
 
 
 def _hint(n: int | torch.SymInt) -> int:

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from tmx_compile.graph.layout import Order, inverse
 from tmx_compile.lowering.base import arange, first_position, length, symbol
+from tmx_compile.lowering.scoring import Scoring, attend
 from tmx_compile.mask import formula
 from tmx_compile.mask.geometry import ALL_ROWS, Geometry
 
@@ -55,7 +55,7 @@ def with_own_key(allowed: Any, own: Any) -> tuple[Any, Any]:
     return allowed | (own & ~alive[..., None]), alive
 
 
-def last_rows(q: Any, k: Any, v: Any, key_mask: Any, where: Extent, geometry: Geometry, scale: float) -> Any:
+def last_rows(q: Any, k: Any, v: Any, key_mask: Any, where: Extent, geometry: Geometry, scoring: Scoring) -> Any:
     """Attention of the final ``geometry.last`` rows over all keys in reach: (B, H, last, Dv).
 
     Row t of the result is the row at absolute position ``end - last + t``; where that lies before row 0 it repeats
@@ -69,7 +69,7 @@ def last_rows(q: Any, k: Any, v: Any, key_mask: Any, where: Extent, geometry: Ge
         rows = q.index_select(2, row) if not _fits(q_len, last) else q[:, :, q_len - last :]
         position = (row + offset)[:, None]
         mask = formula.within(formula.causal(position, key[None, :]), position, key[None, :], geometry.reach)
-        return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
+        return attend(rows, k, v, mask, scoring)
     row = (where.end - last + arange(q, last)[None, :] - offset).clamp(min=0)
     row = torch.minimum(row, arange(q, 1) + (q_len - 1))
     index = row[:, None, :, None].expand(-1, length(q, 1), -1, length(q, 3))
@@ -78,9 +78,7 @@ def last_rows(q: Any, k: Any, v: Any, key_mask: Any, where: Extent, geometry: Ge
     own = replace(geometry, sink=0, window=0)
     allowed = formula.attended(position, key, start, end, own) & key_mask[:, None, :]
     safe, _ = with_own_key(allowed, key == position)
-    return F.scaled_dot_product_attention(
-        q.gather(2, index), k, v, attn_mask=safe[:, None], scale=scale, enable_gqa=True
-    )
+    return attend(q.gather(2, index), k, v, safe[:, None], scoring)
 
 
 def join(

@@ -26,6 +26,8 @@ class Dense(Lowering):
         """Equal numbers of rows and keys; with padding, CPU inference (its flash kernel takes a key bias)."""
         if call.documents or call.geometry.reach is not None:
             return Rejected(Reason.NO_LOWERING, "sdpa: causal and padding only")
+        if call.changes:
+            return Rejected(Reason.NO_LOWERING, f"sdpa: {call.changes}")
         if not statically_known_true(call.query.shape[2] == call.key.shape[2]):
             return Rejected(Reason.NO_LOWERING, "sdpa: is_causal needs equal numbers of rows and keys")
         if call.key_mask is None:

@@ -96,6 +96,8 @@ _TABLE: Mapping[tuple[str, Role], tuple[Lowering, ...]] = {
     ("portable", Role.MASKLESS): (DENSE,),
     ("ascend", Role.MASKLESS): (ASCEND,),
 }
+# Those that know of learned sinks and a softcap: where they are left out, a result is wrong without a word.
+_CHANGE_SCORES = (Triton, Flex, Blocked, Reference, OperatorCall, Decode, Chunked)
 # On a CPU flex leads from these windows on.
 _FLEX_FROM_WINDOW = {torch.float32: 128}
 
@@ -156,6 +158,8 @@ def choose(place: str, role: Role, call: AttentionCall, wish: Wish) -> Lowering 
     refused = Rejected(Reason.NO_LOWERING, f"{role.value}: nothing on {place}")
     for lowering in candidates(place, role, call, wish):
         answer = lowering.supports(call)
+        if call.changes and not isinstance(lowering, _CHANGE_SCORES):
+            answer = Rejected(Reason.NO_LOWERING, f"{lowering.name}: {call.changes}")
         if not isinstance(answer, Rejected):
             return lowering
         refused = answer

@@ -46,9 +46,12 @@ class Geometry:
         """(sink, window, last), as operators take them."""
         return self.sink, self.window, self.last
 
-    def arguments(self, scale: float) -> tuple[int | float, ...]:
-        """What follows the tensors in a call of the operator: the counts, the scale, and the reach if there is one."""
-        return (*self.counts, scale, *(() if self.reach is None else (self.reach,)))
+    def arguments(self, scale: float, sink_logits: Any = None, softcap: float | None = None) -> tuple[Any, ...]:
+        """What follows the tensors in a call of the operator: the counts, the scale, and the rest as far as given."""
+        rest = [self.reach, sink_logits, softcap]
+        while rest and rest[-1] is None:
+            rest.pop()
+        return (*self.counts, scale, *rest)
 
     def reach_within(self, kv_len: int) -> int:
         """How far behind its own key a row of ``kv_len`` keys looks at all: ``kv_len`` where nothing limits it."""

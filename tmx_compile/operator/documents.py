@@ -48,16 +48,32 @@ def split(numbers: Tensor, q_len: int) -> Iterator[Document]:
 
 
 def forward(
-    query: Tensor, key: Tensor, value: Tensor, numbers: Tensor, geometry: Geometry, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    numbers: Tensor,
+    geometry: Geometry,
+    scale: float,
+    sink_logits: Tensor | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`tmx_compile.operator.kernel.forward` over documents."""
     b, h, q_len, _ = query.shape
     out = query.new_zeros(b, q_len, h, value.shape[3]).transpose(1, 2)
     lse = query.new_full((b, h, q_len), float("-inf"), dtype=torch.float32)
+    if sink_logits is not None:
+        lse = lse.copy_(sink_logits[:, None])
     for document in split(numbers, q_len):
         s, rows, keys = document.sequence, document.rows, document.keys
         part, part_lse = kernel.forward(
-            query[s, :, rows], key[s, :, keys], value[s, :, keys], document.valid, geometry, scale
+            query[s, :, rows],
+            key[s, :, keys],
+            value[s, :, keys],
+            document.valid,
+            geometry,
+            scale,
+            sink_logits,
+            softcap,
         )
         out[s, :, rows] = torch.where(document.own[:, None], part, out[s, :, rows])
         lse[s, :, rows] = torch.where(document.own, part_lse, lse[s, :, rows])
@@ -74,6 +90,8 @@ def backward(
     out: Tensor,
     geometry: Geometry,
     scale: float,
+    sink_logits: Tensor | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`tmx_compile.operator.kernel.backward` over documents."""
     grads = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)]
@@ -91,6 +109,8 @@ def backward(
             out[s, :, rows],
             geometry,
             scale,
+            sink_logits,
+            softcap,
         )
         for grad, part, where in zip(grads, parts, (rows, keys, keys), strict=True):
             grad[s, :, where] += part

@@ -148,13 +148,31 @@ def _keys(x: Tensor, block: Block, dtype: torch.dtype) -> Tensor:
     return span.to(dtype)
 
 
-def _scores(query: Tensor, keys: Tensor, block: Block, scale: float) -> Tensor:
+def _scores(query: Tensor, keys: Tensor, block: Block, scale: float, softcap: float | None) -> Tensor:
     """Masked scores of a block: (B, H, rows, s + span)."""
     b, h = query.shape[:2]
     rows = query[:, :, block.row : block.row_end].to(keys.dtype)
     scores = grouped(rows, keys.shape[1]) @ keys.transpose(2, 3)
-    scores = scores.view(b, h, block.row_end - block.row, -1).mul_(scale)
+    scores = capped(scores.view(b, h, block.row_end - block.row, -1), scale, softcap)
     return scores.masked_fill_(~block.allowed[:, None], float("-inf"))
+
+
+def capped(products: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """Scores from products of queries and keys, in place."""
+    return products.mul_(scale) if softcap is None else products.mul_(scale / softcap).tanh_().mul_(softcap)
+
+
+def slope(scores: Tensor, scale: float, softcap: float | None) -> Tensor | float:
+    """The derivative of masked scores by the products that they were made of; 0 where a softcap's are masked."""
+    if softcap is None:
+        return scale
+    return scores.clamp(min=-softcap).div_(softcap).square_().neg_().add_(1.0).mul_(scale)
+
+
+def log_sum_exp(scores: Tensor, sink_logits: Tensor | None) -> Tensor:
+    """Of each row of (B, H, rows, keys) scores and its head's sink logit: (B, H, rows, 1)."""
+    lse = torch.logsumexp(scores, -1, keepdim=True)
+    return lse if sink_logits is None else torch.logaddexp(lse, sink_logits.to(lse.dtype)[:, None, None])
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -163,7 +181,14 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def forward(
-    query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, geometry: Geometry, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    geometry: Geometry,
+    scale: float,
+    sink_logits: Tensor | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention output (B, H, Sq, Dv) in the inputs' dtype and log-sum-exp (B, H, Sq) in float32."""
     b, h, q_len, _ = query.shape
@@ -173,14 +198,14 @@ def forward(
     lse = query.new_full((b, h, q_len), float("-inf"), dtype=torch.float32)
     p = problem(query, key, key_mask, geometry)
     for block in blocks(p, h):
-        scores = _scores(query, _keys(key, block, dtype), block, scale)
-        block_lse = torch.logsumexp(scores, -1)
+        scores = _scores(query, _keys(key, block, dtype), block, scale, softcap)
+        block_lse = log_sum_exp(scores, sink_logits)
         # exp(-inf - 0) is 0: a row that attends to nothing gives zeros, not NaN.
-        weights = scores.sub_(block_lse.masked_fill(block_lse == float("-inf"), 0.0)[..., None]).exp_()
+        weights = scores.sub_(block_lse.masked_fill(block_lse == float("-inf"), 0.0)).exp_()
         values = _keys(value, block, dtype)
         block_out = grouped(weights, key.shape[1]) @ values
         out[:, :, block.row : block.row_end] = block_out.view(b, h, block.row_end - block.row, -1)
-        lse[:, :, block.row : block.row_end] = block_lse
+        lse[:, :, block.row : block.row_end] = block_lse[..., 0]
     return out, lse
 
 
@@ -194,11 +219,13 @@ def backward(
     out: Tensor,
     geometry: Geometry,
     scale: float,
+    sink_logits: Tensor | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value by recomputing the weights of each block.
 
     With P the weights and dP = dO V^T: dS = P * (dP - rowsum(dO * O) + dLSE), the usual softmax gradient plus the
-    term of the returned log-sum-exp.
+    term of the returned log-sum-exp. A softcap's own derivative is 1 - tanh^2.
     """
     b, h, _, _ = query.shape
     kv_heads = key.shape[1]
@@ -210,16 +237,17 @@ def backward(
     for block in blocks(p, h):
         rows = slice(block.row, block.row_end)
         keys, values = _keys(key, block, dtype), _keys(value, block, dtype)
-        scores = _scores(query, keys, block, scale)
+        scores = _scores(query, keys, block, scale, softcap)
+        steepness = slope(scores, scale, softcap)
         # The weights are normalised again from the scores: the returned lse is float32 and would limit float64.
-        block_lse = torch.logsumexp(scores, -1, keepdim=True)
+        block_lse = log_sum_exp(scores, sink_logits)
         weights = scores.sub_(block_lse.masked_fill(block_lse == float("-inf"), 0.0)).exp_()
         d_out = grad_out[:, :, rows].to(dtype)
         delta = (d_out * out[:, :, rows].to(dtype)).sum(-1, keepdim=True)
         if grad_lse is not None:
             delta -= grad_lse[:, :, rows, None].to(dtype)
         d_weights = grouped(d_out, kv_heads) @ values.transpose(2, 3)
-        d_scores = weights * (d_weights.view_as(weights) - delta) * scale
+        d_scores = weights * (d_weights.view_as(weights) - delta) * steepness
         stacked = grouped(d_scores, kv_heads)
         n_rows = block.row_end - block.row
         grad_query[:, :, rows] = (stacked @ keys).view(b, h, n_rows, -1)

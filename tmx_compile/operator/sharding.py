@@ -10,6 +10,8 @@ from torch._ops import OpOverload
 
 # Have a batch and no heads: (B, Skv), (B, 3), (B, 2), (B,). All other tensors of these operators are (B, heads, ...).
 _WITHOUT_HEADS = ("key_mask", "extent", "whole", "first_last_row")
+# Has heads and no batch: (H,).
+_HEADS_ALONE = "sink_logits"
 
 
 def shard_by_batch_and_heads(*operators: OpOverload) -> None:
@@ -20,7 +22,8 @@ def shard_by_batch_and_heads(*operators: OpOverload) -> None:
     not divide) is redistributed first. Without ``torch.distributed`` there is nobody to tell.
 
     Args:
-        operators: with ``query`` and ``key`` among their tensors, all (batch, heads, ...) but ``_WITHOUT_HEADS``.
+        operators: with ``query`` and ``key`` among their tensors, all (batch, heads, ...) but ``_WITHOUT_HEADS`` and
+            ``_HEADS_ALONE``.
     """
     if not torch.distributed.is_available():
         return
@@ -46,10 +49,18 @@ def _rule(operator: OpOverload) -> Callable[..., Sequence[tuple[list[Any], list[
             return [result] * results, [of_tensor(name) if name in tensors else None for name in given]
 
         # Replicated first: of choices that cost the same, torch takes the first.
-        choices = [choice(Replicate(), lambda name: Replicate()), choice(Shard(0), lambda name: Shard(0))]
-        if _heads_can_be_split(tensors):
-            choices.append(choice(Shard(1), lambda name: Replicate() if name in _WITHOUT_HEADS else Shard(1)))
+        choices = [
+            choice(Replicate(), lambda name: Replicate()),
+            choice(Shard(0), lambda name: Replicate() if name == _HEADS_ALONE else Shard(0)),
+        ]
+        if _heads_can_be_split({name: tensor for name, tensor in tensors.items() if name != _HEADS_ALONE}):
+            choices.append(choice(Shard(1), by_heads))
         return choices
+
+    def by_heads(name: str) -> Any:
+        if name in _WITHOUT_HEADS:
+            return Replicate()
+        return Shard(0) if name == _HEADS_ALONE else Shard(1)
 
     return acceptable
 

@@ -14,11 +14,12 @@ from torch import Tensor
 from tmx_compile.mask.geometry import ALL_ROWS, Geometry
 from tmx_compile.operator import documents, kernel
 from tmx_compile.operator.layout import empty_by_tokens
+from tmx_compile.operator.scores import check_scores, sink_gradient
 from tmx_compile.operator.sharding import shard_by_batch_and_heads
 
 _SCHEMA = (
     "(Tensor query, Tensor key, Tensor value, Tensor? key_mask, int sink, int window, int last, float scale,"
-    " int? reach=None) -> (Tensor out, Tensor lse)"
+    " int? reach=None, Tensor? sink_logits=None, float? softcap=None) -> (Tensor out, Tensor lse)"
 )
 
 
@@ -31,6 +32,8 @@ def check(
     window: int,
     last: int,
     reach: int | None,
+    sink_logits: Tensor | None = None,
+    softcap: float | None = None,
 ) -> None:
     """Raise ``ValueError`` naming the argument and its value, before any work; see :func:`triangle_attention`."""
     check_alike(query, key, value, "batch, heads, tokens, head_dim")
@@ -60,6 +63,7 @@ def check(
     for name, count in (("sink", sink), ("window", window), ("last", last), ("reach", reach or 0)):
         if count < 0:
             raise ValueError(f"{name} must not be negative, got {count}")
+    check_scores(query, sink_logits, softcap)
 
 
 def check_alike(query: Tensor, key: Tensor, value: Tensor, layout: str) -> None:
@@ -89,15 +93,17 @@ def plain_forward(
     last: int,
     scale: float,
     reach: int | None = None,
+    sink_logits: Tensor | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The operator in plain PyTorch, on any device."""
-    check(query, key, value, key_mask, sink, window, last, reach)
+    check(query, key, value, key_mask, sink, window, last, reach, sink_logits, softcap)
     geometry = Geometry(sink, window, last, reach)
     # The caller's autocast reaches in here, and would round the float32 products to bfloat16.
     with torch.autocast(query.device.type, enabled=False):
         if key_mask is not None and key_mask.dtype != torch.bool:
-            return documents.forward(query, key, value, key_mask, geometry, scale)
-        return kernel.forward(query, key, value, key_mask, geometry, scale)
+            return documents.forward(query, key, value, key_mask, geometry, scale, sink_logits, softcap)
+        return kernel.forward(query, key, value, key_mask, geometry, scale, sink_logits, softcap)
 
 
 _forward = torch.library.custom_op("tmx::triangle_attention", plain_forward, mutates_args=(), schema=_SCHEMA)
@@ -114,8 +120,10 @@ def _(
     last: int,
     scale: float,
     reach: int | None = None,
+    sink_logits: Tensor | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    check(query, key, value, key_mask, sink, window, last, reach)
+    check(query, key, value, key_mask, sink, window, last, reach, sink_logits, softcap)
     return empty_by_tokens(query, value.shape[3]), query.new_empty(query.shape[:3], dtype=torch.float32)
 
 
@@ -132,14 +140,17 @@ def plain_backward(
     last: int,
     scale: float,
     reach: int | None = None,
+    sink_logits: Tensor | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of :func:`plain_forward`."""
+    """The gradients of :func:`plain_forward`, but for that of the sink logits (:func:`sink_gradient`)."""
     geometry = Geometry(sink, window, last, reach)
+    operands = (grad_out, grad_lse, query, key, value)
     # The caller's autocast reaches in here, and would round the float32 products to bfloat16.
     with torch.autocast(query.device.type, enabled=False):
         if key_mask is not None and key_mask.dtype != torch.bool:
-            return documents.backward(grad_out, grad_lse, query, key, value, key_mask, out, geometry, scale)
-        return kernel.backward(grad_out, grad_lse, query, key, value, key_mask, out, geometry, scale)
+            return documents.backward(*operands, key_mask, out, geometry, scale, sink_logits, softcap)
+        return kernel.backward(*operands, key_mask, out, geometry, scale, sink_logits, softcap)
 
 
 _backward = torch.library.custom_op("tmx::triangle_attention_backward", plain_backward, mutates_args=())
@@ -153,19 +164,24 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, key_mask, *ctx.geometry = inputs
+    query, key, value, key_mask, *ctx.geometry, sink_logits, ctx.softcap = inputs
     # The log-sum-exp has no gradient unless somebody uses it, and zeros that autograd made up would be no DTensor.
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(query, key, value, key_mask, output[0])
+    out, lse = output
+    ctx.save_for_backward(query, key, value, key_mask, out, *(() if sink_logits is None else (sink_logits, lse)))
 
 
 def _autograd(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    query, key, value, key_mask, out = ctx.saved_tensors
+    query, key, value, key_mask, out, *learned = ctx.saved_tensors
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+    sink_logits = learned[0] if learned else None
     grads = torch.ops.tmx.triangle_attention_backward(
-        grad_out, grad_lse, query, key, value, key_mask, out, *ctx.geometry
+        grad_out, grad_lse, query, key, value, key_mask, out, *ctx.geometry, sink_logits, ctx.softcap
     )
-    return (*grads, None, None, None, None, None, None)
+    of_sinks = None
+    if sink_logits is not None and ctx.needs_input_grad[9]:
+        of_sinks = sink_gradient(grad_out, grad_lse, out, learned[1], sink_logits)
+    return (*grads, None, None, None, None, None, None, of_sinks, None)
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
@@ -189,6 +205,8 @@ def triangle_attention(
     last: int,
     scale: float | None = None,
     reach: int | None = None,
+    sink_logits: Tensor | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention under the TriangleMix mask (arXiv 2507.21526), differentiable, O(N) in memory.
 
@@ -211,10 +229,14 @@ def triangle_attention(
         last: number of final rows that attend to all keys.
         scale: factor on the scores; ``1 / sqrt(D)`` when None.
         reach: how far back any row sees, sinks and last rows included: a layer's own sliding window. None: all keys.
+        sink_logits: (H,), any floating dtype, differentiable: the learned sink of each head, one more logit in the
+            softmax of every row, without a value (gpt-oss). It has nothing to do with ``sink``.
+        softcap: scores become ``softcap * tanh(scores / softcap)`` before the mask (Gemma 2); positive.
 
     Returns:
         out (B, H, Sq, Dv) in query's dtype, (B, Sq, H, Dv) in memory, 0 on a row that attends to nothing; lse
-        (B, H, Sq) float32, the natural log of the sum of exponentials, -inf on such a row.
+        (B, H, Sq) float32, the natural log of the sum of exponentials, that of the sink logit among them; without one,
+        -inf on such a row.
 
     Raises:
         ValueError: shapes, dtypes, devices or counts that do not fit, naming the argument and its value.
@@ -235,6 +257,6 @@ def triangle_attention(
     if scale is None:
         scale = query.shape[-1] ** -0.5
     out: tuple[Tensor, Tensor] = torch.ops.tmx.triangle_attention(
-        query, key, value, key_mask, sink, window, last, scale, *(() if reach is None else (reach,))
+        query, key, value, key_mask, *Geometry(sink, window, last, reach).arguments(scale, sink_logits, softcap)
     )
     return out

@@ -124,4 +124,6 @@ def _call(site: AttentionSite, proof: Proof, geometry: Geometry, needs_grad: boo
         needs_grad,
         dense_up_to=plan.config.min_seq_len if plan.host.short is Short.INSIDE else None,
         layout=None if order is None else permuted(order, site.result_order),
+        sink_logits=None if site.sink_logits is None else site.sink_logits.fake,
+        softcap=site.softcap,
     )

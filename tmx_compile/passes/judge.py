@@ -79,6 +79,9 @@ def _against(item: SitePlan, site: AttentionSite, plan: Plan) -> Rejected | None
         return Rejected(Reason.NO_LOWERING, "dynamic blocks in a layer with a sliding window of its own", site.node)
     if item.proof.reach is not None and item.proof.reach <= config.sliding_window_size:
         return Rejected(Reason.WINDOWED, f"{item.proof.reach + 1} keys", site.node)
+    if item.proof.promised is not None and (site.sink_logits is not None or site.softcap is not None):
+        what = "learned sinks" if site.sink_logits is not None else "a softcap"
+        return Rejected(Reason.NO_LOWERING, f"{what} under a mask that is checked when it runs", site.node)
     return of_other_shape(site) or without_layout(site.node)
 
 

@@ -44,7 +44,7 @@ def inductor_options(plan: Plan) -> Mapping[str, Any]:
 class _Emission:
     """The nodes that a lowering wrote for one call, in order, and the tensors they read."""
 
-    operands: tuple[Node, Node, Node]
+    operands: tuple[Node, ...]
     nodes: tuple[Node, ...]
     out: Node
 
@@ -110,17 +110,18 @@ class Lowerer:
     def _emit(self, node: Node, call: AttentionCall, lowering: Lowering) -> _Emission:
         before = node.prev
         write = Writer(self._gm, self._fake_mode, node)
-        query, key, value = _tensors(node)
+        read = _tensors(node)
+        query, key, value, *sinks = map(write.proxy, read)
         mask = node.args[3]
         key_mask = write.proxy(mask) if isinstance(mask, Node) else None
-        operands = Operands(write.proxy(query), write.proxy(key), write.proxy(value), key_mask)
+        operands = Operands(query, key, value, key_mask, *sinks)
         out = lowering.emit(write, call, operands).node
         written: list[Node] = []
         current = before.next
         while current is not node:
             written.append(current)
             current = current.next
-        return _Emission((query, key, value), tuple(written), out)
+        return _Emission(read, tuple(written), out)
 
     def _repeat(self, emission: _Emission, node: Node) -> Node:
         """Copy what depends on the operands' values; keep the rest."""
@@ -137,21 +138,20 @@ class Lowerer:
         return moved[emission.out]
 
 
-def _tensors(node: Node) -> tuple[Node, Node, Node]:
-    query, key, value = node.args[:3]
-    assert isinstance(query, Node)
-    assert isinstance(key, Node)
-    assert isinstance(value, Node)
-    return query, key, value
+def _tensors(node: Node) -> tuple[Node, ...]:
+    """Query, key and value, and the sink logits where the call has any: what differs from layer to layer."""
+    return tuple(argument for argument in (*node.args[:3], *node.args[9:10]) if isinstance(argument, Node))
 
 
 def _describe(call: AttentionCall) -> Any:
     """Everything about a call that a lowering may look at, as a key."""
     tensors = tuple(
         (tuple(map(size_of, x.shape)), tuple(map(size_of, x.stride())), x.dtype, x.device)
-        for x in (call.query, call.key, call.value)
+        for x in (call.query, call.key, call.value, call.sink_logits)
+        if x is not None
     )
-    constants = replace(call, query=None, key=None, value=None, key_mask=None)  # type: ignore[arg-type]
+    none = dict.fromkeys(("query", "key", "value", "key_mask", "sink_logits"))
+    constants = replace(call, **none)  # type: ignore[arg-type]
     return tensors, constants
 
 

@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from tmx_compile.errors import VerificationError
-from tmx_compile.find.site import AttentionSite, Operand
+from tmx_compile.find.site import AttentionSite, Operand, SinkLogits
 from tmx_compile.graph.erase import dead_ends, erase_dead
 from tmx_compile.graph.layout import NAME, laid_out, memory_order, permuted
 from tmx_compile.graph.nodes import FIRST_ROW, LAYER, fake_mode_of, tensor_of
@@ -78,7 +78,8 @@ class _Substituter:
                 operands[0] = self._cast(emit.call(torch.mul, operands[0], factor), out.dtype)
             operands[1:] = [keys.of(emit, operand) for operand in operands[1:]]
             counts = call.geometry.arguments(site.scale)
-            both = emit.call(OPERATOR, *operands, keys.mask, *counts)
+            sinks = None if site.sink_logits is None else self._sink_logits(site.sink_logits)
+            both = emit.call(OPERATOR, *operands, keys.mask, *call.geometry.arguments(site.scale, sinks, site.softcap))
             both.meta[FIRST_ROW], both.meta[LAYER] = keys.first_row, item.layer.index
             result = emit.call(operator.getitem, both, 0)
             if keys.shown is not None:
@@ -112,6 +113,12 @@ class _Substituter:
         if operand.order is not None:
             node = self._emit.call(torch.Tensor.permute, node, operand.order)
         return self._cast(node, dtype)
+
+    def _sink_logits(self, sinks: SinkLogits) -> Node:
+        node = self._emit.source(sinks.node)
+        fake = tensor_of(node)
+        assert fake is not None
+        return node if fake.dim() == 1 else self._emit.call(torch.reshape, node, (-1,))
 
     def _cast(self, node: Node, dtype: torch.dtype) -> Node:
         fake = tensor_of(node)

@@ -65,6 +65,17 @@ def test_the_plan_equals_the_oracle(attention, name, sides):
     assert {site.lowering for site in attention.report.triangle()} == {"blocked"}
 
 
+@pytest.mark.parametrize("sides", ["none", "left", "both"])
+@pytest.mark.parametrize(("name", "lowering"), [("Gemma2", "operator"), ("GptOss", "blocked")])
+def test_a_softcap_and_learned_sinks(attention, name, lowering, sides):
+    ids, mask = prompt(), None if SIDES[sides] is None else padded(SIDES[sides])
+    with torch.no_grad():
+        got = switched_model(name)(ids, attention_mask=mask).logits
+    close(got, plan_oracle(name, CONFIG, ids, mask), mask)
+    assert decisions(attention.report) == {0: KEPT, 1: SPARSE, 2: SPARSE}
+    assert {site.lowering for site in attention.report.triangle()} == {lowering}
+
+
 @pytest.mark.parametrize("lowering", ["triton", "operator"])
 def test_a_lowering_by_name(lowering):
     """``triton`` in its interpreter."""

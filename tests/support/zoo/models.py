@@ -173,8 +173,6 @@ class Model:
 LLAMA_STYLE = r"model\.layers\.\d+\.self_attn"
 # What the scores are changed by, beside the mask.
 BIAS = frozenset({"FLOAT_BIAS"})
-SOFTCAP = frozenset({"SCORE_CHANGED"})
-SINKS = frozenset({"SCORE_CHANGED"})
 
 
 def _decoder(
@@ -211,7 +209,6 @@ MODELS: tuple[Model, ...] = (
         "Gemma2",
         title="Gemma 2 (softcap, alternating windows)",
         offers=("eager", "flex_attention"),
-        dense={"*": SOFTCAP},
         head_dim=8,
         sliding_window=WINDOW,
     ),
@@ -300,7 +297,6 @@ MODELS: tuple[Model, ...] = (
         "GptOss",
         title="gpt-oss (learned sinks, alternating windows)",
         offers=("eager",),
-        dense={"*": SINKS},
         head_dim=8,
         num_local_experts=4,
         num_experts_per_tok=4,

@@ -43,7 +43,8 @@ SCORE_BUDGET = 1 << 21
 class AttentionInputs:
     """One attention call: what :func:`tmx_compile.operator.triangle_attention` takes, without the geometry.
 
-    query (B, H, Sq, D), key (B, Hkv, Skv, D), value (B, Hkv, Skv, Dv), key_mask (B, Skv) or None.
+    query (B, H, Sq, D), key (B, Hkv, Skv, D), value (B, Hkv, Skv, Dv), key_mask (B, Skv) or None, sink_logits (H,) or
+    None.
     """
 
     query: Tensor
@@ -52,10 +53,13 @@ class AttentionInputs:
     key_mask: Tensor | None
     scale: float
     reach: int | None
+    sink_logits: Tensor | None = None
+    softcap: float | None = None
 
     def dense(self) -> Tensor:
         """Causal attention with padding, no section left out: (B, H, Sq, Dv)."""
-        if self.key_mask is None and self.reach is None and self.query.shape[2] == self.key.shape[2]:
+        plain = self.key_mask is None and self.reach is None and self.sink_logits is None and self.softcap is None
+        if plain and self.query.shape[2] == self.key.shape[2]:
             return F.scaled_dot_product_attention(
                 self.query, self.key, self.value, is_causal=True, scale=self.scale, enable_gqa=True
             )
@@ -74,13 +78,16 @@ class AttentionInputs:
             last=last,
             scale=self.scale,
             reach=self.reach,
+            sink_logits=self.sink_logits,
+            softcap=self.softcap,
         )
 
     def sparse(self, geometry: Geometry) -> Tensor:
         """Triangle attention alone, (B, H, Sq, Dv), by the purpose-built kernel where there is a GPU for it."""
         if self.query.is_cuda:
             operands = (self.query, self.key, self.value, self.key_mask)
-            out = triton_attention(AttentionCall(*operands, replace(geometry, reach=self.reach), self.scale, False))
+            call = AttentionCall(*operands, replace(geometry, reach=self.reach), self.scale, False)
+            out = triton_attention(replace(call, sink_logits=self.sink_logits, softcap=self.softcap))
             if isinstance(out, Tensor):
                 return out
         return self.triangle(geometry)[0]
@@ -163,24 +170,27 @@ class RecordMiddle(torch.autograd.Function):
         geometry: Geometry,
         scale: float,
         reach: int | None,
+        sink_logits: Tensor | None,
+        softcap: float | None,
         record: Callable[[SectionSums], None],
     ) -> Tensor:
         """``gate``: any tensor that requires a gradient, so that backward comes here in the first layer too."""
-        out = AttentionInputs(query, key, value, key_mask, scale, reach).dense()
-        ctx.save_for_backward(query, key, value, key_mask, out)
-        ctx.geometry, ctx.scale, ctx.reach, ctx.record = geometry, scale, reach, record
+        out = AttentionInputs(query, key, value, key_mask, scale, reach, sink_logits, softcap).dense()
+        ctx.save_for_backward(query, key, value, key_mask, out, sink_logits)
+        ctx.geometry, ctx.rest, ctx.record = geometry, (scale, reach, softcap), record
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of query, key and value; the sums go to ``record``."""
-        query, key, value, key_mask, out = ctx.saved_tensors
-        inputs = AttentionInputs(query, key, value, key_mask, ctx.scale, ctx.reach)
+        """Gradients of query, key and value (nobody asks for the sinks'); the sums go to ``record``."""
+        query, key, value, key_mask, out, sink_logits = ctx.saved_tensors
+        scale, reach, softcap = ctx.rest
+        inputs = AttentionInputs(query, key, value, key_mask, scale, reach, sink_logits, softcap)
         wanted = any(ctx.needs_input_grad[1:4])
         sums, passed = middle_sums(inputs, ctx.geometry, out, grads[0], gradients=wanted)
         ctx.record(sums)
         gate = torch.zeros((), device=query.device) if ctx.needs_input_grad[0] else None
-        return (gate, *passed, None, None, None, None, None)
+        return (gate, *passed, None, None, None, None, None, None, None)
 
 
 def middle_sums(
@@ -211,7 +221,7 @@ def middle_sums(
         delta = (converted[3] * out.to(dtype)).sum(-1, keepdim=True)
         tensors = _Tensors(converted[0], converted[1], converted[2], converted[3], delta)
         for part in _parts(inputs, geometry):
-            _accumulate(tensors, inputs.scale, part, sums, cells, total)
+            _accumulate(tensors, inputs, part, sums, cells, total)
     found = SectionSums(sums, cells)
     if total is None:
         return found, (None, None, None)
@@ -285,7 +295,7 @@ class _Tensors:
 
 
 def _accumulate(
-    tensors: _Tensors, scale: float, part: _Part, sums: Tensor, cells: Tensor, total: list[Tensor] | None
+    tensors: _Tensors, inputs: AttentionInputs, part: _Part, sums: Tensor, cells: Tensor, total: list[Tensor] | None
 ) -> None:
     """Add one part's sums and gradients to the totals, in place."""
     s, rows, keys = part.sequences, part.rows, part.keys
@@ -294,9 +304,10 @@ def _accumulate(
     q, d_out = (kernel.grouped(x[s, :, rows], kv_heads) for x in (tensors.query, tensors.grad_out))
     delta = tensors.delta[s, :, rows]
     cell_shape = (*delta.shape[:3], k.shape[2])
-    scores = (q @ k.transpose(2, 3)).view(cell_shape).mul_(scale)
+    scores = kernel.capped((q @ k.transpose(2, 3)).view(cell_shape), inputs.scale, inputs.softcap)
     scores.masked_fill_(~part.allowed[:, None], float("-inf"))
-    lse = torch.logsumexp(scores, -1, keepdim=True)
+    slope = kernel.slope(scores, inputs.scale, inputs.softcap)
+    lse = kernel.log_sum_exp(scores, inputs.sink_logits)
     # exp(-inf - 0) is 0: a row that attends to nothing contributes nothing.
     weights = scores.sub_(lse.masked_fill(lse == float("-inf"), 0.0)).exp_()
     grad_weights = (d_out @ v.transpose(2, 3)).view(cell_shape)
@@ -313,6 +324,6 @@ def _accumulate(
             sums[place, s] += inside.sum(-1).sum(-1, dtype=torch.float64)
             sums[place + 1, s] += inside.abs_().sum(-1).sum(-1, dtype=torch.float64)
     if total is not None:
-        stacked = kernel.grouped(grad_scores, kv_heads).mul_(scale)
+        stacked = kernel.grouped(grad_scores.mul_(slope), kv_heads)
         total[0][s, :, rows] += (stacked @ k).view(*delta.shape[:3], -1)
         total[1][s, :, keys] += stacked.transpose(2, 3) @ q

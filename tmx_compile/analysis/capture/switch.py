@@ -66,6 +66,8 @@ class Switchboard:
             self.geometry,
             inputs.scale,
             inputs.reach,
+            None if inputs.sink_logits is None else inputs.sink_logits.detach(),
+            inputs.softcap,
             lambda sums: recorder(layer, sums),
         )
         return out
@@ -87,9 +89,12 @@ class SwitchedAttention(nn.Module):
         key_mask: Tensor | None,
         scale: float,
         reach: int | None = None,
+        sink_logits: Tensor | None = None,
+        softcap: float | None = None,
     ) -> Tensor:
         """Operands as :func:`tmx_compile.operator.triangle_attention` takes them; (B, H, Sq, Dv)."""
-        out = self.board.attend(self.layer, AttentionInputs(query, key, value, key_mask, scale, reach))
+        inputs = AttentionInputs(query, key, value, key_mask, scale, reach, sink_logits, softcap)
+        out = self.board.attend(self.layer, inputs)
         # The memory of the operator's result: what follows may view it.
         return out.transpose(1, 2).contiguous().transpose(1, 2)
 

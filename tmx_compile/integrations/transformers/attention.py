@@ -184,8 +184,9 @@ class TriangleAttention:
         q, k, v, key_mask, geometry = call.query, call.key, call.value, call.key_mask, call.geometry
         like = q if key_mask is None else key_mask
         first = FIRST_LAST_ROW(like, None, q.shape[2], k.shape[2], geometry.last, limit, False)
-        out = CHUNK(q, k, v, key_mask, first, *geometry.counts, call.scale, geometry.reach, request.lowering)
-        return out, lowering.name, None
+        counts = (*geometry.counts, call.scale, geometry.reach, request.lowering)
+        learned = (call.sink_logits, call.softcap) if call.changes else ()
+        return CHUNK(q, k, v, key_mask, first, *counts, *learned), lowering.name, None
 
     def record(
         self,

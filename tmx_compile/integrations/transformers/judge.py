@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,9 +24,7 @@ _TRANSFORMERS_LAYOUT = (0, 2, 1, 3)
 """Transformers wants results as (B, rows, H, Dv): in this order they need no copy."""
 
 _CHANGES_SCORES = (
-    ("softcap", "a softcap"),
-    ("s_aux", "learned sinks"),
-    ("sinks", "learned sinks"),
+    ("sinks", "learned sinks that depend on the rows"),
     ("position_bias", "a bias of the positions"),
 )
 
@@ -76,9 +75,11 @@ class Judge:
         settings: Mapping[str, Any],
     ) -> AttentionCall | Rejected:
         """The call that a lowering is to take, or why the layer stays dense; see ``TriangleAttention.forward``."""
-        needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+        sinks: Tensor | None = settings.get("s_aux")
+        learned = (query, key, value) if sinks is None else (query, key, value, sinks)
+        needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in learned)
         why = self._against_layer(module) or self._against_rows(module, query, needs_grad)
-        why = why or _against_form(module, settings)
+        why = why or _against_form(module, query, settings)
         shown = why or self._shown(query, key, mask, settings)
         if isinstance(shown, Rejected):
             return shown
@@ -98,6 +99,8 @@ class Judge:
             query.shape[3] ** -0.5 if scaling is None else float(scaling),
             needs_grad,
             layout=_TRANSFORMERS_LAYOUT,
+            sink_logits=sinks,
+            softcap=settings.get("softcap"),
         )
 
     def selection(self, module: nn.Module) -> Selection | None:
@@ -178,7 +181,7 @@ def is_causal(module: nn.Module, settings: Mapping[str, Any]) -> bool:
     return bool(getattr(module, "is_causal", True) if causal is None else causal)
 
 
-def _against_form(module: nn.Module, settings: Mapping[str, Any]) -> Rejected | None:
+def _against_form(module: nn.Module, query: Tensor, settings: Mapping[str, Any]) -> Rejected | None:
     if not is_causal(module, settings):
         return Rejected(Reason.NOT_CAUSAL, "is_causal=False")
     if settings.get("dropout"):
@@ -186,6 +189,11 @@ def _against_form(module: nn.Module, settings: Mapping[str, Any]) -> Rejected | 
     for name, what in _CHANGES_SCORES:
         if settings.get(name) is not None:
             return Rejected(Reason.SCORE_CHANGED, what)
+    sinks, softcap = settings.get("s_aux"), settings.get("softcap")
+    if sinks is not None and (sinks.shape != query.shape[1:2] or sinks.device != query.device):
+        return Rejected(Reason.SCORE_CHANGED, f"learned sinks of shape {tuple(sinks.shape)} on {sinks.device}")
+    if softcap is not None and not 0 < softcap < math.inf:
+        return Rejected(Reason.SCORE_CHANGED, f"a softcap of {softcap}")
     if settings.get("indices") is not None or settings.get("block_indices") is not None:
         return Rejected(Reason.MASK_UNKNOWN, "keys that the model selects")
     if settings.get("cache") is not None:

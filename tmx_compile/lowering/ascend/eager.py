@@ -27,15 +27,18 @@ def forward(
     last: int,
     scale: float,
     reach: int | None = None,
+    sink_logits: Tensor | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``tmx::triangle_attention`` through torch_npu's fused operators; what they cannot take, in plain PyTorch.
 
     Arguments, result and errors are those of :func:`tmx_compile.operator.triangle_attention`.
     """
-    check(query, key, value, key_mask, sink, window, last, reach)
-    call = AttentionCall(query, key, value, key_mask, Geometry(sink, window, last, reach), scale, False)
+    check(query, key, value, key_mask, sink, window, last, reach, sink_logits, softcap)
+    geometry = Geometry(sink, window, last, reach)
+    call = AttentionCall(query, key, value, key_mask, geometry, scale, False, sink_logits=sink_logits, softcap=softcap)
     if isinstance(Ascend().supports(call), Rejected):
-        return plain_forward(query, key, value, key_mask, sink, window, last, scale, reach)
+        return plain_forward(query, key, value, key_mask, sink, window, last, scale, reach, sink_logits, softcap)
 
     def run(operator: Any, *args: Any, **kwargs: Any) -> Any:
         return operator(*args, **kwargs)

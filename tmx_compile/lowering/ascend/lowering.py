@@ -50,8 +50,8 @@ def _why_not(call: AttentionCall) -> str:
         return f"the fused operator takes float16 and bfloat16, not {str(query.dtype).removeprefix('torch.')}"
     if call.needs_grad:
         return "the fused operator is for inference, call the model under torch.no_grad()"
-    if call.documents:
-        return "packed documents"
+    if call.documents or call.changes:
+        return call.changes or "packed documents"
     if call.geometry.reach is not None:
         return "a sliding window of the layer's own"
     if not isinstance(call.scale, float):

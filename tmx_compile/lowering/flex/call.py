@@ -13,6 +13,7 @@ from torch.fx import Graph, GraphModule, Proxy
 from torch.fx.proxy import GraphAppendingTracer
 
 from tmx_compile.lowering.base import Writer, example, length
+from tmx_compile.lowering.scoring import Scoring
 
 _OPTIONS = {
     "PRESCALE_QK": False,
@@ -54,23 +55,24 @@ def flex_call(
     plan: KeyBlocks,
     mask_mod: GraphModule,
     buffers: tuple[Any, ...],
-    scale: float,
+    scoring: Scoring,
     options: Mapping[str, Any],
 ) -> Proxy:
     """The call; its three results are out (B, H, Sq, Dv), log-sum-exp (B, H, Sq) float32 in base 2, maximum scores.
 
     ``lengths`` are Sq and Skv, as numbers or their nodes.
     ``mask_mod`` is a graph of (batch, head, row, key) and ``buffers``, which are tensors that went through
-    :func:`stored`. The log-sum-exp is written only where ``options`` say ``OUTPUT_LOGSUMEXP``.
+    :func:`stored`. The log-sum-exp is written only where ``options`` say ``OUTPUT_LOGSUMEXP``. Of ``scoring``, learned
+    sinks are left to the caller.
     """
     q, k, v = qkv
-    score = write.submodule("tmx_score_mod", _score_mod())
+    score = write.submodule("tmx_score_mod", _score_mod(scoring.softcap))
     mask = write.submodule("tmx_mask_mod", mask_mod)
     unused = (None,) * (_tuple_length() - 9)
     lists = (plan.counts, plan.indices, plan.full_counts, plan.full_indices)
     block_mask = (*lengths, *lists, *unused, plan.rows, plan.keys, mask)
     # The call itself is not run on fakes: on CPU that would form the N x N scores.
-    flex = write.call(_call_flex, q, k, v, score, block_mask, scale, {**_OPTIONS, **options}, (), buffers)
+    flex = write.call(_call_flex, q, k, v, score, block_mask, scoring.scale, {**_OPTIONS, **options}, (), buffers)
     flex.node.target = flex_attention
     return flex
 
@@ -106,9 +108,12 @@ def _tuple_length() -> int:
     return len(mask.as_tuple())
 
 
-def _score_mod() -> GraphModule:
-    """The identity, as a graph: torch's own identity function cannot be pickled and bypasses the cache."""
+def _score_mod(softcap: float | None) -> GraphModule:
+    """The softcap or the identity, as a graph: torch's own identity cannot be pickled and bypasses the cache."""
     graph = Graph()
     score, *_ = [graph.placeholder(name) for name in ("score", "b", "h", "row", "key")]
+    if softcap is not None:
+        capped = graph.call_function(torch.tanh, (graph.call_function(torch.div, (score, softcap)),))
+        score = graph.call_function(torch.mul, (capped, softcap))
     graph.output(score)
     return GraphModule({}, graph)

@@ -6,8 +6,9 @@ second call several times over, each copy with its own part of the keys, and a l
 
 from __future__ import annotations
 
+import math
 import operator
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +19,12 @@ from tmx_compile.lowering import rows
 from tmx_compile.lowering.base import AttentionCall, Operands, Writer, arange, example, first_position, length, symbol
 from tmx_compile.lowering.flex.call import flex_call, placeholders, stored
 from tmx_compile.lowering.flex.plan import Tiles, last_plan, streaming_plan
+from tmx_compile.lowering.scoring import Scoring
 from tmx_compile.mask import formula
 from tmx_compile.mask.geometry import Geometry
 from tmx_compile.report import Accepted, Reason, Rejected
+
+_LN_2 = math.log(2)
 
 # Wider plans would still be O(N), but their index tensors would be a burden of their own.
 _MAX_REACH = 1 << 16
@@ -70,14 +74,15 @@ def emit(write: Writer, call: AttentionCall, operands: Operands) -> Proxy:
     ending = where if key_mask is None else rows.last_extent(where, kv_len, call.geometry.last)
     whole_is_last = key_mask is None or ending is not where
     geometry = call.geometry.within_reach().bounded(kv_len, q_len)
+    scoring = Scoring.of(call, operands)
     # As int8, which is surely computed: `stored` must not meet a view.
     valid = None if key_mask is None else stored(key_mask.to(torch.int8))
     if isinstance(q_len, int) and geometry.last == q_len and whole_is_last:
-        whole: Proxy = _last(write, [q, k, v], valid, ending, geometry, call.scale)[0]
+        whole: Proxy = _last(write, [q, k, v], valid, ending, geometry, scoring)[0]
         return whole
-    out = _streaming(write, [q, k, v], valid, where, geometry, call.scale)
+    out = _streaming(write, [q, k, v], valid, where, geometry, scoring)
     if geometry.last > 0:
-        final, index, position = _last(write, [q, k, v], valid, ending, geometry, call.scale)
+        final, index, position = _last(write, [q, k, v], valid, ending, geometry, scoring)
         # Inductor does `index_put` in place on the template's output; a concatenation would copy all of it. Rows that
         # do not exist repeat row 0 with row 0's own result.
         if valid is None:
@@ -137,7 +142,7 @@ def _options(tiles: Tiles, *, logsumexp: bool) -> dict[str, Any]:
 
 
 def _streaming(
-    write: Writer, qkv: list[Any], valid: Any, where: rows.Extent, geometry: Geometry, scale: float
+    write: Writer, qkv: list[Any], valid: Any, where: rows.Extent, geometry: Geometry, scoring: Scoring
 ) -> Proxy:
     q, k, v = qkv
     q_len, kv_len = length(q, 2), length(k, 2)
@@ -152,14 +157,20 @@ def _streaming(
         buffers += (stored((arange(q, 1) + offset).to(torch.int32)),)
     constant = None if isinstance(offset, Proxy) else offset
     mask = _streaming_mask(padded, constant, geometry)
-    options = _options(tiles, logsumexp=False)
-    flex = flex_call(write, qkv, (q_len, kv_len), plan, mask, buffers, scale, options)
-    out: Proxy = write.call(operator.getitem, flex, 0)
-    return out
+    sinks = scoring.sink_logits
+    options = _options(tiles, logsumexp=sinks is not None)
+    flex = flex_call(write, qkv, (q_len, kv_len), plan, mask, buffers, scoring, options)
+    out: Any = write.call(operator.getitem, flex, 0)
+    if sinks is None:
+        return cast("Proxy", out)
+    # Its share of the softmax is that of all keys together against the sink; 0 of none.
+    lse: Any = write.call(operator.getitem, flex, 1)
+    share = torch.sigmoid(lse * _LN_2 - sinks.to(torch.float32)[None, :, None])
+    return cast("Proxy", (out * share[..., None]).to(example(q).dtype))
 
 
 def _last(
-    write: Writer, qkv: list[Any], valid: Any, where: rows.Extent, geometry: Geometry, scale: float
+    write: Writer, qkv: list[Any], valid: Any, where: rows.Extent, geometry: Geometry, scoring: Scoring
 ) -> tuple[Any, Any, Any]:
     """Attention of the last rows over all keys in reach, (B, H, last, Dv), their row numbers and positions.
 
@@ -189,12 +200,17 @@ def _last(
     plan = last_plan(q, kv_len, where, valid is not None, first, final, reach, copies, blocks, tiles)
     mask = _last_mask(valid is not None, reach)
     buffers = (stored(places),) if valid is None else (stored(places), valid)
-    options = _options(tiles, logsumexp=copies > 1)
-    flex = flex_call(write, [query, k, v], (copies * height, kv_len), plan, mask, buffers, scale, options)
+    merged = copies > 1 or scoring.sink_logits is not None
+    options = _options(tiles, logsumexp=merged)
+    flex = flex_call(write, [query, k, v], (copies * height, kv_len), plan, mask, buffers, scoring, options)
     out: Any = write.call(operator.getitem, flex, 0)
-    if copies > 1:
+    if merged:
+        sinks = None
+        if scoring.sink_logits is not None:
+            sinks = scoring.sink_logits.to(torch.float32).reshape(1, kv_heads, heads // kv_heads, 1) / _LN_2
+            sinks = F.pad(sinks.expand(-1, -1, -1, last).reshape(1, kv_heads, count), (0, height - count))
         out = out.reshape(batch, kv_heads, copies, height, v_dim)
-        out = _merge(out, write.call(operator.getitem, flex, 1).reshape(batch, kv_heads, copies, height))
+        out = _merge(out, write.call(operator.getitem, flex, 1).reshape(batch, kv_heads, copies, height), sinks)
     out = out[:, :, :count].reshape(batch, heads, last, v_dim)
     return out.to(example(q).dtype), index, position
 
@@ -248,14 +264,18 @@ def _copies(programs: int) -> int:
     return copies
 
 
-def _merge(out: Any, lse: Any) -> Any:
+def _merge(out: Any, lse: Any, sinks: Any) -> Any:
     """Join results over parts of the keys, (B, h, copies, R, Dv) and base-2 log-sum-exps, into (B, h, R, Dv) float32.
 
-    A part without keys has the log-sum-exp -inf and counts for nothing; rows without any keys are 0.
+    A part without keys has the log-sum-exp -inf and counts for nothing; rows without any keys are 0. ``sinks`` are the
+    rows' learned sinks, (1, h, R) in base 2, or None: one more part, of zeros.
     """
     top = lse.amax(2, keepdim=True)
-    weight = torch.exp2(lse - torch.where(top == float("-inf"), 0.0, top))
+    top = torch.where(top == float("-inf"), 0.0, top)
+    weight = torch.exp2(lse - top)
     total = weight.sum(2)
+    if sinks is not None:
+        total = total + torch.exp2(sinks - top[:, :, 0])
     summed = (out.to(torch.float32) * weight[..., None]).sum(2)
     return summed / torch.where(total == 0.0, 1.0, total)[..., None]
 

@@ -19,6 +19,7 @@ from tmx_compile.lowering import rows
 from tmx_compile.lowering.base import AttentionCall, Lowering, Operands, Writer, arange, first_position, length
 from tmx_compile.lowering.flex import cuda as flex_cuda
 from tmx_compile.lowering.flex.call import KeyBlocks, flex_call, placeholders, stored
+from tmx_compile.lowering.scoring import Scoring
 from tmx_compile.mask import formula
 from tmx_compile.mask.geometry import Geometry
 from tmx_compile.report import Accepted, Reason, Rejected
@@ -49,6 +50,8 @@ class Flex(Lowering):
             return Rejected(Reason.NO_LOWERING, f"flex: written for cpu and cuda, got {device}")
         if call.needs_grad:
             return Rejected(Reason.NO_LOWERING, "flex: Inductor's CPU template has no backward")
+        if call.sink_logits is not None:
+            return Rejected(Reason.NO_LOWERING, "flex: learned sinks, and Inductor's CPU template gives no log-sum-exp")
         if call.query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return Rejected(Reason.NO_LOWERING, f"flex: {call.query.dtype} is not float32, bfloat16 or float16")
         if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
@@ -74,9 +77,10 @@ class Flex(Lowering):
         geometry = call.geometry.within_reach().bounded(kv_len, q_len)
         fakes = call.query, call.key, call.value
         own = [_own(x, fake) for x, fake in zip((q, k, v), fakes, strict=True)]
-        out = _streaming(write, own, key_mask, where, geometry, call.scale)
+        scoring = Scoring.of(call, operands)
+        out = _streaming(write, own, key_mask, where, geometry, scoring)
         if geometry.last > 0:
-            final = rows.last_rows(q, k, v, key_mask, ending, geometry, call.scale)
+            final = rows.last_rows(q, k, v, key_mask, ending, geometry, scoring)
             out = rows.join(out, final, q, k, key_mask, ending, geometry.last, call.layout)
         if key_mask is not None:
             out = rows.zero_empty(out, q, k, key_mask, ending, geometry)
@@ -100,7 +104,7 @@ def _own(x: Any, fake: torch.Tensor) -> Any:
 
 
 def _streaming(
-    write: Writer, qkv: list[Any], key_mask: Any, where: rows.Extent, geometry: Geometry, scale: float
+    write: Writer, qkv: list[Any], key_mask: Any, where: rows.Extent, geometry: Geometry, scoring: Scoring
 ) -> Proxy:
     q, k, _ = qkv
     q_len, kv_len = length(q, 2), length(k, 2)
@@ -115,7 +119,7 @@ def _streaming(
         buffers += (stored(arange(q, 1) + offset),)
     constant = None if isinstance(offset, Proxy) else offset
     mask = _mask_mod(key_mask is not None, constant, geometry)
-    flex = flex_call(write, qkv, (q_len, kv_len), plan, mask, buffers, scale, {})
+    flex = flex_call(write, qkv, (q_len, kv_len), plan, mask, buffers, scoring, {})
     out: Proxy = write.call(operator.getitem, flex, 0)
     return out
 

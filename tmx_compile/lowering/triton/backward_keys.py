@@ -13,23 +13,39 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tmx_compile.lowering.triton.tiles import LOG2_E, arrived, load_rows, stack, store_part, sum_parts, valid_range
+from tmx_compile.lowering.triton.tiles import (
+    LOG2_E,
+    arrived,
+    bent,
+    load_rows,
+    stack,
+    store_part,
+    sum_parts,
+    valid_range,
+)
 from tmx_compile.lowering.triton.walk import seen
 
 
 @triton.jit
 def _add_rows(
-    grad_key, grad_value, key, value, query, grad, lse, delta, allowed, scale, FLOAT32: tl.constexpr
+    grad_key, grad_value, key, value, query, grad, lse, delta, allowed, scale, FLOAT32: tl.constexpr,
+    SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """Add a block of rows to a tile's dK (N, D) and dV (N, Dv). ``allowed`` is (N, M), or None where all attend."""
     precision: tl.constexpr = "tf32x3" if FLOAT32 else "tf32"
     scores = tl.dot(key, tl.trans(query), input_precision=precision)
-    weights = tl.exp2(scores * scale - lse[None, :])
+    factor = scale
+    if SOFTCAP > 0:
+        scores = bent(scores, scale, SOFTCAP)
+        factor = SOFTCAP * LOG2_E
+    weights = tl.exp2(scores * factor - lse[None, :])
     if allowed is not None:
         weights = tl.where(allowed, weights, 0.0)
     grad_value = tl.dot(weights.to(grad.dtype), grad, grad_value, input_precision=precision)
     grad_weights = tl.dot(value, tl.trans(grad), input_precision=precision)
     grad_scores = weights * (grad_weights - delta[None, :])
+    if SOFTCAP > 0:
+        grad_scores = grad_scores * (1.0 - scores * scores)
     grad_key = tl.dot(grad_scores.to(query.dtype), query, grad_key, input_precision=precision)
     return grad_key, grad_value
 
@@ -96,6 +112,7 @@ def key_kernel(
     REACH: tl.constexpr,
     FLOAT32: tl.constexpr,
     STAGES: tl.constexpr,
+    SOFTCAP: tl.constexpr,  # 0: none
 ):
     """dK and dV of one tile of keys. Strides are in elements; the last dimension of every tensor is contiguous."""
     ROWS: tl.constexpr = BLOCK_M // GROUP
@@ -194,7 +211,7 @@ def key_kernel(
         # What a sink is to a row is no matter here: a tile's keys are all sinks, or none is.
         allowed = seen(position[None, :], place[:, None], 0, row_span[None, :], reach, REACH)
         grad_key, grad_value = _add_rows(
-            grad_key, grad_value, key, value, query, grad, lse, delta, allowed, scale2, FLOAT32
+            grad_key, grad_value, key, value, query, grad, lse, delta, allowed, scale2, FLOAT32, SOFTCAP
         )
 
     for step in tl.range(0, (near_full + far_full) * HEAD_BLOCKS, num_stages=STAGES):
@@ -218,7 +235,7 @@ def key_kernel(
             lse = tl.load(row_lse_ptr + stacked + row, mask=exists, other=float("inf"))
             delta = tl.load(delta_ptr + stacked + row, mask=exists, other=0.0)
         grad_key, grad_value = _add_rows(
-            grad_key, grad_value, key, value, query, grad, lse, delta, None, scale2, FLOAT32
+            grad_key, grad_value, key, value, query, grad, lse, delta, None, scale2, FLOAT32, SOFTCAP
         )
 
     if SINKS:

@@ -32,6 +32,7 @@ def gradients(
     geometry: Geometry,
     scale: float,
     *,
+    softcap: float | None = None,
     shapes: BackwardTuning | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the backward kernels: two launches, and one for the sinks where there are any.
@@ -40,7 +41,8 @@ def gradients(
         grad_out: gradient of ``out``, (B, H, Sq, Dv), of any strides.
         grad_lse: gradient of ``lse``, (B, H, Sq) float32, or None.
         query, key, value, key_mask, extent, geometry, scale: as for the forward (:func:`launch.attend`).
-        out, lse: its results.
+        out, lse: its results, learned sinks included.
+        softcap: as for the forward.
         shapes: the block shapes; by default the table decides.
 
     Returns:
@@ -56,24 +58,33 @@ def gradients(
     key_mask = key_mask if key_mask is None or key_mask.stride(1) == 1 else key_mask.contiguous()
     lse, grad_lse = lse.contiguous(), None if grad_lse is None else grad_lse.contiguous()
     tensors = grad_out, grad_lse, query, key, value, key_mask, extent, out, lse
-    launches = prepare(tuple(None if x is None else kind(x) for x in tensors), geometry, scale, shapes)
+    launches = prepare(tuple(None if x is None else kind(x) for x in tensors), geometry, scale, shapes, softcap)
     grads = launches(*tensors)
     return grads if grads[0].dtype == dtype else tuple(x.to(dtype) for x in grads)  # type: ignore[return-value]
 
 
 @functools.lru_cache(maxsize=1024)
 def prepare(
-    kinds: tuple[Kind | None, ...], geometry: Geometry, scale: float, shapes: BackwardTuning | None
+    kinds: tuple[Kind | None, ...],
+    geometry: Geometry,
+    scale: float,
+    shapes: BackwardTuning | None,
+    softcap: float | None = None,
 ) -> _Launches:
     """What one kind of call computes once: a function of the nine tensors of ``kinds``, in the order of its names."""
-    return _Launches(kinds, geometry, scale, shapes)
+    return _Launches(kinds, geometry, scale, shapes, softcap)
 
 
 class _Launches:
     """The launches of the backward kernels."""
 
     def __init__(
-        self, kinds: tuple[Kind | None, ...], geometry: Geometry, scale: float, shapes: BackwardTuning | None
+        self,
+        kinds: tuple[Kind | None, ...],
+        geometry: Geometry,
+        scale: float,
+        shapes: BackwardTuning | None,
+        softcap: float | None,
     ) -> None:
         grad_out, grad_lse, query, key, value, key_mask, _, out, _ = kinds
         assert grad_out is not None
@@ -113,7 +124,7 @@ class _Launches:
         same = {
             "HEADS": heads, "KV_HEADS": kv_heads, "DIM": dim, "DIM_V": v_dim, "BLOCK_D": block_d, "BLOCK_DV": block_dv,
             "PADDED": key_mask is not None, "REACH": geometry.reach is not None,
-            "FLOAT32": query.dtype == torch.float32,
+            "FLOAT32": query.dtype == torch.float32, "SOFTCAP": softcap or 0.0,
         }  # fmt: skip
         self._query_launch = Prepared(
             query_kernel,

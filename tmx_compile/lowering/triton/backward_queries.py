@@ -20,6 +20,7 @@ import triton.language as tl
 from tmx_compile.lowering.triton.tiles import (
     LOG2_E,
     arrived,
+    bent,
     blocks_of,
     load_rows,
     masked_keys,
@@ -33,15 +34,23 @@ from tmx_compile.lowering.triton.walk import walk
 
 
 @triton.jit
-def _add_keys(acc, query, grad, lse, delta, key, value, allowed, scale, FLOAT32: tl.constexpr):
+def _add_keys(
+    acc, query, grad, lse, delta, key, value, allowed, scale, FLOAT32: tl.constexpr, SOFTCAP: tl.constexpr
+):  # fmt: skip
     """Add a block of keys to a tile's dQ (M, D). ``allowed`` is (M, N), or None where every pair is attended."""
     precision: tl.constexpr = "tf32x3" if FLOAT32 else "tf32"
     scores = tl.dot(query, tl.trans(key), input_precision=precision)
-    weights = tl.exp2(scores * scale - lse[:, None])
+    factor = scale
+    if SOFTCAP > 0:
+        scores = bent(scores, scale, SOFTCAP)
+        factor = SOFTCAP * LOG2_E
+    weights = tl.exp2(scores * factor - lse[:, None])
     if allowed is not None:
         weights = tl.where(allowed, weights, 0.0)
     grad_weights = tl.dot(grad, tl.trans(value), input_precision=precision)
     grad_scores = weights * (grad_weights - delta[:, None])
+    if SOFTCAP > 0:
+        grad_scores = grad_scores * (1.0 - scores * scores)
     return tl.dot(grad_scores.to(key.dtype), key, acc, input_precision=precision)
 
 
@@ -110,6 +119,7 @@ def query_kernel(
     LSE_GRAD: tl.constexpr,
     FLOAT32: tl.constexpr,
     STAGES: tl.constexpr,
+    SOFTCAP: tl.constexpr,  # 0: none
 ):
     """dQ of one tile of rows. Strides are in elements; the last dimension of every tensor is contiguous."""
     ROWS: tl.constexpr = BLOCK_M // GROUP
@@ -160,14 +170,14 @@ def query_kernel(
         )
         key = load_rows(key_base, wide * k_row, 1, DIM, BLOCK_D, used)
         value = load_rows(value_base, wide * v_row, 1, DIM_V, BLOCK_DV, used)
-        acc = _add_keys(acc, query, grad, lse, delta, key, value, allowed, scale2, FLOAT32)
+        acc = _add_keys(acc, query, grad, lse, delta, key, value, allowed, scale2, FLOAT32, SOFTCAP)
 
     front_place = low - sinks - empty + masked_front * BLOCK_N
     for step in tl.range(0, full_end - masked_front, num_stages=STAGES):
         wide = (front_place + step * BLOCK_N).to(tl.int64)
         key = load_rows(key_base + wide * k_row, column, k_row, DIM, BLOCK_D, None)
         value = load_rows(value_base + wide * v_row, column, v_row, DIM_V, BLOCK_DV, None)
-        acc = _add_keys(acc, query, grad, lse, delta, key, value, None, scale2, FLOAT32)
+        acc = _add_keys(acc, query, grad, lse, delta, key, value, None, scale2, FLOAT32, SOFTCAP)
 
     mine = exists
     if is_last:

@@ -94,7 +94,7 @@ class Launch:
         )  # fmt: skip
 
     def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, extent: Tensor | None, _: None = None
+        self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, extent: Tensor | None, *_: None
     ) -> tuple[Tensor, None]:
         """Launch it."""
         out = query.new_empty_strided(self._shape, self._strides)

@@ -17,7 +17,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tmx_compile.lowering.triton.tiles import arrived, blocks_of, load_rows, masked_keys, stack, valid_range, work_of
+from tmx_compile.lowering.triton.tiles import (
+    LOG2_E,
+    arrived,
+    bent,
+    blocks_of,
+    load_rows,
+    masked_keys,
+    stack,
+    valid_range,
+    work_of,
+)
 from tmx_compile.lowering.triton.walk import walk
 
 # Finite, so that a row that has met no key yet subtracts no infinity from another.
@@ -25,17 +35,23 @@ NO_MAXIMUM = tl.constexpr(-3.0e38)
 
 
 @triton.jit
-def add_keys(acc, total, maximum, query, key, value, allowed, scale, FLOAT32: tl.constexpr):
+def add_keys(
+    acc, total, maximum, query, key, value, allowed, scale, FLOAT32: tl.constexpr, SOFTCAP: tl.constexpr
+):  # fmt: skip
     """One step of the running softmax (Milakov and Gimelshein 2018): acc (M, Dv), total and maximum (M,), base 2.
 
     ``allowed`` is (M, N), or None where every pair is attended.
     """
     precision: tl.constexpr = "tf32x3" if FLOAT32 else "tf32"
     scores = tl.dot(query, tl.trans(key), input_precision=precision)
+    factor = scale
+    if SOFTCAP > 0:
+        scores = bent(scores, scale, SOFTCAP)
+        factor = SOFTCAP * LOG2_E
     if allowed is not None:
         scores = tl.where(allowed, scores, float("-inf"))
-    new_maximum = tl.maximum(maximum, tl.max(scores, 1) * scale)
-    weights = tl.exp2(scores * scale - new_maximum[:, None])
+    new_maximum = tl.maximum(maximum, tl.max(scores, 1) * factor)
+    weights = tl.exp2(scores * factor - new_maximum[:, None])
     shrink = tl.exp2(maximum - new_maximum)
     total = total * shrink + tl.sum(weights, 1)
     acc = acc * shrink[:, None]
@@ -60,6 +76,7 @@ def triangle_kernel(
     part_ptr,  # (last tiles of all heads, splits, BLOCK_M, DIM_V) float32
     part_lse_ptr,  # (last tiles of all heads, splits, BLOCK_M) float32, base 2
     arrived_ptr,  # (last tiles of all heads) int32, zeros
+    sink_ptr,  # (H,) logits of any floating dtype, with SINK_LOGITS
     q_batch,
     q_head,
     q_row,
@@ -101,6 +118,8 @@ def triangle_kernel(
     FLOAT32: tl.constexpr,
     STAGES: tl.constexpr,
     FULL_STAGES: tl.constexpr,
+    SINK_LOGITS: tl.constexpr,
+    SOFTCAP: tl.constexpr,  # 0: none
 ):
     """See the module. Strides are in elements; the last dimension of every tensor is contiguous."""
     ROWS: tl.constexpr = BLOCK_M // GROUP
@@ -148,7 +167,7 @@ def triangle_kernel(
         )
         key = load_rows(key_base, wide * k_row, 1, DIM, BLOCK_D, used)
         value = load_rows(value_base, wide * v_row, 1, DIM_V, BLOCK_DV, used)
-        acc, total, maximum = add_keys(acc, total, maximum, query, key, value, allowed, scale, FLOAT32)
+        acc, total, maximum = add_keys(acc, total, maximum, query, key, value, allowed, scale, FLOAT32, SOFTCAP)
 
     front_place = low - sinks - empty + masked_front * BLOCK_N
     far_column = tl.arange(0, FULL_N)
@@ -156,7 +175,7 @@ def triangle_kernel(
         wide = (front_place + step * FULL_N).to(tl.int64)
         key = load_rows(key_base + wide * k_row, far_column, k_row, DIM, BLOCK_D, None)
         value = load_rows(value_base + wide * v_row, far_column, v_row, DIM_V, BLOCK_DV, None)
-        acc, total, maximum = add_keys(acc, total, maximum, query, key, value, None, scale, FLOAT32)
+        acc, total, maximum = add_keys(acc, total, maximum, query, key, value, None, scale, FLOAT32, SOFTCAP)
 
     # A row without any key: total is 0, and so is its result.
     some = total > 0
@@ -172,6 +191,8 @@ def triangle_kernel(
             )  # fmt: skip
     else:
         mine = exists & ((position < last_low) | (position >= end))
+    if SINK_LOGITS:
+        acc, lse = _add_sink(acc, lse, tl.load(sink_ptr + head).to(tl.float32) * LOG2_E)
     value_column = tl.arange(0, BLOCK_DV)
     out = out_ptr + batch64 * o_batch + (safe_row * o_row + head64 * o_head)[:, None] + value_column[None, :]
     keep = mine[:, None]
@@ -182,6 +203,17 @@ def triangle_kernel(
         place_of_row = (batch64 * HEADS + head64) * q_len + safe_row
         # To the natural logarithm.
         tl.store(lse_ptr + place_of_row, lse * 0.6931471805599453, mask=mine)
+
+
+@triton.jit
+def _add_sink(acc, lse, logit):
+    """Results (M, Dv) and base-2 log-sum-exps (M,) with one more logit in each row's softmax, of a value of zeros."""
+    top = tl.maximum(lse, logit)
+    some = top > float("-inf")
+    top = tl.where(some, top, 0.0)
+    own = tl.exp2(lse - top)
+    total = tl.where(some, own + tl.exp2(logit - top), 1.0)
+    return acc * (own / total)[:, None], tl.where(some, top + tl.log2(total), float("-inf"))
 
 
 @triton.jit

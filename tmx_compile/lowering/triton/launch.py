@@ -44,6 +44,8 @@ def attend(
     geometry: Geometry,
     scale: float,
     *,
+    sink_logits: Tensor | None = None,
+    softcap: float | None = None,
     with_lse: bool = False,
     shapes: Tuning | None = None,
     done: tuple[Tensor, Tensor] | None = None,
@@ -51,7 +53,8 @@ def attend(
     """Run the kernel.
 
     Args:
-        query, key, value, key_mask, scale: as for :func:`tmx_compile.operator.triangle_attention`; key_mask bool.
+        query, key, value, key_mask, scale, sink_logits, softcap: as for
+            :func:`tmx_compile.operator.triangle_attention`; key_mask bool.
         extent: (B, 3) int32 beside a key mask: first valid key, one past the last, whether a key between is masked;
             where all rows are last rows, the second is Skv (:func:`tmx_compile.lowering.triton.lowering.extents`).
         geometry: the mask.
@@ -71,6 +74,8 @@ def attend(
     if INTERPRETED and dtype == torch.bfloat16:
         # The interpreter multiplies bfloat16 as if it were integers.
         query, key, value = query.float(), key.float(), value.float()
+    if sink_logits is not None:
+        sink_logits = sink_logits.float().contiguous() if INTERPRETED else sink_logits.contiguous()
     launch = prepare(
         kind(query),
         kind(key),
@@ -82,8 +87,10 @@ def attend(
         with_lse,
         shapes,
         None if done is None else (kind(done[0]), kind(done[1])),
+        None if sink_logits is None else kind(sink_logits),
+        softcap,
     )
-    out, lse = launch(query, key, value, key_mask, extent, done)
+    out, lse = launch(query, key, value, key_mask, extent, done, sink_logits)
     return (out if out.dtype == dtype else out.to(dtype)), lse
 
 
@@ -99,6 +106,8 @@ def prepare(
     with_lse: bool,
     shapes: Tuning | None,
     done: tuple[Kind, Kind] | None = None,
+    sink_logits: Kind | None = None,
+    softcap: float | None = None,
 ) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """What one kind of call computes once: a function of all the tensors. The arguments are those of :func:`attend`.
 
@@ -111,12 +120,16 @@ def prepare(
     slots = sink + window if 4 * last < q_len else key.shape[2]
     size = batch * heads * q_len, multiprocessors(query.device)
     general = shapes is not None or with_lse or done is not None or tuning.one_block(slots)
+    # The Hopper kernel has neither learned sinks nor a softcap.
+    general = general or sink_logits is not None or softcap is not None
     if not general and tuning.enough_for_hopper(*size) and HOPPER is not None and HOPPER.takes(query, key, value):
         return HOPPER.Launch(query, key, value, key_mask, geometry, scale)  # type: ignore[no-any-return]
     if shapes is None:
         dim = max(query.shape[3], value.shape[3])
         shapes = tuning.choose(query.dtype.itemsize, _padded(dim), slots, *size)
-    return _General(query, key, value, key_mask, geometry, scale, with_lse, shapes, None if done is None else done[0])
+    out = None if done is None else done[0]
+    scores = sink_logits is not None, softcap or 0.0
+    return _General(query, key, value, key_mask, geometry, scale, with_lse, shapes, out, scores)
 
 
 def _padded(dim: int) -> int:
@@ -138,6 +151,7 @@ class _General:
         with_lse: bool,
         shapes: Tuning,
         out: Kind | None,
+        scores: tuple[bool, float],
     ) -> None:
         batch, heads, q_len, dim = query.shape
         kv_heads, kv_len, v_dim = key.shape[1], key.shape[2], value.shape[3]
@@ -163,6 +177,7 @@ class _General:
             FULL_N=shapes.full_keys or shapes.keys, PADDED=key_mask is not None, DONE=out is not None,
             REACH=geometry.reach is not None, WRITE_LSE=with_lse, FLOAT32=query.dtype == torch.float32,
             STAGES=shapes.stages, FULL_STAGES=shapes.full_stages or shapes.stages,
+            SINK_LOGITS=scores[0], SOFTCAP=scores[1],
             num_warps=shapes.warps, num_stages=shapes.stages, maxnreg=shapes.registers,
         )  # fmt: skip
 
@@ -174,6 +189,7 @@ class _General:
         key_mask: Tensor | None,
         extent: Tensor | None,
         done: tuple[Tensor, Tensor] | None = None,
+        sink_logits: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         out, there = (query.new_empty_strided(self._shape, self._strides), query) if done is None else done
         lse = None if self._lse_shape is None else query.new_empty(self._lse_shape, dtype=torch.float32)
@@ -186,6 +202,7 @@ class _General:
         self._launch(
             query, key, value, out, out if lse is None else lse,
             key_mask if padded else out, extent if padded else out, there, part, part_lse, arrived,
+            out if sink_logits is None else sink_logits,
         )  # fmt: skip
         return out, lse
 

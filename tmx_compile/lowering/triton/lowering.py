@@ -64,7 +64,7 @@ class Triton:
             operands.value,
             operands.key_mask,
             extent,
-            *call.geometry.arguments(call.scale),
+            *call.geometry.arguments(call.scale, operands.sink_logits, call.softcap),
         )
         return write.call(operator.getitem, made, 0) if call.needs_grad else made
 

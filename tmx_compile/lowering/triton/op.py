@@ -17,10 +17,12 @@ from torch._C import DispatchKey, DispatchKeySet
 
 from tmx_compile.mask.geometry import Geometry
 from tmx_compile.operator.layout import empty_by_tokens
+from tmx_compile.operator.scores import sink_gradient
 from tmx_compile.operator.sharding import shard_by_batch_and_heads
 
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? key_mask, Tensor? extent"
 _COUNTS = "int sink, int window, int last, float scale, int? reach=None"
+_SCORES = "Tensor? sink_logits=None, float? softcap=None"
 _LIBRARY: Any = torch.library.Library("tmx", "FRAGMENT")  # type: ignore[no-untyped-call]
 _BACKENDS = (DispatchKey.CUDA, DispatchKey.CPU)
 
@@ -40,7 +42,7 @@ def _differentiate(operator: Any, run: Callable[..., Any], function: Any) -> Non
         below = keys & torch._C._after_autograd_keyset
         # Tensors and nothing that watches them: the next kernel is ours, and needs no dispatcher to be found.
         plain = below.highestPriorityTypeId() in _BACKENDS
-        if torch.is_grad_enabled() and any(x.requires_grad for x in args[:3]):
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (*args[:3], *_sink_logits(args))):
             return function.apply(below, *args)
         return run(*args) if plain else _below_autograd(operator, below, args)
 
@@ -73,11 +75,14 @@ def _run_forward(
     last: int,
     scale: float,
     reach: int | None = None,
+    sink_logits: Tensor | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     from tmx_compile.lowering.triton.launch import attend
 
+    geometry = _geometry(sink, window, last, reach)
     with on_device_of(query):
-        return attend(query, key, value, key_mask, extent, _geometry(sink, window, last, reach), scale)[0]
+        return attend(query, key, value, key_mask, extent, geometry, scale, sink_logits=sink_logits, softcap=softcap)[0]
 
 
 def _run_training(
@@ -91,12 +96,25 @@ def _run_training(
     last: int,
     scale: float,
     reach: int | None = None,
+    sink_logits: Tensor | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     from tmx_compile.lowering.triton.launch import attend
 
     geometry = _geometry(sink, window, last, reach)
     with on_device_of(query):
-        out, lse = attend(query, key, value, key_mask, extent, geometry, scale, with_lse=True)
+        out, lse = attend(
+            query,
+            key,
+            value,
+            key_mask,
+            extent,
+            geometry,
+            scale,
+            sink_logits=sink_logits,
+            softcap=softcap,
+            with_lse=True,
+        )
     assert lse is not None
     return out, lse
 
@@ -116,12 +134,15 @@ def _run_backward(
     last: int,
     scale: float,
     reach: int | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from tmx_compile.lowering.triton.backward_launch import gradients
 
     geometry = _geometry(sink, window, last, reach)
     with on_device_of(query):
-        return gradients(grad_out, grad_lse, query, key, value, key_mask, extent, out, lse, geometry, scale)
+        return gradients(
+            grad_out, grad_lse, query, key, value, key_mask, extent, out, lse, geometry, scale, softcap=softcap
+        )
 
 
 def _fake_forward(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
@@ -138,12 +159,14 @@ def _fake_backward(
     return tuple(empty_by_tokens(x, x.shape[3]) for x in (query, key, value))  # type: ignore[return-value]
 
 
-TRITON_OPERATOR = _define("triangle_attention_triton", f"({_INPUTS}, {_COUNTS}) -> Tensor", _run_forward, _fake_forward)
+TRITON_OPERATOR = _define(
+    "triangle_attention_triton", f"({_INPUTS}, {_COUNTS}, {_SCORES}) -> Tensor", _run_forward, _fake_forward
+)
 """The operator as a node target."""
 
 TRAINING_OPERATOR = _define(
     "triangle_attention_triton_training",
-    f"({_INPUTS}, {_COUNTS}) -> (Tensor out, Tensor lse)",
+    f"({_INPUTS}, {_COUNTS}, {_SCORES}) -> (Tensor out, Tensor lse)",
     _run_training,
     _fake_training,
 )
@@ -151,11 +174,35 @@ TRAINING_OPERATOR = _define(
 
 _BACKWARD_OPERATOR = _define(
     "triangle_attention_triton_backward",
-    f"(Tensor grad_out, Tensor? grad_lse, {_INPUTS}, Tensor out, Tensor lse, {_COUNTS})"
+    f"(Tensor grad_out, Tensor? grad_lse, {_INPUTS}, Tensor out, Tensor lse, {_COUNTS}, float? softcap=None)"
     " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
     _run_backward,
     _fake_backward,
 )
+
+
+def _sink_logits(args: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """Those of a forward operator's arguments: one tensor, or none."""
+    return tuple(x for x in args[10:11] if x is not None)
+
+
+def _saved(ctx: Any, inputs: tuple[Any, ...], *results: Tensor) -> None:
+    """Keep for the backward what :func:`_gradients` asks for."""
+    ctx.counts, ctx.softcap = inputs[5:10], inputs[11] if len(inputs) > 11 else None
+    ctx.given = len(inputs)
+    ctx.save_for_backward(*inputs[:5], *results, *_sink_logits(inputs))
+
+
+def _gradients(
+    ctx: Any, grad_out: Tensor, grad_lse: Tensor | None, inputs: Any, out: Tensor, lse: Tensor, sinks: Any
+) -> tuple[Tensor | None, ...]:
+    """One for each argument of a function's ``forward``: the first is no argument of the operator."""
+    counts = ctx.counts if ctx.softcap is None else (*ctx.counts, *[None] * (5 - len(ctx.counts)), ctx.softcap)
+    found = _BACKWARD_OPERATOR(grad_out, grad_lse, *inputs, out, lse, *counts)
+    of_sinks = None
+    if sinks and ctx.needs_input_grad[11]:
+        of_sinks = sink_gradient(grad_out, grad_lse, out, lse, *sinks)
+    return (None, *found, *[None] * 7, of_sinks, None)[: 1 + ctx.given]
 
 
 class _Training(torch.autograd.Function):
@@ -164,19 +211,17 @@ class _Training(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, below: DispatchKeySet, *inputs: Any) -> Any:
         out, lse = _below_autograd(TRAINING_OPERATOR, below, inputs)
-        ctx.counts = inputs[5:]
-        ctx.save_for_backward(*inputs[:5], out, lse)
+        _saved(ctx, inputs, out, lse)
         # The log-sum-exp has no gradient unless somebody uses it.
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        *inputs, out, lse = ctx.saved_tensors
+        inputs, (out, lse, *sinks) = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
         grad_out, grad_lse = grads
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        found = _BACKWARD_OPERATOR(grad_out, grad_lse, *inputs, out, lse, *ctx.counts)
-        return (None, *found, None, None, *[None] * len(ctx.counts))
+        return _gradients(ctx, grad_out, grad_lse, inputs, out, lse, sinks)
 
 
 class _Forward(torch.autograd.Function):
@@ -184,16 +229,17 @@ class _Forward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, below: DispatchKeySet, *inputs: Any) -> Any:
-        ctx.counts = inputs[5:]
-        ctx.save_for_backward(*inputs[:5])
+        _saved(ctx, inputs)
         return _below_autograd(TRITON_OPERATOR, below, inputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        inputs = ctx.saved_tensors
-        out, lse = TRAINING_OPERATOR(*inputs, *ctx.counts)
-        found = _BACKWARD_OPERATOR(grads[0], None, *inputs, out, lse, *ctx.counts)
-        return (None, *found, None, None, *[None] * len(ctx.counts))
+        inputs, sinks = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+        learned: tuple[Any, ...] = ()
+        if sinks or ctx.softcap is not None:
+            learned = (*[None] * (5 - len(ctx.counts)), *(sinks or [None]), ctx.softcap)
+        out, lse = TRAINING_OPERATOR(*inputs, *ctx.counts, *learned)
+        return _gradients(ctx, grads[0], None, inputs, out, lse, sinks)
 
 
 _differentiate(TRAINING_OPERATOR, _run_training, _Training)

@@ -121,6 +121,12 @@ def masked_keys(
 
 
 @triton.jit
+def bent(scores, scale, SOFTCAP: tl.constexpr):
+    """The hyperbolic tangent of ``scores`` times the scale over the softcap; ``scale`` is times log2(e)."""
+    return 1.0 - 2.0 / (1.0 + tl.exp2(scores * (scale * (2.0 / SOFTCAP))))
+
+
+@triton.jit
 def stack(first, stop, head_block, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
     """Positions, query heads and existence, (BLOCK_M,) each, of the rows at [first, stop) of ``GROUP`` heads."""
     row = tl.arange(0, BLOCK_M)

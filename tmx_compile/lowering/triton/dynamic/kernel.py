@@ -93,7 +93,7 @@ def block_sparse_kernel(
         place = tl.load(list_ptr + step // PER).to(tl.int64) * BLOCK + step % PER * STEP
         key = load_rows(key_base + place * k_row, column, k_row, DIM, BLOCK_D, None)
         value = load_rows(value_base + place * v_row, column, v_row, DIM_V, BLOCK_DV, None)
-        acc, total, maximum = add_keys(acc, total, maximum, query, key, value, None, scale, FLOAT32)
+        acc, total, maximum = add_keys(acc, total, maximum, query, key, value, None, scale, FLOAT32, 0.0)
 
     for step in tl.range(whole * PER, count * PER, num_stages=1):
         place = tl.load(list_ptr + step // PER).to(tl.int64) * BLOCK + step % PER * STEP + column
@@ -103,7 +103,7 @@ def block_sparse_kernel(
         key = load_rows(key_base, place * k_row, 1, DIM, BLOCK_D, used)
         value = load_rows(value_base, place * v_row, 1, DIM_V, BLOCK_DV, used)
         allowed = (place[None, :] <= position[:, None]) & used[None, :]
-        acc, total, maximum = add_keys(acc, total, maximum, query, key, value, allowed, scale, FLOAT32)
+        acc, total, maximum = add_keys(acc, total, maximum, query, key, value, allowed, scale, FLOAT32, 0.0)
 
     # A row without any key: total is 0, and so is its result.
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]
