@@ -23,6 +23,8 @@ from tmx_compile.lowering.base import AttentionCall, Lowering
 from tmx_compile.lowering.blocked import Blocked
 from tmx_compile.lowering.chunk import Part
 from tmx_compile.lowering.triton.lowering import Triton
+from tmx_compile.lowering.triton.op import attend_into
+from tmx_compile.lowering.triton.tuning import HOPPER_FROM_ROWS_IN_STEPS
 from tmx_compile.mask.geometry import Geometry
 from tmx_compile.report import Reason, Rejected
 
@@ -41,6 +43,7 @@ class Active:
         counts: counters and the layers' records.
         sparse: full names of the layers that are triangle layers and can go sparse.
         scratch: memory for gathered keys and values.
+        prepared: whether the kernels are compiled and the memory is there.
     """
 
     settings: Settings
@@ -50,6 +53,7 @@ class Active:
     counts: Counts
     sparse: frozenset[str] = frozenset()
     scratch: Scratch = field(default_factory=Scratch)
+    prepared: bool = False
 
 
 @dataclass(frozen=True)
@@ -222,7 +226,6 @@ class TriangleImpl:
             )
             return result
         on = plan.active
-        compute = Part(on.geometry, self.scale, on.lowering)  # type: ignore[attr-defined]
 
         def read(blocks: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
             return self.tokens(layer, kv_cache, blocks, slots)
@@ -230,8 +233,7 @@ class TriangleImpl:
         for part, earlier in plan.streaming:
             rows = slice(part.row, part.row + part.rows)
             keys, values = seen(read, earlier, key[rows], value[rows], on.scratch)
-            q, k, v = (x.transpose(0, 1)[None] for x in (query[rows], keys, values))
-            output[rows] = compute.attend(q, k, v, None, part.last)[0].transpose(0, 1)
+            self.stream(on, query[rows], keys, values, part.last, output[rows])
         if plan.rows is not None:
             # A view of the output where the rows are a slice, else memory of its own.
             out = output[plan.rows]
@@ -239,6 +241,44 @@ class TriangleImpl:
             if not isinstance(plan.rows, slice):
                 output[plan.rows] = out
         return output
+
+    def stream(self, on: Active, query: Tensor, key: Tensor, value: Tensor, last: int, out: Tensor) -> None:
+        """Streaming rows (rows, H, D) over keys and values (n, Hkv, D) that end at the last row, into ``out``.
+
+        Args:
+            on: what is on.
+            query, key, value: views of any rows; on a GPU nothing of them is copied.
+            last: how many rows at the end attend to all keys.
+            out: (rows, H, D), a view of the step's output.
+        """
+        scale: float = self.scale  # type: ignore[attr-defined]
+        q, k, v, result = (x.transpose(0, 1)[None] for x in (query, key, value, out))
+        if on.lowering == Triton.name:
+            attend_into(q, k, v, dataclasses.replace(on.geometry, last=last), scale, result)
+        else:
+            result.copy_(Part(on.geometry, scale, on.lowering).attend(q, k, v, None, last))
+
+    def prepare(self, on: Active, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """Compile the kernels and take the memory of any later step, once in a process; results are thrown away.
+
+        Here, in the engine's own run before it measures what is left for its cache, no prompt waits for it, and the
+        memory is counted.
+
+        Args:
+            on: what is on.
+            query, key, value: (rows, H, D), (rows, Hkv, D) as layers get them, of the largest step.
+        """
+        if on.prepared:
+            return
+        on.prepared = True
+        rows, earlier, last = query.shape[0], on.geometry.sink + on.geometry.window, on.geometry.last
+        keys, values = on.scratch.take(rows + earlier, key)
+        # Kernels differ by the number of rows, and by whether last rows, of which there may be none, are many of them.
+        for count in {min(rows, count) for count in (1, 4 * last + 1, HOPPER_FROM_ROWS_IN_STEPS)}:
+            q = query[:count]
+            for part in {0, min(last, count)}:
+                self.stream(on, q, key[:count], value[:count], part, torch.empty_like(q))
+            self.stream(on, q, keys[: count + earlier], values[: count + earlier], 0, torch.empty_like(q))
 
     def tokens(self, layer: Any, kv_cache: Tensor, blocks: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (n, Hkv, D) of cached tokens: their blocks (n,), and their slots (n,) in these."""

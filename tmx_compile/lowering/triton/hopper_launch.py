@@ -52,6 +52,8 @@ def attend(
     extent: Tensor | None,
     geometry: Geometry,
     scale: float,
+    *,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Run the kernel for tensors that :func:`takes` accepts.
 
@@ -65,7 +67,7 @@ def attend(
     head_box = triton.next_power_of_2(group)
     positions = _GROUP_ROWS // head_box
     rows = positions * _GROUPS
-    out = empty_by_tokens(query, dim)
+    out = empty_by_tokens(query, dim) if out is None else out
     all_heads = batch * kv_heads
     tiles, last_tiles = triton.cdiv(q_len, rows), max(1, triton.cdiv(last, rows))
     ctas = multiprocessors(query.device)

@@ -42,6 +42,8 @@ def attend(
     *,
     with_lse: bool = False,
     shapes: Tuning | None = None,
+    out: Tensor | None = None,
+    hopper_from: int = tuning.HOPPER_FROM_TOKENS,
 ) -> tuple[Tensor, Tensor | None]:
     """Run the kernel.
 
@@ -52,10 +54,19 @@ def attend(
         geometry: the mask.
         with_lse: also return the log-sum-exp.
         shapes: runs the general kernel with these; by default the table decides.
+        out: (B, H, Sq, Dv) of query's dtype, last dimension contiguous: the memory to write into.
+        hopper_from: batch x rows from which the Hopper kernel runs where it can.
 
     Returns:
-        out (B, H, Sq, Dv), in (B, Sq, H, Dv) memory as SDPA's own kernels leave it; lse (B, H, Sq) float32 or None.
+        out (B, H, Sq, Dv), by default in (B, Sq, H, Dv) memory as SDPA's own kernels leave it; lse (B, H, Sq) float32
+        or None.
+
+    Raises:
+        ValueError: ``out`` is no such memory.
     """
+    given = out
+    if given is not None:
+        _check_out(given, query, value)
     query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
     key_mask = key_mask if key_mask is None or key_mask.stride(1) == 1 else key_mask.contiguous()
     batch, heads, q_len, dim = query.shape
@@ -64,14 +75,14 @@ def attend(
     sink, window, last = geometry.counts
     # Where many rows read all keys, those decide the block shapes.
     slots = sink + window if 4 * last < q_len else kv_len
-    general = shapes is not None or with_lse or tuning.one_block(slots) or batch * q_len < tuning.HOPPER_FROM_TOKENS
+    general = shapes is not None or with_lse or tuning.one_block(slots) or batch * q_len < hopper_from
     if not general and _HOPPER is not None and _HOPPER.takes(query, key, value):
-        return _HOPPER.attend(query, key, value, key_mask, extent, geometry, scale), None
+        return _HOPPER.attend(query, key, value, key_mask, extent, geometry, scale, out=given), None
     dtype = query.dtype
     if INTERPRETED and dtype == torch.bfloat16:
         # The interpreter multiplies bfloat16 as if it were integers.
         query, key, value = query.float(), key.float(), value.float()
-    out = empty_by_tokens(query, v_dim)
+    out = empty_by_tokens(query, v_dim) if given is None or given.dtype != query.dtype else given
     lse = query.new_empty(batch, heads, q_len, dtype=torch.float32) if with_lse else None
     block_d, block_dv = (max(16, triton.next_power_of_2(x)) for x in (dim, v_dim))
     shapes = shapes or tuning.choose(query.element_size(), max(block_d, block_dv), slots)
@@ -95,7 +106,18 @@ def attend(
         FULL_N=shapes.full_keys or shapes.keys, FULL_STAGES=shapes.full_stages or shapes.stages,
         num_warps=shapes.warps, num_stages=shapes.stages, maxnreg=shapes.registers,
     )  # fmt: skip
+    if given is not None and out is not given:
+        return given.copy_(out), lse
     return out.to(dtype), lse
+
+
+def _check_out(out: Tensor, query: Tensor, value: Tensor) -> None:
+    shape = (*query.shape[:3], value.shape[3])
+    if out.shape != shape or out.dtype != query.dtype or out.device != query.device or out.stride(3) != 1:
+        raise ValueError(
+            f"out must be {shape}, {query.dtype} on {query.device} with a contiguous last dimension, got "
+            f"{tuple(out.shape)}, {out.dtype} on {out.device} with strides {out.stride()}"
+        )
 
 
 @dataclass(frozen=True)

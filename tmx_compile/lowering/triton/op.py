@@ -45,6 +45,21 @@ def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
     return empty_by_tokens(query, value.shape[3])
 
 
+def attend_into(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry, scale: float, out: Tensor) -> None:
+    """The kernels at once, outside of any graph, in a step of a serving engine: nothing is allocated for the result.
+
+    Args:
+        query, key, value, scale: as for :func:`tmx_compile.operator.triangle_attention`.
+        geometry: the mask.
+        out: (B, H, Sq, Dv) of query's dtype: the memory to write into.
+    """
+    from tmx_compile.lowering.triton.launch import attend
+    from tmx_compile.lowering.triton.tuning import HOPPER_FROM_ROWS_IN_STEPS
+
+    with _on_device_of(query):
+        attend(query, key, value, None, None, geometry, scale, out=out, hopper_from=HOPPER_FROM_ROWS_IN_STEPS)
+
+
 @torch.library.custom_op(
     "tmx::triangle_attention_triton_training",
     mutates_args=(),

@@ -72,6 +72,9 @@ the merge than it saves."""
 HOPPER_FROM_TOKENS = 8192
 """Batch x rows from which the Hopper kernel pays: preparing its five descriptors takes the host 0.3 ms a call."""
 
+HOPPER_FROM_ROWS_IN_STEPS = 512
+"""The same where a serving engine launches ahead of the GPU: the rest of a layer hides the host's time."""
+
 
 def choose(element_size: int, dim: int, slots: int) -> Tuning:
     """The general kernel's shapes for a dtype's size in bytes, the larger padded head dim, and sinks + window."""
