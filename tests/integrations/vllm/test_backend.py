@@ -238,6 +238,25 @@ def test_another_layer_and_another_kind_of_step_are_the_platforms():
     assert counts.steps[Reason.LENGTH_UNKNOWN.name] == 1
 
 
+@pytest.mark.parametrize("change", [{"causal": False}, {"mm_req_doc_ranges": {0: [(3, 9)]}}])
+def test_a_step_whose_rows_see_ahead_is_dense(change):
+    """Pictures that see themselves whole, in prompts of models of several kinds of input."""
+    engine = configured(CONFIG, Impl())
+    builder = Builder(SimpleNamespace(block_size=SIZE), [NAME], engine, CPU)
+    builder.prompts = torch.tensor([30])
+    starts, lengths = torch.tensor([0, 30], dtype=torch.int32), torch.tensor([30], dtype=torch.int32)
+    common = Common(starts, starts, lengths, 1, 30, 30, 30, torch.zeros(1, 8), torch.arange(30))
+    assert builder.plan(builder.active, common) is not None
+    assert builder.plan(builder.active, common.replace(**change)) is None
+    assert builder.active.counts.steps == {"triangle": 1, Reason.NOT_CAUSAL.name: 1}
+
+
+def test_a_model_whose_prefix_sees_itself_whole_is_dense():
+    engine = configured(CONFIG, Impl())
+    engine.model_config.is_mm_prefix_lm = True
+    assert [site.reason for site in active(engine, CPU).counts.report] == ["NOT_SELECTED", Reason.NOT_CAUSAL.name]
+
+
 def test_a_group_without_triangle_layers_is_left_alone():
     engine = configured(CONFIG, Impl())
     builder = Builder(SimpleNamespace(block_size=SIZE), ["model.layers.0.self_attn.attn"], engine, CPU)
