@@ -352,9 +352,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             continue
         for each in records:
             print(json.dumps(record.rounded(each)), flush=True)
-        old = json.loads(options.file.read_text(encoding="utf-8"))["records"] if options.file.is_file() else []
-        measured = record.Measured(settings, [*old, *records])
-        record.write(record.result("vllm", command, options.quick, before, measured), options.file)
+        old = json.loads(options.file.read_text(encoding="utf-8")) if options.file.is_file() else {}
+        measured = record.Measured(settings, [*old.get("records", []), *records])
+        content = record.result("vllm", command, options.quick, before, measured)
+        run = {"command": command, "tmx_compile_sources": content["versions"]["tmx_compile_sources"]}
+        content["runs"] = old.get("runs", {}) | {f"{bench.name}{' off' if options.off else ''}": run}
+        record.write(content, options.file)
         print(f"{phase}: {time.monotonic() - begin:.1f} s; counters: {bench.counts}", flush=True)
     return 1 if failed else 0
 
