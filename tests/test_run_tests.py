@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import importlib
 import sys
+from pathlib import Path
 
 import pytest
 
-from tests.test_structure import TESTS
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
 def tool(monkeypatch):
-    monkeypatch.syspath_prepend(str(TESTS.parent / "tools"))
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
     return importlib.import_module("run_tests")
 
 
