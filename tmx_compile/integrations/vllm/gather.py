@@ -56,8 +56,8 @@ def from_packed(
         raise RuntimeError(
             f"vLLM's cache must be (blocks, {kv_heads}, size, {2 * head_size}), got {tuple(kv_cache.shape)}"
         )
-    keys, values = kv_cache[blocks, :, slots].split(head_size, -1)
-    return keys, values
+    found = kv_cache[blocks, :, slots]
+    return found[..., :head_size], found[..., head_size:]
 
 
 class Scratch:
