@@ -8,6 +8,7 @@ backend for all layers of a kind.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -288,9 +289,8 @@ class TriangleImpl:
 def of_dense_rows(common: Any, found: Split) -> tuple[Any, Any]:
     """A step's common metadata of its dense rows alone, and which rows these are: a slice, or (n,) indices."""
     parts, device = found.dense, common.query_start_loc.device
-    counts = torch.tensor([part.rows for part in parts], dtype=torch.int32)
-    starts = torch.zeros(len(parts) + 1, dtype=torch.int32)
-    starts[1:] = counts.cumsum(0)
+    counts = [part.rows for part in parts]
+    starts = torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32)
     requests = torch.tensor([part.request for part in parts])
     rows = _rows(parts, device)
     upper = common.seq_lens_cpu_upper_bound
@@ -300,8 +300,8 @@ def of_dense_rows(common: Any, found: Split) -> tuple[Any, Any]:
         query_start_loc_cpu=starts,
         seq_lens=common.seq_lens[on_device],
         num_reqs=len(parts),
-        num_actual_tokens=int(starts[-1]),
-        max_query_len=int(counts.max()),
+        num_actual_tokens=sum(counts),
+        max_query_len=max(counts),
         block_table_tensor=common.block_table_tensor[on_device],
         slot_mapping=common.slot_mapping[rows],
         seq_lens_cpu_upper_bound=None if upper is None else upper[requests],
