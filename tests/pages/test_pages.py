@@ -79,6 +79,7 @@ def test_both_pages_on_vllm_have_the_same_tables(tmp_path):
     records = [
         record | {"what": "ttft", "ms": 503.0},
         record | {"what": "short prompts", "n": 256, "batch": 32, "new_tokens": 128, "dense_ms": 1000.0, "ms": 1004.0},
+        record | {"what": page_vllm.MIXED, "dense_ms": 3000.0, "ms": 2500.0},
         record | {"what": "waits, dense"},
     ]
     hardware = {"gpu": "A card", "gpu_memory_gib": 79.2, "cpu": "A CPU", "cores": 16, "memory_gib": 125.9, "flags": []}
@@ -96,5 +97,6 @@ def test_both_pages_on_vllm_have_the_same_tables(tmp_path):
         assert "| 32,768 | 8,192 | V2 compiled | 611 | 503 | 1.21x |" in text
         assert "| 32 x 256 | 128 | V2 compiled | 1,000 | 1,004 | 1.00x |" in text
         assert "Llama-3.1-8B x 16, 8 x 8/512/128; vLLM 0.26.0, A card" in text
-        assert text.count("\n| ") == 6
+        assert "| 32,768 | 8,192 | V2 compiled | 3,000 | 2,500 | 1.20x |" in text
+        assert text.count("\n| ") == 9
     assert page_vllm.generate(tmp_path / "zh", tmp_path) == {}

@@ -10,17 +10,20 @@ from tools.pages.results import commands, load, machine_and_versions
 
 PAGES = ("vllm.md", "zh/vllm.md")
 FILE = "vllm.json"
+MIXED = "8 requests that decode, 3 long prompts"
 _ENGLISH = {
     "first": ("tokens", "rows of a step", "runner", "dense, ms", "triangle, ms", "dense / triangle"),
     "others": ("prompts x tokens", "new tokens", "runner", "dense, ms", "triangle, ms", "dense / triangle"),
     "to first": "Time to the first token:",
     "of others": "All answers to short prompts at once, whose rows are dense in both:",
+    "of mixed": "All answers where 8 short prompts decode while 3 long ones come:",
 }
 _CHINESE = {
     "first": ("token 数", "每步行数", "运行器", "稠密，毫秒", "三角，毫秒", "稠密 / 三角"),
     "others": ("提示词数 x token 数", "新 token", "运行器", "稠密，毫秒", "三角，毫秒", "稠密 / 三角"),
     "to first": "首个 token 的时间：",
     "of others": "同时回答若干短提示词所用的时间，两种情况下它们的行都是稠密的：",
+    "of mixed": "8 个短提示词正在解码时来了 3 个长提示词，全部回答所用的时间：",
 }
 
 
@@ -43,18 +46,23 @@ def section(result: Fields, words: dict) -> str:
     """Times to the first token, then short prompts."""
     settings = result["settings"]
     machine, _ = machine_and_versions(result)
-    first = [record for record in result["records"] if record["what"] == "ttft" and "ms" in record]
-    others = [record for record in result["records"] if record["what"] == "short prompts" and "ms" in record]
-    layers = {(record["layers"], record["triangle_layers"]) for record in first}
-    (total, triangle), *_ = sorted(layers)
+    first, others, mixed = (_of(result, what) for what in ("ttft", "short prompts", MIXED))
+    total, triangle = first[0]["layers"], first[0]["triangle_layers"]
     about = (
         f"Llama-3.1-8B x {total}, {triangle} x {slashed(settings['geometry'])}; vLLM {settings['vllm']}, {machine} "
         f"({commands(result)}, `benchmarks/results/{FILE}`)."
     )
-    parts = [words["to first"], table(words["first"], [_first(record) for record in first]), about]
+    parts = [words["to first"], table(words["first"], [_first(record) for record in first])]
     if others:
-        parts[2:2] = [words["of others"], table(words["others"], [_other(record) for record in others])]
-    return "\n\n".join(parts)
+        parts += [words["of others"], table(words["others"], [_other(record) for record in others])]
+    if mixed:
+        parts += [words["of mixed"], table(words["first"], [_first(record) for record in mixed])]
+    return "\n\n".join([*parts, about])
+
+
+def _of(result: Fields, what: str) -> list[Fields]:
+    found = [record for record in result["records"] if record["what"] == what and "ms" in record]
+    return sorted(found, key=lambda record: (record["n"], record["chunk"]))
 
 
 def _first(record: Fields) -> list[str]:

@@ -1,7 +1,4 @@
-"""The attention backend on NVIDIA GPUs: around ``FLASH_ATTN`` of vLLM 0.26. vLLM imports it by name.
-
-Written after a version that ran on an H100 with both runners, eager and with CUDA graphs; not run in this form.
-"""
+"""The attention backend on NVIDIA GPUs: around ``FLASH_ATTN`` of vLLM 0.26. vLLM imports it by name."""
 
 from __future__ import annotations
 
