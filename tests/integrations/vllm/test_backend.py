@@ -266,7 +266,11 @@ def test_a_group_without_triangle_layers_is_left_alone():
 
 def test_what_is_on_is_one_thing_for_a_process():
     engine = configured(CONFIG, Impl())
-    assert active(engine, CPU) is active(engine, CPU)
+    on = active(engine, CPU)
+    assert on is active(engine, CPU)
+    assert "prompts over 10 tokens, computed by operator" in on.counts.startup_line(on.lowering)
+    on.counts.limit = 2595  # as where dense is faster up to there
+    assert "prompts over 2595 tokens" in on.counts.startup_line(on.lowering)
     engine.additional_config = {}
     assert active(engine, CPU) is None
 

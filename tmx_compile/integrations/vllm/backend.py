@@ -95,6 +95,7 @@ def active(config: Any, device: torch.device) -> Active | None:
             lowering = Triton.name if device.type == "cuda" else Blocked.name
         geometry = Geometry(*settings.config.geometry)
         found = Active(settings, limit, geometry, lowering, Counts(settings))
+        found.counts.limit = limit
         layers = [facts_of(name, layer, config, device, geometry, lowering) for name, layer in attention_layers(config)]
         found.counts.layers(layers, lowering, whole_model=config.parallel_config.pipeline_parallel_size == 1)
         found.sparse = frozenset(site.path for site in found.counts.report.triangle())
