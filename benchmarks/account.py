@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from tmx_compile.bench.floor import Ceilings, Shape, causal_pairs
+from tmx_compile.mask.geometry import Geometry
 
 # By the names of kernels, the first class that fits. Inductor's pointwise kernels come first: they carry the names of
 # what they copy for. SDPA's, FlexAttention's and this package's own kernels come before products: some carry the name
@@ -65,7 +66,7 @@ def floor_limit(
     shape: Shape,
     layers: int,
     sparse: int,
-    geometry: Sequence[int],
+    geometry: Geometry,
 ) -> float:
     """Milliseconds of a whole model whose ``sparse`` triangle layers cost only the floor, and nothing else changed.
 
@@ -73,6 +74,5 @@ def floor_limit(
     """
     layer_ms = attention_ms / layers
     ceilings = Ceilings(copy_bytes_per_s, shape.flops(causal_pairs(shape.n)) / (layer_ms / 1e3))
-    sink, window, last = geometry
-    floor_ms, _ = ceilings.floor(shape, (sink, window, last))
+    floor_ms, _ = ceilings.floor(shape, geometry)
     return dense_ms - sparse * (layer_ms - floor_ms)

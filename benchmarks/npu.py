@@ -30,6 +30,8 @@ from tmx_compile import TriangleMixConfig, triangle_attention
 from tmx_compile.bench import record, reference
 from tmx_compile.bench.record import Measured
 from tmx_compile.bench.timing import describe
+from tmx_compile.commands import values
+from tmx_compile.mask.geometry import Geometry
 
 FILE = "npu.json"
 MODEL = "llama"
@@ -37,15 +39,13 @@ TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 6e-2}
 """Largest absolute error that passes, for inputs of unit variance."""
 _SAMPLED_ROWS = 256
 
-Geometry = tuple[int, int, int]
-
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure; lengths in tokens, geometries as (sinks, window, last rows); ``modes`` None: all there are."""
+    """What to measure; lengths in tokens; ``modes`` None: all there are."""
 
     lengths: tuple[int, ...] = (8192, 32768, 131072)
-    geometries: tuple[Geometry, ...] = ((4, 32, 64), (8, 512, 128), (64, 1024, 128))
+    geometries: tuple[Geometry, ...] = (Geometry(4, 32, 64), Geometry(8, 512, 128), Geometry(64, 1024, 128))
     dtype: str = "bfloat16"
     heads: int = 32
     kv_heads: int = 8
@@ -68,7 +68,7 @@ class Plan:
 
 QUICK = Plan(
     lengths=(320, 512),
-    geometries=((4, 32, 64),),
+    geometries=(Geometry(4, 32, 64),),
     dtype="float32",
     heads=4,
     kv_heads=2,
@@ -111,7 +111,7 @@ def layer(platform: Platform, plan: Plan) -> Records:
     modes = plan.ways(platform)
     made: dict[str, Compiled] = {}
     for mode in modes:
-        made[_name((), mode)] = platform.compile(Layer(platform.dense), mode, None)
+        made[_name(None, mode)] = platform.compile(Layer(platform.dense), mode, None)
         for geometry in plan.geometries:
             made[_name(geometry, mode)] = platform.compile(Layer(), mode, plan.config(geometry, [0]))
     found: Records = []
@@ -138,10 +138,11 @@ def _layer_at(platform: Platform, plan: Plan, n: int, modes: Sequence[str], made
     records: Records = []
     for geometry in (None, *plan.geometries):
         # On the host, whose float32 is float32.
-        expected = reference.attention_rows(*(x.float() for x in host), rows, geometry or (0, 0, n))
+        expected = reference.attention_rows(*(x.float() for x in host), rows, geometry or Geometry(0, 0, n))
         for mode in ("eager", *modes):
             name = _name(geometry, mode)
-            item = {"part": "layer", "n": n, "geometry": list(geometry or ()), "mode": mode, **_EMPTY}
+            counts = list(geometry.counts) if geometry else []
+            item = {"part": "layer", "n": n, "geometry": counts, "mode": mode, **_EMPTY}
             records.append(item)
             try:
                 if mode == "eager":
@@ -158,7 +159,7 @@ def _layer_at(platform: Platform, plan: Plan, n: int, modes: Sequence[str], made
                 note(f"{name}, {n:,} tokens: {item['failed']}")
     timings = platform.interleaved(runs, plan.rounds, plan.warmup)
     for item in records:
-        name = _name(item["geometry"], item["mode"])
+        name = _name(Geometry(*item["geometry"]) if item["geometry"] else None, item["mode"])
         if name in timings:
             item |= timings[name].fields()
     dense = min((r["ms"] for r in records if not r["geometry"] and r["ms"]), default=None)
@@ -168,8 +169,8 @@ def _layer_at(platform: Platform, plan: Plan, n: int, modes: Sequence[str], made
     return records
 
 
-def _name(geometry: Sequence[int] | None, mode: str) -> str:
-    return f"{'/'.join(map(str, geometry)) if geometry else 'dense'}, {mode}"
+def _name(geometry: Geometry | None, mode: str) -> str:
+    return f"{geometry or 'dense'}, {mode}"
 
 
 _EMPTY: dict[str, Any] = dict.fromkeys(("ms", "ms_min", "ms_max", "rounds", "error", "failed"))
@@ -180,7 +181,7 @@ def _eager(
 ) -> Callable[[], Tensor]:
     if geometry is None:
         return lambda: platform.dense(query, key, value, scale)
-    sink, window, last = geometry
+    sink, window, last = geometry.counts
     return lambda: triangle_attention(query, key, value, sink=sink, window=window, last=last, scale=scale)[0]
 
 
@@ -212,7 +213,7 @@ def ttft(platform: Platform, plan: Plan) -> Records:
             base = {
                 "part": "ttft",
                 "model": shape.name,
-                "geometry": list(geometry or ()),
+                "geometry": list(geometry.counts) if geometry else [],
                 "mode": mode,
                 "triangle_layers": len(sparse) if geometry else 0,
                 "layers": layers,
@@ -264,7 +265,7 @@ def register(platform: Platform, config: TriangleMixConfig | None, name: str) ->
         scale = query.shape[3] ** -0.5 if scaling is None else scaling
         layer_idx: Any = module.layer_idx
         if config is not None and config.is_triangle_layer(layer_idx) and query.shape[2] > config.min_seq_len:
-            sink, window, last = config.geometry
+            sink, window, last = config.geometry.counts
             out = triangle_attention(query, key, value, sink=sink, window=window, last=last, scale=scale)[0]
         else:
             out = platform.dense(query, key, value, scale)
@@ -286,7 +287,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", choices=("npu", "cpu"), default="npu", help="cpu: with --quick, to try it out")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it works, measures nothing")
     parser.add_argument("--lengths", help="tokens, such as 8192,32768")
-    parser.add_argument("--geometry", action="append", help="sinks/window/last rows, such as 8/512/128; repeatable")
+    counts = "sinks/window/last rows, such as 8/512/128; repeatable"
+    parser.add_argument("--geometry", action="append", type=values.geometry, help=counts)
     parser.add_argument("--modes", help="ways to compile, of max-autotune,npugraph_ex; none for eager alone")
     parser.add_argument("--dtype", choices=("bfloat16", "float16"))
     parser.add_argument("--out", type=Path, help="folder for the result file (default: benchmarks/results)")
@@ -329,10 +331,7 @@ def _plan(options: argparse.Namespace, platform: Platform) -> Plan:
         if min(changes["lengths"]) <= plan.min_seq_len:
             raise ValueError(f"--lengths must be over {plan.min_seq_len} tokens, got {options.lengths}")
     if options.geometry:
-        found = [tuple(map(int, text.split("/"))) for text in options.geometry]
-        if any(len(each) != 3 or min(each) < 0 for each in found):
-            raise ValueError(f"--geometry must be sinks/window/last rows, got {', '.join(options.geometry)}")
-        changes["geometries"] = tuple(found)
+        changes["geometries"] = tuple(options.geometry)
     if options.modes:
         modes = () if options.modes == "none" else tuple(options.modes.split(","))
         if unknown := [mode for mode in modes if mode not in platform.modes]:

@@ -11,11 +11,12 @@ from benchmarks.common import Case, Measured, cold_compiles, device, note
 from benchmarks.peers import peers
 from tmx_compile.bench import layer
 from tmx_compile.bench.timing import Rounds
+from tmx_compile.mask.geometry import Geometry
 
 CPU: dict[str, Any] = {
     "device": "cpu",
     "lengths": (4096, 8192, 16384),
-    "geometries": ((4, 32, 64), (8, 512, 128)),
+    "geometries": (Geometry(4, 32, 64), Geometry(8, 512, 128)),
     "dtypes": ("float32", "bfloat16"),
     "heads": 9,
     "kv_heads": 3,
@@ -25,7 +26,7 @@ CPU: dict[str, Any] = {
 CUDA: dict[str, Any] = {
     "device": "cuda",
     "lengths": (4096, 32768, 131072),
-    "geometries": ((4, 32, 64), (8, 512, 128), (64, 1024, 128)),
+    "geometries": (Geometry(4, 32, 64), Geometry(8, 512, 128), Geometry(64, 1024, 128)),
     "dtypes": ("bfloat16",),
     "heads": 32,
     "kv_heads": 8,
@@ -34,7 +35,7 @@ CUDA: dict[str, Any] = {
     "all_rows_up_to": 32768,
     "rounds": Rounds(4.0, 7, 30),
 }
-QUICK: dict[str, Any] = {"lengths": (320,), "geometries": ((4, 32, 64),), "rounds": Rounds(0.0, 2, 2)}
+QUICK: dict[str, Any] = {"lengths": (320,), "geometries": (Geometry(4, 32, 64),), "rounds": Rounds(0.0, 2, 2)}
 
 
 def plan(quick: bool, device: str) -> layer.Plan:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from tmx_compile.bench.layer import Peer
+from tmx_compile.mask.geometry import Geometry
 
 
 def peers() -> dict[str, Peer]:
@@ -27,8 +28,8 @@ def minference_tri_shape() -> Peer | None:
         return None
     from minference.ops.streaming_kernel import tri_shape_kernel
 
-    def peer(query: Tensor, key: Tensor, value: Tensor, geometry: tuple[int, int, int]) -> Callable[[], Tensor] | None:
-        sink, window, last = geometry
+    def peer(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry) -> Callable[[], Tensor] | None:
+        sink, window, last = geometry.counts
         if query.device.type != "cuda" or not 0 < last < query.shape[2]:
             return None
         # Its window counts the row's own key.

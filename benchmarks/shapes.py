@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tmx_compile import TriangleMixConfig
+from tmx_compile.lowering import fa4
+from tmx_compile.mask.geometry import Geometry
 
 # Hugging Face's name for attention that builds no mask; registered by build().
 CAUSAL = "tmx_bench_causal"
@@ -127,13 +129,15 @@ def _causal_attention(
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Dense attention at its best: no mask is built or read.
+    """Dense attention at its best, FlashAttention-4 where it is installed: no mask is built or read.
 
     Right without padding, for a prompt and an empty cache, and for a single row behind what a cache holds.
     """
-    # The branch makes it a bool where the number of rows is symbolic.
-    causal = True if query.shape[2] != 1 else False  # noqa: SIM210
-    out = F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scaling, enable_gqa=True)
+    causal = True if query.shape[2] != 1 else False  # noqa: SIM210 - a bool where the number of rows is symbolic
+    if causal and fa4.missing(query.device) is None:
+        out = fa4.FA4_OPERATOR(query, key, value, None, None, None, scaling or query.shape[3] ** -0.5)
+    else:
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scaling, enable_gqa=True)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -186,11 +190,9 @@ class Prefill:
         return logits
 
 
-def triangle(geometry: Sequence[int], layers: Sequence[int], min_seq_len: int) -> TriangleMixConfig:
-    """The configuration that makes ``layers`` triangle layers of (sinks, window, last rows)."""
-    names = ("num_sink_tokens", "sliding_window_size", "num_last_tokens")
-    counts: Any = dict(zip(names, geometry, strict=True))
-    return TriangleMixConfig(**counts, triangle_layer_indices=layers, min_seq_len=min_seq_len)
+def triangle(geometry: Geometry, layers: Sequence[int], min_seq_len: int) -> TriangleMixConfig:
+    """The configuration that makes ``layers`` triangle layers."""
+    return TriangleMixConfig(*geometry.counts, triangle_layer_indices=layers, min_seq_len=min_seq_len)
 
 
 def check_layers(backend: Any, wanted: Sequence[int], kind: str = "triangle") -> None:

@@ -111,17 +111,17 @@ def measure(part: str, quick: bool) -> Records:
     """The records of one workload, one for each variant."""
     plan = _plan(quick)
     batch, tokens, rounds = next(w for w in plan["workloads"] if f"batch-{w[0]}" == part)
-    lab = _lab(quick)
+    lab = lab_of(quick)
     ids = lab.ids(batch, tokens + plan["new_tokens"])
     with lab.caches(), torch._dynamo.config.patch(recompile_limit=64), torch.no_grad():
-        found = {name: _Outcome() for name in plan["variants"]}
+        found = {name: Outcome() for name in plan["variants"]}
         for name, outcome in found.items():
             note(f"{part}: {name}, compiling")
             outcome.attempt(lambda name=name: _warm(lab.runner(name), ids, plan))
         for number in range(rounds):
             note(f"{part}: round {number + 1} of {rounds}")
             for name, outcome in found.items():
-                outcome.attempt(lambda name=name: _counted(lab.runner(name), ids, tokens))
+                outcome.attempt(lambda name=name: counted(lab.runner(name), ids, tokens))
         lowerings = {name: lab.runner(name).lowerings() for name in found}
     reference = found["dense"].last
     records: Records = []
@@ -143,7 +143,7 @@ def measure(part: str, quick: bool) -> Records:
     return records
 
 
-class _Outcome:
+class Outcome:
     """What a variant's runs came to: the first, untimed one and the rounds, or why it failed."""
 
     def __init__(self) -> None:
@@ -210,7 +210,7 @@ def _warm(runner: Runner, ids: Tensor, plan: dict[str, Any]) -> list[Run]:
     return made
 
 
-def _counted(runner: Runner, ids: Tensor, tokens: int) -> list[Run]:
+def counted(runner: Runner, ids: Tensor, tokens: int) -> list[Run]:
     """One round, made again while something was compiled in it.
 
     Raises:
@@ -271,7 +271,7 @@ class _Lab:
 
 
 @functools.lru_cache(maxsize=1)
-def _lab(quick: bool) -> _Lab:
+def lab_of(quick: bool) -> _Lab:
     """The lab of this process."""
     return _Lab(quick)
 

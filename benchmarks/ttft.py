@@ -16,10 +16,11 @@ from torch._dynamo.utils import counters
 
 from benchmarks.account import account, floor_limit
 from benchmarks.common import Case, Parts, Records, cold_compiles, device, free, note
-from benchmarks.shapes import CAUSAL, MODELS, ModelShape, Prefill, build, check_layers, lowerings, triangle
+from benchmarks.shapes import CAUSAL, MODELS, Prefill, build, check_layers, lowerings, triangle
 from tmx_compile import tmx_backend
 from tmx_compile.bench.floor import Shape, copy_rate
 from tmx_compile.bench.timing import describe, seconds
+from tmx_compile.mask.geometry import Geometry
 
 FULL: dict[str, Any] = {
     "lengths": [4096, 32768, 65536, 131072],
@@ -47,7 +48,7 @@ QUICK: dict[str, Any] = {
 class Variant:
     """How a model is run. Without a geometry it is dense: ``causal`` by SDPA's is_causal, else as it is written."""
 
-    geometry: tuple[int, int, int] | None = None
+    geometry: Geometry | None = None
     causal: bool = False
     mask: bool = False
     graphs: bool = False
@@ -55,12 +56,12 @@ class Variant:
 
     @property
     def name(self) -> str:
-        geometry = "" if self.geometry is None else "triangle-" + "-".join(map(str, self.geometry))
+        geometry = "" if self.geometry is None else f"triangle-{self.geometry.slug}"
         base = geometry or ("dense-causal" if self.causal else "dense")
         return base + ("+mask" if self.mask else "") + ("+graphs" if self.graphs else "")
 
 
-WIDE, NARROW = (8, 512, 128), (4, 32, 64)
+WIDE, NARROW = Geometry(8, 512, 128), Geometry(4, 32, 64)
 # The most telling first, for when time runs out.
 VARIANTS = {
     variant.name: variant
@@ -96,8 +97,8 @@ def settings(quick: bool) -> dict[str, Any]:
         "attention_mask of ones",
         "dense": "Hugging Face's attn_implementation='sdpa' under torch.compile(backend='inductor'), the mask as its "
         "code builds it",
-        "dense-causal": "the same with F.scaled_dot_product_attention(is_causal=True, enable_gqa=True) and no mask: "
-        "the best that dense can be, right without padding only",
+        "dense-causal": "the same by FlashAttention-4 where versions have it, else by SDPA's is_causal=True, and no "
+        "mask: the best that dense can be, right without padding only",
         "triangle": "torch.compile(backend=tmx_backend(config, strict=True)) of the unchanged model",
         "graphs": "mode='reduce-overhead'",
         "shapes": "dynamic length",
@@ -128,7 +129,7 @@ def measure(part: str, quick: bool) -> Records:
     base = {
         "model": shape.name,
         "variant": variant.name,
-        "geometry": list(variant.geometry) if variant.geometry else None,
+        "geometry": list(variant.geometry.counts) if variant.geometry else None,
         "triangle_layers": sparse if variant.geometry else 0,
         "layers": layers,
         "mask": variant.mask,
@@ -144,7 +145,7 @@ def measure(part: str, quick: bool) -> Records:
         before = counters["stats"]["unique_graphs"]
         for tokens in lengths:
             free()
-            record = {**base, "tokens": tokens, **_EMPTY}
+            record = {**base, "tokens": tokens, **EMPTY}
             try:
                 prefill = Prefill(model, compiled, tokens, mask=variant.mask, dynamic=True, graphs=variant.graphs)
                 record |= _timed(prefill, tokens, plan, place, first=tokens == lengths[0], graphs=variant.graphs)
@@ -168,7 +169,7 @@ def measure(part: str, quick: bool) -> Records:
     return records
 
 
-_EMPTY = dict.fromkeys(("ms", "peak_gib", "compile_s", "failed", "account")) | {"ms_all": [], "oom": False}
+EMPTY = dict.fromkeys(("ms", "peak_gib", "compile_s", "failed", "account")) | {"ms_all": [], "oom": False}
 
 
 def _timed(
@@ -233,7 +234,7 @@ def finish(records: Records) -> None:
         accounted = next((r for r in same if r["variant"] == "dense-causal" and r["account"]), None)
         if record["geometry"] is None or dense is None or accounted is None or record["graphs"]:
             continue
-        shape = _shape_of(record["model"])
+        shape = next(shape for shape in MODELS.values() if shape.name == record["model"])
         record["limit_ms"] = floor_limit(
             accounted["ms"],
             accounted["account"]["attention_ms"],
@@ -244,10 +245,6 @@ def finish(records: Records) -> None:
             record["geometry"],
         )
         record["limit_reduction"] = 1 - record["limit_ms"] / dense["ms"]
-
-
-def _shape_of(name: str) -> ModelShape:
-    return next(shape for shape in MODELS.values() if shape.name == name)
 
 
 COLUMNS = (

@@ -29,6 +29,7 @@ from typing import Any
 
 from benchmarks.common import RESULTS
 from tmx_compile.bench import record
+from tmx_compile.mask.geometry import Geometry
 
 FILE = "ascend_cost.json"
 
@@ -206,13 +207,13 @@ def dense(problem: Problem, tiling: Tiling) -> tuple[dict[str, Work], int]:
     return {"causal": work}, scores
 
 
-def lowering(problem: Problem, tiling: Tiling, geometry: Sequence[int]) -> tuple[dict[str, Work], int]:
+def lowering(problem: Problem, tiling: Tiling, geometry: Geometry) -> tuple[dict[str, Work], int]:
     """What ``tmx_compile/lowering/ascend/attention.py`` makes of a fixed length; dense where it is dense there.
 
     A band over all rows and all rows against the sinks, merged; the first rows, which are dense, and the last rows in a
     call each; and the result put together from a slice of the merged rows and those two.
     """
-    sink, window, last = geometry
+    sink, window, last = geometry.counts
     n = problem.n
     if min(window, n) + 1 + sink + last >= n:
         return dense(problem, tiling)
@@ -234,7 +235,7 @@ def lowering(problem: Problem, tiling: Tiling, geometry: Sequence[int]) -> tuple
     return works, scores
 
 
-def one_kernel(problem: Problem, tiling: Tiling, geometry: Sequence[int]) -> tuple[dict[str, Work], int]:
+def one_kernel(problem: Problem, tiling: Tiling, geometry: Geometry) -> tuple[dict[str, Work], int]:
     """The same blocks in a single kernel: nothing is merged, sliced or joined in memory, every operand moves once."""
     parts, _ = lowering(problem, tiling, geometry)
     if "band" not in parts:
@@ -246,7 +247,7 @@ def one_kernel(problem: Problem, tiling: Tiling, geometry: Sequence[int]) -> tup
 
 
 FORMS = {"lowering": lowering, "one kernel": one_kernel}
-GEOMETRIES = ((4, 32, 64), (8, 512, 128), (64, 1024, 128))
+GEOMETRIES = (Geometry(4, 32, 64), Geometry(8, 512, 128), Geometry(64, 1024, 128))
 LENGTHS = (8192, 32768, 131072)
 
 # Published measurements of torch_npu's dense attention on a 910B2 (one head, head dim 128, no mask), in microseconds.
@@ -267,7 +268,7 @@ PORT: dict[str, Any] = {
 }
 
 
-def _record(chip: Chip, tiling: Tiling, form: str, n: int, geometry: Sequence[int]) -> dict[str, Any]:
+def _record(chip: Chip, tiling: Tiling, form: str, n: int, geometry: Geometry | None) -> dict[str, Any]:
     problem = Problem(n)
     parts, scores = FORMS[form](problem, tiling, geometry) if geometry else dense(problem, tiling)
     whole = sum(parts.values(), Work())
@@ -278,7 +279,7 @@ def _record(chip: Chip, tiling: Tiling, form: str, n: int, geometry: Sequence[in
         "tiling": tiling.name,
         "form": form if geometry else "dense",
         "n": n,
-        "geometry": list(geometry),
+        "geometry": [] if geometry is None else list(geometry.counts),
         "cube_tflop": whole.cube / 1e12,
         "vector_gop": whole.vector / 1e9,
         "l2_gb": whole.l2 / 1e9,
@@ -300,7 +301,7 @@ def records() -> list[dict[str, Any]]:
     for chip in CHIPS:
         for tiling in TILINGS:
             for n in LENGTHS:
-                found.append(_record(chip, tiling, "dense", n, ()))
+                found.append(_record(chip, tiling, "dense", n, None))
                 for geometry in GEOMETRIES:
                     found += [_record(chip, tiling, form, n, geometry) for form in FORMS]
     return found

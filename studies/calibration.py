@@ -23,9 +23,10 @@ from studies.texts import CALIBRATION
 from tmx_compile import TriangleMixConfig, calibrate
 from tmx_compile.analysis import Sample
 from tmx_compile.analysis.judge.language_model import call_arguments, sample_at
+from tmx_compile.mask.geometry import Geometry
 
 PROFILES = RESULTS / "profiles"
-GEOMETRY = (8, 64, 128)
+GEOMETRY = Geometry(8, 64, 128)
 FULL: dict[str, Any] = {"tokens": 2048, "samples": 16, "direct_samples": 4, "layers": 30, "greedy": 15, "shortlist": 4}
 QUICK: dict[str, Any] = {"tokens": 256, "samples": 2, "direct_samples": 1, "layers": 3, "greedy": 1, "shortlist": 2}
 POSITIONS = 64
@@ -42,7 +43,7 @@ def names(quick: bool) -> list[str]:
 def settings(quick: bool) -> dict[str, Any]:
     return {
         **(QUICK if quick else FULL),
-        "geometry": list(GEOMETRY),
+        "geometry": list(GEOMETRY.counts),
         "positions": POSITIONS,
         "model": "SmolLM2-135M-Instruct (4-bit weights, computed in bfloat16)",
         "dtype": "bfloat16",
@@ -124,7 +125,7 @@ def _calibrate(task: dict[str, Any], model: Any, samples: list[Sample]) -> dict[
     found = calibrate(
         model,
         samples,
-        config=TriangleMixConfig(*GEOMETRY),
+        config=TriangleMixConfig(*GEOMETRY.counts),
         estimator="direct" if direct else "gradient",
         greedy=task["greedy"] if name == "direct" else 0,
         shortlist=task["shortlist"],
@@ -132,7 +133,7 @@ def _calibrate(task: dict[str, Any], model: Any, samples: list[Sample]) -> dict[
     )
     if name in CALIBRATIONS and not task["quick"]:
         PROFILES.mkdir(exist_ok=True)
-        found.to_profile(PROFILES / f"smollm2-135m-{'-'.join(map(str, GEOMETRY))}-{name}.json", task["greedy"])
+        found.to_profile(PROFILES / f"smollm2-135m-{GEOMETRY.slug}-{name}.json", task["greedy"])
     record: dict[str, Any] = {"ranking": list(found.ranking)}
     if found.greedy:
         record["greedy_kl"] = [value for _, value in found.greedy]

@@ -8,6 +8,7 @@ from benchmarks import operator
 from benchmarks.common import Case, Measured, cold_compiles, device, note
 from tmx_compile.bench import layer
 from tmx_compile.bench.timing import Rounds
+from tmx_compile.mask.geometry import Geometry
 
 # Dense attention at the shorter length gives the floor's rate, and what eight times the tokens cost.
 LENGTHS, DENSE_UP_TO = (131072, 1048576), 131072
@@ -19,7 +20,7 @@ def measure(quick: bool) -> Measured:
         plan = replace(plan, lengths=(320, 640), dense_up_to=320, lowerings=("blocked",))
     else:
         lowerings = tuple(name for name in ("triton", "flex") if name in layer.NAMED)
-        geometries = ((4, 32, 64), (8, 512, 128))
+        geometries = (Geometry(4, 32, 64), Geometry(8, 512, 128))
         plan = replace(
             plan,
             lengths=LENGTHS,

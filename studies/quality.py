@@ -31,14 +31,13 @@ from tmx_compile import TriangleMixConfig, calibrate
 from tmx_compile.analysis import CapturedModel, Change, Choice, Continued, compare
 from tmx_compile.analysis.judge.intervals import interval
 from tmx_compile.analysis.judge.language_model import call_arguments, sample_at
-
-Geometry = tuple[int, int, int]
+from tmx_compile.mask.geometry import Geometry
 
 PROFILES = RESULTS / "profiles"
 FINAL = 64
 """Last positions of a prompt that are compared beside what follows it."""
 # A CPU has time for few items.
-_ITEMS = {"cpu": {"texts": 8, "needles": 6, "copies": 4}, "cuda": {"texts": 20, "needles": 20, "copies": 12}}
+ITEMS = {"cpu": {"texts": 8, "needles": 6, "copies": 4}, "cuda": {"texts": 20, "needles": 20, "copies": 12}}
 _DIRECT = {"cpu": 2, "cuda": 8}
 _GEOMETRIES = [[4, 32, 64], [8, 64, 128], [8, 512, 128]]
 _DIRECT_FOR = {"cpu": [[8, 64, 128]], "cuda": _GEOMETRIES}
@@ -83,32 +82,28 @@ RANKED = ("gradient", "direct", "deepest")
 CONTRAST = ("first", *(f"random{i}" for i in range(DRAWS)))
 
 
-def _plan(quick: bool) -> dict[str, Any]:
+def plan_of(quick: bool) -> dict[str, Any]:
     if quick:
         return QUICK
     kind = device().type
     calibration = FULL["calibration"] | {"direct": _DIRECT[kind]}
-    return FULL | _ITEMS[kind] | {"direct_for": _DIRECT_FOR[kind], "calibration": calibration}
-
-
-def _slug(geometry: Sequence[int]) -> str:
-    return "-".join(map(str, geometry))
+    return FULL | ITEMS[kind] | {"direct_for": _DIRECT_FOR[kind], "calibration": calibration}
 
 
 def names(quick: bool) -> list[str]:
-    plan = _plan(quick)
-    found = [f"ranking/{_slug(g)}/gradient" for g in plan["geometries"]]
-    found += [f"ranking/{_slug(g)}/direct" for g in plan["direct_for"]]
+    plan = plan_of(quick)
+    found = [f"ranking/{Geometry(*g).slug}/gradient" for g in plan["geometries"]]
+    found += [f"ranking/{Geometry(*g).slug}/direct" for g in plan["direct_for"]]
     for prompt in plan["prompts"]:
         for geometry in plan["geometries"]:
-            found += [f"prompt-{prompt}/{_slug(geometry)}/{group}" for group in ("ranked", "contrast")]
+            found += [f"prompt-{prompt}/{Geometry(*geometry).slug}/{group}" for group in ("ranked", "contrast")]
         found += [f"prompt-{prompt}/ablations", f"prompt-{prompt}/turns"]
     return found
 
 
 def settings(quick: bool) -> dict[str, Any]:
     return {
-        **_plan(quick),
+        **plan_of(quick),
         "device": device().type,
         "model": "SmolLM2-135M-Instruct (4-bit weights, computed in bfloat16)",
         "final": FINAL,
@@ -170,14 +165,14 @@ def cells(plan: dict[str, Any], name: str) -> tuple[int, list[Cell]]:
     prompt, *rest = name.split("/")
     tokens = int(prompt.removeprefix("prompt-"))
     if rest == ["ablations"]:
-        return tokens, [Cell(tuple(g), "deepest", plan["ablation_count"]) for g in plan["ablations"]]
+        return tokens, [Cell(Geometry(*g), "deepest", plan["ablation_count"]) for g in plan["ablations"]]
     if rest == ["turns"]:
         ways = [(0, "sparse"), *((turn, rows) for turn in plan["turns"] for rows in ("sparse", "dense"))]
-        deepest = [(tuple(g), "deepest", n) for g in plan["turn_geometries"] for n in plan["turn_counts"]]
+        deepest = [(Geometry(*g), "deepest", n) for g in plan["turn_geometries"] for n in plan["turn_counts"]]
         return tokens, [Cell(*common, turn=turn, rows=rows) for common in deepest for turn, rows in ways]
     geometry = _geometry(rest[0])
     if rest[1] == "ranked":
-        policies = [policy for policy in RANKED if policy != "direct" or list(geometry) in plan["direct_for"]]
+        policies = [policy for policy in RANKED if policy != "direct" or list(geometry.counts) in plan["direct_for"]]
         found = [Cell(geometry, policy, count) for policy in policies for count in plan["counts"]]
         streamed = [(policy, count) for policy in ("gradient", "deepest") for count in plan["streaming_counts"]]
         return tokens, found + [Cell(geometry, *which, "streaming") for which in streamed]
@@ -186,15 +181,14 @@ def cells(plan: dict[str, Any], name: str) -> tuple[int, list[Cell]]:
 
 
 def _geometry(slug: str) -> Geometry:
-    sink, window, last = map(int, slug.split("-"))
-    return sink, window, last
+    return Geometry(*map(int, slug.split("-")))
 
 
 def profile_path(geometry: Geometry, estimator: str, depth: int) -> Path:
     """The profile of a geometry; one of fewer layers is for trying out and stays out of the results."""
     folder = PROFILES / "cuda" if device().type == "cuda" else PROFILES
     folder = folder if depth == FULL["layers"] else PROFILES / "quick"
-    return folder / f"smollm2-135m-{_slug(geometry)}-{estimator}.json"
+    return folder / f"smollm2-135m-{geometry.slug}-{estimator}.json"
 
 
 def measure(name: str, quick: bool) -> Records:
@@ -207,7 +201,7 @@ def measure(name: str, quick: bool) -> Records:
 
 @functools.lru_cache(maxsize=1)
 def _lab(quick: bool) -> Lab:
-    return Lab(_plan(quick))
+    return Lab(plan_of(quick))
 
 
 class Lab:
@@ -226,16 +220,16 @@ class Lab:
         how = self.plan["calibration"]
         tokens, depth = how["tokens"], self.plan["layers"]
         stream = token_stream(self.tokenizer, CALIBRATION)
-        keep = 1 if estimator == "gradient" else min(FINAL, geometry[2])
+        keep = 1 if estimator == "gradient" else min(FINAL, geometry.last)
         extra = call_arguments(self.model, keep)
         samples = [sample_at(stream, i * (tokens + 1), tokens, self.device, extra) for i in range(how[estimator])]
         greedy = {} if estimator == "gradient" else {"greedy": how["greedy"]}
-        config = TriangleMixConfig(*geometry)
+        config = TriangleMixConfig(*geometry.counts)
         found = calibrate(self.model, samples, config=config, estimator=estimator, progress=False, **greedy)
         path = profile_path(geometry, estimator, depth)
         path.parent.mkdir(parents=True, exist_ok=True)
         found.to_profile(path, depth // 2)
-        return {"geometry": list(geometry), "policy": estimator, "ranking": list(found.ranking)}
+        return {"geometry": list(geometry.counts), "policy": estimator, "ranking": list(found.ranking)}
 
     def evaluate(self, prompt: int, wanted: Sequence[Cell]) -> Records:
         """All tasks at one prompt length, with the layers of each cell sparse, against dense."""
@@ -253,7 +247,7 @@ class Lab:
         return [
             {
                 "prompt": prompt,
-                "geometry": list(cell.geometry),
+                "geometry": list(cell.geometry.counts),
                 "policy": cell.policy,
                 "count": cell.count,
                 "decode": cell.decode,

@@ -19,6 +19,7 @@ from studies.recall_tasks import COPY, HOPS, LISTED, Batch, evaluation
 from tmx_compile import TriangleMixConfig, calibrate
 from tmx_compile.analysis import CapturedModel, Inputs, Sample
 from tmx_compile.analysis.judge.language_model import call_arguments
+from tmx_compile.mask.geometry import Geometry
 
 FOLDER = RESULTS / "recall"
 SEED = 20261122
@@ -42,7 +43,7 @@ QUICK: dict[str, Any] = FULL | {
 
 def names(quick: bool) -> list[str]:
     plan = QUICK if quick else FULL
-    return [f"{n}/{'-'.join(map(str, g))}" for n in plan["lengths"] for g in plan["geometries"]]
+    return [f"{n}/{Geometry(*g).slug}" for n in plan["lengths"] for g in plan["geometries"]]
 
 
 def settings(quick: bool) -> dict[str, Any]:
@@ -62,8 +63,7 @@ def settings(quick: bool) -> dict[str, Any]:
 
 def measure(name: str, quick: bool) -> Records:
     length, slug = name.split("/")
-    sink, window, last = map(int, slug.split("-"))
-    return _lab(quick).evaluate(int(length), (sink, window, last))
+    return _lab(quick).evaluate(int(length), Geometry(*map(int, slug.split("-"))))
 
 
 @functools.lru_cache(maxsize=1)
@@ -82,7 +82,7 @@ class Lab:
         self.depth = model.config.num_hidden_layers
         self.captured = CapturedModel(model, TriangleMixConfig())
 
-    def evaluate(self, tokens: int, geometry: tuple[int, int, int]) -> Records:
+    def evaluate(self, tokens: int, geometry: Geometry) -> Records:
         """Every policy, number of layers and task at one length and geometry."""
         self.captured.geometry = geometry
         note(f"recall: ranking layers at {tokens} tokens, {geometry}")
@@ -105,7 +105,7 @@ class Lab:
         return [
             {
                 "tokens": tokens,
-                "geometry": list(geometry),
+                "geometry": list(geometry.counts),
                 "policy": policy,
                 "count": count,
                 "indices": list(wanted[policy, count]),
@@ -141,7 +141,7 @@ class Lab:
             right.append((likely == batch.targets[:, -keep:])[asked[:, -keep:]])
         return float(torch.cat(right).float().mean())
 
-    def _ranking(self, tokens: int, geometry: tuple[int, int, int], estimator: str) -> tuple[int, ...]:
+    def _ranking(self, tokens: int, geometry: Geometry, estimator: str) -> tuple[int, ...]:
         """Layers by the gradient or by the divergence at a last question, all tasks in turn.
 
         There alone: the model was never trained on what follows other tokens.
@@ -155,7 +155,7 @@ class Lab:
             inputs = {"input_ids": batch.ids[:, : end + 1].clone(), **extra}
             samples.append(Sample(Inputs(kwargs=inputs), batch.targets[0, end : end + 1].clone()))
         greedy = {} if estimator == "gradient" else {"greedy": self.depth - 1, "positions": 1}
-        config = TriangleMixConfig(*geometry)
+        config = TriangleMixConfig(*geometry.counts)
         found = calibrate(self.model, samples, config=config, estimator=estimator, progress=False, **greedy)
         return tuple(found.ranking)
 

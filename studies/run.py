@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from benchmarks import common
 from studies import (
     calibration,
+    dense,
     first_n,
     kv_cache,
     million,
@@ -21,7 +22,16 @@ from studies import (
 
 CASES = (
     *(first_n.CASE, calibration.CASE, quality.CASE, recall.CASE),
-    *(pass_cost.CASE, prefill_memory.CASE, kv_cache.CASE, million.CASE, stages.CASE, switch.CASE, training.CASE),
+    *(
+        pass_cost.CASE,
+        prefill_memory.CASE,
+        kv_cache.CASE,
+        million.CASE,
+        stages.CASE,
+        switch.CASE,
+        training.CASE,
+        dense.CASE,
+    ),
 )
 
 

@@ -6,6 +6,7 @@ Small windows are furthest from the floor, so that the stages are told for those
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,9 +17,10 @@ from benchmarks.common import Case, Measured
 from tmx_compile.bench.dense import dense_variants
 from tmx_compile.bench.floor import Ceilings, Shape, attended_pairs, causal_pairs, copy_rate
 from tmx_compile.bench.timing import Rounds, interleaved_on
+from tmx_compile.mask.geometry import Geometry
 
 LENGTHS = (32768, 131072)
-GEOMETRIES = ((4, 32, 64), (8, 512, 128))
+GEOMETRIES = (Geometry(4, 32, 64), Geometry(8, 512, 128))
 HEADS, KV_HEADS, DIM = 32, 8, 128
 COLUMNS = ("n", "geometry", "variant", "ms", "over_floor", "of_whole")
 
@@ -62,7 +64,7 @@ def measure(quick: bool) -> Measured:
             records.append(
                 {
                     "n": n,
-                    "geometry": list(geometry),
+                    "geometry": list(geometry.counts),
                     "lowering": "triton",
                     "variant": name,
                     **timing.fields(),
@@ -91,33 +93,31 @@ def _operands(n: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor,
     return query, key, value
 
 
-def variants(query: Tensor, key: Tensor, value: Tensor, geometry: tuple[int, int, int]) -> dict[str, Callable[[], Any]]:
+def variants(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry) -> dict[str, Callable[[], Any]]:
     """What to time, by the names of :data:`TOLD`; the Hopper kernel's only where it can run."""
     from tmx_compile.lowering.triton import launch, tuning
-    from tmx_compile.mask.geometry import Geometry
 
-    sink, window, last = geometry
     scale = DIM**-0.5
-    rows = query[:, :, -last:]
+    rows = query[:, :, -geometry.last :]
 
-    def general(q: Tensor, sink: int, window: int, last: int, shapes: tuning.Tuning | None = None) -> Callable[[], Any]:
-        return lambda: launch.attend(q, key, value, None, None, Geometry(sink, window, last), scale, shapes=shapes)
+    def general(q: Tensor, within: Geometry, shapes: tuning.Tuning | None = None) -> Callable[[], Any]:
+        return lambda: launch.attend(q, key, value, None, None, within, scale, shapes=shapes)
 
     found: dict[str, Callable[[], Any]] = {
-        "whole": general(query, sink, window, last),
-        "without last rows": general(query, sink, window, 0),
-        "one key a row": general(query, 0, 0, 0),
-        "last rows alone": general(rows, sink, window, last),
-        "general": general(query, sink, window, last, tuning.SMALL),
-        "general, 128 rows": general(query, sink, window, last, tuning.LARGE),
+        "whole": general(query, geometry),
+        "without last rows": general(query, replace(geometry, last=0)),
+        "one key a row": general(query, Geometry(0, 0, 0)),
+        "last rows alone": general(rows, geometry),
+        "general": general(query, geometry, tuning.SMALL),
+        "general, 128 rows": general(query, geometry, tuning.LARGE),
         "copy": lambda: query.clone(),
     }
-    hopper = launch._HOPPER
+    hopper = launch.HOPPER
     if hopper is not None and hopper.takes(query, key, value):
         streaming = found["without last rows"]
 
         def alone() -> Any:
-            return hopper.attend(rows, key, value, None, None, Geometry(*geometry), scale)
+            return hopper.attend(rows, key, value, None, None, geometry, scale)
 
         def apart() -> Any:
             return streaming(), alone()
@@ -133,7 +133,7 @@ def variants(query: Tensor, key: Tensor, value: Tensor, geometry: tuple[int, int
             here.wait_stream(side)
             return out, beside
 
-        found["hopper"] = lambda: hopper.attend(query, key, value, None, None, Geometry(*geometry), scale)
+        found["hopper"] = lambda: hopper.attend(query, key, value, None, None, geometry, scale)
         found["last rows alone, hopper"] = alone
         found["apart"] = apart
         found["apart, two streams"] = two_streams

@@ -19,10 +19,11 @@ from tmx_compile.bench.dense import dense_variants
 from tmx_compile.bench.floor import attended_pairs, causal_pairs
 from tmx_compile.bench.layer import MIN_SEQ_LEN, Model
 from tmx_compile.bench.timing import Rounds, Timing, describe, interleaved_on
+from tmx_compile.mask.geometry import Geometry
 
 FULL: dict[str, Any] = {
     "lengths": (4096, 8192, 16384, 32768, 65536, 131072),
-    "geometries": ((4, 32, 64), (8, 512, 128)),
+    "geometries": (Geometry(4, 32, 64), Geometry(8, 512, 128)),
     "heads": 32,
     "kv_heads": 8,
     "head_dim": 128,
@@ -31,7 +32,7 @@ FULL: dict[str, Any] = {
 }
 QUICK: dict[str, Any] = {
     "lengths": (260,),
-    "geometries": ((4, 32, 64),),
+    "geometries": (Geometry(4, 32, 64),),
     "heads": 2,
     "kv_heads": 1,
     "head_dim": 16,
@@ -74,6 +75,7 @@ def measure(quick: bool) -> Measured:
             records += _at(n, plan, device, left_out)
     settings = {
         **{name: value for name, value in plan.items() if name != "rounds"},
+        "geometries": [geometry.counts for geometry in plan["geometries"]],
         "device": device.type,
         "batch": 1,
         "budget_s": plan["rounds"].budget_s,
@@ -105,7 +107,7 @@ def _at(n: int, plan: dict[str, Any], device: torch.device, left_out: dict[str, 
         runs["both", geometry] = whole
         runs["forward", geometry], runs["backward", geometry] = stages(leaves, grad_out, geometry)
     timings = interleaved_on(device, runs, plan["rounds"])
-    left_out |= {f"CUDA graph of {kind}, n = {n}": t.why for kind, t in timings.items() if t.why}
+    left_out |= {f"CUDA graph of {kind[0]} {kind[1]}, n = {n}": t.why for kind, t in timings.items() if t.why}
     dense = {name: timings[kind, name] for kind, name in timings if kind == "dense"}
     best = min(dense, key=lambda name: dense[name].median, default=None)
     return [_record(n, geometry, timings, errors[geometry], best) for geometry in plan["geometries"]]
@@ -138,57 +140,48 @@ def _checked(run: Callable[[], Any]) -> Callable[[], Any]:
     return run
 
 
-def compiled_layer(leaves: tuple[Tensor, ...], geometry: tuple[int, int, int]) -> Callable[[], Tensor]:
+def compiled_layer(leaves: tuple[Tensor, ...], geometry: Geometry) -> Callable[[], Tensor]:
     """The layer with the triangle, compiled for this length."""
-    sink, window, last = geometry
-    config = TriangleMixConfig(
-        num_sink_tokens=sink,
-        sliding_window_size=window,
-        num_last_tokens=last,
-        triangle_layer_indices=[0],
-        min_seq_len=MIN_SEQ_LEN,
-    )
+    config = TriangleMixConfig(*geometry.counts, triangle_layer_indices=[0], min_seq_len=MIN_SEQ_LEN)
     backend = tmx_backend(config, lowering=LOWERING, strict=True)
     layer = torch.compile(Model(), backend=backend, dynamic=False)
     return lambda: layer(*leaves)
 
 
 def stages(
-    leaves: tuple[Tensor, ...], grad_out: Tensor, geometry: tuple[int, int, int]
+    leaves: tuple[Tensor, ...], grad_out: Tensor, geometry: Geometry
 ) -> tuple[Callable[[], Any], Callable[[], Any]]:
     """The operator's forward and its backward, each alone."""
     inputs = [x.detach() for x in leaves]
     scale = inputs[0].shape[3] ** -0.5
-    saved = torch.ops.tmx.triangle_attention_triton_training(*inputs, None, None, *geometry, scale)
+    saved = torch.ops.tmx.triangle_attention_triton_training(*inputs, None, None, *geometry.counts, scale)
 
     def forward() -> Any:
-        return torch.ops.tmx.triangle_attention_triton_training(*inputs, None, None, *geometry, scale)
+        return torch.ops.tmx.triangle_attention_triton_training(*inputs, None, None, *geometry.counts, scale)
 
     def backward() -> Any:
         return torch.ops.tmx.triangle_attention_triton_backward(
-            grad_out, None, *inputs, None, None, *saved, *geometry, scale
+            grad_out, None, *inputs, None, None, *saved, *geometry.counts, scale
         )
 
     return forward, backward
 
 
-def _error(got: Any, leaves: tuple[Tensor, ...], grad_out: Tensor, geometry: tuple[int, int, int]) -> float:
+def _error(got: Any, leaves: tuple[Tensor, ...], grad_out: Tensor, geometry: Geometry) -> float:
     """How far the gradients are from those of the operator in plain PyTorch."""
     inputs = [x.detach() for x in leaves]
     scale = inputs[0].shape[3] ** -0.5
-    out, _ = torch.ops.tmx.triangle_attention(*inputs, None, *geometry, scale)
-    want = torch.ops.tmx.triangle_attention_backward(grad_out, None, *inputs, None, out, *geometry, scale)
+    out, _ = torch.ops.tmx.triangle_attention(*inputs, None, *geometry.counts, scale)
+    want = torch.ops.tmx.triangle_attention_backward(grad_out, None, *inputs, None, out, *geometry.counts, scale)
     return max(float((a.float() - b.float()).norm() / b.float().norm()) for a, b in zip(got, want, strict=True))
 
 
-def _record(
-    n: int, geometry: tuple[int, int, int], timings: dict[Any, Timing], error: float, best: str | None
-) -> dict[str, Any]:
+def _record(n: int, geometry: Geometry, timings: dict[Any, Timing], error: float, best: str | None) -> dict[str, Any]:
     both = timings["both", geometry]
     dense_ms = None if best is None else timings["dense", best].median
     return {
         "n": n,
-        "geometry": list(geometry),
+        "geometry": list(geometry.counts),
         "lowering": LOWERING,
         **both.fields(),
         "dense_ms": dense_ms,

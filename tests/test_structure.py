@@ -16,8 +16,8 @@ ORDER = [
     "version",
     "errors",
     "report",
-    "config",
     "mask",
+    "config",
     "operator",
     "legacy",
     "graph",
@@ -54,10 +54,8 @@ APART = {
 TESTS = Path(__file__).parent
 TEST = re.compile(r"(^|\.)(test_|conftest$|trianglemix_attention_test$)")
 PRIVATE = re.compile(r"_[A-Za-z]\w*")
-# Read by tests until passes/program.py has its next form.
-STILL_PRIVATE = {
-    ("tests/export/test_graph_modules.py", "_Retracer"),
-}
+# Every folder with Python of the project's own. None of them may use another file's private names.
+FOLDERS = ("tmx_compile", "tests", "tests_vllm", "examples", "benchmarks", "studies", "tools")
 
 
 def imports(path):
@@ -76,31 +74,46 @@ def room_of(path):
 
 
 def all_imports(tree):
-    """(node, the module that a statement imports from or imports, the name in it) of a whole file."""
+    """(the module that a statement imports from, the name in it; or a module, None) of a whole file."""
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
+            assert not node.level, "a relative import names no folder"
             yield from ((node.module or "", alias) for alias in node.names)
         elif isinstance(node, ast.Import):
             yield from ((alias.name, None) for alias in node.names)
 
 
-def private_names(tree):
-    """Names with an underscore that a file takes from another file of the package, whichever way.
+def sources():
+    """(path from the project's root, text) of every file of Python."""
+    for folder in FOLDERS:
+        files = sorted((TESTS.parent / folder).rglob("*.py"))
+        assert files, folder
+        yield from ((path.relative_to(TESTS.parent).as_posix(), path.read_text(encoding="utf-8")) for path in files)
 
-    ``from a import _b``, ``a._b`` where ``a`` was imported, and ``setattr(a, "_b", ...)``.
+
+def is_ours(module):
+    return module.partition(".")[0] in FOLDERS
+
+
+def private_names(tree):
+    """Names with an underscore that a file takes from another file of the project, whichever way.
+
+    ``from a import _b``, ``a._b`` and ``c.a._b`` where ``a`` or ``c.a`` was imported, and ``setattr(a, "_b", ...)``.
     """
     ours, found = set(), set()
-    for module, alias in all_imports(tree):
-        if alias is not None and module.startswith("tmx_compile"):
-            ours.add(alias.asname or alias.name)
-            found |= {alias.name} if PRIVATE.fullmatch(alias.name) else set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ours:
-            found |= {node.attr} if PRIVATE.fullmatch(node.attr) else set()
+        if isinstance(node, ast.Import):
+            ours |= {alias.asname or alias.name for alias in node.names if is_ours(alias.name)}
+        elif isinstance(node, ast.ImportFrom) and is_ours(node.module):
+            ours |= {alias.asname or alias.name for alias in node.names}
+            found |= {alias.name for alias in node.names}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and PRIVATE.fullmatch(node.attr) and ast.unparse(node.value) in ours:
+            found.add(node.attr)
         elif isinstance(node, ast.Call) and len(node.args) > 1 and ast.unparse(node.func).endswith("setattr"):
             of, name = (ast.unparse(arg).strip("'\"") for arg in node.args[:2])
-            found |= {name} if of in ours and PRIVATE.fullmatch(name) else set()
-    return found
+            found |= {name} if of in ours else set()
+    return set(filter(PRIVATE.fullmatch, found))
 
 
 def test_imports_point_down_the_list():
@@ -148,11 +161,8 @@ def test_imports_cold():
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
-@pytest.mark.parametrize(("folder", "most"), [(ROOT, 420), (TESTS, 420), (TESTS.parent / "tests_vllm", 420)])
-def test_files_stay_one_room(folder, most):
-    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in folder.rglob("*.py")}
-    assert lengths
-    assert {str(path.relative_to(folder)): n for path, n in lengths.items() if n > most} == {}
+def test_files_stay_one_room():
+    assert {path: n for path, text in sources() if (n := len(text.splitlines())) > 400} == {}
 
 
 def test_tests_import_from_support_alone():
@@ -167,13 +177,7 @@ def test_tests_import_from_support_alone():
 
 
 def test_no_file_uses_a_private_name_of_another():
-    found = {
-        (path.relative_to(folder.parent).as_posix(), name)
-        for folder in (ROOT, TESTS)
-        for path in folder.rglob("*.py")
-        for name in private_names(ast.parse(path.read_text(encoding="utf-8")))
-    }
-    assert found == STILL_PRIVATE
+    assert {path: names for path, text in sources() if (names := private_names(ast.parse(text)))} == {}
 
 
 @pytest.mark.parametrize(
@@ -181,6 +185,9 @@ def test_no_file_uses_a_private_name_of_another():
     [
         ("from tmx_compile.operator import kernel\nkernel._BUDGET", {"_BUDGET"}),
         ("from tmx_compile.operator.kernel import _BUDGET", {"_BUDGET"}),
+        ("from benchmarks.common import _median", {"_median"}),
+        ("import benchmarks.common\nbenchmarks.common._median", {"_median"}),
+        ("import studies.quality as quality\nquality._slug", {"_slug"}),
         ("from tmx_compile.operator import kernel\nmonkeypatch.setattr(kernel, '_BUDGET', 3)", {"_BUDGET"}),
         ("import torch\nfrom tmx_compile import backend\ntorch._dynamo, backend.__file__, backend.tmx", set()),
     ],

@@ -58,14 +58,13 @@ def published(section: str, n: int, si: int, sl: int, last: int) -> torch.Tensor
             streaming = causal and (j <= si or i - j <= sl)
             late = causal and n - i < last and j > si and i - j > sl
             middle = causal and n - i >= last and j > si and i - j > sl
-            cell = {
+            mask[i - 1, j - 1] = {
                 "streaming": streaming,
                 "last": late,
                 "middle": middle,
                 "triangle": streaming + late,
                 "dense": streaming + late + middle,
-            }
-            mask[i - 1, j - 1] = cell[section]
+            }[section]
     return mask
 
 
@@ -104,9 +103,7 @@ def test_any_geometry_equals_the_published_formulas(n: int, geometry: tuple[int,
 @given(n=st.integers(1, 60), geometry=st.tuples(counts, counts, counts))
 def test_sections_are_disjoint_and_sum_to_the_causal_triangle(n: int, geometry: tuple[int, int, int]) -> None:
     made_by = generator(*geometry)
-    streaming, late, middle = (
-        build(section, made_by, n, dtype=torch.int64) for section in ("streaming", "last", "middle")
-    )
+    streaming, late, middle = (build(section, made_by, n, dtype=torch.int64) for section in SECTIONS[:3])
     total = streaming + late + middle
     assert total.max() == 1
     assert torch.equal(total, torch.ones(n, n, dtype=torch.int64).tril())

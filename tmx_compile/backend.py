@@ -16,6 +16,7 @@ from tmx_compile.compilers.inductor import Compiler, Inductor
 from tmx_compile.config import TriangleMixConfig
 from tmx_compile.errors import LoweringError
 from tmx_compile.graph.copies import copy_graph
+from tmx_compile.graph.guards import RangeGuards
 from tmx_compile.graph.nodes import value_of
 from tmx_compile.layers import Watch, hand_over
 from tmx_compile.legacy.inference import TriangleMixInferenceConfig
@@ -23,7 +24,6 @@ from tmx_compile.passes import pipeline
 from tmx_compile.passes.lengths import Prompt, dispatch, hint
 from tmx_compile.passes.one_row import one_row_chunk
 from tmx_compile.passes.plan import Plan
-from tmx_compile.passes.range_guards import RangeGuards
 from tmx_compile.passes.record import records
 from tmx_compile.proof.constants import watched
 from tmx_compile.remarks import warn_if_dense, warn_of

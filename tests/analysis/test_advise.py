@@ -17,13 +17,14 @@ from tmx_compile.bench import layer, layer_times, record
 from tmx_compile.bench.layer_times import AttentionShape, LayerTime, measure_times, read_times
 from tmx_compile.bench.timing import Rounds
 from tmx_compile.config.fingerprint import ModelFingerprint
+from tmx_compile.mask.geometry import Geometry
 
 LAYERS, TOKENS = 5, 4096
 WIDE, NARROW = AttentionShape(8, 2, 64, 64), AttentionShape(4, 4, 32, 32)
 WINDOWED = AttentionShape(8, 2, 64, 64, reach=99)
 # Layer 3 has two calls, and layer 4 a window of its own.
 SHAPES = {0: (WIDE,), 1: (NARROW,), 2: (WIDE,), 3: (WIDE, NARROW), 4: (WINDOWED,)}
-GEOMETRIES = [(4, 32, 64), (8, 512, 128)]
+GEOMETRIES = [Geometry(4, 32, 64), Geometry(8, 512, 128)]
 
 
 def evaluation(records, shapes=SHAPES, **changes):
@@ -237,7 +238,13 @@ def bench_file(tmp_path_factory):
     """What `tmx bench --out` writes, of a small layer."""
     heads = dict(heads=4, kv_heads=2, head_dim=16)
     plan = layer.Plan(
-        "cpu", (300,), ((2, 6, 5), (4, 9, 5)), ("float32",), **heads, lowerings=("operator",), rounds=Rounds(0.0, 1, 1)
+        "cpu",
+        (300,),
+        (Geometry(2, 6, 5), Geometry(4, 9, 5)),
+        ("float32",),
+        **heads,
+        lowerings=("operator",),
+        rounds=Rounds(0.0, 1, 1),
     )
     before = record.hardware()
     path = tmp_path_factory.mktemp("bench") / "layer.json"
@@ -258,7 +265,9 @@ def test_times_are_read_from_a_benchmark(bench_file, tmp_path):
     shape = AttentionShape(4, 2, 16, 16)
     machine = content["hardware"]["cpu"]
     assert found == {
-        (2, 6, 5): LayerTime(shape, (2, 6, 5), 300, "float32", first["dense_ms"], 4.0, "blocked", machine),
+        Geometry(2, 6, 5): LayerTime(
+            shape, Geometry(2, 6, 5), 300, "float32", first["dense_ms"], 4.0, "blocked", machine
+        ),
         (4, 9, 5): LayerTime(shape, (4, 9, 5), 300, "float32", second["dense_ms"], 7.0, "operator", machine),
     }
     for text in ("[]", "{", json.dumps(content | {"records": [{"n": 1}]}), json.dumps({"settings": {}})):
@@ -278,14 +287,14 @@ def test_times_are_measured_for_the_choices_that_fit_alone(monkeypatch):
 
     monkeypatch.setattr(layer_times, "measure", spy)
     shape = AttentionShape(2, 1, 16, 16)
-    fits, not_fits = Choice((2, 6, 5), (0, 1)), Choice((2, 7, 5), (1,))
+    fits, not_fits = Choice(Geometry(2, 6, 5), (0, 1)), Choice(Geometry(2, 7, 5), (1,))
     rows = {"a": Record(fits, **costs(0.0)), "b": Record(not_fits, **costs(1.0))}
     found = advise(evaluation(rows, {0: (shape,), 1: (shape,)}), budget=0.1, tokens=300, min_seq_len=256, seconds=0.0)
     (plan,) = asked
-    assert (plan.lengths, plan.geometries, plan.dtypes) == ((300,), ((2, 6, 5),), ("float32",))
+    assert (plan.lengths, plan.geometries, plan.dtypes) == ((300,), (Geometry(2, 6, 5),), ("float32",))
     assert (plan.heads, plan.kv_heads, plan.head_dim) == (2, 1, 16)
     (time,) = found.times
-    assert (time.shape, time.geometry, time.tokens, time.lowering) == (shape, (2, 6, 5), 300, "blocked")
+    assert (time.shape, time.geometry, time.tokens, time.lowering) == (shape, Geometry(2, 6, 5), 300, "blocked")
     assert time.machine == record.hardware()["cpu"]
     assert found.candidates[0].saved_ms == pytest.approx(2 * (time.dense_ms - time.triangle_ms))
     assert found.dense_ms == pytest.approx(2 * time.dense_ms)
@@ -294,7 +303,7 @@ def test_times_are_measured_for_the_choices_that_fit_alone(monkeypatch):
 def test_where_auto_stays_dense_nothing_is_saved(monkeypatch):
     monkeypatch.setattr(layer_times, "auto_lowering", lambda *_: "dense")
     (time,) = measure_times(
-        AttentionShape(2, 1, 16, 16), [(2, 6, 5)], tokens=300, dtype="float32", device="cpu", seconds=0.0
+        AttentionShape(2, 1, 16, 16), [Geometry(2, 6, 5)], tokens=300, dtype="float32", device="cpu", seconds=0.0
     )
     assert (time.lowering, time.saved_ms) == ("dense", 0.0)
     assert time.dense_ms > 0
@@ -305,7 +314,7 @@ def test_the_lowering_is_the_one_that_auto_takes():
     taken = [layer.auto_lowering(plan, 400, "float32", geometry) for geometry in GEOMETRIES]
     assert taken == ["blocked", "flex"]
     assert layer.auto_lowering(plan, 200, "float32", GEOMETRIES[0]) == "dense"
-    backend = tmx_backend(TriangleMixConfig(*GEOMETRIES[0], triangle_layer_indices=[0], min_seq_len=256))
+    backend = tmx_backend(TriangleMixConfig(*GEOMETRIES[0].counts, triangle_layer_indices=[0], min_seq_len=256))
     x = torch.randn(1, 2, 400, 16)
     with torch.no_grad():
         torch.compile(layer.Model(), backend=backend)(x, x[:, :1], x[:, :1])

@@ -33,7 +33,7 @@ def test_it_writes_a_profile_for_the_model(folder, tmp_path, capsys, estimator):
     model = stored_model()
     config = TriangleMixConfig.from_profile(out, num_layers=LAYERS, model=model)
     content = json.loads(out.read_text(encoding="utf-8"))
-    assert config.geometry == (2, 6, 5)
+    assert config.geometry.counts == (2, 6, 5)
     assert list(config.layers()) == sorted(content["ranking"][:2])
     about = content["calibration"]
     assert (about["estimator"], about["batches"], about["tokens"], about["dtype"]) == (

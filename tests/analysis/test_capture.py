@@ -14,10 +14,11 @@ from tmx_compile.analysis import CapturedModel, Inputs
 from tmx_compile.analysis.capture import sections as sections_module
 from tmx_compile.analysis.capture.samples import final_logits
 from tmx_compile.analysis.capture.switch import Switchboard
+from tmx_compile.mask.geometry import Geometry
 
 N, HEADS = 48, 4
-GEOMETRY = (2, 6, 5)
-CONFIG = TriangleMixConfig(*GEOMETRY)
+CONFIG = TriangleMixConfig(2, 6, 5)
+GEOMETRY = CONFIG.geometry
 
 
 def token_ids(batch=1, n=N, seed=1):
@@ -88,19 +89,19 @@ def test_a_rerun_from_a_trace_is_the_run(monkeypatch):
 
 
 def test_the_geometry_can_change_between_runs():
-    model, ids, other = tiny_qwen3(layers=3), token_ids(), (1, 3, 9)
+    model, ids, other = tiny_qwen3(layers=3), token_ids(), Geometry(1, 3, 9)
     captured, inputs = CapturedModel(model, CONFIG), call(ids)
     _, dense = captured.trace(inputs)
     _, trace = captured.trace(inputs, [1])
     captured.geometry = other
     assert captured.geometry == captured.config.geometry == other
-    config = TriangleMixConfig(*other, triangle_layer_indices=[1, 2])
+    config = TriangleMixConfig(*other.counts, triangle_layer_indices=[1, 2])
     expected = masked_oracle(model, config, ids)
     found = [captured.run(inputs, [1, 2]), captured.rerun(dense, [1, 2]), captured.rerun(trace, [1, 2])]
     for output in found:
         torch.testing.assert_close(output.logits.double(), expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="num_sink_tokens must be a non-negative integer, got -1"):
-        captured.geometry = (-1, 3, 9)
+        captured.geometry = Geometry(-1, 3, 9)
     assert captured.geometry == other
 
 
@@ -146,7 +147,7 @@ def test_more_lengths_than_dynamo_would_compile():
     # Dynamo would give up after eight compilations, and run the model as it is.
     with torch._dynamo.config.patch(automatic_dynamic_shapes=False), torch.no_grad():
         for n in range(30, 50, 2):
-            ids, middle = token_ids(n=n), middle_mask(n, GEOMETRY)
+            ids, middle = token_ids(n=n), middle_mask(n, GEOMETRY.counts)
             expected = GatedModel(model, n, renormalized=True).logits(ids, {0: one_gate(0.0, middle, HEADS)})
             torch.testing.assert_close(captured.run(Inputs((ids,)), [0]), expected, rtol=1e-8, atol=1e-10)
     assert captured.report.graphs == 10
@@ -160,7 +161,7 @@ def test_more_lengths_than_dynamo_would_compile():
 def test_gradients_are_those_of_explicit_maps_per_layer_and_head(renormalized, impl):
     model, ids, token = tiny_qwen3(layers=3, impl="sdpa"), token_ids(), 7
     oracle = GatedModel(model, N, renormalized=renormalized)
-    middle = middle_mask(N, GEOMETRY)
+    middle = middle_mask(N, GEOMETRY.counts)
     gates = {i: torch.ones(1, HEADS, N, N, dtype=torch.float64, requires_grad=True) for i in range(3)}
     logit = oracle.logits(ids, gates, use_cache=False)[0, -1, token]
     expected = torch.autograd.grad(logit, list(gates.values()))
@@ -183,7 +184,7 @@ def test_gradients_are_those_of_explicit_maps_per_layer_and_head(renormalized, i
 def test_signed_gradients_are_finite_differences_per_layer_and_head(renormalized):
     model, ids, token, step = Decoder(layers=2), token_ids(), 7, 1e-4
     oracle = GatedModel(model, N, renormalized=renormalized)
-    middle = middle_mask(N, GEOMETRY)
+    middle = middle_mask(N, GEOMETRY.counts)
     found = record_all(CapturedModel(model, CONFIG), Inputs((ids,)), token)
     place = 2 if renormalized else 0
 

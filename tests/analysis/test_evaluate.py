@@ -16,10 +16,11 @@ from tmx_compile.analysis import Choice, Evaluation, candidates, evaluate, read_
 from tmx_compile.analysis.judge.evaluation import METRICS
 from tmx_compile.analysis.judge.intervals import interval
 from tmx_compile.bench.layer_times import AttentionShape
+from tmx_compile.mask.geometry import Geometry
 
 LAYERS, N, FINAL, FOLLOWING, WORDS = 3, 90, 7, 12, 6
-GEOMETRY = (2, 6, 5)
-DEEP, ALL = Choice(GEOMETRY, (1, 2)), Choice((0, 3, 9), (0, 1, 2))
+GEOMETRY = Geometry(2, 6, 5)
+DEEP, ALL = Choice(GEOMETRY, (1, 2)), Choice(Geometry(0, 3, 9), (0, 1, 2))
 STREAMED = Choice(GEOMETRY, (1, 2), streaming=True)
 CHOICES = {"deep": DEEP, "all": ALL, "streamed": STREAMED}
 
@@ -43,9 +44,9 @@ def choice_masks(choice, total):
     dense = attended(total, total, None, 0, 0, total)[0]
     n = total - FOLLOWING
     sparse = dense.clone()
-    sparse[:n, :n] = attended(n, n, None, *choice.geometry)[0]
+    sparse[:n, :n] = attended(n, n, None, *choice.geometry.counts)[0]
     if choice.streaming:
-        sparse[n:] = attended(total, total, None, *choice.geometry[:2], 0)[0, n:]
+        sparse[n:] = attended(total, total, None, *choice.geometry.counts[:2], 0)[0, n:]
     return dense, sparse
 
 
@@ -222,20 +223,22 @@ def test_an_interrupted_evaluation_goes_on(monkeypatch, tmp_path, measured):
 
 
 def test_candidates_are_rankings_and_the_deepest_without_repetition():
-    found = candidates({"mine": (1, 3, 2, 0)}, num_layers=4, geometries=[(1, 2, 3), (4, 5, 6)], counts=[1, 3])
+    found = candidates(
+        {"mine": (1, 3, 2, 0)}, num_layers=4, geometries=[Geometry(1, 2, 3), Geometry(4, 5, 6)], counts=[1, 3]
+    )
     assert found == {
-        "deepest/1-2-3/1": Choice((1, 2, 3), (3,)),
-        "deepest/1-2-3/3": Choice((1, 2, 3), (1, 2, 3)),
-        "deepest/4-5-6/1": Choice((4, 5, 6), (3,)),
-        "deepest/4-5-6/3": Choice((4, 5, 6), (1, 2, 3)),
+        "deepest/1-2-3/1": Choice(Geometry(1, 2, 3), (3,)),
+        "deepest/1-2-3/3": Choice(Geometry(1, 2, 3), (1, 2, 3)),
+        "deepest/4-5-6/1": Choice(Geometry(4, 5, 6), (3,)),
+        "deepest/4-5-6/3": Choice(Geometry(4, 5, 6), (1, 2, 3)),
         # Its first three are the deepest three.
-        "mine/1-2-3/1": Choice((1, 2, 3), (1,)),
-        "mine/4-5-6/1": Choice((4, 5, 6), (1,)),
+        "mine/1-2-3/1": Choice(Geometry(1, 2, 3), (1,)),
+        "mine/4-5-6/1": Choice(Geometry(4, 5, 6), (1,)),
     }
-    both = candidates({}, num_layers=4, geometries=[(1, 2, 3)], counts=[2], streaming=True)
+    both = candidates({}, num_layers=4, geometries=[Geometry(1, 2, 3)], counts=[2], streaming=True)
     assert both == {
-        "deepest/1-2-3/2": Choice((1, 2, 3), (2, 3)),
-        "deepest/1-2-3/2/streaming": Choice((1, 2, 3), (2, 3), True),
+        "deepest/1-2-3/2": Choice(Geometry(1, 2, 3), (2, 3)),
+        "deepest/1-2-3/2/streaming": Choice(Geometry(1, 2, 3), (2, 3), True),
     }
 
 
@@ -247,13 +250,13 @@ def test_candidates_are_rankings_and_the_deepest_without_repetition():
         (dict(counts=[0]), "counts must be a positive integer, got 0"),
         (dict(counts=[5]), "counts must be at most the 4 layers that the model has, got 5"),
         (dict(counts=[3]), "counts must be at most the 2 layers that mine ranks, got 3"),
-        (dict(geometries=[(1, -2, 3)]), "sliding_window_size must be a non-negative integer, got -2"),
+        (dict(geometries=[Geometry(1, -2, 3)]), "sliding_window_size must be a non-negative integer, got -2"),
         (dict(rankings={"mine": (4, 0)}), "triangle_layer_indices must be less than num_layers=4, got 4"),
         (dict(rankings={"deepest": (0, 1)}), "rankings must not be called 'deepest'"),
     ],
 )
 def test_bad_candidates_are_refused(changes, message):
-    given = {"rankings": {"mine": (2, 0)}, "num_layers": 4, "geometries": [(1, 2, 3)], "counts": [1]} | changes
+    given = {"rankings": {"mine": (2, 0)}, "num_layers": 4, "geometries": [Geometry(1, 2, 3)], "counts": [1]} | changes
     with pytest.raises(ValueError, match=message):
         candidates(given.pop("rankings"), **given)
 
@@ -282,13 +285,15 @@ def test_a_ranking_is_read_from_a_profile_of_the_model_alone(tmp_path):
         ({"following": 0}, "following must be a positive integer, got 0"),
         ({"choices": {}}, "choices must be a mapping of names to Choice with at least one, got {}"),
         ({"choices": {"a": 3}}, "choices must be a mapping of names to Choice, got 'a': 3"),
-        ({"choices": {"a": Choice((1, 2), (0,))}}, "choices['a'] is no choice: not enough values to unpack"),
-        ({"choices": {"a": Choice((1, 2, -3), (0,))}}, "choices['a'] is no choice: num_last_tokens must be"),
+        ({"choices": {"a": Choice(Geometry(1, 2, -3), (0,))}}, "choices['a'] is no choice: num_last_tokens must be"),
         (
-            {"choices": {"a": Choice((1, 2, 3), (0, 0))}},
+            {"choices": {"a": Choice(Geometry(1, 2, 3), (0, 0))}},
             "choices['a'] is no choice: triangle_layer_indices must not rep",
         ),
-        ({"choices": {"a": Choice((1, 2, 3), ())}}, "choices['a'] must have at least one sparse layer, got none"),
+        (
+            {"choices": {"a": Choice(Geometry(1, 2, 3), ())}},
+            "choices['a'] must have at least one sparse layer, got none",
+        ),
         ({"prompts": prompts(1)}, "prompts must be at least 2, or intervals say nothing, got 1"),
         ({"prompts": ["text"]}, "prompts[0] must be a tensor of int64 token ids, got str"),
         ({"prompts": [torch.ones(1, 99)]}, "prompts[0] must be a tensor of int64 token ids, got torch.float32"),
@@ -315,3 +320,8 @@ def test_layers_that_the_model_lacks_are_refused_after_one_run(monkeypatch):
     assert runs.count == 1
     with pytest.raises(ValueError, match=r"metric must be one of .*, got 'loss'"):
         run(model(), prompts(2), {"deep": DEEP}).records["deep"].cost("loss")
+
+
+def test_a_choice_has_a_geometry():
+    with pytest.raises(ValueError, match=r"geometry must be a tmx_compile.mask.Geometry, got \(1, 2, 3\)"):
+        Choice((1, 2, 3), (0,))

@@ -11,6 +11,7 @@ from tmx_compile.analysis import Choice, Evaluation, evaluate
 from tmx_compile.bench import record
 from tmx_compile.cli import main
 from tmx_compile.commands import quality as quality_command
+from tmx_compile.mask.geometry import Geometry
 
 
 def evaluate_arguments(folder, path, *flags, **changes):
@@ -59,8 +60,8 @@ def test_an_evaluation_is_that_of_the_function(folder, evaluated, capsys):
         f"{label}/{geometry}/{n}" for label in ("deepest", "mine") for geometry in ("2-6-5", "1-9-4") for n in (1, 2)
     ]
     assert list(found.records) == [x for name in names for x in (name, f"{name}/streaming")]
-    assert found.records["mine/1-9-4/2"].choice == Choice((1, 9, 4), (0, 2))
-    assert found.records["deepest/2-6-5/1/streaming"].choice == Choice((2, 6, 5), (2,), True)
+    assert found.records["mine/1-9-4/2"].choice == Choice(Geometry(1, 9, 4), (0, 2))
+    assert found.records["deepest/2-6-5/1/streaming"].choice == Choice(Geometry(2, 6, 5), (2,), True)
     words = [int(word[1:]) for word in (folder / "text.txt").read_text(encoding="utf-8").split()]
     # 420 words hold seven pieces of 60; the first, the third and the fifth.
     prompts = [torch.tensor(words[piece * 60 : piece * 60 + 60]) for piece in (0, 2, 4)]
@@ -96,7 +97,7 @@ def test_advice_is_a_profile_and_code(evaluated, tmp_path, capsys):
     shown = capsys.readouterr()
     model = stored_model()
     config = TriangleMixConfig.from_profile(out, num_layers=LAYERS, model=model)
-    assert (config.geometry, len(config.layers())) == ((2, 6, 5), 2)
+    assert (config.geometry.counts, len(config.layers())) == ((2, 6, 5), 2)
     names = {"model": model}
     exec(shown.out, names)
     assert names["cfg"] == config

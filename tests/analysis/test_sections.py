@@ -8,6 +8,7 @@ from tests.support.memory import Largest
 from tests.support.oracle import attended
 from tmx_compile.analysis.capture import sections
 from tmx_compile.analysis.capture.sections import AttentionInputs, RecordMiddle, middle_output, middle_sums
+from tmx_compile.mask.geometry import Geometry
 from tmx_compile.operator import ALL_ROWS
 
 CASES = {
@@ -63,7 +64,7 @@ def test_sums_and_gradients_are_those_of_explicit_maps(monkeypatch, name, budget
     q, k, v, key_mask, d_out = problem(case)
     inputs = AttentionInputs(q, k, v, key_mask, case.scale, case.reach)
     out = inputs.dense()
-    found, grads = middle_sums(inputs, case.geometry, out, d_out)
+    found, grads = middle_sums(inputs, Geometry(*case.geometry), out, d_out)
     sums, cells, expected = explicit(case, (q, k, v, key_mask, d_out))
     assert cells.sum() > 0
     assert torch.equal(found.cells, cells)
@@ -72,7 +73,7 @@ def test_sums_and_gradients_are_those_of_explicit_maps(monkeypatch, name, budget
     for got, want, x in zip(grads, expected, (q, k, v), strict=True):
         assert got.dtype == x.dtype
         torch.testing.assert_close(got.double(), want, **tolerance)
-    assert middle_sums(inputs, case.geometry, out, d_out, gradients=False)[1] == (None, None, None)
+    assert middle_sums(inputs, Geometry(*case.geometry), out, d_out, gradients=False)[1] == (None, None, None)
 
 
 @pytest.mark.parametrize("name", ["plain", "grouped", "padding", "more keys", "reach", "documents"])
@@ -80,7 +81,7 @@ def test_signed_sums_follow_from_two_log_sum_exps(name):
     case = CASES[name]
     q, k, v, key_mask, d_out = problem(case)
     inputs = AttentionInputs(q, k, v, key_mask, case.scale, case.reach)
-    middle, share = middle_output(inputs, case.geometry)
+    middle, share = middle_output(inputs, Geometry(*case.geometry))
     out = inputs.triangle((0, 0, ALL_ROWS))[0]
     sums = explicit(case, (q, k, v, key_mask, d_out))[0]
     signed = (middle * d_out).sum((2, 3)).double()
@@ -95,7 +96,7 @@ def test_the_function_is_dense_attention_and_records_once():
     recorded = []
     gate = torch.zeros((), requires_grad=True)
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    out = RecordMiddle.apply(gate, *leaves, key_mask, case.geometry, case.scale, None, recorded.append)
+    out = RecordMiddle.apply(gate, *leaves, key_mask, Geometry(*case.geometry), case.scale, None, recorded.append)
     torch.testing.assert_close(out, AttentionInputs(q, k, v, key_mask, case.scale, None).dense())
     assert recorded == []
     grads = torch.autograd.grad(out, (gate, *leaves), d_out)
@@ -112,5 +113,5 @@ def test_no_score_matrix_is_ever_whole():
     inputs = AttentionInputs(q, k, v, None, 1.0, None)
     out = inputs.dense()
     with Largest() as largest:
-        middle_sums(inputs, (4, 32, 64), out, d_out)
+        middle_sums(inputs, Geometry(4, 32, 64), out, d_out)
     assert largest.elements <= sections.SCORE_BUDGET < n * n / 16

@@ -37,5 +37,5 @@ def test_the_stored_profile_is_the_measured_ranking():
     scores = profile["calibration"]["scores"]["absolute"]
     assert sorted(scores, key=lambda layer: (scores[layer], -int(layer))) == [str(x) for x in found["ranking"]]
     config = TriangleMixConfig.from_profile(path, num_layers=30, num_triangle_layers=9)
-    assert config.geometry == (8, 64, 128)
+    assert config.geometry.counts == (8, 64, 128)
     assert config.layers() == tuple(sorted(found["ranking"][:9]))

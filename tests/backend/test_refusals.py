@@ -319,7 +319,7 @@ def test_a_range_on_one_side_of_the_threshold_needs_no_input(eager):
     backend = tmx_backend(CONFIG, strict=True)
     out = torch.compile(Joined(), backend=backend)(a, b)
     x = torch.cat([a, b], 2).double()
-    want = x + oracle(*qkv(x), None, *CONFIG.geometry, 0.25)[0]
+    want = x + oracle(*qkv(x), None, *CONFIG.geometry.counts, 0.25)[0]
     torch.testing.assert_close(out.double(), want, atol=2e-5, rtol=0)
     assert len(backend.report.triangle()) == 1
 

@@ -12,11 +12,12 @@ from tmx_compile.bench import floor, layer, record, reference, timing
 from tmx_compile.bench.dense import dense_variants
 from tmx_compile.bench.floor import Ceilings, Shape
 from tmx_compile.bench.timing import Rounds
+from tmx_compile.mask.geometry import Geometry
 
 SMALL = dict(
     device="cpu",
     lengths=(300,),
-    geometries=((4, 32, 64),),
+    geometries=(Geometry(4, 32, 64),),
     dtypes=("float32",),
     heads=4,
     kv_heads=2,
@@ -32,24 +33,24 @@ def tensors(n, heads=4, kv_heads=2, dim=16, dtype=torch.float32):
 
 def test_the_floor_is_the_larger_of_two_times():
     # 4 tokens, sinks 1, window 0, last rows 1: rows attend to 1, 2, 2 and 4 keys.
-    assert floor.attended_pairs(4, (1, 0, 1)) == 9
+    assert floor.attended_pairs(4, Geometry(1, 0, 1)) == 9
     assert floor.causal_pairs(4) == 10
     shape = Shape(n=4, batch=1, heads=6, kv_heads=2, dim=8, element=2)
     # q and out: 6 x 4 x 8 numbers; k and v: 2 x 4 x 8; two bytes each.
     assert shape.bytes == 2 * (192 + 192 + 64 + 64)
     assert shape.flops(9) == 9 * 4 * 6 * 8
-    assert Ceilings(1024.0, 1e30).floor(shape, (1, 0, 1)) == (1000.0, "bytes")
-    assert Ceilings(1e30, 864.0).floor(shape, (1, 0, 1)) == (2000.0, "pairs")
+    assert Ceilings(1024.0, 1e30).floor(shape, Geometry(1, 0, 1)) == (1000.0, "bytes")
+    assert Ceilings(1e30, 864.0).floor(shape, Geometry(1, 0, 1)) == (2000.0, "pairs")
 
 
 def test_the_floor_of_a_known_machine():
     """32/8 heads of 128 in bfloat16 at 4,096 tokens, at 3.02 TB/s: 0.028 ms."""
     shape = Shape(4096, 1, 32, 8, 128, 2)
-    ms, by = Ceilings(3.02e12, 540e12).floor(shape, (4, 32, 64))
+    ms, by = Ceilings(3.02e12, 540e12).floor(shape, Geometry(4, 32, 64))
     assert (round(ms, 3), by) == (0.028, "bytes")
-    ms, by = Ceilings(3.02e12, 540e12).floor(Shape(131072, 1, 32, 8, 128, 2), (64, 1024, 128))
+    ms, by = Ceilings(3.02e12, 540e12).floor(Shape(131072, 1, 32, 8, 128, 2), Geometry(64, 1024, 128))
     assert by == "pairs"
-    assert ms == pytest.approx(1e3 * floor.attended_pairs(131072, (64, 1024, 128)) * 4 * 32 * 128 / 540e12)
+    assert ms == pytest.approx(1e3 * floor.attended_pairs(131072, Geometry(64, 1024, 128)) * 4 * 32 * 128 / 540e12)
 
 
 @pytest.mark.parametrize("geometry", [(4, 32, 16), (0, 0, 0), (200, 3, 500), (0, 0, 150)], ids=str)
@@ -58,7 +59,7 @@ def test_the_reference_has_the_oracles_numbers(monkeypatch, geometry):
     query, key, value = tensors(150)
     want, _ = oracle(query, key, value, None, *geometry, 0.25)
     rows = torch.randperm(150)[:90]
-    got = reference.attention_rows(query, key, value, rows, geometry)
+    got = reference.attention_rows(query, key, value, rows, Geometry(*geometry))
     assert got.dtype == torch.float64
     torch.testing.assert_close(got, want[:, :, rows], atol=1e-12, rtol=0)
     assert reference.largest_error(want, rows, got) < 1e-12
@@ -69,7 +70,7 @@ def test_the_reference_has_the_oracles_numbers(monkeypatch, geometry):
 
 
 def test_sampled_rows_hold_every_border():
-    rows = reference.sampled_rows(5000, [(8, 512, 128), (4, 32, 64)], 100, torch.device("cpu")).tolist()
+    rows = reference.sampled_rows(5000, [Geometry(8, 512, 128), Geometry(4, 32, 64)], 100, torch.device("cpu")).tolist()
     assert rows == sorted(set(rows))
     assert rows[0] == 0
     assert rows[-1] == 4999
@@ -160,7 +161,7 @@ def test_the_floor_follows_from_the_stored_ceilings(measured):
     ceilings = Ceilings(settings["copy_bytes_per_s"], settings["dense_flops_per_s"]["float32"])
     for r in measured.records:
         shape = Shape(r["n"], 1, 4, 2, 16, 4)
-        assert (r["floor_ms"], r["floor_by"]) == ceilings.floor(shape, (4, 32, 64))
+        assert (r["floor_ms"], r["floor_by"]) == ceilings.floor(shape, Geometry(4, 32, 64))
     r = measured.records[0]
     assert settings["dense_flops_per_s"]["float32"] == pytest.approx(
         300 * 301 // 2 * 4 * 4 * 16 / (r["dense_ms"] / 1e3)
@@ -191,8 +192,8 @@ def test_a_layer_that_is_not_lowered_as_asked_is_left_out(monkeypatch):
         (dict(heads=0), "heads must be at least 1, got 0"),
         (dict(kv_heads=3), "kv_heads must divide heads, got 3 and 4"),
         (dict(dtypes=("int8",)), "dtypes must be among float32, bfloat16, float16, got 'int8'"),
-        (dict(geometries=((1, 2),)), r"geometries must be three counts, sinks/window/last rows, got \(1, 2\)"),
-        (dict(geometries=((1, -2, 3),)), r"geometries must be three counts, .*got \(1, -2, 3\)"),
+        (dict(geometries=((1, 2),)), r"geometries must be of Geometry, with counts of at least 0, got \(1, 2\)"),
+        (dict(geometries=(Geometry(1, -2, 3),)), r"geometries must be of Geometry, .*window=-2"),
         (dict(lowerings=("fast",)), "lowerings must be among .*, got 'fast'"),
     ],
 )

@@ -201,7 +201,7 @@ def test_the_account_sums_what_was_run():
 
 def test_the_limit_is_arithmetic():
     """10 layers of 100 ms attention in a call of 3 s; a triangle layer at its floor costs what its pairs cost."""
-    shape, geometry = Shape(4096, 1, 2, 1, 8, 2), (4, 32, 64)
+    shape, geometry = Shape(4096, 1, 2, 1, 8, 2), Geometry(4, 32, 64)
     share = attended_pairs(4096, geometry) / causal_pairs(4096)
     limit = floor_limit(3000.0, 1000.0, 1e30, shape, 10, 4, geometry)
     assert limit == pytest.approx(3000 - 4 * (100 - 100 * share))

@@ -45,7 +45,10 @@ def test_an_import_that_fails_is_told_with_its_reason(capsys, monkeypatch):
         (["--device", "cpu"], "--device cpu goes with --quick"),
         (["--device", "cpu", "--quick", "prefill"], "unknown part prefill; known: layer, ttft"),
         (["--device", "cpu", "--quick", "--lengths", "512,256"], "--lengths must be over 256 tokens, got 512,256"),
-        (["--device", "cpu", "--quick", "--geometry", "4/32"], "--geometry must be sinks/window/last rows, got 4/32"),
+        (
+            ["--device", "cpu", "--quick", "--geometry", "4/32"],
+            "--geometry: must be sinks/window/last rows as in 8/64/128, got '4/32'",
+        ),
         (["--device", "cpu", "--quick", "--modes", "fast"], "--modes must be among inductor, got fast"),
     ],
 )

@@ -25,9 +25,9 @@ TOKEN = 2 * 2 * 16 * 4
 @pytest.fixture
 def lab(eager):
     """The quick form's model, on which nothing is compiled yet."""
-    throughput._lab.cache_clear()
-    yield throughput._lab(True)
-    throughput._lab.cache_clear()
+    throughput.lab_of.cache_clear()
+    yield throughput.lab_of(True)
+    throughput.lab_of.cache_clear()
 
 
 def test_a_quick_run_writes_valid_records(lab, tmp_path):
@@ -68,7 +68,7 @@ def test_every_variant_chooses_what_the_oracle_does(lab):
     model = copy.deepcopy(lab.runner("dense")._model)
     model.config._attn_implementation = "sdpa"
     config = lab.runner("triangle")._config
-    assert config.geometry == (4, 32, 64)
+    assert config.geometry.counts == (4, 32, 64)
     rows = {
         "dense": {},
         "triangle": {"triangle": [(0, TOKENS)]},
@@ -96,16 +96,16 @@ def made(seconds, graphs):
 @pytest.mark.usefixtures("_light")
 def test_a_round_that_compiles_is_made_again():
     left = [made(9.0, 1), made(8.0, 2), made(1.0, 0), made(3.0, 0)]
-    outcome = throughput._Outcome()
+    outcome = throughput.Outcome()
     outcome.attempt(lambda: [made(50.0, 2)])
     for _ in range(2):
-        outcome.attempt(lambda: throughput._counted(lambda ids, tokens: left.pop(0), None, 1))
+        outcome.attempt(lambda: throughput.counted(lambda ids, tokens: left.pop(0), None, 1))
     fields = outcome.fields(4, 10)
     assert fields["prefill_s_all"] == [1.0, 3.0]
     assert (fields["compilations"], fields["recompiles"], fields["rounds"]) == (5, 3, 2)
     assert fields["tokens_per_s"] == pytest.approx(4 * 10 / 6)
     assert fields["decode_tokens_per_s"] == pytest.approx(4 * 9 / 4)
-    outcome.attempt(lambda: throughput._counted(lambda ids, tokens: made(1.0, 1), None, 1))
+    outcome.attempt(lambda: throughput.counted(lambda ids, tokens: made(1.0, 1), None, 1))
     assert outcome.failed == "RuntimeError: still compiling after 4 rounds"
     assert outcome.fields(4, 10)["tokens_per_s"] is None
 
@@ -136,7 +136,7 @@ def result(failed=None):
     records = []
     for batch, tokens in ((1, 4096), (8, 2304)):
         for number, name in enumerate(throughput.VARIANTS):
-            outcome = throughput._Outcome()
+            outcome = throughput.Outcome()
             outcome.attempt(lambda: [made(30.0, 2)])
             seconds = 8.0 / (number + 1)
             outcome.attempt(lambda seconds=seconds: [made(seconds, 0)])

@@ -12,6 +12,7 @@ from tmx_compile.commands.page import page
 from tmx_compile.commands.picture import Shape, section_polygons, svg
 from tmx_compile.config import TriangleMixConfig
 from tmx_compile.mask import Grid, Window, attends, dense_section, last_section, middle_section, streaming_section
+from tmx_compile.mask.geometry import ALL_ROWS, Geometry
 from tmx_compile.report import Report, SiteRecord
 
 SIZES = dict(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
@@ -93,7 +94,7 @@ def test_a_picture_is_its_mask_cell_by_cell(geometry, reach):
             "last": last_section(*geometry),
             "middle": middle_section(*geometry),
         }
-    polygons = drawn(svg(Shape(n, geometry, reach), "a mask"))
+    polygons = drawn(svg(Shape(n, Geometry(*(geometry or (0, 0, ALL_ROWS)), reach)), "a mask"))
     for row in range(n):
         for key in range(n):
             own = reach is None or attends(Window(reach), grid, row, key)
@@ -103,7 +104,7 @@ def test_a_picture_is_its_mask_cell_by_cell(geometry, reach):
 
 def test_a_large_picture_is_its_mask_at_its_edges():
     n, (sink, window, last), reach = 131072, (8, 512, 128), 100_000
-    polygons = section_polygons(Shape(n, (sink, window, last), reach))
+    polygons = section_polygons(Shape(n, Geometry(sink, window, last, reach)))
     for row in (0, 512, 513, reach, reach + 8, n - last - 1, n - last, n - 1):
         for key in (0, sink - 1, sink, row - reach, row - reach - 1, row - window, row - window - 1, row, row + 1):
             if not 0 <= key < n:
@@ -175,7 +176,7 @@ def test_a_layer_is_selected_by_the_configuration_whatever_its_reason():
 
 def test_what_a_model_says_is_escaped():
     evil = "<script>alert('x')</script>&\""
-    row = Row(0, evil, "refused", evil, evil, 1, 1, Shape(1, None, None))
+    row = Row(0, evil, "refused", evil, evil, 1, 1, Shape(1, Geometry(0, 0, ALL_ROWS)))
     text = page(Outcome(evil, evil, 1, "cpu", TriangleMixConfig(), [row], [evil]))
     assert "<script" not in text
     assert evil in Page(text).texts("td")

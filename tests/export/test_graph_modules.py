@@ -25,8 +25,10 @@ from tmx_compile import (
     VerificationError,
     rewrite,
 )
-from tmx_compile.graph.nodes import op_name
-from tmx_compile.passes import program as standalone
+from tmx_compile.graph.nodes import INSERTED, op_name, value_of
+from tmx_compile.passes.plan import Plan
+from tmx_compile.passes.program import retrace
+from tmx_compile.request import PROGRAM, Request
 
 
 def check_module(before, x):
@@ -113,7 +115,7 @@ def test_a_graph_without_shapes_is_an_error_that_says_so():
     FakeTensorProp(gm).propagate(x)
     after, report = rewrite(gm, CONFIG, strict=True)
     assert len(report.triangle()) == 1
-    close(after(x), oracle(*qkv(x), None, *CONFIG.geometry, 0.25)[0])
+    close(after(x), oracle(*qkv(x), None, *CONFIG.geometry.counts, 0.25)[0])
 
 
 def test_bad_arguments():
@@ -138,8 +140,15 @@ def test_a_disabled_configuration_changes_nothing():
 def test_a_constant_that_tracing_leaves_is_a_defect():
     """Constants would have to be lifted into the program: the pass writes none, and says so if one shows up."""
     program = torch.export.export(Stack(), (torch.randn(X),))
-    after, _ = rewrite(program, CONFIG)
-    x = torch.randn(X)
-    close(after.module()(x), expected(x, CONFIG))
+    gm = program.graph_module
+    gm.register_buffer("loose", torch.ones(16))
+    node = next(node for node in gm.graph.nodes if node.op == "call_function")
+    (x, *_) = node.all_input_nodes
+    with gm.graph.inserting_before(node):
+        constant = gm.graph.get_attr("loose")
+        scaled = gm.graph.call_function(torch.mul, (x, constant))
+    constant.meta[INSERTED] = scaled.meta[INSERTED] = True
+    scaled.meta["val"] = value_of(x)
+    node.replace_input_with(x, scaled)
     with pytest.raises(VerificationError, match="left a constant"):
-        standalone._Retracer(after.graph_module, composite=True)._adopt(torch.ones(3))
+        retrace(Plan(gm, Request(CONFIG), PROGRAM))

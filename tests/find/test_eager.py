@@ -54,7 +54,7 @@ def dense(q, k, v, scale=SCALE):
 def test_forms(name, eager):
     call, kv_heads = FORMS[name]
     q, k, v = tensors(kv_heads)
-    want, _ = oracle(q, k, v, None, *CONFIG.geometry, SCALE)
+    want, _ = oracle(q, k, v, None, *CONFIG.geometry.counts, SCALE)
     torch.testing.assert_close(call(q, k, v).double(), dense(q, k, v), atol=1e-5, rtol=0)
     check(call, (q, k, v), eager, want, key_heads=kv_heads)
 
@@ -78,7 +78,7 @@ def test_forms_with_a_dynamic_length(name, eager):
         qkv = torch.randn(B, H + 2 * kv_heads, n, D)
         torch._dynamo.mark_dynamic(qkv, 2)
         out = compiled(qkv)
-        want, _ = oracle(*qkv.split([H, kv_heads, kv_heads], 1), None, *CONFIG.geometry, SCALE)
+        want, _ = oracle(*qkv.split([H, kv_heads, kv_heads], 1), None, *CONFIG.geometry.counts, SCALE)
         torch.testing.assert_close(out.double(), want, atol=2e-5, rtol=0)
     assert len(eager) == 1
     (node,) = [node for node in eager[0].graph.nodes if node.target is OPERATOR]
@@ -124,7 +124,7 @@ def test_no_mask_is_an_encoder():
 
 def test_a_value_of_another_width(eager):
     q, k, v = tensors(v_dim=5)
-    want, _ = oracle(q, k, v, None, *CONFIG.geometry, SCALE)
+    want, _ = oracle(q, k, v, None, *CONFIG.geometry.counts, SCALE)
     check(with_scores(lambda q, k: masked(q @ k.mT * SCALE, q)), (q, k, v), eager, want, key_heads=H)
 
 
@@ -135,7 +135,7 @@ def test_dtypes(call, dtype, eager):
         dtype = torch.float32
     kv_heads = KV if call is hugging_face else H
     q, k, v = tensors(kv_heads, dtype=dtype)
-    want, _ = oracle(q, k, v, None, *CONFIG.geometry, SCALE)
+    want, _ = oracle(q, k, v, None, *CONFIG.geometry.counts, SCALE)
     check(call, (q, k, v), eager, want, key_heads=kv_heads, atol=tolerance(dtype))
     (node,) = [node for node in eager[-1].graph.nodes if node.target is OPERATOR]
     # Casts up are not kept: nothing is lost by reading the tensors themselves.
@@ -147,7 +147,7 @@ def test_autocast(eager):
     backend = tmx_backend(CONFIG, lowering="operator", strict=True)
     with torch.autocast("cpu", torch.bfloat16):
         out = torch.compile(OneLayer(FORMS["masked_fill"][0]), backend=backend)(q, k, v)
-    want, _ = oracle(q, k, v, None, *CONFIG.geometry, SCALE)
+    want, _ = oracle(q, k, v, None, *CONFIG.geometry.counts, SCALE)
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out.double(), want, atol=tolerance(torch.bfloat16), rtol=0)
 
@@ -167,7 +167,7 @@ def test_a_scale_that_tracing_lifts(scale, eager):
     compiled = torch.compile(model, backend=tmx_backend(CONFIG, lowering="operator", strict=True), dynamic=True)
     for again in (scale, 0.11):
         model.layers[0].scaling = again
-        want, _ = oracle(*args, None, *CONFIG.geometry, again)
+        want, _ = oracle(*args, None, *CONFIG.geometry.counts, again)
         torch.testing.assert_close(compiled(*args).double(), want, atol=2e-5, rtol=0)
 
 
@@ -178,6 +178,6 @@ def test_gradients(eager):
     got = [x.grad.clone() for x in (q, k, v)]
     for x in (q, k, v):
         x.grad = None
-    oracle(q, k, v, None, *CONFIG.geometry, SCALE)[0].square().sum().backward()
+    oracle(q, k, v, None, *CONFIG.geometry.counts, SCALE)[0].square().sum().backward()
     for mine, x in zip(got, (q, k, v), strict=True):
         torch.testing.assert_close(mine, x.grad, atol=2e-4, rtol=1e-3)

@@ -14,7 +14,6 @@ from tmx_compile.find.site import AttentionSite
 from tmx_compile.graph.layer import LayerPath
 from tmx_compile.graph.nodes import value_of
 from tmx_compile.graph.storages import Storages
-from tmx_compile.mask.geometry import Geometry
 from tmx_compile.passes.choose import choose
 from tmx_compile.passes.plan import Plan, SitePlan, Triangle
 from tmx_compile.passes.substitute import substitute
@@ -52,7 +51,7 @@ def substituted(gm, inputs):
     storages = Storages(gm.graph)
     proof = Prover.of(site.fake("query"), storages).prove(site)
     assert isinstance(proof, Proof), proof
-    item = SitePlan(site.node, LayerPath("", 0), True, Triangle(Geometry(*CONFIG.geometry)), site=site, proof=proof)
+    item = SitePlan(site.node, LayerPath("", 0), True, Triangle(CONFIG.geometry), site=site, proof=proof)
     plan = Plan(gm, Request(CONFIG, lowering="operator"), PROGRAM, storages=storages, sites=(item,))
     node = substitute(choose(plan)).sites[0].operator
     assert squares(gm, N) == []
@@ -87,7 +86,7 @@ def test_forms_in_aten_graphs(kind, name):
         assert answer.reason is UNREADABLE[kind, name]
         return
     out, heads = substituted(gm, inputs)
-    want, _ = oracle(q, k, v, None, *CONFIG.geometry, SCALE)
+    want, _ = oracle(q, k, v, None, *CONFIG.geometry.counts, SCALE)
     torch.testing.assert_close(out.double(), want, atol=2e-5, rtol=0)
     assert heads == kv_heads
 
@@ -105,5 +104,5 @@ def test_decomposed_sdpa(masked_by):
     (site,) = find_attention(gm)
     assert (site.form, site.scale) == ("eager", pytest.approx(SCALE))
     out, _ = substituted(gm, inputs)
-    want, _ = oracle(*args, None, *CONFIG.geometry, SCALE)
+    want, _ = oracle(*args, None, *CONFIG.geometry.counts, SCALE)
     torch.testing.assert_close(out.double(), want, atol=2e-5, rtol=0)

@@ -258,7 +258,7 @@ def test_random_programs_are_found(program, eager):
     (site,) = report
     assert site.decision == "triangle"
     assert site.key == (B, program.kv_heads, N, D)
-    want, _ = oracle(q, k, v, None, *TRIANGLE.geometry, 1.0 if program.scale == "none" else program.factor)
+    want, _ = oracle(q, k, v, None, *TRIANGLE.geometry.counts, 1.0 if program.scale == "none" else program.factor)
     torch.testing.assert_close(out.double(), want, atol=5e-5, rtol=0)
     assert squares(eager[-1], N) == []
 

@@ -103,7 +103,7 @@ def attention(attn, x, mask):
 
 
 def masks(valid):
-    return [attended(N, N, valid, *CONFIG.geometry), attended(N, N, valid, 0, 0, N)]
+    return [attended(N, N, valid, *CONFIG.geometry.counts), attended(N, N, valid, 0, 0, N)]
 
 
 def expected(model, x, valid=None):
@@ -177,7 +177,7 @@ def test_dynamic_lengths(eager):
         x = torch.randn(B, n, E)
         torch._dynamo.mark_dynamic(x, 1)
         want = x.double()
-        for index, geometry in ((0, (0, 0, n)), (1, CONFIG.geometry)):
+        for index, geometry in ((0, (0, 0, n)), (1, CONFIG.geometry.counts)):
             want = want + attention(model.layers[index].self_attn, want, attended(n, n, None, *geometry))
         torch.testing.assert_close(run(x).double(), want, atol=2e-5, rtol=0)
     assert backend.report.graphs == 1

@@ -89,7 +89,7 @@ def check_numbers(repeat_key, repeat_value, args, graphs, mark=False):
 
     out, keys = rewritten(call, (packed,), graphs)
     q, k, v = args
-    want, _ = oracle(q, repeat_key(k), repeat_value(v), None, *CONFIG.geometry, D**-0.5)
+    want, _ = oracle(q, repeat_key(k), repeat_value(v), None, *CONFIG.geometry.counts, D**-0.5)
     torch.testing.assert_close(out.double(), want, atol=2e-5, rtol=0)
     assert isinstance(keys[2], torch.SymInt) == mark
     return keys
@@ -184,7 +184,7 @@ def test_arguments_by_position_and_by_keyword(name, eager):
     torch._dynamo.reset()
     out, keys = rewritten(WRITTEN[name], (q, k, v), eager)
     assert keys == (B, KV, N, D)
-    want, _ = oracle(q, k, v, None, *CONFIG.geometry, D**-0.5)
+    want, _ = oracle(q, k, v, None, *CONFIG.geometry.counts, D**-0.5)
     torch.testing.assert_close(out.double(), want, atol=2e-5, rtol=0)
 
 
@@ -220,7 +220,7 @@ def test_the_scale(scale, dynamic, eager):
     compiled = torch.compile(model, backend=tmx_backend(CONFIG, lowering="operator", strict=True), dynamic=dynamic)
     for again in (scale, 0.7):
         attention.scaling = again
-        want, _ = oracle(*attention.heads(x), None, *CONFIG.geometry, D**-0.5 if again is None else again)
+        want, _ = oracle(*attention.heads(x), None, *CONFIG.geometry.counts, D**-0.5 if again is None else again)
         torch.testing.assert_close(compiled(x).double(), want, atol=2e-5, rtol=0)
 
 

@@ -82,7 +82,7 @@ WAYS = {
 def expected(model, x, valid, config=CONFIG):
     """``model(x, valid)`` in float64 with the triangle's mask written out."""
     x, n = x.double(), x.shape[2]
-    masks = [attended(n, n, valid, *config.geometry), attended(n, n, valid, 0, 0, n)]
+    masks = [attended(n, n, valid, *config.geometry.counts), attended(n, n, valid, 0, 0, n)]
     for index, layer in enumerate(model.layers):
         mask = masks[0 if index in config.layers() else 1][:, None]
         weight, bias = (p.double() for p in layer.self_attn.lin.parameters())

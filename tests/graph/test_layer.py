@@ -3,7 +3,7 @@
 import pytest
 from torch.fx import Graph
 
-from tmx_compile.graph.layer import layer_path, layer_paths
+from tmx_compile.graph.layer import layer_paths
 
 
 def node_at(path):
@@ -14,7 +14,7 @@ def node_at(path):
 
 
 def at(path):
-    return layer_path(node_at(path))
+    return layer_paths([node_at(path)])[0]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from tmx_compile.integrations.transformers import StaticStreamingCache, Streamin
 from tmx_compile.lowering.decode import decode_attention
 
 pytestmark = pytest.mark.filterwarnings("ignore:streaming decode")
-SINK, WINDOW, _ = CONFIG.geometry
+SINK, WINDOW, _ = CONFIG.geometry.counts
 
 
 def compiled(model, backend, **kwargs):

@@ -7,8 +7,10 @@ from tests.support.layers import N, Stack, expected
 from tests.support.oracle import attended
 from tmx_compile import TriangleMixConfig, tmx_backend
 from tmx_compile.lowering.worth import break_even, least_length
+from tmx_compile.mask.geometry import Geometry
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+WIDE = Geometry(64, 1024, 128)
 
 
 @pytest.mark.parametrize("geometry", [(4, 8, 6), (20, 30, 10), (0, 0, 0), (3, 50, 0)], ids=str)
@@ -16,17 +18,17 @@ def test_break_even_is_where_half_of_the_pairs_are_left(geometry):
     def share(n):
         return float(attended(n, n, None, *geometry).sum()) / (n * (n + 1) / 2)
 
-    n = break_even(*geometry)
+    n = break_even(Geometry(*geometry))
     assert share(n) <= 0.5
     assert n == 1 or share(n - 1) > 0.5
     assert share(2 * n) <= 0.5
 
 
 def test_only_auto_on_cuda_waits_for_it():
-    assert least_length("auto", CUDA, 2048, (64, 1024, 128)) == break_even(64, 1024, 128) - 1 > 4096
-    assert least_length("auto", CUDA, 2048, (4, 32, 64)) == 2048
-    assert least_length("triton", CUDA, 2048, (64, 1024, 128)) == 2048
-    assert least_length("auto", CPU, 2048, (64, 1024, 128)) == 2048
+    assert least_length("auto", CUDA, 2048, WIDE) == break_even(WIDE) - 1 > 4096
+    assert least_length("auto", CUDA, 2048, Geometry(4, 32, 64)) == 2048
+    assert least_length("triton", CUDA, 2048, WIDE) == 2048
+    assert least_length("auto", CPU, 2048, WIDE) == 2048
 
 
 CONFIG = TriangleMixConfig(4, 16, 8, triangle_layer_indices=[1], min_seq_len=100)

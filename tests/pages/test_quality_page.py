@@ -72,7 +72,7 @@ def store(folder, case, settings, records):
 @pytest.fixture
 def page(tmp_path):
     def write(records):
-        store(tmp_path, "quality", {**quality.settings(False), **quality._ITEMS["cpu"]}, records)
+        store(tmp_path, "quality", {**quality.settings(False), **quality.ITEMS["cpu"]}, records)
         text, pictures = page_quality.generate(tmp_path)
         for picture in pictures:
             picture.write(tmp_path)
@@ -124,7 +124,7 @@ def test_what_was_not_measured_is_not_told(page):
 def test_the_most_layers_that_were_ranked_are_told():
     """The tables stop at half of the layers; what more of them cost stays on the page."""
     records = [cell("deepest", 15, 0.002), cell("deepest", 21, 0.07), cell("gradient", 21, 0.12)]
-    text = page_quality.sections({"settings": quality.settings(False) | quality._ITEMS["cpu"], "records": records})
+    text = page_quality.sections({"settings": quality.settings(False) | quality.ITEMS["cpu"], "records": records})
     assert "The most that were ranked, 21: +7.0% to +12.0%." in text
 
 

@@ -98,7 +98,7 @@ def check(form, layout, backend, dynamic, dtype=torch.float32):
     torch._dynamo.reset()
     out, flat = torch.compile(Model(FORMS[form], order), backend=backend)(x)
     assert out.stride() == expected.stride()
-    right = oracle(*x, None, *CONFIG.geometry, D**-0.5)[0]
+    right = oracle(*x, None, *CONFIG.geometry.counts, D**-0.5)[0]
     right = right.transpose(1, 2) if form == "summed" else right
     torch.testing.assert_close(out.double(), right, atol=2e-5, rtol=0)
     torch.testing.assert_close(flat, out.permute(order).reshape(-1), atol=0, rtol=0)
@@ -185,7 +185,7 @@ def test_strides_in_an_exported_program(layout, lowering):
     assert [r.decision for r in report] == ["triangle"]
     out, _ = after.module()(x)
     assert out.stride() == expected.stride()
-    torch.testing.assert_close(out.double(), oracle(*x, None, *CONFIG.geometry, D**-0.5)[0], atol=2e-5, rtol=0)
+    torch.testing.assert_close(out.double(), oracle(*x, None, *CONFIG.geometry.counts, D**-0.5)[0], atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -95,7 +95,7 @@ def expected(choices, x, mask=None):
     x = x.double()
     for choose in choices:
         q, k, v = choose(x)
-        x = x + oracle(q, k, v, mask, *config_for(1).geometry, q.shape[-1] ** -0.5)[0]
+        x = x + oracle(q, k, v, mask, *config_for(1).geometry.counts, q.shape[-1] ** -0.5)[0]
     return x
 
 

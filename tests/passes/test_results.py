@@ -95,7 +95,7 @@ def expected_chain(program, x, cfg):
     """The same program on the oracle, in float64."""
 
     def layer(index):
-        geometry = cfg.geometry if index in cfg.layers() else (0, 0, N)
+        geometry = cfg.geometry.counts if index in cfg.layers() else (0, 0, N)
         return lambda q, k, v: oracle(q, k, v, None, *geometry, SCALE)[0]
 
     return program([layer(i) for i in range(3)], x.double())
@@ -127,8 +127,8 @@ def test_a_result_masks_the_next_one(way):
     x, cfg = torch.randn(B, H, N, D), config([0, 1])
     got, found = WAYS[way](model, x, cfg)
     assert [r.decision for r in found] == ["triangle"] * 2
-    first = oracle(x, x, x, None, *cfg.geometry, SCALE)[0]
-    right = oracle(first, x, x, None, *cfg.geometry, SCALE)[0]
+    first = oracle(x, x, x, None, *cfg.geometry.counts, SCALE)[0]
+    right = oracle(first, x, x, None, *cfg.geometry.counts, SCALE)[0]
     torch.testing.assert_close(got.double(), right, atol=5e-5, rtol=0)
 
 
@@ -292,7 +292,7 @@ def test_beside_a_transform():
     x = torch.randn(B, H, N, D)
     got, found = in_dynamo(Model(program, sdpa), x, config([0]))
     assert [r.decision for r in found] == ["triangle"]
-    right = oracle(x * 2, x * 2, x * 2, None, *config([0]).geometry, SCALE)[0] + 1
+    right = oracle(x * 2, x * 2, x * 2, None, *config([0]).geometry.counts, SCALE)[0] + 1
     torch.testing.assert_close(got.double(), right, atol=5e-5, rtol=0)
 
 
@@ -309,7 +309,7 @@ def test_a_gradient_goes_through(form, inner):
     got, found = in_dynamo(Model(program, form), x, config([0]))
     assert [r.decision for r in found] == ["triangle"]
     right = x.double().requires_grad_()
-    oracle(right, right, right, None, *config([0]).geometry, SCALE)[0].square().sum().backward()
+    oracle(right, right, right, None, *config([0]).geometry.counts, SCALE)[0].square().sum().backward()
     torch.testing.assert_close(got.double(), right.grad, atol=2e-4, rtol=0)
 
 

@@ -29,7 +29,7 @@ def compiled(form, args, config=CONFIG):
 
 def want_of(q, k):
     """Causal attention and the triangle of the definition, in float64."""
-    return oracle(q, k, k, None, *CONFIG.geometry, q.shape[-1] ** -0.5)[0]
+    return oracle(q, k, k, None, *CONFIG.geometry.counts, q.shape[-1] ** -0.5)[0]
 
 
 def qk(more=0):

@@ -12,6 +12,7 @@ from benchmarks.common import RESULTS
 from studies import ascend_cost
 from studies.ascend_cost import CHECK, CHIPS, FORMS, GEOMETRIES, LENGTHS, TILINGS, Problem, Tiling, Work, fused
 from tmx_compile.bench.floor import attended_pairs, causal_pairs
+from tmx_compile.mask.geometry import Geometry
 from tools.pages import blocks, page_ascend, page_attach, page_benchmarks, run
 from tools.pages.markdown import Fields
 
@@ -68,13 +69,13 @@ def test_operands_and_results_move_once():
 
 
 @pytest.mark.parametrize("tiling", TILINGS, ids=lambda tiling: tiling.name)
-@pytest.mark.parametrize("geometry", [*GEOMETRIES, (0, 0, 0), (8, 9000, 5), (3, 5, 9000)], ids=str)
+@pytest.mark.parametrize("geometry", [*(g.counts for g in GEOMETRIES), (0, 0, 0), (8, 9000, 5), (3, 5, 9000)], ids=str)
 def test_whole_blocks_cover_every_attended_pair(tiling, geometry):
     problem = Problem(8192)
     _, dense = ascend_cost.dense(problem, tiling)
-    _, scores = ascend_cost.lowering(problem, tiling, geometry)
+    _, scores = ascend_cost.lowering(problem, tiling, Geometry(*geometry))
     assert dense >= 32 * causal_pairs(8192)
-    assert 32 * attended_pairs(8192, geometry) <= scores <= dense
+    assert 32 * attended_pairs(8192, Geometry(*geometry)) <= scores <= dense
 
 
 def test_a_floor_is_the_slowest_of_four_rates():

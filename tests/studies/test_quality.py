@@ -14,6 +14,7 @@ from tests.support.models import tiny_qwen3, with_masks
 from tests.support.oracle import rule
 from tmx_compile import TriangleMixConfig
 from tmx_compile.analysis import CapturedModel
+from tmx_compile.mask.geometry import Geometry
 
 STREAM = torch.arange(3000) % 97
 
@@ -65,7 +66,7 @@ def test_items_have_the_prompt_and_what_follows():
 def test_every_cell_has_its_layers():
     names = quality.names(False)
     assert len(names) == len(set(names))
-    plan = quality._plan(False)
+    plan = quality.plan_of(False)
     for name in names:
         if name.startswith("ranking/"):
             continue
@@ -78,11 +79,11 @@ def test_every_cell_has_its_layers():
             layers = cell.layers(30)
             assert len(set(layers)) == len(layers) == cell.count
             assert all(0 <= layer < 30 for layer in layers)
-    draws = {Cell((4, 32, 64), f"random{i}", 9).layers(30) for i in range(3)}
+    draws = {Cell(Geometry(4, 32, 64), f"random{i}", 9).layers(30) for i in range(3)}
     assert len(draws) == 3
-    assert Cell((4, 32, 64), "deepest", 2).layers(30) == (28, 29)
+    assert Cell(Geometry(4, 32, 64), "deepest", 2).layers(30) == (28, 29)
     with pytest.raises(RuntimeError, match=r"is missing: run `quality --only 'ranking/\*'` first"):
-        Cell((1, 2, 3), "gradient", 2).layers(30)
+        Cell(Geometry(1, 2, 3), "gradient", 2).layers(30)
 
 
 @pytest.fixture
@@ -101,13 +102,13 @@ def lab(monkeypatch):
 def decoded_mask(total, prompt, geometry, streaming):
     """Written out: the triangle of the prompt, and rows after it that see everything, or sinks and window alone."""
     row, key = torch.arange(total)[:, None], torch.arange(total)
-    mask = rule(row, key, 0, prompt, *geometry)
+    mask = rule(row, key, 0, prompt, *geometry.counts)
     return mask if streaming else mask | (key <= row) & (row >= prompt)
 
 
 @pytest.mark.parametrize("decode", ["dense", "streaming"])
 def test_figures_are_those_of_prefill_and_decoding(lab, decode):
-    geometry, layers, prompt = (2, 5, 4), (1, 2), 130
+    geometry, layers, prompt = Geometry(2, 5, 4), (1, 2), 130
     [record] = lab.evaluate(prompt, [Cell(geometry, "deepest", 2, decode)])
     assert record["indices"] == [1, 2]
     items = lab.items(prompt)
@@ -138,7 +139,8 @@ def test_a_new_turn_is_a_prompt_of_its_own_rows(lab, rows, decode):
     """Earlier turns keep their own last rows; the new one counts its own from its end, or sees everything."""
     (sink, window, last), layers, prompt, turn = (2, 5, 4), (1, 2), 130, 10
     [one, record] = lab.evaluate(
-        prompt, [Cell((2, 5, 4), "deepest", 2, decode), Cell((2, 5, 4), "deepest", 2, decode, turn, rows)]
+        prompt,
+        [Cell(Geometry(2, 5, 4), "deepest", 2, decode), Cell(Geometry(2, 5, 4), "deepest", 2, decode, turn, rows)],
     )
     assert (record["turn"], record["rows"]) == (turn, rows)
     kls = []
@@ -161,12 +163,16 @@ def test_a_new_turn_is_a_prompt_of_its_own_rows(lab, rows, decode):
 def test_a_turn_that_is_no_part_of_the_prompt_is_refused(lab):
     for turn in (130, -1):
         with pytest.raises(ValueError, match=f"turn must be .* got {turn}"):
-            lab.evaluate(130, [Cell((2, 5, 4), "deepest", 2, turn=turn)])
+            lab.evaluate(130, [Cell(Geometry(2, 5, 4), "deepest", 2, turn=turn)])
 
 
 def test_a_cell_is_the_same_beside_others(lab):
     """Cells share a dense run, and begin where they differ from it."""
-    wanted = [Cell((2, 5, 4), "deepest", 1), Cell((2, 5, 4), "first", 2, "streaming"), Cell((1, 9, 0), "all", 3)]
+    wanted = [
+        Cell(Geometry(2, 5, 4), "deepest", 1),
+        Cell(Geometry(2, 5, 4), "first", 2, "streaming"),
+        Cell(Geometry(1, 9, 0), "all", 3),
+    ]
     together = lab.evaluate(130, wanted)
     assert together == [record for cell in reversed(wanted) for record in lab.evaluate(130, [cell])][::-1]
     assert len({str(record["kl_following"]) for record in together}) == 3

@@ -10,6 +10,7 @@ from studies import recall_tasks as tasks
 from studies.recall_tasks import ASK, COPY, DEF, HOPS, IGNORED, LIST, LISTED, SLOT, Batch, evaluation, training
 from tests.support.models import masked_oracle
 from tmx_compile import TriangleMixConfig
+from tmx_compile.mask.geometry import Geometry
 
 
 def read(ids):
@@ -164,7 +165,7 @@ def test_accuracy_with_sparse_layers_is_that_of_their_masks():
         # Attention outweighs the embedding: what a row sees decides its answer.
         layer.self_attn.o_proj.weight.data.mul_(50)
     lab = recall.Lab(recall.QUICK, model, torch.device("cpu"))
-    lab.captured.geometry = geometry = (2, 6, 12)
+    lab.captured.geometry = geometry = Geometry(2, 6, 12)
     batch = evaluation(2, 512, recall_model.QUESTIONS, 0, torch.Generator().manual_seed(0))
     with torch.no_grad():
         likely = model(batch.ids, use_cache=False).logits.argmax(-1)
@@ -172,7 +173,7 @@ def test_accuracy_with_sparse_layers_is_that_of_their_masks():
     own = Batch(batch.ids, torch.where(asked, likely, IGNORED), batch.kind)
     assert lab._accuracy([own], ()) == 1.0
     for layers in ((1,), (0, 1)):
-        config = TriangleMixConfig(*geometry, triangle_layer_indices=layers)
+        config = TriangleMixConfig(*geometry.counts, triangle_layer_indices=layers)
         expected = masked_oracle(model, config, batch.ids).argmax(-1)
         assert lab._accuracy([own], layers) == pytest.approx(float((expected == likely)[asked].float().mean()))
     assert lab._accuracy([own], (0, 1)) < 1.0

@@ -38,7 +38,7 @@ def triangle(call, args, *, dynamic=False):
 
 
 def check(out, q, k, v, key_mask=None, scale=D**-0.5, reach=None):
-    want, _ = oracle(q, k, v, key_mask, *CONFIG.geometry, scale, reach)
+    want, _ = oracle(q, k, v, key_mask, *CONFIG.geometry.counts, scale, reach)
     rows = slice(None) if key_mask is None else key_mask[:, None, :, None].expand(want.shape)
     torch.testing.assert_close(out.double()[rows], want[rows], atol=2e-5, rtol=0)
 

@@ -73,7 +73,7 @@ def expected(x, config, layers=2):
     """``Stack()(x)`` in float64."""
     x = x.double()
     for index in range(layers):
-        geometry = config.geometry if index in config.layers() else DENSE
+        geometry = config.geometry.counts if index in config.layers() else DENSE
         x = x + oracle(*qkv(x), None, *geometry, x.shape[-1] ** -0.5)[0]
     return x
 

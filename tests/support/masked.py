@@ -58,7 +58,9 @@ def expected(q, k, v, mask, first=None, document=None):
             mine = valid & (document[b] == document[b, first + i])
             if mine.any():
                 start, end = mine.nonzero()[0], mine.nonzero()[-1] + 1
-                allowed[b, i] = rule(first + i, torch.arange(kv_len), start, end, *CONFIG.geometry) & mine & seen[b, i]
+                allowed[b, i] = (
+                    rule(first + i, torch.arange(kv_len), start, end, *CONFIG.geometry.counts) & mine & seen[b, i]
+                )
     k, v = (x.double().repeat_interleave(H // KV, 1) for x in (k, v))
     scores = (q.double() @ k.transpose(2, 3) * D**-0.5).masked_fill(~allowed[:, None], INF)
     alive = allowed.any(-1)[:, None, :, None]

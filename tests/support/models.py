@@ -50,7 +50,7 @@ def masked_oracle(model, config, ids, attention_mask=None):
     """
     n = ids.shape[1]
     key_mask = None if attention_mask is None else attention_mask.bool()
-    tri = attended(n, n, key_mask, *config.geometry)
+    tri = attended(n, n, key_mask, *config.geometry.counts)
     dense = attended(n, n, key_mask, 0, 0, n)
     masks = {index: tri if index in config.layers() else dense for index in range(len(attentions(model)))}
     return with_masks(model, ids, masks, attention_mask)

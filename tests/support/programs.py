@@ -47,7 +47,7 @@ def padded_oracle(x, valid):
     """``Stack(with_padding)`` in float64; rows of padding are never looked at."""
     x = x.double()
     for index in range(2):
-        geometry = CONFIG.geometry if index in CONFIG.layers() else (0, 0, 2**31 - 1)
+        geometry = CONFIG.geometry.counts if index in CONFIG.layers() else (0, 0, 2**31 - 1)
         x = x + oracle(*qkv(x), valid, *geometry, x.shape[-1] ** -0.5)[0]
     return x
 

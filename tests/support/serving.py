@@ -34,10 +34,10 @@ def row_masks(config, n, attention_mask=None, *, prompt=None, triangle=None, str
     layer = dense.clone()
     for begin, end in triangle or ():
         part = None if key_mask is None else key_mask[:, :end]
-        layer[:, begin:end, :end] = attended(end, end, part, *config.geometry)[:, begin:end]
+        layer[:, begin:end, :end] = attended(end, end, part, *config.geometry.counts)[:, begin:end]
     ranges = (streaming, None if prompt is None else (prompt, n))
     for begin, end in filter(None, ranges):
-        sink, window, _ = config.geometry
+        sink, window, _ = config.geometry.counts
         layer[:, begin:end] = attended(n, n, key_mask, sink, window, 0)[:, begin:end]
     return dense, layer
 

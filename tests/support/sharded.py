@@ -241,7 +241,7 @@ def trained(wrap):
         wrapped.compile(backend=backend)
         loss = wrapped(input_ids=own, labels=own, use_cache=False).loss
         loss.backward()
-    sparse = attended(N, N, None, *CONFIG.geometry)
+    sparse = attended(N, N, None, *CONFIG.geometry.counts)
     reference = masked(plain, 1, N, dict.fromkeys(CONFIG.layers(), sparse))
     losses = [reference(input_ids=each[None], labels=each[None], use_cache=False).loss for each in ids]
     (sum(losses) / len(losses)).backward()

@@ -5,7 +5,7 @@ import pytest
 from tests.support.serving import CONFIG
 from tmx_compile.integrations.transformers import StaticStreamingCache, StreamingCache
 
-SINK, WINDOW, _ = CONFIG.geometry
+SINK, WINDOW, _ = CONFIG.geometry.counts
 HELD = SINK + WINDOW + 1
 
 

@@ -124,7 +124,7 @@ def plan_model(name, config, ids, attention_mask=None):
     masks = {}
     for index in range(3):
         reach = WINDOW - 1 if index in _MODELS[name][2] else None
-        geometry = config.geometry if index in config.layers() and n > config.min_seq_len else (0, 0, n)
+        geometry = config.geometry.counts if index in config.layers() and n > config.min_seq_len else (0, 0, n)
         masks[index] = attended(n, n, key_mask, *geometry, reach)
     return masked(switched_model(name, "sdpa"), batch, n, masks)
 

@@ -12,9 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from tmx_compile.bench.timing import timing_events
-from tmx_compile.mask import Grid, dense_section, pair_count, triangle
-
-Geometry = tuple[int, int, int]
+from tmx_compile.mask import Geometry, Grid, dense_section, pair_count, pair_counts
 
 # Large against every cache, small against the memory of the device.
 _COPY_BYTES = {"cuda": 2**30, "cpu": 2**28}
@@ -57,7 +55,7 @@ class Ceilings:
 
 def attended_pairs(n: int, geometry: Geometry) -> int:
     """Exactly how many (row, key) pairs of one head the triangle mask attends to."""
-    return pair_count(triangle(*geometry), Grid(n, n))
+    return pair_counts(geometry, n, n)[0]
 
 
 def causal_pairs(n: int) -> int:

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from tmx_compile.backend import TmxBackend, explain, tmx_backend
 from tmx_compile.bench import floor, reference
 from tmx_compile.bench.dense import dense_variants
-from tmx_compile.bench.floor import Ceilings, Geometry, Shape, attended_pairs, causal_pairs
+from tmx_compile.bench.floor import Ceilings, Shape, causal_pairs
 from tmx_compile.bench.record import Measured
 from tmx_compile.bench.timing import Rounds, Timing, describe, extra_bytes, interleaved_on, seconds
 from tmx_compile.config import TriangleMixConfig
 from tmx_compile.lowering.table import NAMED
-from tmx_compile.mask import Grid, block_plan, triangle
+from tmx_compile.mask import Geometry, Grid, block_plan, pair_counts, triangle
 
 DTYPES = ("float32", "bfloat16", "float16")
 LOWERINGS = {"cpu": ("flex", "blocked", "operator"), "cuda": ("flex", "triton", "blocked")}
@@ -52,7 +52,7 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure. Lengths are tokens, over ``MIN_SEQ_LEN``; geometries are (sinks, window, last rows).
+    """What to measure. Lengths are tokens, over ``MIN_SEQ_LEN``.
 
     Attributes:
         device: "cpu" or "cuda".
@@ -93,8 +93,8 @@ class Plan:
             if n <= MIN_SEQ_LEN:
                 raise ValueError(f"lengths must be over {MIN_SEQ_LEN} tokens, got {n}")
         for geometry in self.geometries:
-            if len(geometry) != 3 or min(geometry) < 0:
-                raise ValueError(f"geometries must be three counts, sinks/window/last rows, got {geometry}")
+            if not isinstance(geometry, Geometry) or min(geometry.counts) < 0:
+                raise ValueError(f"geometries must be of Geometry, with counts of at least 0, got {geometry!r}")
         for dtype in self.dtypes:
             if dtype not in DTYPES:
                 raise ValueError(f"dtypes must be among {', '.join(DTYPES)}, got {dtype!r}")
@@ -185,7 +185,7 @@ def measure(plan: Plan, peers: Mapping[str, Peer] | None = None, note: Callable[
     settings = {
         "device": plan.device,
         "lengths": list(plan.lengths),
-        "geometries": [list(geometry) for geometry in plan.geometries],
+        "geometries": [list(geometry.counts) for geometry in plan.geometries],
         "dtypes": list(plan.dtypes),
         "batch": 1,
         "heads": plan.heads,
@@ -260,14 +260,7 @@ def auto_lowering(plan: Plan, n: int, dtype: str, geometry: Geometry) -> str:
 
 
 def _config(geometry: Geometry) -> TriangleMixConfig:
-    sink, window, last = geometry
-    return TriangleMixConfig(
-        num_sink_tokens=sink,
-        sliding_window_size=window,
-        num_last_tokens=last,
-        triangle_layer_indices=[0],
-        min_seq_len=MIN_SEQ_LEN,
-    )
+    return TriangleMixConfig(*geometry.counts, triangle_layer_indices=[0], min_seq_len=MIN_SEQ_LEN)
 
 
 def _at(
@@ -292,7 +285,7 @@ def _at(
         left_out |= {f"{name}, {dtype}, n = {n}": reason for name, reason in refused.items()}
     runs: dict[Any, Callable[[], Tensor]] = dict(dense)
     checks: dict[Any, tuple[float, float, int | None]] = {}
-    expected = reference.attention_rows(query, key, value, sample, (0, 0, n)) if dense else None
+    expected = reference.attention_rows(query, key, value, sample, Geometry(0, 0, n)) if dense else None
     for name, run in dense.items():
         assert expected is not None
         _check(name, run, sample, expected, checks)
@@ -313,12 +306,13 @@ def _at(
                 runs[geometry, name] = attempt
             # One variant must not cost a run all the others; what failed and why is kept with the results.
             except Exception as error:
-                left_out[f"{name}, {'/'.join(map(str, geometry))}, {dtype}, n = {n}"] = describe(error)
+                left_out[f"{name}, {geometry}, {dtype}, n = {n}"] = describe(error)
         del expected
     timings = interleaved_on(device, runs, plan.rounds)
     for key_of, timing in timings.items():
         if timing.why:
-            left_out[f"CUDA graph of {key_of}, {dtype}, n = {n}"] = timing.why
+            of = key_of if isinstance(key_of, str) else f"{key_of[1]}, {key_of[0]}"
+            left_out[f"CUDA graph of {of}, {dtype}, n = {n}"] = timing.why
     seen = {name: _Seen(timings[name], *checks[name]) for name in runs}
     return _AtLength(
         n,
@@ -357,11 +351,11 @@ def _ceilings(plan: Plan, copied: float, found: list[_AtLength]) -> dict[str, Ce
 def _record(plan: Plan, at: _AtLength, geometry: Geometry, name: str, ceilings: Ceilings | None) -> dict[str, Any]:
     seen = at.triangle[geometry, name]
     best = at.dense[at.best] if at.best is not None else None
-    attended, causal = attended_pairs(at.n, geometry), causal_pairs(at.n)
+    attended, causal = pair_counts(geometry, at.n, at.n)
     floor_ms, floor_by = ceilings.floor(plan.shape(at.n, at.dtype), geometry) if ceilings else (None, None)
     return {
         "n": at.n,
-        "geometry": list(geometry),
+        "geometry": list(geometry.counts),
         "dtype": at.dtype,
         "lowering": name,
         **seen.timing.fields(),
@@ -378,7 +372,7 @@ def _record(plan: Plan, at: _AtLength, geometry: Geometry, name: str, ceilings: 
         "extra_bytes": seen.extra_bytes,
         "error": seen.error,
         "attended_pairs": attended,
-        "block_pairs": block_plan(triangle(*geometry), Grid(at.n, at.n), BLOCK, BLOCK).touched_pairs(),
+        "block_pairs": block_plan(triangle(*geometry.counts), Grid(at.n, at.n), BLOCK, BLOCK).touched_pairs(),
         "causal_pairs": causal,
         "ideal_speedup": causal / attended,
         "compile_s": max(0.0, seen.first_s - seen.timing.median / 1e3),

@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tmx_compile.bench.floor import Geometry
 from tmx_compile.bench.layer import Plan, auto_lowering, measure
 from tmx_compile.bench.record import hardware
 from tmx_compile.bench.timing import Rounds
+from tmx_compile.mask.geometry import Geometry
 
 MOST_ROUNDS = 11
 
@@ -82,7 +82,7 @@ class LayerTime:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
-        return {**asdict(self), "geometry": list(self.geometry)}
+        return {**asdict(self), "geometry": list(self.geometry.counts)}
 
 
 def measure_times(
@@ -122,11 +122,11 @@ def measure_times(
     measured = measure(plan, note=note)
     found = []
     for geometry, lowering in taken.items():
-        records = [r for r in measured.records if r["geometry"] == list(geometry)]
+        records = [r for r in measured.records if r["geometry"] == list(geometry.counts)]
         if lowering != "dense":
             records = [r for r in records if r["lowering"] == lowering]
         if not records or records[0]["dense_ms"] is None:
-            raise RuntimeError(f"{lowering} cannot be timed at {_slug(geometry)}: {measured.settings['left_out']}")
+            raise RuntimeError(f"{lowering} cannot be timed at {geometry}: {measured.settings['left_out']}")
         dense_ms = float(records[0]["dense_ms"])
         triangle_ms = dense_ms if lowering == "dense" else float(records[0]["ms"])
         machine = before.get("gpu", before["cpu"]) if device == "cuda" else before["cpu"]
@@ -169,7 +169,7 @@ def read_times(path: str | os.PathLike[str]) -> tuple[LayerTime, ...]:
                 continue
             sink, window, last = r["geometry"]
             numbers = (r["n"], r["dtype"], r["dense_ms"], r["ms"])
-            found = LayerTime(AttentionShape(*dims), (sink, window, last), *numbers, r["lowering"], name)
+            found = LayerTime(AttentionShape(*dims), Geometry(sink, window, last), *numbers, r["lowering"], name)
             key = found.geometry, found.tokens, found.dtype
             if key not in best or found.triangle_ms < best[key].triangle_ms:
                 best[key] = found
@@ -177,7 +177,3 @@ def read_times(path: str | os.PathLike[str]) -> tuple[LayerTime, ...]:
         why = f"{type(error).__name__}: {error}"
         raise ValueError(f"times must be a file of `tmx bench --out`, {os.fspath(path)} is none ({why})") from error
     return tuple(best.values())
-
-
-def _slug(geometry: Geometry) -> str:
-    return "/".join(map(str, geometry))

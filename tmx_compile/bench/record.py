@@ -66,7 +66,7 @@ def versions() -> dict[str, str]:
         "tmx_compile_sources": package_fingerprint()[:16],
     }
     if torch.cuda.is_available():
-        found["triton"] = _version("triton")
+        found |= {name: _version(name) for name in ("triton", "flash-attn-4")}
         found["cuda"] = str(torch.version.cuda)
         # None where torch has no cuDNN.
         found["cudnn"] = str(torch.backends.cudnn.version())  # type: ignore[no-untyped-call]

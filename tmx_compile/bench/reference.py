@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tmx_compile.bench.floor import Geometry
+from tmx_compile.mask.geometry import Geometry
 
 # Cells of one chunk of scores.
 CELLS = 2**26
@@ -28,7 +28,7 @@ def attention_rows(query: Tensor, key: Tensor, value: Tensor, rows: Tensor, geom
         rows: (R,) int64, the rows to compute, in any order.
         geometry: sinks, window and last rows.
     """
-    sink, window, last = geometry
+    sink, window, last = geometry.counts
     _, heads, n, dim = query.shape
     group = heads // key.shape[1]
     precise = precise_dtype(query)
@@ -54,7 +54,7 @@ def sampled_rows(n: int, geometries: list[Geometry], count: int, device: torch.d
     The masks change at the first rows, the ends of sinks and window, the border of the last rows, the final ones.
     """
     wanted = {*range(min(16, n)), *range(max(0, n - 16), n)}
-    for sink, window, last in geometries:
+    for sink, window, last in (geometry.counts for geometry in geometries):
         for border in (sink, window, sink + window, n - last):
             wanted |= {row for row in range(border - 4, border + 4) if 0 <= row < n}
     generator = torch.Generator().manual_seed(n)

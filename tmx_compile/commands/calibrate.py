@@ -55,9 +55,8 @@ def model_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Calibrate, write the profile, show the layers; exits with 2 on bad arguments."""
     console = Console(stderr=True)
-    sink, window, last = options.geometry
-    config = TriangleMixConfig(sink, window, last)
-    keep = 1 if options.estimator == "gradient" else max(1, min(64, last))
+    config = TriangleMixConfig(*options.geometry.counts)
+    keep = 1 if options.estimator == "gradient" else max(1, min(64, options.geometry.last))
     try:
         check_folders(out=options.out, resume=options.resume)
         model, tokenizer, texts = loaded(options)

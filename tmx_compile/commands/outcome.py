@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tmx_compile.commands.picture import Shape
 from tmx_compile.config import TriangleMixConfig
@@ -75,7 +75,7 @@ class Outcome:
 
     def summary(self) -> list[tuple[str, str]]:
         """Names and values of what matters most."""
-        sink, window, last = self.config.geometry
+        sink, window, last = self.config.geometry.counts
         pairs = "none: no attention was read"
         if self.causal:
             pairs = f"{self.attended:,} of {self.causal:,} ({self.attended / self.causal:.1%}), one head, all layers"
@@ -116,7 +116,8 @@ def _row(site: SiteRecord, config: TriangleMixConfig) -> Row:
     kind = "triangle" if sparse else "refused" if selected else "dense"
     shape = None
     if site.causal_pairs and site.query[2] == site.key[2]:
-        shape = Shape(site.query[2], config.geometry if sparse else None, _reach(site))
+        geometry = config.geometry if sparse else config.geometry.as_dense()
+        shape = Shape(site.query[2], replace(geometry, reach=_reach(site)))
     return Row(site.layer, site.path, kind, why, site.lowering, site.attended_pairs, site.causal_pairs, shape)
 
 

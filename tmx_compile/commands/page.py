@@ -80,11 +80,12 @@ def _square(row: Row) -> str:
 
 def _figure(shape: Shape, shared: list[Row]) -> str:
     layers = ", ".join("?" if row.layer is None else str(row.layer) for row in shared)
-    own = "" if shape.reach is None else f", within the layer's own window of {shape.reach + 1:,} keys"
-    if shape.geometry is None:
+    reach = shape.geometry.reach
+    own = "" if reach is None else f", within the layer's own window of {reach + 1:,} keys"
+    if shape.geometry.is_dense:
         label = f"dense: causal{own}"
     else:
-        sink, window, last = shape.geometry
+        sink, window, last = shape.geometry.counts
         label = f"triangle: {sink:,} sinks, window {window:,}, {last:,} last rows{own}"
     row = shared[0]
     pairs = f"{row.attended:,} of {row.causal:,} pairs ({row.share})"

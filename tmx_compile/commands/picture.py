@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from tmx_compile.mask.geometry import Geometry
+
 Point = tuple[float, float]
 # a * key + b * row <= c
 HalfPlane = tuple[int, int, float]
@@ -16,13 +18,11 @@ class Shape:
 
     Args:
         tokens: rows and keys.
-        geometry: sinks, window and last rows, in tokens; None where the layer is dense.
-        reach: how far back the layer looks by itself (its own sliding window), in tokens; None: to the first key.
+        geometry: what a row sees, within the layer's own sliding window where it has one.
     """
 
     tokens: int
-    geometry: tuple[int, int, int] | None
-    reach: int | None
+    geometry: Geometry
 
 
 def section_polygons(shape: Shape) -> list[tuple[str, list[Point]]]:
@@ -33,12 +33,12 @@ def section_polygons(shape: Shape) -> list[tuple[str, list[Point]]]:
     """
     n = shape.tokens
     causal: list[HalfPlane] = [(1, -1, 0.5)]
-    if shape.reach is not None:
-        causal.append((-1, 1, shape.reach + 0.5))
-    if shape.geometry is None:
+    if shape.geometry.reach is not None:
+        causal.append((-1, 1, shape.geometry.reach + 0.5))
+    if shape.geometry.is_dense:
         parts: list[tuple[str, list[HalfPlane]]] = [("dense", [])]
     else:
-        sink, window, last = shape.geometry
+        sink, window, last = shape.geometry.counts
         parts = [
             ("middle", []),
             ("last", [(0, -1, last - n)]),

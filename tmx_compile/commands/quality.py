@@ -16,7 +16,7 @@ from tmx_compile.analysis.judge.intervals import Interval
 from tmx_compile.analysis.judge.language_model import pieces
 from tmx_compile.bench.layer_times import read_times
 from tmx_compile.commands.calibrate import DTYPES, depth_of, loaded, model_arguments
-from tmx_compile.commands.values import check_folders, count, geometry, number
+from tmx_compile.commands.values import check_folders, count, counts, geometries, number
 from tmx_compile.config import TriangleMixConfig
 
 # Of a table that goes to no terminal.
@@ -28,12 +28,10 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     model_arguments(parser)
     add = parser.add_argument
     add("--out", required=True, type=Path, metavar="FILE", help="the evaluation to write, JSON")
-    add(
-        "--counts", required=True, type=_counts, metavar="N,N,...", help="how many layers are sparse, several by commas"
-    )
+    add("--counts", required=True, type=counts, metavar="N,N,...", help="how many layers are sparse, several by commas")
     usual = (TriangleMixConfig().geometry,)
     geometry_help = "sinks/window/last rows, several by commas"
-    add("--geometry", type=_geometries, default=usual, metavar="S/W/L,...", help=geometry_help)
+    add("--geometry", type=geometries, default=usual, metavar="S/W/L,...", help=geometry_help)
     profile_help = "calibrated profiles whose rankings to try beside the deepest layers"
     add("--profile", nargs="+", type=Path, default=[], metavar="FILE", help=profile_help)
     add("--tokens", type=count, default=2048, help="length of a prompt")
@@ -188,11 +186,3 @@ def _cost(metric: str, cost: Interval) -> str:
 def _console() -> Console:
     console = Console(stderr=True)
     return console if console.is_terminal else Console(stderr=True, width=_WIDTH)
-
-
-def _counts(text: str) -> tuple[int, ...]:
-    return tuple(dict.fromkeys(count(part.strip()) for part in text.split(",")))
-
-
-def _geometries(text: str) -> tuple[tuple[int, int, int], ...]:
-    return tuple(dict.fromkeys(geometry(part.strip()) for part in text.split(",")))

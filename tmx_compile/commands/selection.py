@@ -25,8 +25,7 @@ def selection_arguments(parser: argparse.ArgumentParser, *, required: bool) -> N
     which.add_argument("--layers", type=layers, metavar="I,J-K", default=none, help=listed)
     saved = "the layers and the geometry that `tmx calibrate` or `tmx advise` saved"
     which.add_argument("--profile", type=Path, metavar="FILE", default=none, help=saved)
-    usual = "/".join(map(str, default.geometry))
-    shape = f"sinks/window/last rows (default: the profile's, else {usual})"
+    shape = f"sinks/window/last rows (default: the profile's, else {default.geometry})"
     parser.add_argument("--geometry", type=geometry, metavar="S/W/L", default=none, help=shape)
     short = f"prompts up to here stay dense (default: the profile's, else {default.min_seq_len})"
     parser.add_argument("--min-seq-len", type=_length, metavar="N", default=none, help=short)
@@ -41,7 +40,7 @@ def selected(options: argparse.Namespace, num_layers: int) -> TriangleMixConfig:
     given = vars(options)
     changes: dict[str, Any] = {}
     if "geometry" in given:
-        changes.update(zip(GEOMETRY, options.geometry, strict=True))
+        changes.update(zip(GEOMETRY, options.geometry.counts, strict=True))
     if "min_seq_len" in given:
         changes["min_seq_len"] = options.min_seq_len
     if "profile" in given:

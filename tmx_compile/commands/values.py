@@ -6,12 +6,19 @@ import argparse
 import math
 from pathlib import Path
 
+from tmx_compile.mask.geometry import Geometry
+
 
 def count(text: str) -> int:
     """An option's value that is a whole number of at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
     return int(text)
+
+
+def counts(text: str) -> tuple[int, ...]:
+    """An option's value such as 4096,32768: distinct whole numbers of at least 1."""
+    return tuple(dict.fromkeys(count(part.strip()) for part in text.split(",")))
 
 
 def number(text: str) -> float:
@@ -25,13 +32,17 @@ def number(text: str) -> float:
     return value
 
 
-def geometry(text: str) -> tuple[int, int, int]:
+def geometry(text: str) -> Geometry:
     """An option's value such as 8/64/128."""
     parts = text.split("/")
     if len(parts) != 3 or not all(part.isdecimal() for part in parts):
         raise argparse.ArgumentTypeError(f"must be sinks/window/last rows as in 8/64/128, got {text!r}")
-    sink, window, last = map(int, parts)
-    return sink, window, last
+    return Geometry(*map(int, parts))
+
+
+def geometries(text: str) -> tuple[Geometry, ...]:
+    """An option's value such as 8/64/128,8/512/128, each once."""
+    return tuple(dict.fromkeys(geometry(part.strip()) for part in text.split(",")))
 
 
 def layers(text: str) -> tuple[int, ...]:

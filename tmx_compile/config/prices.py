@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tmx_compile.config import TriangleMixConfig
+from tmx_compile.mask.geometry import Geometry
 
 _CHOSEN = {"deepest": "the deepest", "gradient": "chosen by gradient"}
 
@@ -39,7 +40,7 @@ def streaming_message(layers: int, of: int | None, config: TriangleMixConfig) ->
     measured = "; ".join(
         f"{', '.join(f'{cost:+.1%}' for cost in choice['perplexity'])} and "
         f"{', '.join(f'{copied:.0%}' for copied in choice['copied'])} "
-        f"({_CHOSEN[choice['policy']]}, {_slashed(choice['geometry'])})"
+        f"({_CHOSEN[choice['policy']]}, {Geometry(*choice['geometry'])})"
         for choice in price["choices"]
     )
     return (
@@ -57,11 +58,7 @@ def first_n_message(n: int) -> str:
     cost, layers = price["perplexity"], price["layers"]
     return (
         f"num_triangle_layers={n} makes the first {n} layers sparse, which is the worst choice: on {prices()['model']} "
-        f"({layers} of {prices()['layers_of_model']} layers, {_slashed(price['geometry'])}) it costs "
+        f"({layers} of {prices()['layers_of_model']} layers, {Geometry(*price['geometry'])}) it costs "
         f"{cost['first']:.0%} perplexity, the deepest {layers} layers {cost['deepest']:.1%}. "
         f"Use TriangleMixConfig.deepest({n}, num_layers=...) or triangle_layer_indices."
     )
-
-
-def _slashed(geometry: list[int]) -> str:
-    return "/".join(map(str, geometry))

@@ -42,6 +42,7 @@ from typing import TYPE_CHECKING, Any
 
 from tmx_compile.config.profile import GEOMETRY, PROFILE_FORMAT, check_model, profile_values
 from tmx_compile.config.values import as_count, as_layer_indices, refuse_unknown
+from tmx_compile.mask.geometry import Geometry
 
 if TYPE_CHECKING:
     from torch import nn
@@ -71,7 +72,7 @@ class TriangleMixConfig:
 
     >>> from tmx_compile import TriangleMixConfig
     >>> config = TriangleMixConfig(8, 512, 128, triangle_layer_indices=[30, 31])
-    >>> config.layers(), config.geometry
+    >>> config.layers(), config.geometry.counts
     ((30, 31), (8, 512, 128))
     >>> TriangleMixConfig(num_sink_tokens=-1)
     Traceback (most recent call last):
@@ -228,14 +229,14 @@ class TriangleMixConfig:
         Path(path).write_text(json.dumps(profile, indent=2) + "\n", encoding="utf-8")
 
     @property
-    def geometry(self) -> tuple[int, int, int]:
-        """``(num_sink_tokens, sliding_window_size, num_last_tokens)``, in tokens.
+    def geometry(self) -> Geometry:
+        """``num_sink_tokens``, ``sliding_window_size`` and ``num_last_tokens`` as one value, in tokens.
 
         >>> from tmx_compile import TriangleMixConfig
-        >>> TriangleMixConfig().geometry
+        >>> TriangleMixConfig().geometry.counts
         (4, 32, 64)
         """
-        return self.num_sink_tokens, self.sliding_window_size, self.num_last_tokens
+        return Geometry(self.num_sink_tokens, self.sliding_window_size, self.num_last_tokens)
 
     @property
     def uses_first_n(self) -> bool:
@@ -302,7 +303,7 @@ class TriangleMixConfig:
         """Return a copy with ``changes`` of fields by name; an unknown name is a ``ValueError``.
 
         >>> from tmx_compile import TriangleMixConfig
-        >>> TriangleMixConfig().replace(num_last_tokens=128).geometry
+        >>> TriangleMixConfig().replace(num_last_tokens=128).geometry.counts
         (4, 32, 128)
         """
         refuse_unknown(changes, [field.name for field in dataclasses.fields(self)])

@@ -10,7 +10,6 @@ changed, and stay laid open elsewhere.
 from __future__ import annotations
 
 import operator
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,15 +20,13 @@ from torch._higher_order_ops.wrap import tag_activation_checkpoint
 from torch.fx import Graph, GraphModule, Node
 
 from tmx_compile.graph.composite import COMPOSITES, body_of, out_of_place
-from tmx_compile.graph.layer import unmark
+from tmx_compile.graph.layer import moved, unmark
 from tmx_compile.graph.nodes import INSERTED, value_of
 from tmx_compile.graph.sizes import size_of
 
 # How many arguments stand before the operands of the body: the body, and a region's name.
 _LEADING: dict[Any, int] = {tag_activation_checkpoint: 1, invoke_subgraph: 2}
 _REGIONS = "tmx_regions"
-# An index in a module path, but no digit within a name.
-_INDEX = re.compile(r"(?<!\w)\d")
 
 
 @dataclass(frozen=True)
@@ -113,22 +110,35 @@ class _Flattening:
         child = body_of(call)
         if child is None:
             return False
-        number = len(self._regions)
-        given = tuple(env[x] for x in call.all_input_nodes)
+        operands = (env[x] for x in call.all_input_nodes)
+        body = dict(zip(child.graph.find_nodes(op="placeholder"), operands, strict=True))
+        for node in self._open(call, child, body, env, lambda stack: stack, f"{call.name}_"):
+            if "nn_module_stack" in call.meta:
+                node.meta["nn_module_stack"] = stack_of(call.meta["nn_module_stack"])
+        return True
+
+    def _open(
+        self,
+        call: Node,
+        child: GraphModule,
+        body: dict[Node, Any],
+        env: dict[Node, Any],
+        stack_of: Callable[[Any], Any],
+        prefix: str,
+    ) -> list[Node]:
+        """Copy a body, operands given in ``body``, between two markers; its results stand for the call in ``env``."""
+        number, given = len(self._regions), tuple(body.values())
         self._regions.append(_Region(call, child, given))
         self._graph.call_function(_begins, (number,))
-        body = dict(zip(child.graph.find_nodes(op="placeholder"), given, strict=True))
-        results = self._copy(child, body, lambda stack: stack, f"{call.name}_")
-        for node in body.values():
-            if isinstance(node, Node) and node not in given and "nn_module_stack" in call.meta:
-                node.meta["nn_module_stack"] = stack_of(call.meta["nn_module_stack"])
+        results = self._copy(child, body, stack_of, prefix)
         self._graph.call_function(_ends, (number,))
+        single = isinstance(value_of(call), torch.Tensor)
         env[call] = results[0] if single else None
         for user in () if single else call.users:
             index = user.args[1]
             assert isinstance(index, int)
             env[user] = results[index]
-        return True
+        return [node for node in body.values() if isinstance(node, Node) and node not in given]
 
     def _attribute(self, gm: GraphModule, target: str, prefix: str) -> str:
         value = operator.attrgetter(target)(gm)
@@ -157,25 +167,13 @@ class _Flattening:
             return False
         if any(user.target is not operator.getitem or not isinstance(user.args[1], int) for user in call.users):
             return False
-        number = len(self._regions)
-        given = tuple(env[x] if isinstance(x, Node) else x for x in operands)
-        self._regions.append(_Region(call, child, given))
-        self._graph.call_function(_begins, (number,))
         own = call.meta.get("nn_module_stack")
-        shared = self._shared[_body(call, child)]
-        inner = (lambda stack: stack_of(_moved(stack, own, shared))) if len(shared) > 1 else stack_of
-        body = dict(zip(inputs, given, strict=True))
-        results = tuple(self._copy(child, body, inner, f"{prefix}{_name(call)}_"))
-        if len(shared) > 1:
-            for node in body.values():
-                if isinstance(node, Node) and node not in given:
-                    unmark(node)
-        self._graph.call_function(_ends, (number,))
-        for user in call.users:
-            index = user.args[1]
-            assert isinstance(index, int)
-            env[user] = results[index]
-        env[call] = None
+        shared = [other.meta.get("nn_module_stack") for other in self._shared[_body(call, child)]]
+        inner = (lambda stack: stack_of(moved(stack, own, shared))) if len(shared) > 1 else stack_of
+        body = {x: env[given] if isinstance(given, Node) else given for x, given in zip(inputs, operands, strict=True)}
+        for node in self._open(call, child, body, env, inner, f"{prefix}{_name(call)}_"):
+            if len(shared) > 1:
+                unmark(node)
         attribute = call.args[0]
         assert isinstance(attribute, Node)
         if len(attribute.users) == 1:
@@ -219,28 +217,6 @@ def _same_value(inner: Node, operand: Any) -> bool:
     if isinstance(inside, (int, torch.SymInt)) and isinstance(outside, (int, torch.SymInt)):
         return size_of(inside) == size_of(outside)
     return inside is outside or (type(inside) is type(outside) is float and inside == outside)
-
-
-def _moved(stack: Mapping[str, Any], own: Mapping[str, Any] | None, shared: list[Node]) -> dict[str, Any]:
-    """The module stack of a node of a shared body, which names the modules of the call that was traced, for this call.
-
-    What follows the module that makes the call is the same for every call, unless it has an index of its own.
-    """
-    makers = [tuple(_paths(call.meta.get("nn_module_stack"))) for call in shared]
-    if not own or len(set(makers)) < len(makers) or len(stack) < len(own):
-        return {}
-    traced, here = _paths(stack)[len(own) - 1], _paths(own)[-1]
-    moved = dict(own)
-    for key, (path, kind) in list(stack.items())[len(own) :]:
-        suffix = str(path).removeprefix(traced)
-        if not str(path).startswith(traced) or _INDEX.search(suffix):
-            return {}
-        moved[f"{key}@{here}"] = (here + suffix, kind)
-    return moved
-
-
-def _paths(stack: Mapping[str, Any] | None) -> list[str]:
-    return [str(path) for path, _ in (stack or {}).values()]
 
 
 def restore(gm: GraphModule) -> None:
@@ -349,9 +325,7 @@ def _close_unchanged(gm: GraphModule, region: _Region, begin: Node, body: list[N
     assert isinstance(outputs, (tuple, list))
     results = [env.get(x) if isinstance(x, Node) else None for x in outputs]
     inside = set(body)
-    if not {node for node in results if node is not None} <= inside:
-        return
-    if None in operands:
+    if None in operands or not {node for node in results if node is not None} <= inside:
         return
     if any(user not in inside for node in body if node not in results for user in node.users):
         return

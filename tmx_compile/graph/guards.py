@@ -238,3 +238,45 @@ def _at_least(expr: Any, least: int, bounds: dict[Any, Bounds]) -> bool:
             factor = factor * sympy.Integer(high) ** power
         lowest += factor
     return bool(lowest >= least)
+
+
+class RangeGuards:
+    """The guards that compiling one graph adds, to be settled for lengths in (low, high].
+
+    ``mark_dynamic(min=, max=)`` forbids guards inside its range, and Dynamo takes every recorded guard for one, even if
+    it holds for all lengths: those are discharged here.
+
+    Args:
+        length: the symbolic prompt length; must be a bare symbol to be settled.
+        above: only lengths greater than this reach the graph (None: no lower bound but the range's).
+        up_to: only lengths up to this reach the graph (None: no upper bound but the range's).
+    """
+
+    def __init__(self, length: torch.SymInt, *, above: int | None = None, up_to: int | None = None) -> None:
+        self._env = length.node.shape_env
+        self._symbol = length.node.expr
+        self._before = len(self._env.guards)
+        self._above, self._up_to = above, up_to
+
+    def settle(self) -> str:
+        """Remove the new guards if each holds for every length; else keep them all and return one that does not."""
+        bounds = self._bounds()
+        for guard in self._env.guards[self._before :]:
+            if not holds_always(guard.expr, bounds):
+                return str(guard.expr)
+        self.forget()
+        return ""
+
+    def forget(self) -> None:
+        """Remove the new guards of a compilation that is thrown away."""
+        del self._env.guards[self._before :]
+
+    def _bounds(self) -> dict[sympy.Symbol, Bounds]:
+        bounds = bounds_of(self._env.var_to_range)
+        own = bounds.pop(self._symbol, None)
+        # The range of any other length may be what this very compilation assumes.
+        if own is None or not isinstance(self._symbol, sympy.Symbol):
+            return {}
+        low = own.low if self._above is None else max(own.low, self._above + 1)
+        ends = [end for end in (own.high, self._up_to) if end is not None]
+        return {self._symbol: Bounds(low, min(ends) if ends else None)}

@@ -8,8 +8,9 @@ module of a model that was handed over carries a mark instead, which Dynamo writ
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch.fx import Node
 
@@ -21,7 +22,8 @@ _CLOSURE = re.compile(r"\.__closure__\[\d+\]\.cell_contents")
 # The forward of a module that carries a mark stands on the instance.
 _BOUND = re.compile(r"\.forward\.__self__")
 _PART = re.compile(r"\[(['\"])(?P<key>.*?)\1\]|\[(?P<index>\d+)\]|(?P<name>[^.\[\]]+)")
-
+# An index in a module path, but no digit within a name.
+_INDEX = re.compile(r"(?<!\w)\d")
 
 MARK = "tmx_compile"
 """The key of a mark among the annotations of a node (``torch.fx.traceback.annotate``)."""
@@ -81,13 +83,8 @@ class LayerPath:
         return self.index is not None or self.mark is not None
 
 
-def layer_path(node: Node) -> LayerPath:
-    """Read the innermost recorded module path of a node; ``index`` is None when it does not name one layer."""
-    return layer_paths([node])[0]
-
-
 def layer_paths(nodes: Iterable[Node | None]) -> list[LayerPath]:
-    """The layers of all sites of one graph.
+    """The layers of all sites of one graph, by the innermost recorded module path of each.
 
     Where a path has several indices (``layers.3.0``: layers that are pairs of modules), the layer's is the one that
     varies among the paths of this form, if it is the only one.
@@ -111,6 +108,35 @@ def unmark(node: Node) -> None:
     custom = node.meta.get("custom") or {}
     if MARK in custom:
         node.meta["custom"] = {**custom, MARK: _SHARED}
+
+
+def moved(
+    stack: Mapping[str, Any], own: Mapping[str, Any] | None, shared: Sequence[Mapping[str, Any] | None]
+) -> dict[str, Any]:
+    """The module stack of a node in a body that several calls share, for one of them; empty where it cannot be told.
+
+    What follows the module that makes the call is the same for every call, unless it has an index of its own.
+
+    Args:
+        stack: the node's; it names the modules of the call that was traced.
+        own: the module stack of the call that it is for.
+        shared: those of all the calls.
+    """
+    makers = [tuple(_paths(each)) for each in shared]
+    if not own or len(set(makers)) < len(makers) or len(stack) < len(own):
+        return {}
+    traced, here = _paths(stack)[len(own) - 1], _paths(own)[-1]
+    found = dict(own)
+    for key, (path, kind) in list(stack.items())[len(own) :]:
+        suffix = str(path).removeprefix(traced)
+        if not str(path).startswith(traced) or _INDEX.search(suffix):
+            return {}
+        found[f"{key}@{here}"] = (here + suffix, kind)
+    return found
+
+
+def _paths(stack: Mapping[str, Any] | None) -> list[str]:
+    return [str(path) for path, _ in (stack or {}).values()]
 
 
 def _marked(layer: LayerPath, node: Node | None) -> LayerPath:

@@ -89,7 +89,7 @@ class AscendTriangleMixAttention(nn.Module):
 
         >>> from tmx_compile import AscendTriangleMixAttention, TriangleMixConfig
         >>> attention = AscendTriangleMixAttention(4, 16, 0.25, TriangleMixConfig.deepest(1, num_layers=2), layer_idx=1)
-        >>> attention.plan(2048) is None, attention.plan(2049).geometry  # min_seq_len is 2048
+        >>> attention.plan(2048) is None, attention.plan(2049).geometry.counts  # min_seq_len is 2048
         (True, (4, 32, 64))
         """
         q_len = as_count("q_len", q_len)
@@ -139,9 +139,9 @@ class AscendTriangleMixAttention(nn.Module):
         plan = self.plan(rows)
         key_mask = _key_mask(attn_mask, query.shape[0], rows, keys)
         if attn_mask is not None and key_mask is None:
-            counts = (0, 0, rows) if plan is None else plan.geometry
+            geometry = Geometry(0, 0, rows) if plan is None else plan.geometry
             one_query, one_key = (x[:1].transpose(1, 2) for x in (query, key))
-            triangle = kernel.problem(one_query, one_key, None, Geometry(*counts))
+            triangle = kernel.problem(one_query, one_key, None, geometry)
             mask = as_mask("attn_mask", attn_mask, query, keys, boolean=True)
             return block_sparse.attend(query, key, value, mask, self.scale, self.block_size, triangle)
         if key_mask is not None and key_mask.device != query.device:
@@ -160,7 +160,7 @@ class AscendTriangleMixAttention(nn.Module):
                     query, key, value, is_causal=True, scale=self.scale, enable_gqa=True
                 )
         else:
-            sink, window, last = (0, 0, ALL_ROWS) if plan is None else plan.geometry
+            sink, window, last = (0, 0, ALL_ROWS) if plan is None else plan.geometry.counts
             out, _ = triangle_attention(
                 query, key, value, key_mask, sink=sink, window=window, last=last, scale=self.scale
             )

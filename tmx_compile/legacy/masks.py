@@ -150,7 +150,7 @@ class TriangleMixMaskGenerator:
         check_inf_dtype(dtype)
         # "cuda" means whichever device is current; an empty tensor tells which, so that the key says it too.
         device = torch.empty(0, device=device).device
-        key = (seq_len, bool(use_triangle), device, dtype, self.config.geometry)
+        key = (seq_len, bool(use_triangle), device, dtype, self.config.geometry.counts)
         mask = self._cache.pop(key, None)
         if mask is None:
             # A mask born under inference_mode could not be saved for a later backward.
@@ -185,7 +185,7 @@ class TriangleMixMaskGenerator:
         device = _as_device(device)
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"dtype must be a torch.dtype, got {dtype!r}")
-        sink, window, last = self.config.geometry
+        sink, window, last = self.config.geometry.counts
         columns = torch.arange(seq_len, device=device)
         rows = columns.unsqueeze(1)
         # Comparing against a shifted row keeps every (N, N) plane boolean: i - j would be an int64 one.

@@ -54,7 +54,8 @@ class Lowering(Protocol):
         """The name users choose it by."""
 
     def inductor_options(self, call: AttentionCall) -> Mapping[str, Any]:
-        """Inductor settings that a graph with this lowering of the call needs."""
+        """Inductor settings that a graph with this lowering of the call needs: none unless it says so."""
+        return {}
 
     def supports(self, call: AttentionCall) -> Accepted | Rejected:
         """Whether the call can be lowered, or why not."""

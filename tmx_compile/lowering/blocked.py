@@ -6,7 +6,6 @@ O(N * (sink + window + R)). The last rows are a second call. Runs wherever SDPA 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,7 +15,17 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from tmx_compile.graph.layout import Order
 from tmx_compile.lowering import rows
-from tmx_compile.lowering.base import AttentionCall, Operands, Writer, arange, example, first_position, length, symbol
+from tmx_compile.lowering.base import (
+    AttentionCall,
+    Lowering,
+    Operands,
+    Writer,
+    arange,
+    example,
+    first_position,
+    length,
+    symbol,
+)
 from tmx_compile.mask import formula
 from tmx_compile.mask.geometry import Geometry
 from tmx_compile.report import Accepted, Reason, Rejected
@@ -24,14 +33,10 @@ from tmx_compile.report import Accepted, Reason, Rejected
 _MAX_REACH = 4096
 
 
-class Blocked:
+class Blocked(Lowering):
     """The ``blocked`` lowering."""
 
     name = "blocked"
-
-    def inductor_options(self, call: AttentionCall) -> Mapping[str, Any]:
-        """None."""
-        return {}
 
     def supports(self, call: AttentionCall) -> Accepted | Rejected:
         """Any device and dtype; windows, sinks and last rows that are small against the prompt."""

@@ -7,7 +7,6 @@ in host memory, so nothing waits for a device and no graph is compiled again for
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch.fx import Node, Proxy
 from tmx_compile.errors import LoweringError
 from tmx_compile.graph.nodes import FIRST_ROW
 from tmx_compile.lowering import rows
-from tmx_compile.lowering.base import AttentionCall, Operands, Writer, length
+from tmx_compile.lowering.base import AttentionCall, Lowering, Operands, Writer, length
 from tmx_compile.lowering.blocked import Blocked, blocked_attention
 from tmx_compile.lowering.triton.lowering import attend as triton_attention
 from tmx_compile.mask import formula
@@ -112,19 +111,7 @@ def _chunk(
 
 
 @_chunk.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    first_last_row: Tensor,
-    sink: int,
-    window: int,
-    last: int,
-    scale: float,
-    reach: int | None,
-    lowering: str,
-) -> Tensor:
+def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
     return empty_by_tokens(query, value.shape[3])
 
 
@@ -186,7 +173,7 @@ def _dense(call: AttentionCall) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Chunked:
+class Chunked(Lowering):
     """The ``chunked`` lowering: calls that may be a chunk of their prompt.
 
     Attributes:
@@ -199,10 +186,6 @@ class Chunked:
     streaming: bool
     parts: str
     name: str = "chunked"
-
-    def inductor_options(self, call: AttentionCall) -> Mapping[str, Any]:
-        """None: to Inductor the call is opaque."""
-        return {}
 
     def supports(self, call: AttentionCall) -> Accepted | Rejected:
         """Every call for inference, but packed documents."""

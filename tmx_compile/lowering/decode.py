@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ import torch.nn.functional as F
 from torch.fx import Proxy
 
 from tmx_compile.lowering import rows
-from tmx_compile.lowering.base import AttentionCall, Operands, Writer, arange, length
+from tmx_compile.lowering.base import AttentionCall, Lowering, Operands, Writer, arange, length
 from tmx_compile.mask import formula
 from tmx_compile.mask.geometry import Geometry
 from tmx_compile.report import Accepted, Reason, Rejected
@@ -18,14 +17,10 @@ from tmx_compile.report import Accepted, Reason, Rejected
 _MAX_KEYS = 1 << 16
 
 
-class Decode:
+class Decode(Lowering):
     """The ``decode`` lowering: a single row, which is no last row."""
 
     name = "decode"
-
-    def inductor_options(self, call: AttentionCall) -> Mapping[str, Any]:
-        """None."""
-        return {}
 
     def supports(self, call: AttentionCall) -> Accepted | Rejected:
         """One row on any device; sinks and windows that one may gather."""

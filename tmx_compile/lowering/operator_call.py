@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
-from typing import Any
 
 from torch.fx import Proxy
 
-from tmx_compile.lowering.base import AttentionCall, Operands, Writer
+from tmx_compile.lowering.base import AttentionCall, Lowering, Operands, Writer
 from tmx_compile.operator import OPERATOR
 from tmx_compile.report import Accepted, Rejected
 
 
-class OperatorCall:
+class OperatorCall(Lowering):
     """The ``operator`` lowering: takes every call."""
 
     name = "operator"
-
-    def inductor_options(self, call: AttentionCall) -> Mapping[str, Any]:
-        """None."""
-        return {}
 
     def supports(self, call: AttentionCall) -> Accepted | Rejected:
         """Always."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch.fx import Proxy
 
 from tmx_compile.lowering import rows
-from tmx_compile.lowering.base import AttentionCall, Operands, Writer, arange, example, length
+from tmx_compile.lowering.base import AttentionCall, Lowering, Operands, Writer, arange, example, length
 from tmx_compile.mask import formula
 from tmx_compile.mask.geometry import Geometry
 from tmx_compile.report import Accepted, Reason, Rejected
@@ -17,14 +16,10 @@ from tmx_compile.report import Accepted, Reason, Rejected
 _MAX_CELLS = 1 << 24
 
 
-class Reference:
+class Reference(Lowering):
     """The ``reference`` lowering: never chosen by ``auto``."""
 
     name = "reference"
-
-    def inductor_options(self, call: AttentionCall) -> Mapping[str, Any]:
-        """None."""
-        return {}
 
     def supports(self, call: AttentionCall) -> Accepted | Rejected:
         """Problems whose (Sq, Skv) mask is small, judged by the lengths seen at compile time."""

@@ -6,7 +6,6 @@ alive. The numbers are those of dense attention; only the mask is gone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -14,18 +13,14 @@ import torch.nn.functional as F
 from torch.fx import Proxy
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from tmx_compile.lowering.base import AttentionCall, Operands, Writer
+from tmx_compile.lowering.base import AttentionCall, Lowering, Operands, Writer
 from tmx_compile.report import Accepted, Reason, Rejected
 
 
-class Dense:
+class Dense(Lowering):
     """The ``sdpa`` lowering: takes only calls whose every row is a last row."""
 
     name = "sdpa"
-
-    def inductor_options(self, call: AttentionCall) -> Mapping[str, Any]:
-        """None."""
-        return {}
 
     def supports(self, call: AttentionCall) -> Accepted | Rejected:
         """Equal numbers of rows and keys; with padding, CPU inference (its flash kernel takes a key bias)."""

@@ -14,6 +14,7 @@ from tmx_compile.lowering.base import AttentionCall, Lowering
 from tmx_compile.lowering.blocked import Blocked
 from tmx_compile.lowering.chunk import Chunked
 from tmx_compile.lowering.decode import Decode
+from tmx_compile.lowering.fa4 import FlashAttention4
 from tmx_compile.lowering.flex import Flex
 from tmx_compile.lowering.operator_call import OperatorCall
 from tmx_compile.lowering.reference import Reference
@@ -22,7 +23,7 @@ from tmx_compile.lowering.triton import Triton
 from tmx_compile.report import Reason, Rejected
 
 TRITON, FLEX, BLOCKED, REFERENCE = Triton(), Flex(), Blocked(), Reference()
-OPERATOR, DENSE, DECODE, ASCEND = OperatorCall(), Dense(), Decode(), Ascend()
+OPERATOR, DENSE, FA4, DECODE, ASCEND = OperatorCall(), Dense(), FlashAttention4(), Decode(), Ascend()
 NAMED: dict[str, Lowering] = {low.name: low for low in (TRITON, FLEX, BLOCKED, REFERENCE, OPERATOR, ASCEND)}
 LOWERINGS = ("auto", *NAMED)
 CHUNK_LOWERINGS = ("auto", TRITON.name, BLOCKED.name, OPERATOR.name)
@@ -37,6 +38,7 @@ class Role(enum.Enum):
     STEP = "one row: a decode step, which stays dense"
     STREAM = "a decode step over sinks and window"
     MASKLESS = "dense, without forming its mask"
+    FASTER = "dense, by a faster kernel than SDPA's"
 
     @property
     def shows_own_key(self) -> bool:
@@ -81,7 +83,8 @@ _TABLE: Mapping[tuple[str, Role], tuple[Lowering, ...]] = {
     ("cuda", Role.STREAM): (DECODE, OPERATOR),
     ("cpu", Role.MASKLESS): (DENSE,),
     # No SDPA kernel takes causal with padding there, and the one that takes any mask is slower than ours without.
-    ("cuda", Role.MASKLESS): (DENSE, TRITON),
+    ("cuda", Role.MASKLESS): (FA4, DENSE, TRITON),
+    ("cuda", Role.FASTER): (FA4,),
     ("portable", Role.MASKLESS): (DENSE,),
     ("ascend", Role.MASKLESS): (ASCEND,),
 }
@@ -98,14 +101,14 @@ def candidates(place: str, role: Role, call: AttentionCall, wish: Wish) -> tuple
     if role.is_chunk:
         # Of parts that it picks, or that the user names, when it is written.
         return (Chunked(wish.limit, wish.streaming, wish.named),)
-    asked = _TABLE[place, role]
+    asked = _TABLE.get((place, role), ())
     if (place, role) == ("cpu", Role.PROMPT):
         from_window = _FLEX_FROM_WINDOW.get(call.query.dtype)
         wide = from_window is not None and call.geometry.window >= from_window
         return (FLEX, BLOCKED, OPERATOR) if wide else asked
-    if role is Role.MASKLESS and (call.needs_grad or wish.named not in ("auto", TRITON.name)):
-        # In training nobody measured it against the SDPA kernel that takes any mask.
-        return tuple(low for low in asked if low is not TRITON)
+    if role in (Role.MASKLESS, Role.FASTER) and (call.needs_grad or wish.named not in ("auto", TRITON.name)):
+        # In training nobody measured them against the SDPA kernel that takes any mask.
+        return tuple(low for low in asked if low not in (TRITON, FA4))
     return asked
 
 

@@ -6,7 +6,7 @@ import functools
 
 import torch
 
-from tmx_compile.mask import Grid, dense_section, pair_count, triangle
+from tmx_compile.mask import Geometry, pair_counts
 
 _SHARE = 0.5
 """The triangle mask has to leave out half of the causal pairs: dense kernels get through more pairs a second, and at
@@ -15,7 +15,7 @@ this share ours were never slower (an H100, lengths from 2,112 on, windows from 
 _LONGEST = 1 << 40
 
 
-def least_length(lowering: str, device: torch.device, min_seq_len: int, geometry: tuple[int, int, int]) -> int:
+def least_length(lowering: str, device: torch.device, min_seq_len: int, geometry: Geometry) -> int:
     """The length up to which a prompt stays dense: ``min_seq_len``, or more where ``auto`` would lose to dense.
 
     Args:
@@ -26,17 +26,17 @@ def least_length(lowering: str, device: torch.device, min_seq_len: int, geometry
     """
     if lowering != "auto" or device.type != "cuda":
         return min_seq_len
-    return max(min_seq_len, break_even(*geometry) - 1)
+    return max(min_seq_len, break_even(geometry) - 1)
 
 
 @functools.cache
-def break_even(sink: int, window: int, last: int) -> int:
+def break_even(geometry: Geometry) -> int:
     """The least length from which on a prompt's mask keeps at most half of its causal pairs (2**40: never)."""
     low, high = 1, _LONGEST
     while low < high:
         middle = (low + high) // 2
-        grid = Grid(middle, middle)
-        if pair_count(triangle(sink, window, last), grid) <= _SHARE * pair_count(dense_section(), grid):
+        attended, causal = pair_counts(geometry, middle, middle)
+        if attended <= _SHARE * causal:
             high = middle
         else:
             low = middle + 1

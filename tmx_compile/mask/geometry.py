@@ -27,6 +27,15 @@ class Geometry:
     last: int
     reach: int | None = None
 
+    def __str__(self) -> str:
+        """As options write it: sinks/window/last rows."""
+        return "/".join(map(str, self.counts)) + ("" if self.reach is None else f" within {self.reach}")
+
+    @property
+    def slug(self) -> str:
+        """The counts in the name of a file or an entry."""
+        return "-".join(map(str, self.counts))
+
     @property
     def is_dense(self) -> bool:
         """Whether every row is a last row, whatever the length."""

@@ -45,19 +45,7 @@ def _keep_window(
 
 
 @_keep_window.register_fake
-def _(
-    out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor,
-    shown: Tensor,
-    sink: int,
-    window: int,
-    last: int,
-    scale: float,
-    reach: int | None = None,
-) -> Tensor:
+def _(out: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(out)
 
 
@@ -86,18 +74,7 @@ def _backward(
 
 @_backward.register_fake
 def _(
-    grad: Tensor,
-    result: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor,
-    shown: Tensor,
-    sink: int,
-    window: int,
-    last: int,
-    scale: float,
-    reach: int | None = None,
+    grad: Tensor, result: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return torch.empty_like(grad), query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
-# Have a batch and no heads: (B, Skv), (B, 3), (B,). All other tensors of these operators are (B, heads, ...).
-_WITHOUT_HEADS = ("key_mask", "extent", "first_last_row")
+# Have a batch and no heads: (B, Skv), (B, 3), (B, 2), (B,). All other tensors of these operators are (B, heads, ...).
+_WITHOUT_HEADS = ("key_mask", "extent", "whole", "first_last_row")
 
 
 def shard_by_batch_and_heads(*operators: OpOverload) -> None:

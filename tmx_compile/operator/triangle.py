@@ -147,18 +147,7 @@ _backward = torch.library.custom_op("tmx::triangle_attention_backward", plain_ba
 
 @_backward.register_fake
 def _(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    out: Tensor,
-    sink: int,
-    window: int,
-    last: int,
-    scale: float,
-    reach: int | None = None,
+    grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(query), key.new_empty(key.shape), value.new_empty(value.shape)
 

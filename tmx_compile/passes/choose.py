@@ -11,6 +11,7 @@ from tmx_compile.find.site import AttentionSite
 from tmx_compile.graph import nodes
 from tmx_compile.graph.layout import memory_order, permuted
 from tmx_compile.graph.transform import transforms
+from tmx_compile.lowering import fa4
 from tmx_compile.lowering.base import AttentionCall
 from tmx_compile.lowering.table import Role, Wish
 from tmx_compile.lowering.table import choose as choose_lowering
@@ -42,8 +43,8 @@ def _chosen(item: SitePlan, plan: Plan, needs_grad: bool) -> SitePlan:
             # A streaming step is no last row: it sees its sinks and its window.
             role = item.role
             geometry = replace(geometry, last=0) if role is Role.STREAM else geometry
-        case Untouched(why) if _goes_maskless(item, site, proof, plan):
-            item, role, geometry = replace(item, decision=Maskless(why)), Role.MASKLESS, plan.geometry.as_dense()
+        case Untouched(why) if (dense := _dense_role(item, site, proof, plan)) is not None:
+            item, role, geometry = replace(item, decision=Maskless(why)), dense, plan.geometry.as_dense()
         case _:
             return item
     call = _call(site, proof, geometry, needs_grad, plan)
@@ -59,14 +60,18 @@ def _chosen(item: SitePlan, plan: Plan, needs_grad: bool) -> SitePlan:
     return item.untouched(replace(lowering, node=item.node))
 
 
-def _goes_maskless(item: SitePlan, site: AttentionSite, proof: Proof, plan: Plan) -> bool:
-    """Whether a site that stays dense forms a mask that it could do without."""
+def _dense_role(item: SitePlan, site: AttentionSite, proof: Proof, plan: Plan) -> Role | None:
+    """What a site that stays dense could do without: its mask, or SDPA where there is a faster kernel; or nothing."""
     # Layers that stay dense beside streaming ones keep their numbers to the last bit.
     if item.role.shows_own_key or of_other_shape(site) or without_layout(site.node):
-        return False
-    # On NPUs SDPA has no graph form. A FlexAttention call with a block plan forms no mask: it stays the user's choice.
-    written = site.masks or plan.host.compiler == "torchair"
-    return bool(proof.plain and written and site.block_plan is None)
+        return None
+    # A FlexAttention call with a block plan forms no mask: it stays the user's choice.
+    if not proof.plain or site.block_plan is not None:
+        return None
+    # On NPUs SDPA has no graph form.
+    if site.masks or plan.host.compiler == "torchair":
+        return Role.MASKLESS
+    return Role.FASTER if fa4.missing(site.fake("query").device) is None else None
 
 
 def _call(site: AttentionSite, proof: Proof, geometry: Geometry, needs_grad: bool, plan: Plan) -> AttentionCall:

@@ -25,7 +25,7 @@ def judge(plan: Plan) -> Plan:
     first = next((item.site for item in plan.sites if item.site is not None), None)
     if first is not None:
         device = first.fake("query").device
-        limit = least_length(plan.request.lowering, device, plan.config.min_seq_len, plan.config.geometry)
+        limit = least_length(plan.request.lowering, device, plan.config.min_seq_len, plan.geometry)
         plan = replace(plan, limit=limit)
     sites = []
     for item in plan.sites:

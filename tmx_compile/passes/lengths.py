@@ -10,8 +10,8 @@ import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import StrictMinMaxConstraint, statically_known_true
 
-from tmx_compile.graph.inputs import SizeInput
 from tmx_compile.graph.nodes import value_of
+from tmx_compile.graph.sizes import SizeInput
 
 
 class Prompt(enum.Enum):

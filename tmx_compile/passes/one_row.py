@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 
 from tmx_compile.errors import StrictModeError
 from tmx_compile.graph.copies import copy_graph
-from tmx_compile.graph.inputs import SizeInput, size_inputs
+from tmx_compile.graph.sizes import SizeInput, size_inputs
 from tmx_compile.lowering.table import Role
 from tmx_compile.operator.prefill import current_chunk
 from tmx_compile.passes import pipeline

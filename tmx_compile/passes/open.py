@@ -1,10 +1,14 @@
-"""Stage 1, open: a copy of the graph to work on, its child graphs laid open, and when it writes to which tensor."""
+"""Stages 1 and 9, open and close.
+
+A copy of the graph to work on, its child graphs laid open, and when it writes to which tensor; in the end bodies of
+child graphs again, and a graph that can run.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from tmx_compile.graph.children import flatten
+from tmx_compile.graph.children import flatten, restore
 from tmx_compile.graph.copies import copy_graph
 from tmx_compile.graph.erase import drop_unread
 from tmx_compile.graph.storages import Storages
@@ -18,3 +22,10 @@ def open_graph(plan: Plan) -> Plan:
     if plan.host.compiler == "":
         drop_unread(gm.graph)
     return replace(plan, gm=gm, storages=Storages(gm.graph), limit=plan.config.min_seq_len)
+
+
+def close(plan: Plan) -> Plan:
+    """Nothing of the pass is left in the graph but what it computes."""
+    restore(plan.gm)
+    plan.gm.recompile()
+    return plan

@@ -19,11 +19,10 @@ from tmx_compile.errors import LoweringError, VerificationError
 from tmx_compile.graph.guards import no_guard_added
 from tmx_compile.graph.nodes import fake_mode_of
 from tmx_compile.passes.choose import choose
-from tmx_compile.passes.close import close
 from tmx_compile.passes.judge import judge
 from tmx_compile.passes.lengths import Prompt
 from tmx_compile.passes.lower import inductor_options, lower
-from tmx_compile.passes.open import open_graph
+from tmx_compile.passes.open import close, open_graph
 from tmx_compile.passes.plan import Plan
 from tmx_compile.passes.program import refresh, retrace
 from tmx_compile.passes.prove import prove

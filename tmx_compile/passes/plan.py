@@ -11,8 +11,8 @@ from torch.fx import GraphModule, Node
 
 from tmx_compile.config import TriangleMixConfig
 from tmx_compile.find.site import AttentionSite
-from tmx_compile.graph.inputs import SizeInput
 from tmx_compile.graph.layer import LayerPath
+from tmx_compile.graph.sizes import SizeInput
 from tmx_compile.graph.storages import Storages
 from tmx_compile.lowering.base import AttentionCall, Lowering
 from tmx_compile.lowering.table import Role
@@ -34,7 +34,7 @@ class Triangle:
 
 @dataclass(frozen=True)
 class Maskless:
-    """The site stays dense for a reason, but without forming its mask."""
+    """The site stays dense for a reason, but without forming its mask, or by a faster kernel."""
 
     why: Rejected
 
@@ -143,7 +143,7 @@ class Plan:
     @property
     def geometry(self) -> Geometry:
         """The configuration's geometry."""
-        return Geometry(*self.config.geometry)
+        return self.config.geometry
 
     @property
     def triangle(self) -> list[SitePlan]:

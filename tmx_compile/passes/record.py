@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from tmx_compile.graph.layer import LayerPath
 from tmx_compile.lowering.table import Role
-from tmx_compile.mask import Geometry, pair_counts
+from tmx_compile.mask import pair_counts
 from tmx_compile.passes.lengths import hint
 from tmx_compile.passes.plan import Plan, SitePlan
 from tmx_compile.report import SiteRecord
@@ -26,14 +28,14 @@ def _layers(layer: LayerPath) -> tuple[int, ...]:
 def _record(item: SitePlan, plan: Plan, graph: int) -> SiteRecord:
     site = item.site
     is_streaming = item.role is Role.STREAM
-    geometry = (*plan.config.geometry[:2], 0) if is_streaming else plan.config.geometry
+    geometry = replace(plan.geometry, last=0) if is_streaming else plan.geometry
     tensors = [] if site is None else [site.fake(name) for name in ("query", "key", "value")]
     shapes = [tuple(hint(size) for size in x.shape) for x in tensors] or [(), (), ()]
     attended = causal = 0
     is_triangle = item.is_triangle
     if site is not None:
         reach = None if item.proof is None else item.proof.reach
-        attended, causal = pair_counts(Geometry(*geometry, reach), shapes[0][2], shapes[1][2])
+        attended, causal = pair_counts(replace(geometry, reach=reach), shapes[0][2], shapes[1][2])
     return SiteRecord(
         graph=graph,
         path=item.layer.path,

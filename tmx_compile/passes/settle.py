@@ -10,8 +10,7 @@ import torch
 
 from tmx_compile.errors import StrictModeError
 from tmx_compile.find.site import AttentionSite
-from tmx_compile.graph.inputs import size_inputs
-from tmx_compile.graph.sizes import size_of
+from tmx_compile.graph.sizes import size_inputs, size_of
 from tmx_compile.lowering.table import Role
 from tmx_compile.passes.judge import short
 from tmx_compile.passes.lengths import Prompt, all_short, decide, has_fixed_range, hint, row_counts

@@ -18,7 +18,7 @@ from tmx_compile.graph.nodes import FIRST_ROW, LAYER, fake_mode_of, tensor_of
 from tmx_compile.graph.sizes import size_of
 from tmx_compile.graph.storages import Storages
 from tmx_compile.operator import CHECK_MASK, FIRST_ROW_INSIDE, KEEP_WINDOW, OPERATOR
-from tmx_compile.passes.block_check import check_blocks
+from tmx_compile.operator.block_plan import MESSAGE, PLAN_HOLDS
 from tmx_compile.passes.emit import Emitter
 from tmx_compile.passes.plan import Plan, SitePlan
 from tmx_compile.proof import terms as t
@@ -69,7 +69,7 @@ class _Substituter:
             listed = () if site.block_plan is None else site.block_plan.tensors
             checked = (site.block_plan, proof, tuple(map(emit.source, listed)))
             if checked not in self._checked:
-                check_blocks(emit, site, proof, keys.mask)
+                _check_blocks(emit, site, proof, keys.mask)
                 self._checked.add(checked)
             # Under autocast SDPA takes mixed dtypes; its result tells which one it computes in.
             operands = [self._operand(x, out.dtype) for x in (site.query, site.key, site.value)]
@@ -230,3 +230,42 @@ def _check_same(result: Node, out: torch.Tensor) -> None:
             f"{result.name}: {tuple(fake.shape)} {fake.dtype} {fake.device} replaces "
             f"{tuple(out.shape)} {out.dtype} {out.device}"
         )
+
+
+def _check_blocks(emit: Emitter, site: AttentionSite, proof: Proof, key_mask: Node | None) -> None:
+    """Insert a check that the blocks of a FlexAttention call agree with its mask; a no-op for any other site.
+
+    The kernel reads only the blocks that the plan lists, whatever ``mask_mod`` says; a block mask that is an input of
+    the graph is not known when it is compiled. The check costs O(tokens + blocks^2), once for all layers that share it.
+
+    Args:
+        emit: inserts before the site.
+        site: one whose plan the proof found checkable.
+        proof: what was proven about its mask.
+        key_mask: the operator's key mask for that proof, (B, at most Skv) bool or numbers of documents.
+    """
+    plan = site.block_plan
+    if plan is None:
+        return
+    partial = map(emit.source, plan.partial)
+    full: tuple[Any, Any] = (
+        (None, None) if plan.full is None else (emit.source(plan.full[0]), emit.source(plan.full[1]))
+    )
+    q_len, kv_len = emit.q_len(), emit.kv_len()
+    if proof.offset is None:
+        first_row = emit.arithmetic(operator.sub, kv_len, q_len)
+    else:
+        first_row = emit.expression(proof.offset.const)
+    holds = emit.call(
+        PLAN_HOLDS,
+        *partial,
+        *full,
+        key_mask,
+        q_len,
+        kv_len,
+        first_row,
+        plan.rows,
+        plan.keys,
+        proof.reach,
+    )
+    emit.call(torch._assert_async, holds, MESSAGE)

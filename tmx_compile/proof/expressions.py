@@ -17,9 +17,8 @@ import torch
 from torch.fx import Graph, Node
 from torch.utils._sympy import functions as f
 
-from tmx_compile.graph.inputs import size_inputs
 from tmx_compile.graph.nodes import value_of
-from tmx_compile.graph.sizes import Size
+from tmx_compile.graph.sizes import Size, size_inputs
 from tmx_compile.proof.conclude import Proof
 from tmx_compile.proof.terms import AllOf, AnyOf, Element, Lin, Negation, NonNegative, Term, Truthy, Zero
 from tmx_compile.report import Reason, Rejected

@@ -29,7 +29,6 @@ from tmx_compile.graph.sizes import Size, size_of
 from tmx_compile.graph.storages import Storages
 from tmx_compile.operator import MASKED
 from tmx_compile.proof import terms as t
-from tmx_compile.proof.block_plans import checkable
 from tmx_compile.proof.conclude import BATCH, HEAD, KEY, ROW, Proof, Ranges, Sizes, conclude, origin
 from tmx_compile.proof.expressions import unwritable
 from tmx_compile.proof.mask_mod import read_mask_mod
@@ -119,7 +118,7 @@ class Prover:
         if shared not in self._proofs:
             self._proofs[shared] = self._prove_masks(site, sizes, own_key)
         proof = self._proofs[shared]
-        return proof if isinstance(proof, Rejected) else checkable(site, proof) or proof
+        return proof if isinstance(proof, Rejected) else _checkable(site, proof) or proof
 
     def _prove_masks(self, site: AttentionSite, sizes: Sizes, own_key: OwnKey | None) -> Proof | Rejected:
         """The first proof: without the values of constants if possible, and without the promise."""
@@ -282,3 +281,13 @@ def _under(site: AttentionSite, known: Mapping[Node, Term]) -> dict[Node, Term]:
             seen.add(node)
             stack.extend(node.all_input_nodes)
     return {node: term for node, term in known.items() if node in seen}
+
+
+def _checkable(site: AttentionSite, proof: Proof) -> Rejected | None:
+    """Why the block plan of a FlexAttention call cannot be checked when the graph runs; None where it can."""
+    if site.block_plan is None:
+        return None
+    offset = proof.offset
+    if proof.promised is not None or proof.positions is not None or (offset is not None and offset.atoms):
+        return Rejected(Reason.MASK_UNKNOWN, "a block mask over positions from data cannot be checked", site.node)
+    return None

@@ -141,7 +141,6 @@ Number: TypeAlias = "Lin | Element | Choice"
 Term: TypeAlias = "Truth | Number"
 
 TRUE, FALSE = Const(True), Const(False)
-TRUTHS = (Const, NonNegative, Zero, Truthy, Negation, AllOf, AnyOf)
 
 
 def all_of(*terms: Truth) -> Truth:

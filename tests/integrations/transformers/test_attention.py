@@ -169,7 +169,7 @@ def test_autocast(lowering):
     with registered(lowering=lowering) as attention, torch.autocast("cpu", torch.bfloat16):
         module = switched_model().model.layers[1].self_attn
         got, _ = attention.forward(module, x, x[:, :2], x[:, :2], None, scaling=0.25)
-    want, _ = oracle(x.bfloat16(), x[:, :2].bfloat16(), x[:, :2].bfloat16(), None, *CONFIG.geometry, 0.25)
+    want, _ = oracle(x.bfloat16(), x[:, :2].bfloat16(), x[:, :2].bfloat16(), None, *CONFIG.geometry.counts, 0.25)
     assert got.dtype == torch.bfloat16
     torch.testing.assert_close(got.transpose(1, 2).double(), want, atol=tolerance(torch.bfloat16), rtol=0)
     assert decisions(attention.report) == {1: SPARSE}
@@ -240,7 +240,7 @@ def test_an_image_in_the_prompt(attention):
     """The decoder goes sparse, the vision tower is left alone."""
     inputs = prompt_with_an_image()
     n = inputs["input_ids"].shape[1]
-    mask = attended(n, n, None, *CONFIG.geometry)
+    mask = attended(n, n, None, *CONFIG.geometry.counts)
     twin = masked(model_of_images("sdpa"), 1, n, {1: mask, 2: mask})
     with torch.no_grad():
         got = model_of_images()(**inputs).logits

@@ -48,7 +48,7 @@ def test_every_request_by_itself(window):
         here, there = slice(sum(rows[:i]), sum(rows[: i + 1])), slice(sum(keys[:i]), sum(keys[: i + 1]))
         # With a window the chunk's first keys are gone, and with them the sinks.
         sparse = i == 0 or (i == 1 and window is None)
-        geometry = CONFIG.geometry if sparse else (0, 0, n)
+        geometry = CONFIG.geometry.counts if sparse else (0, 0, n)
         want, _ = oracle(q[:, :, here], k[:, :, there], v[:, :, there], None, *geometry, 0.25, reach)
         torch.testing.assert_close(out[:, here].transpose(1, 2).double(), want, atol=tolerance(q.dtype), rtol=0)
     reasons = {site.reason for site in attention.report}

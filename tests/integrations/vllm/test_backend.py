@@ -156,7 +156,7 @@ class Sequences:
         last = config.num_last_tokens if prompt > config.min_seq_len else 2**31 - 1
         heads_first = [x.transpose(0, 1)[None] for x in (q, k, v)]
         rows = [x[:, :, :prompt] for x in heads_first]
-        within, _ = oracle(*rows, None, *config.geometry[:2], last, SCALE)
+        within, _ = oracle(*rows, None, *config.geometry.counts[:2], last, SCALE)
         behind, _ = oracle(*heads_first, None, 0, 0, 2**31 - 1, SCALE)
         return torch.cat([within[0], behind[0, :, prompt:]], 1).transpose(0, 1)
 

@@ -49,7 +49,7 @@ def test_additional_config_goes_first():
     mapping = GEOMETRY | {"triangle_layer_indices": [28, 29], "min_seq_len": 100, "strict": True, "lowering": "blocked"}
     settings, warnings = resolved(environ, mapping | {"stats_log_interval": 2.5})
     assert settings.config.layers() == (28, 29)
-    assert settings.config.geometry == (8, 512, 128)
+    assert settings.config.geometry.counts == (8, 512, 128)
     assert settings.config.min_seq_len == 100
     assert (settings.strict, settings.lowering, settings.stats_log_interval) == (True, "blocked", 2.5)
     assert warnings == []
@@ -71,14 +71,14 @@ def profile(path, num_layers=30):
 def test_a_profile_names_the_layers(tmp_path):
     path = profile(tmp_path / "profile.json")
     settings, warnings = resolved(mapping={"profile": path})
-    assert (settings.config.layers(), settings.config.geometry) == ((7, 9), (8, 64, 128))
+    assert (settings.config.layers(), settings.config.geometry.counts) == ((7, 9), (8, 64, 128))
     assert warnings == []
     environ = {"VLLM_TRIANGLEMIX_ENABLED": "1", "VLLM_TRIANGLEMIX_GRADIENT_ANALYSIS": "1"}
     settings, warnings = resolved(environ | {"VLLM_TRIANGLEMIX_PROFILE": path, "VLLM_TRIANGLEMIX_LAYERS": "3"})
     assert settings.config.layers() == (3, 7, 9)
     assert warnings == []
     settings, _ = resolved(mapping={"profile": path, "sliding_window_size": 512, "min_seq_len": 5})
-    assert settings.config.geometry == (8, 512, 128)
+    assert settings.config.geometry.counts == (8, 512, 128)
     assert settings.config.min_seq_len == 5
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
-from .written import Var, draw_write
+from tests.support.writes.written import Var, draw_write
 
 
 @dataclass

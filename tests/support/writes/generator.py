@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from .function import Function
-from .masks import LEAST, ROOM, Masks
-from .watch import WATCH
-from .written import Var
+from tests.support.writes.function import Function
+from tests.support.writes.masks import LEAST, ROOM, Masks
+from tests.support.writes.watch import WATCH
+from tests.support.writes.written import Var
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,9 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from tests.support.writes.generator import Program, draw
+from tests.support.writes.watch import WATCH
 from tmx_compile import Report, TriangleMixConfig, rewrite, tmx_backend
-
-from .generator import Program, draw
-from .watch import WATCH
 
 TOLERANCE = 1e-3
 FAILURES = ("wrong", "state", "crash")

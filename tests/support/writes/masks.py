@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 
-from .function import Function
-from .written import Var
+from tests.support.writes.function import Function
+from tests.support.writes.written import Var
 
 ROOM = 700
 """Keys of a static cache."""

@@ -25,8 +25,7 @@ from typing import Any
 import torch
 
 import tmx_compile
-
-from .judge import FAILURES, Outcome, judge
+from tests.support.writes.judge import FAILURES, Outcome, judge
 
 WAYS = ("eager", "export", "inductor")
 

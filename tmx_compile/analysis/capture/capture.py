@@ -20,11 +20,13 @@ from tmx_compile.analysis.capture.running import as_is, unlimited_recompiles
 from tmx_compile.analysis.capture.sections import Piece, SectionSums
 from tmx_compile.analysis.capture.switch import Switchboard, SwitchedAttention, install
 from tmx_compile.config import TriangleMixConfig
+from tmx_compile.config.profile import GEOMETRY
 from tmx_compile.errors import TriangleMixError
 from tmx_compile.find import find_attention
 from tmx_compile.graph.children import flatten
 from tmx_compile.graph.effects import Effects
 from tmx_compile.graph.layer import layer_paths
+from tmx_compile.mask.geometry import Geometry
 from tmx_compile.passes import pipeline
 from tmx_compile.passes.record import records
 from tmx_compile.proof.constants import watched
@@ -84,7 +86,7 @@ class Trace:
 
     inputs: Inputs
     sparse: frozenset[int]
-    geometry: tuple[int, int, int]
+    geometry: Geometry
     pieces: tuple[Piece, ...]
     graph: _Graph
     states: Mapping[int, dict[Node, Any]]
@@ -143,14 +145,13 @@ class CapturedModel:
         return tuple(sorted(self._layers))
 
     @property
-    def geometry(self) -> tuple[int, int, int]:
+    def geometry(self) -> Geometry:
         """Sinks, window and last rows of the sparse layers (tokens); may be set between runs."""
         return self._board.geometry
 
     @geometry.setter
-    def geometry(self, geometry: tuple[int, int, int]) -> None:
-        sink, window, last = geometry
-        self.config = self.config.replace(num_sink_tokens=sink, sliding_window_size=window, num_last_tokens=last)
+    def geometry(self, geometry: Geometry) -> None:
+        self.config = self.config.replace(**dict(zip(GEOMETRY, geometry.counts, strict=True)))
         self._board.geometry = self.config.geometry
 
     @property
@@ -165,8 +166,8 @@ class CapturedModel:
     def pieces(self, pieces: Sequence[Piece]) -> Iterator[None]:
         """Inside, a sparse layer sees a call as several prompts, one after the other, not as one.
 
-        Each of ``pieces`` is (end, (sinks, window, last rows)): rows up to ``end``, over keys before it. A turn of a
-        conversation is one; so are decode steps that stream, without last rows. They have to cover the call.
+        Each of ``pieces`` is (end, geometry): rows up to ``end``, over keys before it. A turn of a conversation is one;
+        so are decode steps that stream, without last rows. They have to cover the call.
         """
         self._board.pieces = tuple(pieces)
         try:
@@ -306,14 +307,12 @@ class _Graph:
         self.gm = gm
         self.order = list(gm.graph.nodes)
         self.switches: dict[int, int] = {}
-        nested = False
         for place, node in enumerate(self.order):
             module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
             if isinstance(module, SwitchedAttention):
                 # A layer with two calls begins at the first.
                 self.switches.setdefault(module.layer, place)
-        for child in gm.modules():
-            nested |= child is not gm and isinstance(child, GraphModule)
+        nested = any(child is not gm and isinstance(child, GraphModule) for child in gm.modules())
         self.can_skip = bool(self.switches) and not nested and not self._writes()
         last_use = {source: node for node in self.order for source in node.all_input_nodes}
         self._dies: dict[Node, list[Node]] = {}

@@ -29,8 +29,8 @@ from tmx_compile.lowering.triton.lowering import attend as triton_attention
 from tmx_compile.mask.geometry import ALL_ROWS, Geometry
 from tmx_compile.operator import documents, kernel, triangle_attention
 
-Piece = tuple[int, tuple[int, int, int]]
-"""Rows up to an end, and the sinks, window and last rows of the prompt that ends there."""
+Piece = tuple[int, Geometry]
+"""Rows up to an end, and the geometry of the prompt that ends there."""
 
 MEASURES = ("signed", "absolute", "renormalized", "renormalized_absolute")
 """The sums over the Middle section, in the order of :attr:`SectionSums.sums`."""
@@ -59,11 +59,11 @@ class AttentionInputs:
             return F.scaled_dot_product_attention(
                 self.query, self.key, self.value, is_causal=True, scale=self.scale, enable_gqa=True
             )
-        return self.triangle((0, 0, ALL_ROWS))[0]
+        return self.triangle(Geometry(0, 0, ALL_ROWS))[0]
 
-    def triangle(self, geometry: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-        """Triangle attention with (sinks, window, last rows), and its log-sum-exp (B, H, Sq)."""
-        sink, window, last = geometry
+    def triangle(self, geometry: Geometry) -> tuple[Tensor, Tensor]:
+        """Triangle attention, and its log-sum-exp (B, H, Sq)."""
+        sink, window, last = geometry.counts
         return triangle_attention(
             self.query,
             self.key,
@@ -76,11 +76,11 @@ class AttentionInputs:
             reach=self.reach,
         )
 
-    def sparse(self, geometry: tuple[int, int, int]) -> Tensor:
+    def sparse(self, geometry: Geometry) -> Tensor:
         """Triangle attention alone, (B, H, Sq, Dv), by the purpose-built kernel where there is a GPU for it."""
         if self.query.is_cuda:
             operands = (self.query, self.key, self.value, self.key_mask)
-            out = triton_attention(AttentionCall(*operands, Geometry(*geometry, self.reach), self.scale, False))
+            out = triton_attention(AttentionCall(*operands, replace(geometry, reach=self.reach), self.scale, False))
             if isinstance(out, Tensor):
                 return out
         return self.triangle(geometry)[0]
@@ -124,7 +124,7 @@ class SectionSums:
     cells: Tensor
 
 
-def middle_output(inputs: AttentionInputs, geometry: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+def middle_output(inputs: AttentionInputs, geometry: Geometry) -> tuple[Tensor, Tensor]:
     """What the Middle section adds to the attention output, from two log-sum-exps.
 
     Dense attention is ``exp(lse_t - lse) * triangle + middle``, so the difference is the Middle section's part. The
@@ -135,7 +135,7 @@ def middle_output(inputs: AttentionInputs, geometry: tuple[int, int, int]) -> tu
         middle: (B, H, Sq, Dv), the sum of P[i, j] v[j] over the section, in the inputs' dtype.
         share: (B, H, Sq) float32, the sum of P[i, j] over the section.
     """
-    dense, lse = inputs.triangle((0, 0, ALL_ROWS))
+    dense, lse = inputs.triangle(Geometry(0, 0, ALL_ROWS))
     triangle, triangle_lse = inputs.triangle(geometry)
     # A row that attends to nothing has -inf on both sides.
     kept = torch.where(lse == float("-inf"), 1.0, (triangle_lse - lse).exp())
@@ -143,7 +143,7 @@ def middle_output(inputs: AttentionInputs, geometry: tuple[int, int, int]) -> tu
     if inputs.key_mask is None or inputs.key_mask.dtype != torch.bool:
         return middle, share
     # Rows behind the last valid key are padding, and no part of a prompt.
-    problem = kernel.problem(inputs.query, inputs.key, inputs.key_mask, Geometry(*geometry, inputs.reach))
+    problem = kernel.problem(inputs.query, inputs.key, inputs.key_mask, replace(geometry, reach=inputs.reach))
     position = torch.arange(dense.shape[2], device=dense.device) + problem.offset
     inside = (position < problem.end[:, None])[:, None]
     return middle * inside[..., None], share * inside
@@ -160,7 +160,7 @@ class RecordMiddle(torch.autograd.Function):
         key: Tensor,
         value: Tensor,
         key_mask: Tensor | None,
-        geometry: tuple[int, int, int],
+        geometry: Geometry,
         scale: float,
         reach: int | None,
         record: Callable[[SectionSums], None],
@@ -184,13 +184,13 @@ class RecordMiddle(torch.autograd.Function):
 
 
 def middle_sums(
-    inputs: AttentionInputs, geometry: tuple[int, int, int], out: Tensor, grad_out: Tensor, *, gradients: bool = True
+    inputs: AttentionInputs, geometry: Geometry, out: Tensor, grad_out: Tensor, *, gradients: bool = True
 ) -> tuple[SectionSums, tuple[Tensor | None, Tensor | None, Tensor | None]]:
     """Sums over the Middle section, and what dense attention passes back.
 
     Args:
         inputs: the call.
-        geometry: (sinks, window, last rows), which say where the section is.
+        geometry: it says where the section is.
         out: (B, H, Sq, Dv), the result of dense attention.
         grad_out: the gradient of a number with respect to ``out``.
         gradients: whether to compute the second result; (None, None, None) otherwise.
@@ -232,7 +232,7 @@ class _Part:
     middle: Tensor
 
 
-def _parts(inputs: AttentionInputs, geometry: tuple[int, int, int]) -> Iterator[_Part]:
+def _parts(inputs: AttentionInputs, geometry: Geometry) -> Iterator[_Part]:
     """All rows in blocks; packed documents are problems of their own."""
     everything = slice(None)
     if inputs.key_mask is None or inputs.key_mask.dtype == torch.bool:
@@ -249,14 +249,14 @@ def _blocks(
     query: Tensor,
     key: Tensor,
     key_mask: Tensor | None,
-    geometry: tuple[int, int, int],
+    geometry: Geometry,
     where: tuple[slice, int, int, Tensor | None],
 ) -> Iterator[_Part]:
     """Blocks of rows of one problem that begins at a row and a key of the call; ``own`` are the rows that belong."""
     sequences, first_row, first_key, own = where
     # Dense by its window too, because blocks of last rows alone are short.
     dense = kernel.problem(query, key, key_mask, Geometry(0, key.shape[2], ALL_ROWS, inputs.reach))
-    triangle = kernel.problem(query, key, key_mask, Geometry(*geometry, inputs.reach))
+    triangle = kernel.problem(query, key, key_mask, replace(geometry, reach=inputs.reach))
     for block in kernel.blocks(dense, query.shape[1], SCORE_BUDGET):
         position = torch.arange(block.row, block.row_end, device=query.device)[None, :, None] + dense.offset
         places = torch.arange(block.key, block.key_end, device=query.device)[None, None, :]

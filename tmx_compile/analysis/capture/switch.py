@@ -16,6 +16,7 @@ from torch.fx import GraphModule, Node
 from tmx_compile.analysis.capture.sections import AttentionInputs, Piece, RecordMiddle, SectionSums
 from tmx_compile.graph.erase import erase_dead
 from tmx_compile.graph.nodes import LAYER
+from tmx_compile.mask.geometry import Geometry
 from tmx_compile.operator import OPERATOR
 
 
@@ -35,7 +36,7 @@ class Switchboard:
         gates: one tensor per recorded call, to ask gradients of: that sends the gradient through every layer.
     """
 
-    geometry: tuple[int, int, int]
+    geometry: Geometry
     sparse: frozenset[int] = frozenset()
     pieces: tuple[Piece, ...] = ()
     recorder: Callable[[int, SectionSums], None] | None = None

@@ -14,9 +14,9 @@ from tmx_compile.analysis.judge.evaluation import METRICS, Evaluation, Record, c
 from tmx_compile.analysis.judge.intervals import Interval
 from tmx_compile.bench.layer_times import AttentionShape, LayerTime, measure_times, time_plan
 from tmx_compile.config import TriangleMixConfig, as_count
+from tmx_compile.mask.geometry import Geometry
 
 BOUNDS = ("upper", "mean")
-Geometry = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,9 @@ class Candidate:
             nothing was timed for it.
 
     >>> from tmx_compile.analysis import Candidate, Choice, Interval, Record
+    >>> from tmx_compile.mask import Geometry
     >>> cost = Interval(0.01, 0.005, 0.02)
-    >>> record = Record(Choice((8, 512, 128), (30, 31)), cost, cost, cost, cost, cost)
+    >>> record = Record(Choice(Geometry(8, 512, 128), (30, 31)), cost, cost, cost, cost, cost)
     >>> Candidate("deepest/8-512-128/2", record, cost, fits=True, saved_ms=12.5).saved_ms
     12.5
     """
@@ -67,13 +68,14 @@ class Advice:
     >>> from tmx_compile.analysis import Choice, Evaluation, Interval, Record, advise
     >>> from tmx_compile.bench.layer_times import AttentionShape, LayerTime
     >>> from tmx_compile.config.fingerprint import ModelFingerprint
+    >>> from tmx_compile.mask import Geometry
     >>> cost, shape = Interval(0.01, 0.005, 0.02), AttentionShape(32, 8, 128, 128)
-    >>> record = Record(Choice((8, 512, 128), (30, 31)), cost, cost, cost, cost, cost)
+    >>> record = Record(Choice(Geometry(8, 512, 128), (30, 31)), cost, cost, cost, cost, cost)
     >>> found = Evaluation(
     ...     32, ModelFingerprint("", ""), {30: (shape,), 31: (shape,)}, "bfloat16", "cuda", (32768, 32768), 8, 64, 128,
     ...     {}, {"deepest/8-512-128/2": record}, {}
     ... )
-    >>> times = [LayerTime(shape, (8, 512, 128), 32768, "bfloat16", 10.0, 2.5, "triton", "a GPU")]
+    >>> times = [LayerTime(shape, Geometry(8, 512, 128), 32768, "bfloat16", 10.0, 2.5, "triton", "a GPU")]
     >>> advice = advise(found, budget=0.03, tokens=32768, times=times)
     >>> advice.best.name, advice.best.saved_ms, advice.dense_ms, advice.config.layers()
     ('deepest/8-512-128/2', 15.0, 20.0, (30, 31))
@@ -264,13 +266,14 @@ def advise(
     >>> from tmx_compile.analysis import Choice, Evaluation, Interval, Record, advise
     >>> from tmx_compile.bench.layer_times import AttentionShape, LayerTime
     >>> from tmx_compile.config.fingerprint import ModelFingerprint
+    >>> from tmx_compile.mask import Geometry
     >>> cost, shape = Interval(0.01, 0.005, 0.02), AttentionShape(32, 8, 128, 128)
-    >>> record = Record(Choice((8, 512, 128), (30, 31)), cost, cost, cost, cost, cost)
+    >>> record = Record(Choice(Geometry(8, 512, 128), (30, 31)), cost, cost, cost, cost, cost)
     >>> found = Evaluation(
     ...     32, ModelFingerprint("", ""), {30: (shape,), 31: (shape,)}, "bfloat16", "cuda", (32768, 32768), 8, 64, 128,
     ...     {}, {"deepest/8-512-128/2": record}, {}
     ... )
-    >>> times = [LayerTime(shape, (8, 512, 128), 32768, "bfloat16", 10.0, 2.5, "triton", "a GPU")]
+    >>> times = [LayerTime(shape, Geometry(8, 512, 128), 32768, "bfloat16", 10.0, 2.5, "triton", "a GPU")]
     >>> advise(found, budget=0.03, tokens=32768, times=times).config.layers()
     (30, 31)
     >>> advise(found, budget=0.01, tokens=32768, times=times).verdict.split(".")[0]
@@ -340,7 +343,7 @@ def _measured(
     found: list[LayerTime] = []
     # All are checked first, and where nothing fits too: a refusal must not depend on what was measured.
     for shape in shapes:
-        checked = geometries or [(0, 0, 0)]
+        checked = geometries or [Geometry(0, 0, 0)]
         time_plan(shape, checked, tokens=tokens, dtype=dtype, device=device, seconds=seconds)
     for shape in shapes if geometries else ():
         found += measure_times(shape, geometries, tokens=tokens, dtype=dtype, device=device, seconds=seconds, note=note)
@@ -359,9 +362,9 @@ def _found(
     wanted = [(shape, geometry) for shape in shapes for geometry in geometries]
     for shape, geometry in wanted:
         if (shape, geometry) not in known:
-            held = sorted({f"{x.shape}, {'/'.join(map(str, x.geometry))}, {x.tokens}, {x.dtype}" for x in times})
+            held = sorted({f"{x.shape}, {x.geometry}, {x.tokens}, {x.dtype}" for x in times})
             raise ValueError(
-                f"times must hold {shape}, {'/'.join(map(str, geometry))}, {tokens} tokens, {dtype}; they hold "
+                f"times must hold {shape}, {geometry}, {tokens} tokens, {dtype}; they hold "
                 f"{'; '.join(held) or 'nothing'}"
             )
     return {key: known[key] for key in wanted}

@@ -17,6 +17,7 @@ from tmx_compile.analysis.choose.recorder import TriangleMixAnalyzer
 from tmx_compile.config import TriangleMixConfig, as_count
 from tmx_compile.config.fingerprint import ModelFingerprint
 from tmx_compile.legacy.inference import TriangleMixInferenceConfig
+from tmx_compile.mask.geometry import Geometry
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class Calibration:
         """
         if config.num_triangle_layers is None:
             raise ValueError("config must tell num_triangle_layers, got None")
-        geometry = (config.num_sink_tokens, config.sliding_window_size, config.num_last_tokens)
+        geometry = Geometry(config.num_sink_tokens, config.sliding_window_size, config.num_last_tokens)
         if geometry != self.config.geometry:
             raise ValueError(f"config must have the calibrated geometry {self.config.geometry}, got {geometry}")
         return replace(config, triangle_layer_indices=self.layers(config.num_triangle_layers))

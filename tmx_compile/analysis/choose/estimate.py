@@ -109,7 +109,7 @@ def calibrate(
     header: dict[str, Any] = {
         "model": fingerprint.to_dict(),
         "dtype": dtype_of(model),
-        "geometry": geometry.geometry,
+        "geometry": list(geometry.geometry.counts),
         "estimator": estimator,
     }
     if estimator == "direct":

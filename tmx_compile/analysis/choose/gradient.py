@@ -75,7 +75,7 @@ def _run(captured: CapturedModel, sample: Sample) -> list[dict[str, dict[str, ob
     captured.gradients(sample.inputs, number, record)
     cells = torch.stack([found.cells for found in sums.values()]).cpu()
     if not bool(cells.any()):
-        sink, window, last = captured.config.geometry
+        sink, window, last = captured.config.geometry.counts
         raise ValueError(f"no prompt of the batch is long enough to have a Middle section at {sink}/{window}/{last}")
     for layer in captured.layers:
         # A layer that the answer does not depend on gets no gradient: nothing of it is needed.

@@ -8,7 +8,7 @@ sparse layers where it streams.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from tmx_compile.analysis.capture.sections import Piece
 from tmx_compile.analysis.choose.direct import divergence
 from tmx_compile.analysis.judge.language_model import call_arguments
 from tmx_compile.config import as_count
-from tmx_compile.operator import ALL_ROWS
+from tmx_compile.mask.geometry import ALL_ROWS, Geometry
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,22 @@ class Choice:
         layers: the sparse layers.
         streaming: whether rows after the prompt see sinks and window alone in those layers (``decode="streaming"``).
 
+    Raises:
+        ValueError: ``geometry`` is none.
+
     >>> from tmx_compile.analysis import Choice
-    >>> Choice(geometry=(8, 512, 128), layers=(30, 31))
-    Choice(geometry=(8, 512, 128), layers=(30, 31), streaming=False)
+    >>> from tmx_compile.mask import Geometry
+    >>> Choice(Geometry(sink=8, window=512, last=128), layers=(30, 31)).streaming
+    False
     """
 
-    geometry: tuple[int, int, int]
+    geometry: Geometry
     layers: tuple[int, ...]
     streaming: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.geometry, Geometry):
+            raise ValueError(f"geometry must be a tmx_compile.mask.Geometry, got {self.geometry!r}")
 
 
 @dataclass(frozen=True)
@@ -53,7 +61,8 @@ class Continued(Choice):
             the whole conversation at its own rows: sinks, window, and last rows at its end.
 
     >>> from tmx_compile.analysis import Continued
-    >>> Continued((8, 512, 128), (30, 31), turn=200).dense_turn
+    >>> from tmx_compile.mask import Geometry
+    >>> Continued(Geometry(8, 512, 128), (30, 31), turn=200).dense_turn
     False
     """
 
@@ -134,11 +143,12 @@ def compare(
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> from tmx_compile import TriangleMixConfig
     >>> from tmx_compile.analysis import CapturedModel, Choice, compare
+    >>> from tmx_compile.mask import Geometry
     >>> shape = dict(hidden_size=32, intermediate_size=32, num_attention_heads=2, num_hidden_layers=2)
     >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=50, **shape)).eval()
     >>> captured = CapturedModel(model, TriangleMixConfig())
     >>> ids = torch.randint(0, 50, (1, 60))
-    >>> change, = compare(captured, ids, [Choice((2, 6, 5), (1,))], final=8, following=4)
+    >>> change, = compare(captured, ids, [Choice(Geometry(2, 6, 5), (1,))], final=8, following=4)
     >>> change.kl_final > 0
     True
     """
@@ -162,18 +172,18 @@ def compare(
 
 
 def _pieces(choice: Choice, prompt: int, following: int) -> list[Piece]:
-    sink, window, last = choice.geometry
+    whole = choice.geometry
     found: list[Piece] = []
     if isinstance(choice, Continued):
         turn = as_count("turn", choice.turn, minimum=1)
         if turn >= prompt:
             raise ValueError(f"turn must be less than the prompt's {prompt} tokens, got {turn}")
         found.append((prompt - turn, choice.geometry))
-        last = ALL_ROWS if choice.dense_turn else last
+        whole = replace(whole, last=ALL_ROWS) if choice.dense_turn else whole
     if choice.streaming:
-        return [*found, (prompt, (sink, window, last)), (prompt + following, (sink, window, 0))]
+        return [*found, (prompt, whole), (prompt + following, replace(whole, last=0))]
     # Rows that decode densely attend to everything, as last rows do.
-    return [*found, (prompt + following, (sink, window, min(ALL_ROWS, last + following)))]
+    return [*found, (prompt + following, replace(whole, last=min(ALL_ROWS, whole.last + following)))]
 
 
 def _outcome(output: object, ids: Tensor, final: int, following: int) -> Outcome:

@@ -26,8 +26,7 @@ from tmx_compile.bench.layer_times import AttentionShape
 from tmx_compile.bench.record import hardware, versions
 from tmx_compile.config import TriangleMixConfig, as_count
 from tmx_compile.config.fingerprint import ModelFingerprint
-
-Geometry = tuple[int, int, int]
+from tmx_compile.mask.geometry import Geometry
 
 
 def candidates(
@@ -58,7 +57,8 @@ def candidates(
             that no configuration takes.
 
     >>> from tmx_compile.analysis import candidates
-    >>> sorted(candidates({"gradient": [2, 3, 1]}, num_layers=4, geometries=[(8, 64, 128)], counts=[1, 2]))
+    >>> from tmx_compile.mask import Geometry
+    >>> sorted(candidates({"gradient": [2, 3, 1]}, num_layers=4, geometries=[Geometry(8, 64, 128)], counts=[1, 2]))
     ['deepest/8-64-128/1', 'deepest/8-64-128/2', 'gradient/8-64-128/1']
     """
     num_layers = as_count("num_layers", num_layers, minimum=1)
@@ -75,7 +75,7 @@ def candidates(
                     of = "the model has" if label == "deepest" else f"{label} ranks"
                     raise ValueError(f"counts must be at most the {len(ranking)} layers that {of}, got {count}")
                 config = config_of(Choice(geometry, tuple(ranking[:count])), num_layers)
-                name = f"{label}/{'-'.join(map(str, geometry))}/{count}"
+                name = f"{label}/{geometry.slug}/{count}"
                 found.setdefault(Choice(config.geometry, config.layers()), name)
                 if streaming:
                     found.setdefault(Choice(config.geometry, config.layers(), True), f"{name}/streaming")
@@ -157,9 +157,10 @@ def evaluate(
     >>> import torch
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> from tmx_compile.analysis import candidates, evaluate
+    >>> from tmx_compile.mask import Geometry
     >>> shape = dict(hidden_size=32, intermediate_size=32, num_attention_heads=2, num_hidden_layers=2)
     >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=50, **shape)).eval()
-    >>> choices = candidates({}, num_layers=2, geometries=[(2, 6, 5)], counts=[1, 2])
+    >>> choices = candidates({}, num_layers=2, geometries=[Geometry(2, 6, 5)], counts=[1, 2])
     >>> prompts = torch.randint(0, 50, (3, 60))
     >>> found = evaluate(model, prompts, choices, final=8, following=4, progress=False)
     >>> sorted(found.records)
@@ -241,8 +242,7 @@ def _choices(choices: Mapping[str, Choice]) -> dict[str, Choice]:
         if not isinstance(name, str) or type(choice) is not Choice:
             raise ValueError(f"choices must be a mapping of names to Choice, got {name!r}: {choice!r}")
         try:
-            sink, window, last = choice.geometry
-            config = TriangleMixConfig(sink, window, last, triangle_layer_indices=choice.layers)
+            config = TriangleMixConfig(*choice.geometry.counts, triangle_layer_indices=choice.layers)
         except (ValueError, TypeError) as error:
             raise ValueError(f"choices[{name!r}] is no choice: {error}") from error
         if not config.layers():
@@ -292,8 +292,7 @@ def _changes(
 
 
 def _key(choice: Choice) -> str:
-    geometry, layers = "-".join(map(str, choice.geometry)), ",".join(map(str, choice.layers))
-    return f"{geometry}/{layers}/{'streaming' if choice.streaming else 'dense'}"
+    return f"{choice.geometry.slug}/{','.join(map(str, choice.layers))}/{'streaming' if choice.streaming else 'dense'}"
 
 
 def _summary(choice: Choice, changes: Sequence[Change]) -> Record:

@@ -15,6 +15,7 @@ from tmx_compile.analysis.judge.intervals import Interval
 from tmx_compile.bench.layer_times import AttentionShape
 from tmx_compile.config import TriangleMixConfig, as_count
 from tmx_compile.config.fingerprint import ModelFingerprint
+from tmx_compile.mask.geometry import Geometry
 
 FORMAT = "tmx-evaluation-1"
 METRICS = ("kl_final", "kl_following", "ppl_final", "ppl_following")
@@ -35,8 +36,9 @@ class Record:
         right: the share of the following tokens that is the most likely one, less that of dense attention.
 
     >>> from tmx_compile.analysis import Choice, Interval, Record
+    >>> from tmx_compile.mask import Geometry
     >>> nothing, little = Interval(0.0, 0.0, 0.0), Interval(0.01, 0.005, 0.02)
-    >>> record = Record(Choice((8, 512, 128), (30, 31)), little, little, little, nothing, nothing)
+    >>> record = Record(Choice(Geometry(8, 512, 128), (30, 31)), little, little, little, nothing, nothing)
     >>> record.cost("ppl_final").upper
     0.02
     """
@@ -84,8 +86,9 @@ class Evaluation:
     >>> from tmx_compile.analysis import Choice, Evaluation, Interval, Record
     >>> from tmx_compile.bench.layer_times import AttentionShape
     >>> from tmx_compile.config.fingerprint import ModelFingerprint
+    >>> from tmx_compile.mask import Geometry
     >>> cost, shape = Interval(0.01, 0.005, 0.02), AttentionShape(32, 8, 128, 128)
-    >>> record = Record(Choice((8, 512, 128), (30, 31)), cost, cost, cost, cost, cost)
+    >>> record = Record(Choice(Geometry(8, 512, 128), (30, 31)), cost, cost, cost, cost, cost)
     >>> found = Evaluation(
     ...     32, ModelFingerprint("", ""), {30: (shape,), 31: (shape,)}, "bfloat16", "cuda", (32768, 32768), 8, 64, 128,
     ...     {}, {"deepest/8-512-128/2": record}, {}
@@ -180,8 +183,7 @@ class Evaluation:
 
 def config_of(choice: Choice, num_layers: int) -> TriangleMixConfig:
     """The configuration of a choice; ``ValueError`` for counts or layers that a model of that depth cannot have."""
-    sink, window, last = choice.geometry
-    config = TriangleMixConfig(sink, window, last, triangle_layer_indices=choice.layers)
+    config = TriangleMixConfig(*choice.geometry.counts, triangle_layer_indices=choice.layers)
     config.check_layers(num_layers)
     return config
 
@@ -189,7 +191,7 @@ def config_of(choice: Choice, num_layers: int) -> TriangleMixConfig:
 def _record_data(record: Record) -> dict[str, Any]:
     choice = record.choice
     return {
-        "geometry": list(choice.geometry),
+        "geometry": list(choice.geometry.counts),
         "layers": list(choice.layers),
         "streaming": choice.streaming,
         **{name: getattr(record, name).as_list() for name in (*METRICS, "right")},
@@ -200,7 +202,7 @@ def _record(data: Mapping[str, Any], num_layers: int) -> Record:
     sink, window, last = data["geometry"]
     if not isinstance(data["streaming"], bool):
         raise ValueError(f"streaming must be a bool, got {data['streaming']!r}")
-    config = config_of(Choice((sink, window, last), tuple(data["layers"])), num_layers)
+    config = config_of(Choice(Geometry(sink, window, last), tuple(data["layers"])), num_layers)
     intervals = {name: Interval(*map(float, data[name])) for name in (*METRICS, "right")}
     for name, found in intervals.items():
         if not found.lower <= found.mean <= found.upper:

@@ -60,7 +60,7 @@ class TriangleAttention:
         self.report = report
         config = request.config
         self._judge = None if config is None else Judge(request, config)
-        self.records = Records(report, Geometry(0, 0, 0) if config is None else Geometry(*config.geometry))
+        self.records = Records(report, Geometry(0, 0, 0) if config is None else config.geometry)
 
     def forward(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,6 @@ from tmx_compile.config import TriangleMixConfig
 from tmx_compile.integrations.transformers.causal_mask import CausalMask
 from tmx_compile.lowering.base import AttentionCall
 from tmx_compile.lowering.worth import least_length
-from tmx_compile.mask.geometry import Geometry
 from tmx_compile.operator.prefill import current_chunk
 from tmx_compile.report import NOTHING_MISSED, Reason, Rejected
 from tmx_compile.request import Request
@@ -86,7 +85,7 @@ class Judge:
             key[:, :, :keys],
             value[:, :, :keys],
             None if shown.key_mask is None else shown.key_mask[:, :keys].to(query.device),
-            Geometry(*self._config.geometry, None if shown.window is None else shown.window - 1),
+            replace(self._config.geometry, reach=None if shown.window is None else shown.window - 1),
             query.shape[3] ** -0.5 if scaling is None else float(scaling),
             needs_grad,
             layout=_TRANSFORMERS_LAYOUT,

@@ -93,7 +93,7 @@ def active(config: Any, device: torch.device) -> Active | None:
         lowering = settings.lowering
         if lowering == "auto":
             lowering = Triton.name if device.type == "cuda" else Blocked.name
-        geometry = Geometry(*settings.config.geometry)
+        geometry = settings.config.geometry
         found = Active(settings, limit, geometry, lowering, Counts(settings))
         found.counts.limit = limit
         layers = [facts_of(name, layer, config, device, geometry, lowering) for name, layer in attention_layers(config)]

@@ -76,7 +76,7 @@ class Counts:
         because = ", ".join(f"{count} {reason}" for reason, count in sorted(dense.items()))
         return (
             f"TriangleMix {__version__}: triangle layers {spelled(sparse)} of {len(sites)}"
-            f"{f' (dense: {because})' if because else ''}, geometry {'/'.join(map(str, config.geometry))}, "
+            f"{f' (dense: {because})' if because else ''}, geometry {config.geometry}, "
             f"prompts over {self.limit} tokens, computed by {lowering}"
         )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from tmx_compile.graph.nodes import value_of
 from tmx_compile.lowering import base
 from tmx_compile.lowering.ascend.attention import Sections, attention, padded_dim
 from tmx_compile.lowering.ascend.calls import Calls, compressed_mask, missing
-from tmx_compile.lowering.base import AttentionCall, Operands, Writer
+from tmx_compile.lowering.base import AttentionCall, Lowering, Operands, Writer
 from tmx_compile.report import Accepted, Reason, Rejected
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -23,14 +22,10 @@ _MOST_FIXED_ROWS = 1 << 15
 _MASK = "tmx_compressed_mask"
 
 
-class Ascend:
+class Ascend(Lowering):
     """The ``ascend`` lowering."""
 
     name = "ascend"
-
-    def inductor_options(self, call: AttentionCall) -> Mapping[str, Any]:
-        """None: torchair compiles the graph."""
-        return {}
 
     def supports(self, call: AttentionCall) -> Accepted | Rejected:
         """float16 and bfloat16 inference, with or without padding, with or without keys before the rows."""

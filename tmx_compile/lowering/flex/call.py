@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch._higher_order_ops.flex_attention import flex_attention
 from torch.fx import Graph, GraphModule, Proxy
+from torch.fx.proxy import GraphAppendingTracer
 
 from tmx_compile.lowering.base import Writer, example, length
 
@@ -21,6 +22,12 @@ _OPTIONS = {
     "OUTPUT_LOGSUMEXP": False,
     "OUTPUT_MAX": False,
 }
+
+
+def placeholders(graph: Graph) -> Callable[[str], Any]:
+    """What adds an input to the graph of a ``mask_mod``, by name, and returns its proxy."""
+    tracer = GraphAppendingTracer(graph)
+    return lambda name: Proxy(graph.placeholder(name), tracer)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from tmx_compile.lowering import rows
 from tmx_compile.lowering.base import AttentionCall, Operands, Writer, arange, example, first_position, length, symbol
-from tmx_compile.lowering.flex.call import flex_call, stored
+from tmx_compile.lowering.flex.call import flex_call, placeholders, stored
 from tmx_compile.lowering.flex.plan import Tiles, last_plan, streaming_plan
 from tmx_compile.mask import formula
 from tmx_compile.mask.geometry import Geometry
@@ -263,11 +263,7 @@ def _merge(out: Any, lse: Any) -> Any:
 def _streaming_mask(padded: bool, offset: int | None, geometry: Geometry) -> GraphModule:
     """The streaming part of the mask, a graph of (batch, head, row, key) and valid, start, end, offset as there are."""
     graph = Graph()
-    tracer = torch.fx.proxy.GraphAppendingTracer(graph)
-
-    def placeholder(name: str) -> Any:
-        return Proxy(graph.placeholder(name), tracer)
-
+    placeholder = placeholders(graph)
     b, _, row, key = map(placeholder, ("b", "h", "row", "key"))
     start: Any = 0
     inside: Any = None
@@ -286,11 +282,7 @@ def _streaming_mask(padded: bool, offset: int | None, geometry: Geometry) -> Gra
 def _last_mask(padded: bool, reach: int | None) -> GraphModule:
     """Causality of rows whose positions are a buffer, a graph of (batch, head, row, key), positions and valid."""
     graph = Graph()
-    tracer = torch.fx.proxy.GraphAppendingTracer(graph)
-
-    def placeholder(name: str) -> Any:
-        return Proxy(graph.placeholder(name), tracer)
-
+    placeholder = placeholders(graph)
     b, _, row, key, positions = map(placeholder, ("b", "h", "row", "key", "positions"))
     position = positions[b, row] if padded else positions[row]
     allowed = formula.within(formula.causal(position, key), position, key, reach)

@@ -16,9 +16,9 @@ from torch.fx import Graph, GraphModule, Proxy
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from tmx_compile.lowering import rows
-from tmx_compile.lowering.base import AttentionCall, Operands, Writer, arange, first_position, length
+from tmx_compile.lowering.base import AttentionCall, Lowering, Operands, Writer, arange, first_position, length
 from tmx_compile.lowering.flex import cuda as flex_cuda
-from tmx_compile.lowering.flex.call import KeyBlocks, flex_call, stored
+from tmx_compile.lowering.flex.call import KeyBlocks, flex_call, placeholders, stored
 from tmx_compile.mask import formula
 from tmx_compile.mask.geometry import Geometry
 from tmx_compile.report import Accepted, Reason, Rejected
@@ -29,7 +29,7 @@ _SHIFT = 6
 _BLOCK = 1 << _SHIFT
 
 
-class Flex:
+class Flex(Lowering):
     """The ``flex`` lowering."""
 
     name = "flex"
@@ -163,11 +163,7 @@ def _blocks_of(keys: int) -> int:
 def _mask_mod(padded: bool, offset: int | None, geometry: Geometry) -> GraphModule:
     """The streaming part of the mask as a graph of (batch, head, row, key) and its buffers."""
     graph = Graph()
-    tracer = torch.fx.proxy.GraphAppendingTracer(graph)
-
-    def placeholder(name: str) -> Any:
-        return Proxy(graph.placeholder(name), tracer)
-
+    placeholder = placeholders(graph)
     b, _, row, key = map(placeholder, ("b", "h", "row", "key"))
     start: Any = 0
     valid: Any = None
@@ -177,7 +173,7 @@ def _mask_mod(padded: bool, offset: int | None, geometry: Geometry) -> GraphModu
         # A plain index would test the key against the number of keys, a symbol that the template's kernel lacks.
         inside = key < ends[b]
         masked_index = torch.ops.aten._unsafe_masked_index.default
-        valid = tracer.create_proxy("call_function", masked_index, (key_mask, inside, [key, b], False), {})
+        valid = key.tracer.create_proxy("call_function", masked_index, (key_mask, inside, [key, b], False), {})
     position = row + (placeholder("offset")[0] if offset is None else offset)
     allowed = formula.causal(position, key) & formula.streamed(position, key, start, geometry)
     allowed = formula.within(allowed, position, key, geometry.reach)

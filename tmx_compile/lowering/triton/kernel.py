@@ -56,6 +56,7 @@ def triangle_kernel(
     lse_ptr,  # (B, H, Sq) float32, with WRITE_LSE
     mask_ptr,  # (B, Skv) bool, with PADDED
     extent_ptr,  # (B, 3) int32: start, end, whether a key between them is masked; with PADDED
+    done_ptr,  # (B, 2) int32: the positions [from, to) whose rows are in out already; with DONE
     part_ptr,  # (last tiles of all heads, splits, BLOCK_M, DIM_V) float32
     part_lse_ptr,  # (last tiles of all heads, splits, BLOCK_M) float32, base 2
     arrived_ptr,  # (last tiles of all heads) int32, zeros
@@ -94,6 +95,7 @@ def triangle_kernel(
     BLOCK_N: tl.constexpr,
     FULL_N: tl.constexpr,  # keys a step of the blocks without a mask, a divisor of BLOCK_N
     PADDED: tl.constexpr,
+    DONE: tl.constexpr,
     REACH: tl.constexpr,
     WRITE_LSE: tl.constexpr,
     FLOAT32: tl.constexpr,
@@ -113,10 +115,20 @@ def triangle_kernel(
     last_low, span, sinks, sink_low, first, stop, low, high = walk(
         is_last, tile, split, start, end, offset, kv_len, sink, window, last, reach, split_keys, ROWS, REACH
     )
+    done_from = 0
+    done_to = 0
+    if DONE:
+        done_from = tl.load(done_ptr + batch * 2)
+        done_to = tl.load(done_ptr + batch * 2 + 1)
+        if (first >= done_from) & (stop <= done_to):
+            sinks = 0
+            high = low
     empty, blocks, masked_front, full_end = blocks_of(first, stop, span, sinks, low, high, holes, BLOCK_N, PADDED)
     masked = masked_front + blocks - full_end
 
     position, head, exists = stack(first, stop, head_block, GROUP, BLOCK_M)
+    if DONE:
+        exists = exists & ((position < done_from) | (position >= done_to))
     safe_row = (tl.minimum(position, kv_len - 1) - offset).to(tl.int64)
     head64 = head.to(tl.int64)
     batch64 = batch.to(tl.int64)

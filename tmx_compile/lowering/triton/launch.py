@@ -28,7 +28,7 @@ def _hopper_launch() -> Any:
     return importlib.import_module("tmx_compile.lowering.triton.hopper_launch") if tried and not INTERPRETED else None
 
 
-_HOPPER = _hopper_launch()
+HOPPER = _hopper_launch()
 
 
 def attend(
@@ -44,6 +44,7 @@ def attend(
     shapes: Tuning | None = None,
     out: Tensor | None = None,
     hopper_from: int = tuning.HOPPER_FROM_TOKENS,
+    done: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Run the kernel.
 
@@ -56,6 +57,8 @@ def attend(
         shapes: runs the general kernel with these; by default the table decides.
         out: (B, H, Sq, Dv) of query's dtype, last dimension contiguous: the memory to write into.
         hopper_from: batch x rows from which the Hopper kernel runs where it can.
+        done: a result (B, H, Sq, Dv) to complete in place, and (B, 2) int32: the positions [from, to) of each sequence
+            whose rows it has already.
 
     Returns:
         out (B, H, Sq, Dv), by default in (B, Sq, H, Dv) memory as SDPA's own kernels leave it; lse (B, H, Sq) float32
@@ -75,14 +78,19 @@ def attend(
     sink, window, last = geometry.counts
     # Where many rows read all keys, those decide the block shapes.
     slots = sink + window if 4 * last < q_len else kv_len
-    general = shapes is not None or with_lse or tuning.one_block(slots) or batch * q_len < hopper_from
-    if not general and _HOPPER is not None and _HOPPER.takes(query, key, value):
-        return _HOPPER.attend(query, key, value, key_mask, extent, geometry, scale, out=given), None
+    general = (
+        shapes is not None or with_lse or done is not None or tuning.one_block(slots) or batch * q_len < hopper_from
+    )
+    if not general and HOPPER is not None and HOPPER.takes(query, key, value):
+        return HOPPER.attend(query, key, value, key_mask, extent, geometry, scale, out=given), None
     dtype = query.dtype
     if INTERPRETED and dtype == torch.bfloat16:
         # The interpreter multiplies bfloat16 as if it were integers.
         query, key, value = query.float(), key.float(), value.float()
-    out = empty_by_tokens(query, v_dim) if given is None or given.dtype != query.dtype else given
+    if done is not None:
+        out, there = done
+    else:
+        there, out = query, empty_by_tokens(query, v_dim) if given is None or given.dtype != query.dtype else given
     lse = query.new_empty(batch, heads, q_len, dtype=torch.float32) if with_lse else None
     block_d, block_dv = (max(16, triton.next_power_of_2(x)) for x in (dim, v_dim))
     shapes = shapes or tuning.choose(query.element_size(), max(block_d, block_dv), slots)
@@ -95,15 +103,15 @@ def attend(
     padded = key_mask is not None
     triangle_kernel[(grid.programs,)](
         query, key, value, out, out if lse is None else lse,
-        key_mask if padded else out, extent if padded else out, part, part_lse, arrived,
+        key_mask if padded else out, extent if padded else out, there, part, part_lse, arrived,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
         0 if key_mask is None else key_mask.stride(0),
         q_len, kv_len, sink, window, last, geometry.reach_within(kv_len),
         scale * math.log2(math.e), grid.last_programs, grid.last_tiles, grid.splits, grid.split_keys,
         HEADS=heads, KV_HEADS=kv_heads, GROUP=grid.group, DIM=dim, DIM_V=v_dim, BLOCK_D=block_d, BLOCK_DV=block_dv,
-        BLOCK_M=shapes.rows, BLOCK_N=shapes.keys, PADDED=padded, REACH=geometry.reach is not None, WRITE_LSE=with_lse,
-        FLOAT32=query.dtype == torch.float32, STAGES=shapes.stages,
-        FULL_N=shapes.full_keys or shapes.keys, FULL_STAGES=shapes.full_stages or shapes.stages,
+        BLOCK_M=shapes.rows, BLOCK_N=shapes.keys, PADDED=padded, DONE=done is not None,
+        REACH=geometry.reach is not None, WRITE_LSE=with_lse, FLOAT32=query.dtype == torch.float32,
+        STAGES=shapes.stages, FULL_N=shapes.full_keys or shapes.keys, FULL_STAGES=shapes.full_stages or shapes.stages,
         num_warps=shapes.warps, num_stages=shapes.stages, maxnreg=shapes.registers,
     )  # fmt: skip
     if given is not None and out is not given:
