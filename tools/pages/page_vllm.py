@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tools.pages.blocks import filled
 from tools.pages.markdown import Fields, ms, slashed, table, times
-from tools.pages.results import commands, load, machine_and_versions
+from tools.pages.results import load, machine_and_versions
 
 PAGES = ("vllm.md", "zh/vllm.md")
 FILE = "vllm.json"
@@ -50,7 +50,7 @@ def section(result: Fields, words: dict) -> str:
     total, triangle = first[0]["layers"], first[0]["triangle_layers"]
     about = (
         f"Llama-3.1-8B x {total}, {triangle} x {slashed(settings['geometry'])}; vLLM {settings['vllm']}, {machine} "
-        f"({commands(result)}, `benchmarks/results/{FILE}`)."
+        f"(`{' '.join(result['command'].split()[:3])}`, `benchmarks/results/{FILE}`)."
     )
     parts = [words["to first"], table(words["first"], [_first(record) for record in first])]
     if others:
