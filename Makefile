@@ -22,11 +22,11 @@ serve-demo: ## vLLM serves a real model, dense and with TriangleMix, and an Open
 	@$(PYTHON) tools/setup_vllm.py
 	@.vllm/bin/python examples/serve_vllm.py $(ARGS)
 
-test: ## the tests, one process for every core
+test: ## the tests, then those with a real vLLM in .vllm (3.5 GB); with ARGS, which are pytest's, the tests alone
 	@$(SETUP) dev
-	@$(RUN) -m pytest -n logical $(ARGS)
+	@$(RUN) tools/run_tests.py $(ARGS)
 
-test-vllm: ## the tests with a real vLLM, in an environment of their own, .vllm (3.5 GB; minutes)
+test-vllm: ## the tests with a real vLLM alone, in an environment of their own (minutes)
 	@$(PYTHON) tools/setup_vllm.py
 	@.vllm/bin/python -m pytest tests_vllm $(ARGS)
 

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 ZH = DOCS / "zh"
-NAMES = ("README.md", "legacy-api.md", "quick-reference.md", "serving.md")
+NAMES = ("README.md", "legacy-api.md", "quick-reference.md", "serving.md", "vllm.md")
 
 _FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 _INDENTED = re.compile(r"(?:(?<=\n\n)|\A)(?: {4}.*\n|\n(?= {4}))+")

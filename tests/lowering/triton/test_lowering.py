@@ -45,6 +45,27 @@ def test_log_sum_exp(name):
     torch.testing.assert_close(lse, want_lse.double(), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [f32, bf16])
+def test_the_result_goes_into_memory_that_is_given(dtype):
+    """A part of something larger, whose other numbers stay."""
+    case = replace(CASES["prime length"], dtype=dtype)
+    *qkv, _ = case.tensors(device=DEVICE)
+    batch, heads, rows, _ = qkv[0].shape
+    memory = torch.full((batch, rows + 2, heads, qkv[2].shape[3]), 7.0, dtype=dtype, device=DEVICE)
+    out = memory[:, 1:-1].transpose(1, 2)
+    (got, _), (want, _) = run(case, out=out)
+    torch.testing.assert_close(got, out.cpu().double(), atol=0, rtol=0)
+    torch.testing.assert_close(got, want, atol=tolerance(dtype), rtol=0)
+    assert (memory[:, [0, -1]] == 7).all()
+
+
+def test_other_memory_is_refused():
+    query = torch.zeros(1, 2, 5, 16, device=DEVICE)
+    for out in (torch.zeros(1, 2, 4, 16), torch.zeros(1, 2, 5, 16, dtype=f64), torch.zeros(1, 2, 16, 5).mT):
+        with pytest.raises(ValueError, match=r"out must be \(1, 2, 5, 16\), torch.float32"):
+            attend(query, query, query, None, None, Geometry(1, 2, 3), 1.0, out=out.to(DEVICE))
+
+
 SHAPES = {
     "small": tuning.SMALL,
     "large": tuning.LARGE,

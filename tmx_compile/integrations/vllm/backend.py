@@ -8,6 +8,7 @@ backend for all layers of a kind.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +23,9 @@ from tmx_compile.integrations.vllm.settings import Settings, handed_over
 from tmx_compile.lowering.base import AttentionCall, Lowering
 from tmx_compile.lowering.blocked import Blocked
 from tmx_compile.lowering.chunk import Part
+from tmx_compile.lowering.scoring import Scoring
 from tmx_compile.lowering.triton.lowering import Triton
+from tmx_compile.lowering.triton.op import attend_into
 from tmx_compile.mask.geometry import Geometry
 from tmx_compile.report import Reason, Rejected
 
@@ -41,6 +44,7 @@ class Active:
         counts: counters and the layers' records.
         sparse: full names of the layers that are triangle layers and can go sparse.
         scratch: memory for gathered keys and values.
+        prepared: whether the kernels are compiled and the memory is there.
     """
 
     settings: Settings
@@ -50,6 +54,7 @@ class Active:
     counts: Counts
     sparse: frozenset[str] = frozenset()
     scratch: Scratch = field(default_factory=Scratch)
+    prepared: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,7 @@ def active(config: Any, device: torch.device) -> Active | None:
             lowering = Triton.name if device.type == "cuda" else Blocked.name
         geometry = settings.config.geometry
         found = Active(settings, limit, geometry, lowering, Counts(settings))
+        found.counts.limit = limit
         layers = [facts_of(name, layer, config, device, geometry, lowering) for name, layer in attention_layers(config)]
         found.counts.layers(layers, lowering, whole_model=config.parallel_config.pipeline_parallel_size == 1)
         found.sparse = frozenset(site.path for site in found.counts.report.triangle())
@@ -222,7 +228,6 @@ class TriangleImpl:
             )
             return result
         on = plan.active
-        compute = Part(on.geometry, self.scale, on.lowering)  # type: ignore[attr-defined]
 
         def read(blocks: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
             return self.tokens(layer, kv_cache, blocks, slots)
@@ -230,8 +235,7 @@ class TriangleImpl:
         for part, earlier in plan.streaming:
             rows = slice(part.row, part.row + part.rows)
             keys, values = seen(read, earlier, key[rows], value[rows], on.scratch)
-            q, k, v = (x.transpose(0, 1)[None] for x in (query[rows], keys, values))
-            output[rows] = compute.attend(q, k, v, None, part.last)[0].transpose(0, 1)
+            self.stream(on, query[rows], keys, values, part.last, output[rows])
         if plan.rows is not None:
             # A view of the output where the rows are a slice, else memory of its own.
             out = output[plan.rows]
@@ -239,6 +243,44 @@ class TriangleImpl:
             if not isinstance(plan.rows, slice):
                 output[plan.rows] = out
         return output
+
+    def stream(self, on: Active, query: Tensor, key: Tensor, value: Tensor, last: int, out: Tensor) -> None:
+        """Streaming rows (rows, H, D) over keys and values (n, Hkv, D) that end at the last row, into ``out``.
+
+        Args:
+            on: what is on.
+            query, key, value: views of any rows; on a GPU nothing of them is copied.
+            last: how many rows at the end attend to all keys.
+            out: (rows, H, D), a view of the step's output.
+        """
+        scale: float = self.scale  # type: ignore[attr-defined]
+        q, k, v, result = (x.transpose(0, 1)[None] for x in (query, key, value, out))
+        if on.lowering == Triton.name:
+            attend_into(q, k, v, dataclasses.replace(on.geometry, last=last), scale, result)
+        else:
+            result.copy_(Part(on.geometry, Scoring(scale), on.lowering).attend(q, k, v, None, last))
+
+    def prepare(self, on: Active, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """Compile the kernels and take the memory of any later step, once in a process; results are thrown away.
+
+        Here, in the engine's own run before it measures what is left for its cache, no prompt waits for it, and the
+        memory is counted.
+
+        Args:
+            on: what is on.
+            query, key, value: (rows, H, D), (rows, Hkv, D) as layers get them, of the largest step.
+        """
+        if on.prepared:
+            return
+        on.prepared = True
+        rows, earlier, last = query.shape[0], on.geometry.sink + on.geometry.window, on.geometry.last
+        keys, values = on.scratch.take(rows + earlier, key)
+        # Kernels differ by the number of rows, and by whether last rows, of which there may be none, are many of them.
+        for count in {min(rows, count) for count in (1, 4 * last + 1, rows)}:
+            q = query[:count]
+            for part in {0, min(last, count)}:
+                self.stream(on, q, key[:count], value[:count], part, torch.empty_like(q))
+            self.stream(on, q, keys[: count + earlier], values[: count + earlier], 0, torch.empty_like(q))
 
     def tokens(self, layer: Any, kv_cache: Tensor, blocks: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (n, Hkv, D) of cached tokens: their blocks (n,), and their slots (n,) in these."""
@@ -248,9 +290,8 @@ class TriangleImpl:
 def of_dense_rows(common: Any, found: Split) -> tuple[Any, Any]:
     """A step's common metadata of its dense rows alone, and which rows these are: a slice, or (n,) indices."""
     parts, device = found.dense, common.query_start_loc.device
-    counts = torch.tensor([part.rows for part in parts], dtype=torch.int32)
-    starts = torch.zeros(len(parts) + 1, dtype=torch.int32)
-    starts[1:] = counts.cumsum(0)
+    counts = [part.rows for part in parts]
+    starts = torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32)
     requests = torch.tensor([part.request for part in parts])
     rows = _rows(parts, device)
     upper = common.seq_lens_cpu_upper_bound
@@ -260,8 +301,8 @@ def of_dense_rows(common: Any, found: Split) -> tuple[Any, Any]:
         query_start_loc_cpu=starts,
         seq_lens=common.seq_lens[on_device],
         num_reqs=len(parts),
-        num_actual_tokens=int(starts[-1]),
-        max_query_len=int(counts.max()),
+        num_actual_tokens=sum(counts),
+        max_query_len=max(counts),
         block_table_tensor=common.block_table_tensor[on_device],
         slot_mapping=common.slot_mapping[rows],
         seq_lens_cpu_upper_bound=None if upper is None else upper[requests],

@@ -29,11 +29,13 @@ class Counts:
         report: one record per attention layer, as the backend of ``torch.compile`` keeps it for a graph's sites.
         tokens: rows by what became of them in triangle layers: "triangle" or "dense" (last rows, decode, prompts that
             stay dense).
+        limit: up to which length prompts stay dense here.
         steps: engine steps by "triangle" (some rows streamed) or the name of the reason why none did.
     """
 
     def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
         self.settings = settings
+        self.limit = settings.config.min_seq_len
         self.report = Report()
         self.tokens: Counter[str] = Counter()
         self.steps: Counter[str] = Counter()
@@ -75,7 +77,7 @@ class Counts:
         return (
             f"TriangleMix {__version__}: triangle layers {spelled(sparse)} of {len(sites)}"
             f"{f' (dense: {because})' if because else ''}, geometry {config.geometry}, "
-            f"prompts over {config.min_seq_len} tokens, computed by {lowering}"
+            f"prompts over {self.limit} tokens, computed by {lowering}"
         )
 
     def step(self, split: Split | None, rows: int, why: Reason | None) -> None:

@@ -1,13 +1,11 @@
-"""The attention backend on NVIDIA GPUs: around ``FLASH_ATTN`` of vLLM 0.26. vLLM imports it by name.
-
-Written after a version that ran on an H100 with both runners, eager and with CUDA graphs; not run in this form.
-"""
+"""The attention backend on NVIDIA GPUs: around ``FLASH_ATTN`` of vLLM 0.26. vLLM imports it by name."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from torch import Tensor
+from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionBackend,
@@ -15,7 +13,8 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionMetadataBuilder,
 )
 
-from tmx_compile.integrations.vllm.backend import TriangleBuilder, TriangleImpl
+from tmx_compile.integrations.vllm.backend import TriangleBuilder, TriangleImpl, active
+from tmx_compile.integrations.vllm.gather import from_packed
 
 
 class Builder(TriangleBuilder, FlashAttentionMetadataBuilder):
@@ -48,15 +47,34 @@ class Builder(TriangleBuilder, FlashAttentionMetadataBuilder):
 class Impl(TriangleImpl, FlashAttentionImpl):
     """Computes streaming rows."""
 
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.engine = get_current_vllm_config()
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: Any,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """See :class:`TriangleImpl`. In the engine's profiling run, which has no metadata, kernels are compiled."""
+        if attn_metadata is None:
+            on = active(self.engine, query.device)
+            if on is not None and layer.layer_name in on.sparse:
+                self.prepare(on, query, key, value)
+        return super().forward(
+            layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
+        )
+
     def tokens(self, layer: Any, kv_cache: Tensor, blocks: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """See :class:`TriangleImpl`. The cache is (blocks, Hkv, size, 2 D): a token's key, then its value."""
-        if kv_cache.dim() != 4 or kv_cache.shape[1] != self.num_kv_heads or kv_cache.shape[3] != 2 * self.head_size:
-            raise RuntimeError(
-                f"vLLM's cache must be (blocks, {self.num_kv_heads}, size, {2 * self.head_size}), got "
-                f"{tuple(kv_cache.shape)}"
-            )
-        found = kv_cache[blocks, :, slots]
-        return found[..., : self.head_size], found[..., self.head_size :]
+        """See :class:`TriangleImpl`."""
+        return from_packed(kv_cache, self.num_kv_heads, self.head_size, blocks, slots)
 
 
 class TriangleBackend(FlashAttentionBackend):

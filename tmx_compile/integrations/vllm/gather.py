@@ -44,6 +44,22 @@ def places(part: Streaming, table: Tensor, block_size: int, geometry: Geometry) 
     return Places(table[token // block_size].long(), token % block_size)
 
 
+def from_packed(
+    kv_cache: Tensor, kv_heads: int, head_size: int, blocks: Tensor, slots: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Keys and values (n, Hkv, D) from a cache (blocks, Hkv, size, 2 D) whose tokens have key and value side by side.
+
+    Raises:
+        RuntimeError: the cache is not laid out so.
+    """
+    if kv_cache.dim() != 4 or kv_cache.shape[1] != kv_heads or kv_cache.shape[3] != 2 * head_size:
+        raise RuntimeError(
+            f"vLLM's cache must be (blocks, {kv_heads}, size, {2 * head_size}), got {tuple(kv_cache.shape)}"
+        )
+    found = kv_cache[blocks, :, slots]
+    return found[..., :head_size], found[..., head_size:]
+
+
 class Scratch:
     """Memory for keys and values of one chunk at a time, kept from step to step and shared by all layers."""
 

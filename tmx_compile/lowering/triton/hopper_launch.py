@@ -52,7 +52,14 @@ class Launch:
     """
 
     def __init__(
-        self, query: Kind, key: Kind, value: Kind, key_mask: Kind | None, geometry: Geometry, scale: float
+        self,
+        query: Kind,
+        key: Kind,
+        value: Kind,
+        key_mask: Kind | None,
+        geometry: Geometry,
+        scale: float,
+        out: Kind | None,
     ) -> None:
         batch, heads, q_len, dim = query.shape
         sink, window, last = geometry.counts
@@ -72,7 +79,8 @@ class Launch:
         # Tiles that a CTA does while another does a last-row item: by their blocks, and 3 for a tile's own overhead.
         tile_blocks = triton.cdiv(window + rows, KEYS) + 3
         head_start = split_keys // KEYS // tile_blocks if last else 0
-        self._shape, self._strides = (batch, heads, q_len, dim), strides_by_tokens(heads, q_len, dim)
+        self._shape = batch, heads, q_len, dim
+        self._strides = strides_by_tokens(heads, q_len, dim) if out is None else out.stride
         self._groups = all_heads * last_tiles * _GROUPS if last and splits > 1 else 0
         self._part, self._part_lse = (self._groups * splits * _GROUP_ROWS * x for x in (block_d, 1))
         self._descriptors = (
@@ -94,10 +102,18 @@ class Launch:
         )  # fmt: skip
 
     def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, extent: Tensor | None, *_: None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None,
+        extent: Tensor | None,
+        _done: None,
+        _sink_logits: None,
+        out: Tensor | None,
     ) -> tuple[Tensor, None]:
         """Launch it."""
-        out = query.new_empty_strided(self._shape, self._strides)
+        out = query.new_empty_strided(self._shape, self._strides) if out is None else out
         part = part_lse = arrived = out
         if self._groups:
             part = query.new_empty(self._part + self._part_lse, dtype=torch.float32)

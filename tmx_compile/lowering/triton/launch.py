@@ -48,6 +48,7 @@ def attend(
     softcap: float | None = None,
     with_lse: bool = False,
     shapes: Tuning | None = None,
+    out: Tensor | None = None,
     done: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Run the kernel.
@@ -60,20 +61,28 @@ def attend(
         geometry: the mask.
         with_lse: also return the log-sum-exp.
         shapes: runs the general kernel with these; by default the table decides.
+        out: (B, H, Sq, Dv) of query's dtype, last dimension contiguous: the memory to write into.
         done: a result (B, H, Sq, Dv) to complete in place, and (B, 2) int32: the positions [from, to) of each sequence
             whose rows it has already.
 
     Returns:
-        out (B, H, Sq, Dv), in (B, Sq, H, Dv) memory as SDPA's own kernels leave it; lse (B, H, Sq) float32 or None.
+        out (B, H, Sq, Dv), by default in (B, Sq, H, Dv) memory as SDPA's own kernels leave it; lse (B, H, Sq) float32
+        or None.
+
+    Raises:
+        ValueError: ``out`` is no such memory.
     """
     if query.stride(3) != 1 or key.stride(3) != 1 or value.stride(3) != 1:
         query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
     if key_mask is not None and key_mask.stride(1) != 1:
         key_mask = key_mask.contiguous()
+    if out is not None:
+        _check_out(out, query, value)
     dtype = query.dtype
     if INTERPRETED and dtype == torch.bfloat16:
         # The interpreter multiplies bfloat16 as if it were integers.
         query, key, value = query.float(), key.float(), value.float()
+    into = out if query.dtype == dtype else None
     if sink_logits is not None:
         sink_logits = sink_logits.float().contiguous() if INTERPRETED else sink_logits.contiguous()
     launch = prepare(
@@ -89,9 +98,12 @@ def attend(
         None if done is None else (kind(done[0]), kind(done[1])),
         None if sink_logits is None else kind(sink_logits),
         softcap,
+        None if into is None else kind(into),
     )
-    out, lse = launch(query, key, value, key_mask, extent, done, sink_logits)
-    return (out if out.dtype == dtype else out.to(dtype)), lse
+    made, lse = launch(query, key, value, key_mask, extent, done, sink_logits, into)
+    if out is not None:
+        return (made if made is out else out.copy_(made)), lse
+    return (made if made.dtype == dtype else made.to(dtype)), lse
 
 
 @functools.lru_cache(maxsize=4096)
@@ -108,6 +120,7 @@ def prepare(
     done: tuple[Kind, Kind] | None = None,
     sink_logits: Kind | None = None,
     softcap: float | None = None,
+    out: Kind | None = None,
 ) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """What one kind of call computes once: a function of all the tensors. The arguments are those of :func:`attend`.
 
@@ -123,13 +136,15 @@ def prepare(
     # The Hopper kernel has neither learned sinks nor a softcap.
     general = general or sink_logits is not None or softcap is not None
     if not general and tuning.enough_for_hopper(*size) and HOPPER is not None and HOPPER.takes(query, key, value):
-        return HOPPER.Launch(query, key, value, key_mask, geometry, scale)  # type: ignore[no-any-return]
+        return HOPPER.Launch(query, key, value, key_mask, geometry, scale, out)  # type: ignore[no-any-return]
     if shapes is None:
         dim = max(query.shape[3], value.shape[3])
         shapes = tuning.choose(query.dtype.itemsize, _padded(dim), slots, *size)
-    out = None if done is None else done[0]
     scores = sink_logits is not None, softcap or 0.0
-    return _General(query, key, value, key_mask, geometry, scale, with_lse, shapes, out, scores)
+    given = out if done is None else done[0]
+    return _General(
+        query, key, value, key_mask, geometry, scale, with_lse, shapes, given, scores, completes=done is not None
+    )
 
 
 def _padded(dim: int) -> int:
@@ -152,6 +167,8 @@ class _General:
         shapes: Tuning,
         out: Kind | None,
         scores: tuple[bool, float],
+        *,
+        completes: bool,
     ) -> None:
         batch, heads, q_len, dim = query.shape
         kv_heads, kv_len, v_dim = key.shape[1], key.shape[2], value.shape[3]
@@ -174,7 +191,7 @@ class _General:
             ),
             HEADS=heads, KV_HEADS=kv_heads, GROUP=grid.group, DIM=dim, DIM_V=v_dim,
             BLOCK_D=_padded(dim), BLOCK_DV=_padded(v_dim), BLOCK_M=shapes.rows, BLOCK_N=shapes.keys,
-            FULL_N=shapes.full_keys or shapes.keys, PADDED=key_mask is not None, DONE=out is not None,
+            FULL_N=shapes.full_keys or shapes.keys, PADDED=key_mask is not None, DONE=completes,
             REACH=geometry.reach is not None, WRITE_LSE=with_lse, FLOAT32=query.dtype == torch.float32,
             STAGES=shapes.stages, FULL_STAGES=shapes.full_stages or shapes.stages,
             SINK_LOGITS=scores[0], SOFTCAP=scores[1],
@@ -190,8 +207,13 @@ class _General:
         extent: Tensor | None,
         done: tuple[Tensor, Tensor] | None = None,
         sink_logits: Tensor | None = None,
+        out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        out, there = (query.new_empty_strided(self._shape, self._strides), query) if done is None else done
+        there = query
+        if done is not None:
+            out, there = done
+        elif out is None:
+            out = query.new_empty_strided(self._shape, self._strides)
         lse = None if self._lse_shape is None else query.new_empty(self._lse_shape, dtype=torch.float32)
         part = part_lse = arrived = out
         if self._splits > 1:
@@ -205,6 +227,15 @@ class _General:
             out if sink_logits is None else sink_logits,
         )  # fmt: skip
         return out, lse
+
+
+def _check_out(out: Tensor, query: Tensor, value: Tensor) -> None:
+    shape = (*query.shape[:3], value.shape[3])
+    if out.shape != shape or out.dtype != query.dtype or out.device != query.device or out.stride(3) != 1:
+        raise ValueError(
+            f"out must be {shape}, {query.dtype} on {query.device} with a contiguous last dimension, got "
+            f"{tuple(out.shape)}, {out.dtype} on {out.device} with strides {out.stride()}"
+        )
 
 
 @dataclass(frozen=True)

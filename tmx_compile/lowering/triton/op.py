@@ -85,6 +85,20 @@ def _run_forward(
         return attend(query, key, value, key_mask, extent, geometry, scale, sink_logits=sink_logits, softcap=softcap)[0]
 
 
+def attend_into(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry, scale: float, out: Tensor) -> None:
+    """The kernels at once, outside of any graph, in a step of a serving engine: nothing is allocated for the result.
+
+    Args:
+        query, key, value, scale: as for :func:`tmx_compile.operator.triangle_attention`.
+        geometry: the mask.
+        out: (B, H, Sq, Dv) of query's dtype: the memory to write into.
+    """
+    from tmx_compile.lowering.triton.launch import attend
+
+    with on_device_of(query):
+        attend(query, key, value, None, None, geometry, scale, out=out)
+
+
 def _run_training(
     query: Tensor,
     key: Tensor,
