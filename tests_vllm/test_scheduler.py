@@ -106,7 +106,11 @@ def test_preempted_requests_get_the_same_answers(small: Engine, oracle: Oracle) 
 
 @pytest.fixture(scope="module")
 def guessing(model: str) -> Iterator[Engine]:
-    """Drafts by n-grams, verified several rows at a time."""
+    """Drafts by n-grams, verified several rows at a time.
+
+    The last engine of this process, and no file behind this one makes another: with numba, which this one imports, vLLM
+    0.32 starts no further engine (its look for kernels in all modules fails on a module of llvmlite).
+    """
     made = Engine(
         model,
         # Of one token too: in random text no two follow each other twice.
