@@ -9,7 +9,7 @@ from benchmarks.common import RESULTS
 from tests.support.layers import N, Stack, expected
 from tests.support.oracle import attended
 from tmx_compile import TriangleMixConfig, tmx_backend
-from tmx_compile.lowering.worth import break_even, least_length
+from tmx_compile.lowering.worth import break_even, least_for_width, least_length
 from tmx_compile.mask.geometry import Geometry
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
@@ -43,6 +43,16 @@ def test_narrow_attention_waits_for_longer_prompts():
     assert least_length("auto", CUDA, 2048, WIDE, 4096) == break_even(WIDE) - 1
     assert least_length("triton", CUDA, 2048, Geometry(4, 32, 64), 576, True) == 2048
     assert least_length("auto", CPU, 2048, Geometry(4, 32, 64), 576, True) == 2048
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_dynamo_traces_the_width(dynamic, eager):
+    def longer(query):
+        return query + (query.shape[2] > least_for_width(query.shape[1] * query.shape[3], False))
+
+    traced = torch.compile(longer, backend="eager", fullgraph=True, dynamic=dynamic)
+    assert traced(torch.zeros(1, 9, 300, 64)).max() == 0
+    assert traced(torch.zeros(1, 900, 600, 64)).max() == 1
 
 
 def test_auto_lost_no_measured_case_that_it_takes():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 
 import torch
 
@@ -48,7 +47,8 @@ def least_length(
 
 def least_for_width(width: int, training: bool) -> int:
     """The length up to which dense attention, of ``width`` query heads x head dim, is done before ours is launched."""
-    return math.isqrt(2 * _LEAST_WORK[training] // width)
+    # Dynamo traces this, also for a symbolic width, of which it knows no isqrt.
+    return int((2 * _LEAST_WORK[training] // width) ** 0.5)
 
 
 @functools.cache
