@@ -17,16 +17,16 @@ from tmx_compile.config import TriangleMixConfig
 from tmx_compile.errors import LoweringError
 from tmx_compile.graph.copies import copy_graph
 from tmx_compile.graph.guards import RangeGuards
-from tmx_compile.graph.nodes import value_of
 from tmx_compile.layers import Watch, hand_over
 from tmx_compile.legacy.inference import TriangleMixInferenceConfig
 from tmx_compile.limit import RecompileLimit
 from tmx_compile.lowering.context_parallel import agreed
 from tmx_compile.passes import pipeline
-from tmx_compile.passes.lengths import Prompt, dispatch, hint
+from tmx_compile.passes.lengths import Prompt, dispatch
 from tmx_compile.passes.one_row import one_row_chunk
 from tmx_compile.passes.plan import Plan
 from tmx_compile.passes.record import records
+from tmx_compile.passes.stand_in import zeros_of
 from tmx_compile.passes.visited import counted
 from tmx_compile.proof.constants import watched
 from tmx_compile.remarks import warn_if_dense, warn_of
@@ -183,7 +183,7 @@ class TmxBackend:
         if outcome.plan.visited is not None:
             compiled = counted(compiled, outcome.plan.visited)
         if self.request.context_parallel is not None and plan.sites:
-            compiled = agreed(compiled, self.request.context_parallel, *_described(outcome.plan))
+            compiled = agreed(compiled, self.request.context_parallel, *outcome.plan.described())
         # Here, so that no form of a graph is run without asking for what its own proofs rest on.
         return watched(compiled, plan.known, as_written), outcome.plan
 
@@ -381,7 +381,7 @@ def explain(
 
     def trace_only(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         backend.explain(gm, example_inputs)
-        return _zeros_of(gm)
+        return zeros_of(gm)
 
     # A compile per call of explain is meant; it must not use up the user's recompiles.
     with torch._dynamo.config.patch(recompile_limit=2**31, accumulated_recompile_limit=2**31):
@@ -396,33 +396,3 @@ def _cache_tag(config: TriangleMixConfig) -> Iterator[None]:
     tag = torch.compiler.config.cache_key_tag
     with torch.compiler.config.patch(cache_key_tag=f"{tag}|{own}" if tag else own):  # type: ignore[attr-defined]
         yield
-
-
-def _described(plan: Plan) -> tuple[str, str]:
-    """A graph of a split prompt: its name, and what the other processes' has to have in common with it."""
-    names = [item.layer.path or item.node.name for item in plan.sites]
-    name = f"the graph of {names[0]}" + (f" to {names[-1]}" if len(names) > 1 else "")
-    decisions = [f"{layer}: {item.why or 'triangle'}" for layer, item in zip(names, plan.sites, strict=True)]
-    return name, f"{plan.config!r}, lowering={plan.request.lowering!r}, {'; '.join(decisions)}"
-
-
-def _zeros_of(gm: GraphModule) -> Callable[..., Any]:
-    """A stand-in for a compiled graph: its inputs where it returns them, else zeros that take no memory."""
-    placeholders = {node: i for i, node in enumerate(n for n in gm.graph.nodes if n.op == "placeholder")}
-    outputs = gm.graph.output_node().args[0]
-
-    def run(*args: Any) -> Any:
-        def result(node: torch.fx.Node) -> Any:
-            if node in placeholders:
-                return args[placeholders[node]]
-            value = value_of(node)
-            if not isinstance(value, torch.Tensor):
-                return hint(value) if isinstance(value, torch.SymInt) else value
-            if any(isinstance(size, torch.SymInt) and not size.node.has_hint() for size in value.shape):
-                raise ValueError(f"explain cannot tell the shape of {node.name} without running the model")
-            shape = [hint(size) for size in value.shape]
-            return torch.zeros((), dtype=value.dtype, device=value.device).expand(shape)
-
-        return torch.fx.node.map_arg(outputs, result)
-
-    return run

@@ -194,3 +194,10 @@ class Plan:
     def sparse(self) -> list[SitePlan]:
         """The sites that go sparse."""
         return [item for item in self.sites if item.is_sparse]
+
+    def described(self) -> tuple[str, str]:
+        """A graph of a split prompt: its name, and what the other processes' has to have in common with it."""
+        names = [item.layer.path or item.node.name for item in self.sites]
+        name = f"the graph of {names[0]}" + (f" to {names[-1]}" if len(names) > 1 else "")
+        decisions = [f"{layer}: {item.why or 'triangle'}" for layer, item in zip(names, self.sites, strict=True)]
+        return name, f"{self.config!r}, lowering={self.request.lowering!r}, {'; '.join(decisions)}"
