@@ -1,4 +1,4 @@
-"""What ``make test`` prints at its end: one closing line for two suites, which hides nothing."""
+"""What ``make test-all`` prints at its end: one closing line for two suites, which hides nothing."""
 
 from __future__ import annotations
 

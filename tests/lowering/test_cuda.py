@@ -166,10 +166,10 @@ def test_the_hopper_kernel(name):
     assert hopper_launch.takes(*kinds)
     extent = None if key_mask is None else extents(key_mask, case.kv_len, case.last)
     geometry = case.mask.bounded(case.kv_len, case.q_len)
-    launch = hopper_launch.Launch(*kinds, None if key_mask is None else kind(key_mask), geometry, case.scale)
-    out, _ = launch(*qkv, key_mask, extent)
+    launch = hopper_launch.Launch(*kinds, None if key_mask is None else kind(key_mask), geometry, case.scale, None)
+    out, _ = launch(*qkv, key_mask, extent, None, None, None)
     # Prepared by now.
-    assert torch.equal(launch(*qkv, key_mask, extent)[0], out)
+    assert torch.equal(launch(*qkv, key_mask, extent, None, None, None)[0], out)
     want, _ = oracle(*(x.cpu() for x in qkv), None if key_mask is None else key_mask.cpu(), *case.arguments)
     torch.testing.assert_close(out.cpu().double(), want, atol=allowed(case.dtype), rtol=0)
 

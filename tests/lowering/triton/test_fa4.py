@@ -19,6 +19,8 @@ from tmx_compile.request import Host
 
 DENSE = Geometry(0, 0, ALL_ROWS)
 f16, bf16 = torch.float16, torch.bfloat16
+# The package is a stand-in; our own kernel, which completes its result, runs where there is a GPU on that.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Package:
@@ -93,12 +95,21 @@ def package(monkeypatch):
 
 
 def operands(count, batch=1, heads=4, kv_heads=2, dim=64, dtype=f16):
-    return [torch.randn(batch, count, h, dim, dtype=dtype).transpose(1, 2) for h in (heads, kv_heads, kv_heads)]
+    return [
+        torch.randn(batch, count, h, dim, dtype=dtype, device=DEVICE).transpose(1, 2)
+        for h in (heads, kv_heads, kv_heads)
+    ]
 
 
 def call_of(query, key, value, key_mask=None, **changes):
     call = AttentionCall(query, key, value, key_mask, DENSE, 64**-0.5, needs_grad=False)
     return replace(call, **changes)
+
+
+def reference(*call):
+    """The oracle's result for tensors on any device, on their device."""
+    out, _ = oracle(*(x.cpu() if isinstance(x, torch.Tensor) else x for x in call))
+    return out.to(DEVICE)
 
 
 MASKS = {
@@ -114,14 +125,14 @@ MASKS = {
 @pytest.mark.parametrize("holes", [False, True], ids=["whole", "holes"])
 def test_padded_rows_and_holes_are_added(name, holes, package):
     valid = MASKS[name]
-    mask = torch.zeros(len(valid), 100, dtype=torch.bool)
+    mask = torch.zeros(len(valid), 100, dtype=torch.bool, device=DEVICE)
     for row, (start, end) in zip(mask, valid, strict=True):
         row[start:end] = True
         if holes and end - start > 40:
             row[(start + end) // 2] = False
     qkv = operands(100, len(valid))
     out = immediate(FA4, call_of(*qkv, mask))
-    want, _ = oracle(*qkv, mask, 0, 0, ALL_ROWS, 64**-0.5)
+    want = reference(*qkv, mask, 0, 0, ALL_ROWS, 64**-0.5)
     torch.testing.assert_close(out.double(), want, atol=tolerance(f16), rtol=0)
     # It is asked for the rows of unbroken sequences and for no others.
     assert package.lengths == [0 if holes and b - a > 40 else b - a for a, b in valid]
@@ -131,7 +142,7 @@ def test_padded_rows_and_holes_are_added(name, holes, package):
 def test_without_a_mask(dtype, package):
     qkv = operands(77, 2, dtype=dtype)
     out = immediate(FA4, call_of(*qkv))
-    want, _ = oracle(*qkv, None, 0, 0, ALL_ROWS, 64**-0.5)
+    want = reference(*qkv, None, 0, 0, ALL_ROWS, 64**-0.5)
     torch.testing.assert_close(out.double(), want, atol=tolerance(dtype), rtol=0)
     assert package.lengths == [77, 77]
 
@@ -139,9 +150,9 @@ def test_without_a_mask(dtype, package):
 def test_short_prompts_do_not_call_it(package, monkeypatch):
     monkeypatch.setattr(fa4, "LEAST_TOKENS", 4096)
     qkv = operands(90)
-    mask = torch.arange(90)[None] >= 20
+    mask = torch.arange(90, device=DEVICE)[None] >= 20
     for key_mask in (None, mask):
-        want, _ = oracle(*qkv, key_mask, 0, 0, ALL_ROWS, 64**-0.5)
+        want = reference(*qkv, key_mask, 0, 0, ALL_ROWS, 64**-0.5)
         out = immediate(FA4, call_of(*qkv, key_mask))
         torch.testing.assert_close(out.double(), want, atol=tolerance(f16), rtol=0)
     assert package.lengths == []
@@ -151,14 +162,14 @@ def test_operands_of_any_layout(package):
     """Heads outside of tokens, and elements that are not side by side."""
     query, key, value = operands(50)
     qkv = [query.contiguous(), key.transpose(2, 3).contiguous().transpose(2, 3), value]
-    want, _ = oracle(*qkv, None, 0, 0, ALL_ROWS, 64**-0.5)
+    want = reference(*qkv, None, 0, 0, ALL_ROWS, 64**-0.5)
     torch.testing.assert_close(immediate(FA4, call_of(*qkv)).double(), want, atol=tolerance(f16), rtol=0)
 
 
 def test_opcheck(package):
-    mask = torch.arange(40)[None] >= 7
-    extent = torch.tensor([[7, 40, 0]], dtype=torch.int32)
-    whole = torch.tensor([[7, 40]], dtype=torch.int32)
+    mask = torch.arange(40, device=DEVICE)[None] >= 7
+    extent = torch.tensor([[7, 40, 0]], dtype=torch.int32, device=DEVICE)
+    whole = torch.tensor([[7, 40]], dtype=torch.int32, device=DEVICE)
     for padding in ((None, None, None), (mask, extent, whole)):
         torch.library.opcheck(fa4.FA4_OPERATOR, (*operands(40), *padding, 0.1))
 
@@ -225,7 +236,7 @@ class Model(nn.Module):
     def forward(self, x, padding=None):
         mask = None
         if padding is not None:
-            place = torch.arange(x.shape[1])
+            place = torch.arange(x.shape[1], device=x.device)
             mask = ((place[None] <= place[:, None])[None] & (padding != 0)[:, None, :])[:, None]
         for layer in self.layers:
             x = layer(x, mask)
@@ -239,8 +250,8 @@ def test_the_dense_layers_of_a_compiled_model(padded, package, eager, monkeypatc
         triangle_layer_indices=[1], num_sink_tokens=4, sliding_window_size=16, num_last_tokens=8, min_seq_len=100
     )
     backend = tmx_backend(config)
-    x = torch.randn(2, 120, 128, dtype=f16)
-    padding = torch.ones(2, 120, dtype=torch.int64)
+    x = torch.randn(2, 120, 128, dtype=f16, device=DEVICE)
+    padding = torch.ones(2, 120, dtype=torch.int64, device=DEVICE)
     padding[0, :30] = 0
     args = (x, padding) if padded else (x,)
     with torch.no_grad():
@@ -251,7 +262,7 @@ def test_the_dense_layers_of_a_compiled_model(padded, package, eager, monkeypatc
     key_mask = padding.bool() if padded else None
     for geometry in ((0, 0, ALL_ROWS), (4, 16, 8)):
         q = want.to(f16).double().unflatten(-1, (2, 64)).transpose(1, 2)
-        made, _ = oracle(q, q.roll(1, 2), q.flip(2), key_mask, *geometry, 64**-0.5)
+        made = reference(q, q.roll(1, 2), q.flip(2), key_mask, *geometry, 64**-0.5)
         want = want + made.transpose(1, 2).flatten(2)
     shown = slice(None) if key_mask is None else key_mask
     torch.testing.assert_close(out.double()[shown], want[shown], atol=0.02, rtol=0)
