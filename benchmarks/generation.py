@@ -102,7 +102,9 @@ class Runner:
         )
 
     def _step(self, ids: Tensor, cache: Any) -> Tensor:
-        logits = self._compiled(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        # All variants are one function to Dynamo, which compiles it so many times and no more.
+        with torch._dynamo.config.patch(recompile_limit=64):
+            logits = self._compiled(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         chosen: Tensor = logits.argmax(-1)
         return chosen
 

@@ -346,6 +346,7 @@ def _settings(platform: Platform, plan: Plan) -> dict[str, Any]:
     return {
         "device": platform.device.type,
         **{name: value for name, value in vars(plan).items() if name != "quick"},
+        "geometries": [list(geometry.counts) for geometry in plan.geometries],
         "batch": 1,
         "dense": "npu_fused_infer_attention_score, sparse_mode 3, BNSD" if platform.device.type == "npu" else "SDPA",
         "eager": "the operators called as they are",

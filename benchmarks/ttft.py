@@ -242,7 +242,7 @@ def finish(records: Records) -> None:
             Shape(record["tokens"], 1, shape.heads, shape.kv_heads, shape.head_dim, 2),
             record["layers"],
             record["triangle_layers"],
-            record["geometry"],
+            Geometry(*record["geometry"]),
         )
         record["limit_reduction"] = 1 - record["limit_ms"] / dense["ms"]
 

@@ -246,8 +246,8 @@ def _host(left_out: dict[str, str]) -> dict[str, Any]:
     }
     kinds = tuple(map(kind_of, qkv))
     if hopper_launch.takes(*kinds):
-        prepared = hopper_launch.Launch(*kinds, None, geometry, scale)
-        runs["hopper launch"] = lambda: prepared(*qkv, None, None)
+        prepared = hopper_launch.Launch(*kinds, None, geometry, scale, None)
+        runs["hopper launch"] = lambda: prepared(*qkv, None, None, None, None, None)
     for name, run in list(runs.items()):
         try:
             run()

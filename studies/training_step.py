@@ -13,6 +13,7 @@ from benchmarks.common import Case, Measured, Records, cold_compiles, device, fr
 from benchmarks.shapes import CAUSAL, MODELS, build, check_layers, lowerings, triangle
 from tmx_compile import tmx_backend
 from tmx_compile.bench.timing import describe, seconds
+from tmx_compile.mask.geometry import Geometry
 
 FULL: dict[str, Any] = {
     "lengths": (16384, 32768),
@@ -70,7 +71,7 @@ def _record(
     config._attn_implementation = CAUSAL if geometry is None else "sdpa"
     backend = None
     if geometry is not None:
-        backend = tmx_backend(triangle(geometry, wanted, plan["min_seq_len"]), strict=True)
+        backend = tmx_backend(triangle(Geometry(*geometry), wanted, plan["min_seq_len"]), strict=True)
     compiled = torch.compile(body, backend=backend or "inductor", dynamic=False)
     ids = torch.randint(0, config.vocab_size, (1, n), generator=torch.Generator().manual_seed(n)).to(place)
     record: dict[str, Any] = {"n": n, "geometry": list(geometry) if geometry else None, "ms": None}

@@ -14,7 +14,11 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture
 def tool(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    return importlib.import_module("run_tests")
+    before = set(sys.modules)
+    yield importlib.import_module("run_tests")
+    # Other tests import tools of the same names from copies of the repository.
+    for name in set(sys.modules) - before:
+        del sys.modules[name]
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,10 @@ a warning, at that place and while it still knows which function it is at: so it
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 import weakref
+from types import FrameType
 from typing import Any
 
 import torch
@@ -20,6 +22,8 @@ from tmx_compile.report import Report
 
 _LOGGER = "torch._dynamo.convert_frame"
 _SAYS = "torch._dynamo hit config."
+_WRAPPED_IN = ("_torchdynamo_orig_backend", "_torchdynamo_orig_callable", "compiler_fn")
+_MOST_WRAPPERS = 10
 
 
 class RecompileLimit:
@@ -57,6 +61,10 @@ class RecompileLimit:
         """
         if self.off or _function() not in self._functions:
             return
+        # Dynamo's numbers of functions begin anew at a reset, and models of one class share theirs.
+        asked = _backend_at_work()
+        if asked is not None and getattr(asked, "report", None) is not self.report:
+            return
         if not self.hit:
             self.hit = (
                 f"Dynamo compiles no more graphs of a function after {self.report.graphs} of them (torch._dynamo.config"
@@ -93,3 +101,17 @@ def _function() -> int | None:
     """Which function is being compiled, as Dynamo counts them."""
     compile_id = CompileContext.current_compile_id()
     return None if compile_id is None else compile_id.frame_id
+
+
+def _backend_at_work() -> Any:
+    """The backend that Dynamo compiles for as this is called, out of its own wrappers; None if it cannot be told."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and "compiler_fn" not in frame.f_locals:
+        frame = frame.f_back
+    found = None if frame is None else frame.f_locals["compiler_fn"]
+    for _ in range(_MOST_WRAPPERS):
+        inner = next((x for name in _WRAPPED_IN if (x := getattr(found, name, None)) is not None), None)
+        if inner is None:
+            return found
+        found = inner
+    return None

@@ -142,7 +142,7 @@ class Report:
         graphs: how many graphs were compiled, those without attention too.
         uncompiled: calls of triangle layers of a model that was handed over, on long prompts, outside every compiled
             graph, and so dense.
-        switched: such calls that were sparse, because the model runs under :func:`register_attention` too.
+        switched: such calls that were sparse, because the model runs under ``register_attention`` too.
 
     >>> import torch
     >>> import torch.nn.functional as F
@@ -163,7 +163,9 @@ class Report:
     graphs: int = 0
     uncompiled: int = 0
     switched: int = 0
-    _visited: dict[tuple[int, str, int | None], Tensor] = field(default_factory=dict, repr=False, compare=False)
+    _visited: dict[tuple[int, str, int | None], Tensor] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __iter__(self) -> Iterator[SiteRecord]:
         return iter(self.sites)

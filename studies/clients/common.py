@@ -139,7 +139,7 @@ def written_out(modules: Sequence[nn.Module] | Mapping[int, nn.Module], sparse: 
         if inside and inside[-1] in sparse and rows > CONFIG.min_seq_len:
             valid = own[:, 0].any(-2)
             end = int(valid.nonzero()[:, -1].max()) + 1
-            mask = attended(rows, end, valid[:, :end], *CONFIG.geometry)[:, None]
+            mask = attended(rows, end, valid[:, :end], *CONFIG.geometry.counts)[:, None]
             own = own & F.pad(mask, (0, keys - end))
         group = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)

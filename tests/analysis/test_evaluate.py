@@ -262,7 +262,8 @@ def test_bad_candidates_are_refused(changes, message):
 
 
 def test_a_ranking_is_read_from_a_profile_of_the_model_alone(tmp_path):
-    found = calibrate(model(), [ids[:, :N] for ids in prompts(1)], config=TriangleMixConfig(*GEOMETRY), progress=False)
+    config = TriangleMixConfig(*GEOMETRY.counts)
+    found = calibrate(model(), [ids[:, :N] for ids in prompts(1)], config=config, progress=False)
     path = tmp_path / "profile.json"
     found.to_profile(path, 1)
     assert read_ranking(path, num_layers=LAYERS, model=model()) == found.ranking

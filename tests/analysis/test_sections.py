@@ -82,7 +82,7 @@ def test_signed_sums_follow_from_two_log_sum_exps(name):
     q, k, v, key_mask, d_out = problem(case)
     inputs = AttentionInputs(q, k, v, key_mask, case.scale, case.reach)
     middle, share = middle_output(inputs, Geometry(*case.geometry))
-    out = inputs.triangle((0, 0, ALL_ROWS))[0]
+    out = inputs.triangle(Geometry(0, 0, ALL_ROWS))[0]
     sums = explicit(case, (q, k, v, key_mask, d_out))[0]
     signed = (middle * d_out).sum((2, 3)).double()
     torch.testing.assert_close(signed, sums[0], rtol=2e-4, atol=2e-4)

@@ -125,7 +125,7 @@ def test_arguments():
                 tmx_backend(CONFIG, context_parallel=mesh, **more)
         with pytest.raises(ValueError, match="needs a configuration that is enabled"):
             tmx_backend(TriangleMixInferenceConfig(), context_parallel=mesh)
-        with pytest.raises(ValueError, match=r"splits no dynamic layers, got dynamic_layer_indices=\[0\]"):
+        with pytest.raises(ValueError, match=r"splits no dynamic layers, got dynamic_layer_indices=\(0,\)"):
             tmx_backend(CONFIG.replace(triangle_layer_indices=[1], dynamic_layer_indices=[0]), context_parallel=mesh)
 
 

@@ -101,8 +101,8 @@ def test_the_switch_is_measured_beside_sdpa(tmp_path):
         ("benchmarks.run", "operator, ttft, throughput, stacked"),
         (
             "studies.run",
-            "first_n, calibration, quality, recall, stacked, pass_cost, prefill_memory, kv_cache, million, stages, "
-            "switch, training, dense",
+            "clients, first_n, calibration, quality, recall, stacked, pass_cost, prefill_memory, kv_cache, million, "
+            "stages, switch, training, dense, short_prompts, training_step, soak",
         ),
     ],
 )
@@ -152,10 +152,10 @@ def test_peers_are_those_that_are_installed(monkeypatch):
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: object())
     (peer,) = peers.peers().values()
     x = torch.zeros(1, 4, 10, 8)
-    assert peer(x, x[:, :2], x[:, :2], (4, 32, 5)) is None  # not on CUDA
+    assert peer(x, x[:, :2], x[:, :2], Geometry(4, 32, 5)) is None  # not on CUDA
     on_gpu = _Somewhere(x)
-    assert peer(on_gpu, x[:, :2], x[:, :2], (4, 32, 0)) is None  # no last rows
-    peer(on_gpu, x[:, :2], x[:, :2], (4, 32, 5))()
+    assert peer(on_gpu, x[:, :2], x[:, :2], Geometry(4, 32, 0)) is None  # no last rows
+    peer(on_gpu, x[:, :2], x[:, :2], Geometry(4, 32, 5))()
     config = {"attn_forward_config": {"n_init": 4, "n_local": 33, "n_last": 5}}
     assert called == [(x.shape, x.shape, config)]
 

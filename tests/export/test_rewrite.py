@@ -145,7 +145,7 @@ def test_a_rewritten_program_can_be_rewritten():
     assert len(report.triangle()) == 1
     assert after.graph_signature == program.graph_signature
     both = TriangleMixConfig(triangle_layer_indices=[0, 1], num_last_tokens=8, sliding_window_size=16, min_seq_len=100)
-    assert first.geometry == both.geometry == CONFIG.geometry.counts
+    assert first.geometry == both.geometry == CONFIG.geometry
     x = torch.randn(2, 2, 130, 16)
     close(after.module()(x), expected(x, both))
 

@@ -83,6 +83,10 @@ CALLS = {
             "num_triangle_layers": None,
             "triangle_layer_indices": [1],
             "min_seq_len": 2048,
+            "dynamic_layer_indices": [0],
+            "dynamic_share": 0.5,
+            "dynamic_method": "antidiagonal",
+            "dynamic_block": 64,
         },
         {},
     ),
@@ -102,7 +106,7 @@ def test_every_class_is_made_by_keyword(name):
     assert list(parameters) == list(arguments)
     one = made(name)
     for parameter, value in arguments.items():
-        expected = tuple(value) if parameter == "triangle_layer_indices" else value
+        expected = tuple(value) if parameter in ("triangle_layer_indices", "dynamic_layer_indices") else value
         assert getattr(one, parameter) == expected
 
 

@@ -10,6 +10,7 @@ from tmx_compile.lowering import rows
 from tmx_compile.lowering.blocked import blocked_attention
 from tmx_compile.lowering.flex.lowering import key_blocks
 from tmx_compile.lowering.reference import reference_attention
+from tmx_compile.lowering.scoring import Scoring
 from tmx_compile.mask.geometry import Geometry
 
 
@@ -19,7 +20,7 @@ from tmx_compile.mask.geometry import Geometry
 def test_numbers(attention, case):
     tensors = case.tensors()
     want, _ = oracle(*tensors, *case.arguments)
-    got = attention(*tensors, case.mask, case.scale)
+    got = attention(*tensors, case.mask, Scoring(case.scale))
     torch.testing.assert_close(got, want, atol=1e-11, rtol=0)
 
 

@@ -13,7 +13,7 @@ from studies import ascend_cost
 from studies.ascend_cost import CHECK, CHIPS, FORMS, GEOMETRIES, LENGTHS, TILINGS, Problem, Tiling, Work, fused
 from tmx_compile.bench.floor import attended_pairs, causal_pairs
 from tmx_compile.mask.geometry import Geometry
-from tools.pages import blocks, page_ascend, page_attach, page_benchmarks, run
+from tools.pages import blocks, page_ascend, run
 from tools.pages.markdown import Fields
 
 
@@ -144,9 +144,7 @@ def test_the_page_has_the_tables_of_the_stored_file(tmp_path):
 def test_a_stale_page_is_told(tmp_path):
     results, out = tmp_path / "results", tmp_path / "docs"
     shutil.copytree(RESULTS, results)
-    out.mkdir()
-    for name in (page_ascend.PAGE, page_attach.PAGE, page_benchmarks.PAGE):
-        shutil.copy(RESULTS.parents[1] / "docs" / name, out)
+    shutil.copytree(RESULTS.parents[1] / "docs", out)
     arguments = ["--results", str(results), "--docs", str(out)]
     run.main(arguments)
     run.main([*arguments, "--check"])

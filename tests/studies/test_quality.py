@@ -137,7 +137,7 @@ def test_figures_are_those_of_prefill_and_decoding(lab, decode):
 @pytest.mark.parametrize("rows", ["sparse", "dense"])
 def test_a_new_turn_is_a_prompt_of_its_own_rows(lab, rows, decode):
     """Earlier turns keep their own last rows; the new one counts its own from its end, or sees everything."""
-    (sink, window, last), layers, prompt, turn = (2, 5, 4), (1, 2), 130, 10
+    last, layers, prompt, turn = 4, (1, 2), 130, 10
     [one, record] = lab.evaluate(
         prompt,
         [Cell(Geometry(2, 5, 4), "deepest", 2, decode), Cell(Geometry(2, 5, 4), "deepest", 2, decode, turn, rows)],
@@ -147,7 +147,7 @@ def test_a_new_turn_is_a_prompt_of_its_own_rows(lab, rows, decode):
     for item in lab.items(prompt)[:2]:
         total = item.ids.shape[1]
         causal = torch.ones(total, total, dtype=torch.bool).tril()
-        mask = decoded_mask(total, prompt, (sink, window, last), decode == "streaming")
+        mask = decoded_mask(total, prompt, Geometry(2, 5, last), decode == "streaming")
         mask[prompt - turn - last : prompt - turn] = causal[prompt - turn - last : prompt - turn]
         if rows == "dense":
             mask[prompt - turn : prompt] = causal[prompt - turn : prompt]

@@ -186,7 +186,7 @@ def test_every_choice_is_measured_once(monkeypatch):
     monkeypatch.setattr(lab, "_ranking", lambda tokens, geometry, estimator: rankings[estimator])
     seen = []
     monkeypatch.setattr(lab, "_accuracy", lambda batches, layers: seen.append(layers) or len(layers) / 4)
-    records = lab.evaluate(512, (4, 16, 64))
+    records = lab.evaluate(512, Geometry(4, 16, 64))
     assert {(r["policy"], r["count"]): r["indices"] for r in records} == {
         ("dense", 0): [],
         ("gradient", 1): [0],

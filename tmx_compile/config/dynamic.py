@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tmx_compile.config.values import as_layer_indices
@@ -12,12 +12,12 @@ DYNAMIC = ("dynamic_layer_indices", "dynamic_share", "dynamic_method", "dynamic_
 """The parameters of dynamic layers, in order."""
 
 
-def checked(values: Mapping[str, Any], triangle: tuple[int, ...]) -> dict[str, Any]:
+def checked(values: Mapping[str, Any], triangle: Sequence[int]) -> dict[str, Any]:
     """The parameters of :data:`DYNAMIC` as they are kept; ``ValueError`` also where a layer is to be both."""
     indices = values["dynamic_layer_indices"]
     if indices is not None:
         indices = as_layer_indices("dynamic_layer_indices", indices)
-        both = sorted(set(indices) & set(triangle))
+        both = [layer for layer in indices if layer in triangle]
         if both:
             raise ValueError(f"dynamic_layer_indices must name no triangle layer, got {', '.join(map(str, both))}")
     return {

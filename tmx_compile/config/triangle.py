@@ -107,7 +107,7 @@ class TriangleMixConfig:
         if self.triangle_layer_indices is not None:
             indices = as_layer_indices("triangle_layer_indices", self.triangle_layer_indices)
             object.__setattr__(self, "triangle_layer_indices", indices)
-        for name, value in checked(self._dynamic, self.layers()).items():
+        for name, value in checked(self._dynamic, self._named).items():
             object.__setattr__(self, name, value)
 
     @classmethod
@@ -273,9 +273,7 @@ class TriangleMixConfig:
         >>> TriangleMixConfig(triangle_layer_indices=[5, 3]).layers()
         (3, 5)
         """
-        if self.triangle_layer_indices is not None:
-            return tuple(self.triangle_layer_indices)
-        return tuple(range(self.num_triangle_layers or 0))
+        return tuple(self._named)
 
     def dynamic_layers(self) -> tuple[int, ...]:
         """Return the layers whose blocks are chosen at run time, ascending, counted from 0.
@@ -296,6 +294,12 @@ class TriangleMixConfig:
         """
         words = self.dynamic_method, self.dynamic_share, self.dynamic_block
         return Selection(*words, Selection.stride, self.num_sink_tokens, self.num_last_tokens)
+
+    @property
+    def _named(self) -> Sequence[int]:
+        # A count takes no memory here: it may be of any size.
+        indices = self.triangle_layer_indices
+        return range(self.num_triangle_layers or 0) if indices is None else indices
 
     @property
     def _dynamic(self) -> dict[str, Any]:

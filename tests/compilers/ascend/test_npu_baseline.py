@@ -9,6 +9,7 @@ from benchmarks.npu import MODEL, QUICK, register
 from benchmarks.npu_platform import Cpu
 from benchmarks.shapes import MODELS, Prefill, build
 from tests.support.oracle import oracle, tolerance
+from tmx_compile.mask.geometry import Geometry
 
 ROWS = 300  # more than a quick run's min_seq_len
 
@@ -37,7 +38,7 @@ def prefill(geometry, lengths):
     platform._npu = torch_npu
     platform._mask = torch.ones(2048, 2048, dtype=torch.bool).triu_(1)
     model = build(MODELS[MODEL], torch.device("cpu"), torch.float16, quick=True)
-    config = QUICK.config(geometry, [2, 3]) if geometry else None
+    config = QUICK.config(Geometry(*geometry), [2, 3]) if geometry else None
     model.config._attn_implementation = "sdpa" if geometry else register(platform, None, "dense, test")
     found = []
     with torch.no_grad(), capture.engine(execute) as models:
@@ -62,7 +63,7 @@ def layer(dtype, geometry):
     platform._mask = torch.ones(2048, 2048, dtype=torch.bool).triu_(1)
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, heads, ROWS, 32).to(dtype) for heads in (4, 2, 2))
-    config = QUICK.config(geometry, [0]) if geometry else None
+    config = QUICK.config(Geometry(*geometry), [0]) if geometry else None
     with torch.no_grad(), capture.engine(execute) as models:
         made = platform.compile(Layer(None if geometry else platform.dense), "max-autotune", config)
         run = compiled(made, query, key, value)
@@ -89,7 +90,7 @@ def test_the_benchmark_prefills_what_it_says(npu, geometry):
     found, graphs = npu.call(prefill, geometry, lengths)
     assert graphs == 1
     model = build(MODELS[MODEL], torch.device("cpu"), torch.float16, quick=True)
-    config = QUICK.config(geometry, [2, 3]) if geometry else None
+    config = QUICK.config(Geometry(*geometry), [2, 3]) if geometry else None
     model.config._attn_implementation = register(Cpu(), config, f"{geometry}, test")
     for tokens, logits in zip(lengths, found, strict=True):
         expected = Prefill(model, model, tokens, dynamic=False, cache=False)()

@@ -81,7 +81,7 @@ def oracle_logits(model, config, tokens, mask):
     plain = attended(total, total, mask.bool(), 0, 0, total)
     triangle = plain.clone()
     if n > config.min_seq_len:
-        triangle[:, :n, :n] = attended(n, n, mask[:, :n].bool(), *config.geometry)
+        triangle[:, :n, :n] = attended(n, n, mask[:, :n].bool(), *config.geometry.counts)
     masks = {layer: triangle if layer in config.layers() else plain for layer in range(LAYERS["num_hidden_layers"])}
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     return with_masks(model, tokens, masks, mask, position_ids=positions)[:, n - 1 : total - 1]

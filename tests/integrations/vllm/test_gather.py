@@ -11,6 +11,7 @@ from tests.support.oracle import oracle
 from tmx_compile.integrations.vllm.gather import Scratch, from_packed, places, seen
 from tmx_compile.integrations.vllm.rows import split
 from tmx_compile.lowering.chunk import Part
+from tmx_compile.lowering.scoring import Scoring
 from tmx_compile.mask.geometry import Geometry
 
 SIZE = 4
@@ -41,7 +42,7 @@ def test_a_prompt_in_chunks_is_the_prompt_as_a_whole(prompt, chunk, sink, window
     k, v = torch.randn(2, prompt, 2, 8, dtype=torch.float64)
     pages = Pages(k, v)
     out = torch.full_like(q, float("nan"))
-    part = Part(geometry, 0.3, "operator")
+    part = Part(geometry, Scoring(0.3), "operator")
     for begin in range(0, prompt, chunk):
         rows = slice(begin, min(begin + chunk, prompt))
         found = split([0, rows.stop - begin], [rows.stop], [prompt], geometry, limit=0)
