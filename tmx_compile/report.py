@@ -192,7 +192,7 @@ class Report:
         return [site for site in self.sites if site.graph == graph]
 
     def density(self, site: SiteRecord) -> float | None:
-        """The share of blocks that a dynamic site visited in its last call; None: it is not counted, or has not run.
+        """The share of blocks that a dynamic ``site`` visited in its last call; None: not counted, or not run yet.
 
         Calls write their counts on the device; only this reads them, and waits for it. ``print`` and :meth:`table` do.
 
@@ -208,9 +208,13 @@ class Report:
         return visited / causal if causal else None
 
     def count_visited(self, graph: int, path: str, layer: int | None, counts: Tensor) -> None:
-        """Tell where the calls of a dynamic site count: (2,) blocks visited, and those of dense attention.
+        """Tell where the calls of a dynamic site count. The backend and the attention implementation call it.
 
-        The backend and the attention implementation call it.
+        Args:
+            graph: the site's, as in its record.
+            path: likewise.
+            layer: likewise.
+            counts: (2,) blocks visited, and those of dense attention.
         """
         self._visited[graph, path, layer] = counts
 
