@@ -13,7 +13,7 @@ from tmx_compile.operator.layout import empty_by_tokens
 from tmx_compile.operator.triangle import check as check_tensors
 
 ARGUMENTS = "str method, float share, int block, int stride, int sink, int last, float scale"
-_SCHEMA = f"(Tensor query, Tensor key, Tensor value, Tensor? key_mask, {ARGUMENTS}) -> (Tensor out, Tensor visited)"
+SCHEMA = f"(Tensor query, Tensor key, Tensor value, Tensor? key_mask, {ARGUMENTS}) -> (Tensor out, Tensor visited)"
 
 
 def check(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> None:
@@ -23,7 +23,7 @@ def check(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) ->
         raise ValueError(f"key_mask must be bool (True = may be attended), got {key_mask.dtype}")
 
 
-@torch.library.custom_op("tmx::block_sparse_attention", mutates_args=(), schema=_SCHEMA)
+@torch.library.custom_op("tmx::block_sparse_attention", mutates_args=(), schema=SCHEMA)
 def _forward(
     query: Tensor,
     key: Tensor,

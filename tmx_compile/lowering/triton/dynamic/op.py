@@ -7,15 +7,11 @@ from torch import Tensor
 
 from tmx_compile.lowering.triton.op import on_device_of
 from tmx_compile.mask.selection import Selection
-from tmx_compile.operator.dynamic.operator import ARGUMENTS
+from tmx_compile.operator.dynamic.operator import SCHEMA
 from tmx_compile.operator.layout import empty_by_tokens
 
 
-@torch.library.custom_op(
-    "tmx::block_sparse_attention_triton",
-    mutates_args=(),
-    schema=f"(Tensor query, Tensor key, Tensor value, Tensor? key_mask, {ARGUMENTS}) -> (Tensor out, Tensor visited)",
-)
+@torch.library.custom_op("tmx::block_sparse_attention_triton", mutates_args=(), schema=SCHEMA)
 def _forward(
     query: Tensor,
     key: Tensor,
