@@ -157,7 +157,7 @@ def main() -> None:
 TIMING = (
     "wall time of the slowest process from a barrier to the end of its work, median of the calls after two untimed "
     "ones; nccl_ms: kernels of collectives on the first process, waiting included; exposed_ms: of these, while no "
-    "other kernel ran"
+    "other kernel ran; memory_gib: the peak on the first process's card in the timed calls"
 )
 
 
@@ -240,13 +240,14 @@ def variant(
             with torch.no_grad():
                 return compiled(x, positions)  # noqa: B023
 
-        if kind == "cuda":
-            torch.cuda.reset_peak_memory_stats()
         begin = time.perf_counter()
         out = call()
         finish(kind)
         first_s = time.perf_counter() - begin
         call()
+        if kind == "cuda":
+            # Only now: until the first call has compiled, what the variant before left may be there still.
+            torch.cuda.reset_peak_memory_stats()
         ms = statistics.median(timed(call, kind) for _ in range(plan["calls"] if n < 200_000 else 2))
         form = f"{name}{'' if sparse else ', dense'}"
         item: dict[str, Any] = {"variant": form, "n": n, "ranks": 1 if name == "one" else ranks, "ms": ms}

@@ -100,31 +100,36 @@ def predicted(
     }
 
 
-def table(c: Constants, geometry: tuple[int, int, int], layer: context_bytes.Layer, layers: int) -> list[str]:
-    """Markdown: seconds, and the share of collectives, by tokens and cards."""
-    whole = c.at(layers)
-    lines = ["| tokens | " + " | ".join(f"{r} cards" if r > 1 else "1 card" for r in RANKS) + " |", "|---" * 8 + "|"]
-    for tokens in TOKENS:
-        cells = []
-        for ranks in RANKS:
-            found = predicted(whole, tokens, ranks, geometry, layer)
-            cells.append(f"{found['ms'] / 1e3:.3g} s ({found['collectives_ms'] / found['ms']:.1%})")
-        lines.append(f"| {tokens:,} | " + " | ".join(cells) + " |")
-    return lines
+def of_record(content: dict[str, Any], record: dict[str, Any]) -> dict[str, float]:
+    """What the model says of a record of a result file, with ``share``, that of collectives in the time."""
+    return _told(content, fitted(content), record["n"], record["ranks"])
+
+
+def by_cards(content: dict[str, Any], layers: int) -> dict[int, dict[int, dict[str, float]]]:
+    """{tokens: {cards: as :func:`of_record`}} for a model of ``layers`` layers."""
+    constants = fitted(content).at(layers)
+    return {tokens: {ranks: _told(content, constants, tokens, ranks) for ranks in RANKS} for tokens in TOKENS}
+
+
+def _told(content: dict[str, Any], constants: Constants, tokens: int, ranks: int) -> dict[str, float]:
+    settings = content["settings"]
+    sink, window, last = settings["geometry"]
+    layer = context_bytes.Layer(settings["heads"], settings["kv_heads"], settings["hidden"] // settings["heads"])
+    found = predicted(constants, tokens, ranks, (sink, window, last), layer)
+    return {**found, "share": found["collectives_ms"] / found["ms"]}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     content = json.loads(Path(given[0] if given else RESULTS / "context_parallel.json").read_text(encoding="utf-8"))
-    settings, constants = content["settings"], fitted(content)
-    sink, window, last = settings["geometry"]
-    layer = context_bytes.Layer(settings["heads"], settings["kv_heads"], settings["hidden"] // settings["heads"])
-    print(constants)
+    print(fitted(content))
     for item in content["records"]:
         if item.get("variant") == "context" and "ms" in item:
-            ms = predicted(constants, item["n"], item["ranks"], (sink, window, last), layer)["ms"]
+            ms = of_record(content, item)["ms"]
             print(f"{item['n']:>8} tokens, {item['ranks']} cards: {item['ms']:.1f} ms, predicted {ms:.1f}")
-    print("\n".join(table(constants, (sink, window, last), layer, 32)))
+    for tokens, found in by_cards(content, 32).items():
+        told = ", ".join(f"{ranks}: {each['ms'] / 1e3:.3g} s ({each['share']:.1%})" for ranks, each in found.items())
+        print(f"{tokens:>9} tokens, cards: {told}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from benchmarks.common import RESULTS
-from tools.pages import drawing, page_benchmarks, page_quality, pictures
+from tools.pages import drawing, page_benchmarks, page_distributed, page_quality, pictures
 
 DOCS = RESULTS.parents[1] / "docs"
 
@@ -17,6 +17,7 @@ DOCS = RESULTS.parents[1] / "docs"
 def drawn():
     """All pictures of the stored results, by file."""
     found = page_benchmarks.generate(RESULTS, DOCS)[1] + page_quality.generate(RESULTS)[1]
+    found += page_distributed.generate(RESULTS, DOCS)[1]
     return {picture.file: picture for picture in found}
 
 
@@ -104,3 +105,20 @@ def test_which_layers_go_sparse_decides_what_survives(drawn):
     lines = lines_of(drawn["quality-recall.svg"])
     assert lines["direct"][4] > 0.9 > 0.3 > lines["gradient, deepest"][4]
     assert lines["first"][2] < 0.2
+
+
+def test_time_falls_until_there_are_as_many_cards_as_heads(drawn):
+    lines = lines_of(drawn["distributed-time.svg"])
+    assert len(lines) == 5
+    for line in lines.values():
+        assert all(line[2 * cards] < 0.62 * line[cards] for cards in (2, 4, 8, 16))
+        assert 0.85 * line[32] < line[64] <= line[32]
+
+
+def test_collectives_cost_most_in_short_prompts_and_beyond_one_host(drawn):
+    lines = lines_of(drawn["distributed-share.svg"])
+    for cards in (2, 4, 8, 16, 32, 64):
+        shares = [line[cards] for line in lines.values()]
+        assert shares == sorted(shares, reverse=True)
+    for line in lines.values():
+        assert line[16] / line[8] > 3 > line[8] / line[4]

@@ -3,7 +3,7 @@
 import pytest
 
 from studies import context_bytes
-from studies.context_scale import Constants, fitted, predicted, table
+from studies.context_scale import RANKS, TOKENS, Constants, by_cards, fitted, of_record, predicted
 
 MADE = Constants(2.0, 3e-3, 5e-8, 0.03, 3e8, 8)
 LAYER, GEOMETRY = context_bytes.Layer(), (8, 512, 128)
@@ -42,5 +42,13 @@ def test_more_cards_than_heads_share_no_more():
     assert squares[0] == pytest.approx(squares[1])
 
 
-def test_the_table_has_a_row_a_length():
-    assert [line.count("|") for line in table(MADE, GEOMETRY, LAYER, 32)] == [9] * 7
+def test_by_cards_and_records():
+    found = {**content(), "settings": {"layers": 8, "geometry": GEOMETRY, "heads": 32, "kv_heads": 8, "hidden": 4096}}
+    told = by_cards(found, 32)
+    assert list(told) == list(TOKENS)
+    assert {tuple(each) for each in told.values()} == {RANKS}
+    record = of_record(found, {"n": 131072, "ranks": 2})
+    assert record["ms"] == pytest.approx(predicted(MADE, 131072, 2, GEOMETRY, LAYER)["ms"], rel=1e-3)
+    assert record["share"] == pytest.approx(record["collectives_ms"] / record["ms"])
+    # Four times the layers.
+    assert told[131072][2]["ms"] == pytest.approx(4 * record["ms"])
