@@ -8,6 +8,7 @@ import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from tmx_compile.find.site import AttentionSite
+from tmx_compile.lowering.table import Role
 from tmx_compile.passes.lengths import has_fixed_range, hint
 from tmx_compile.passes.plan import Plan, SitePlan
 from tmx_compile.proof.conclude import Proof
@@ -26,10 +27,14 @@ def prove(plan: Plan) -> Plan:
     assume = plan.request.assume_causal
     prover = Prover.of(first.fake("query"), plan.storages, assume_causal=assume, constants=constants)
 
+    split = plan.request.context_parallel is not None
+
     def proven(item: SitePlan) -> SitePlan:
         if item.site is None:
             return item
-        own = own_key(item.site) if item.selected and item.role.shows_own_key else None
+        # Over a split cache a step is written anew in every layer.
+        step = split and item.role is Role.STEP
+        own = own_key(item.site) if step or (item.selected and item.role.shows_own_key) else None
         ordered = item.selected and _settle_order(item.site, may_guard=plan.host.guards)
         proof = prover.prove(item.site, ordered=ordered, own_key=own)
         if isinstance(proof, Proof):

@@ -10,7 +10,7 @@ from torch.fx import Proxy
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from tmx_compile.lowering.base import AttentionCall, Lowering, Operands, Writer
-from tmx_compile.lowering.context_parallel import halo, heads, padded
+from tmx_compile.lowering.context_parallel import halo, heads, padded, step
 from tmx_compile.lowering.context_parallel.ranks import Ranks
 from tmx_compile.lowering.operator_call import OperatorCall
 from tmx_compile.report import Accepted, Reason, Rejected
@@ -20,7 +20,7 @@ Choice = Callable[[AttentionCall], "Lowering | Rejected"]
 
 @dataclass(frozen=True)
 class ContextParallel:
-    """Attention of all tokens of a prompt, written for the process that holds a piece of them.
+    """Attention of all tokens of a prompt, or of new ones after it, for the process that holds a piece of the prompt.
 
     Attributes:
         ranks: the processes.
@@ -36,17 +36,33 @@ class ContextParallel:
         return {}
 
     def supports(self, call: AttentionCall) -> Accepted | Rejected:
-        """Whole prompts, for inference."""
+        """Whole prompts, and what follows them, for inference."""
         if call.needs_grad:
             return Rejected(Reason.NO_LOWERING, "context_parallel: inference only, and a gradient is asked for")
         if call.documents:
             return Rejected(Reason.NO_LOWERING, "context_parallel: packed documents")
-        if not statically_known_true(call.query.shape[2] == call.key.shape[2]):
+        if _is_prompt(call):
+            return Accepted()
+        if not call.geometry.is_dense:
             return Rejected(Reason.NO_LOWERING, "context_parallel: a cache holds tokens before this piece")
+        if call.geometry.reach is not None:
+            # How far a key of another piece is, only the caller knows.
+            return Rejected(
+                Reason.NO_LOWERING, "context_parallel: a step over a split cache in a layer with a window of its own"
+            )
+        if call.key_mask is None:
+            return Rejected(
+                Reason.NO_LOWERING,
+                "context_parallel: a step over a split cache needs an attention mask, which tells on which process "
+                "the new tokens' keys count",
+            )
         return Accepted()
 
     def emit(self, write: Writer, call: AttentionCall, operands: Operands) -> Proxy:
-        """Sinks, halo and last rows where that is all a process lacks, else all rows for a share of the heads."""
+        """Sinks, halo and last rows where that is all a process lacks, else all rows for a share of the heads.
+
+        Of new tokens over a cache: parts over each process's keys.
+        """
 
         def inner(call: AttentionCall, operands: Operands) -> Any:
             lowering = self.choose(call)
@@ -54,6 +70,8 @@ class ContextParallel:
 
         if self.ranks.size == 1:
             return cast("Proxy", inner(call, operands))
+        if not _is_prompt(call):
+            return cast("Proxy", step.attend(write, self.ranks, operands, call.scale))
         form = heads.attend
         if self.takes_halo(call):
             form = halo.attend if call.key_mask is None else padded.attend
@@ -65,3 +83,8 @@ class ContextParallel:
         if geometry.is_dense or geometry.reach is not None:
             return False
         return bool(statically_known_true(call.query.shape[2] >= halo.least_piece(geometry)))
+
+
+def _is_prompt(call: AttentionCall) -> bool:
+    """Whether the keys are those of the rows, and no cache holds any before them."""
+    return bool(statically_known_true(call.query.shape[2] == call.key.shape[2]))

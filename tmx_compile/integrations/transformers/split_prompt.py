@@ -1,0 +1,166 @@
+"""A prompt that several processes hold a piece of each, and the answer that follows it over their split caches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from tmx_compile.lowering.base import Immediate
+from tmx_compile.lowering.context_parallel import Ranks
+
+
+class SplitPrompt:
+    """What each process gives a model whose prompt is split, and what it makes of the results.
+
+    For a model compiled with ``tmx_backend(config, context_parallel=mesh)``. The cache stays split: every process
+    stores its piece of the prompt and all new tokens, whose keys count on the final process only. Every method that
+    exchanges something has to be called by all processes.
+
+    Args:
+        mesh: the ``torch.distributed.DeviceMesh`` of one dimension that the backend got.
+        input_ids: (B, N) int64, the whole prompt, alike on every process.
+        attention_mask: (B, N), 1 where a token counts, padding on either side; None: everywhere.
+
+    Raises:
+        ValueError: shapes that are none of a prompt, naming the argument.
+
+    >>> import torch
+    >>> from tmx_compile.integrations.transformers import SplitPrompt
+    >>> # split = SplitPrompt(mesh, input_ids)
+    >>> # out = compiled(**split.piece())
+    >>> # token = split.last(out.logits).argmax(-1, keepdim=True)
+    >>> # out = compiled(**split.step(token), past_key_values=out.past_key_values)  # and so on
+    >>> # cache = split.gathered(out.past_key_values)  # what one process would have: generate goes on from it
+    """
+
+    def __init__(self, mesh: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
+        if input_ids.dim() != 2 or input_ids.shape[1] == 0:
+            raise ValueError(f"input_ids must be (batch, tokens), got {tuple(input_ids.shape)}")
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"attention_mask must have the shape of input_ids, {tuple(input_ids.shape)}, got "
+                f"{tuple(attention_mask.shape)}"
+            )
+        self._ranks = Ranks.of(mesh)
+        self._prompt_tokens = input_ids.shape[1]
+        self._input_ids = input_ids
+        self._padded = attention_mask is not None
+        self._mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.dtype)
+        # A prompt that the processes do not divide gets more padding, on the left: its last row stays the last.
+        self._added = -self._prompt_tokens % self._ranks.size
+        self._piece_tokens = (self._prompt_tokens + self._added) // self._ranks.size
+
+    @property
+    def input_ids(self) -> Tensor:
+        """(B, N + t) int64: the prompt, and the t tokens of :meth:`step` so far."""
+        return self._input_ids
+
+    @property
+    def attention_mask(self) -> Tensor:
+        """(B, N + t) int64 for :attr:`input_ids`, as one process that goes on alone gives it."""
+        return self._mask
+
+    @property
+    def new_tokens(self) -> int:
+        """How many tokens follow the prompt."""
+        return self._input_ids.shape[1] - self._prompt_tokens
+
+    def piece(self) -> dict[str, Any]:
+        """Arguments of the model for this process's piece: (B, P) tokens and positions; a mask if there is padding."""
+        arguments = {
+            "input_ids": self._own(self._input_ids[:, : self._prompt_tokens]),
+            "position_ids": self._own(self._positions()[:, : self._prompt_tokens]),
+            "use_cache": True,
+        }
+        if self._padded or self._added:
+            arguments["attention_mask"] = self._own(self._mask[:, : self._prompt_tokens])
+        return arguments
+
+    def last(self, logits: Tensor) -> Tensor:
+        """(B, V) of each sequence's last token, on every process, from the logits (B, P, V) of every piece.
+
+        Logits of one row (``logits_to_keep=1``) will do where the prompt has no padding on the right.
+
+        Raises:
+            ValueError: logits of any other number of rows, before anything is exchanged.
+        """
+        rows, ranks = logits.shape[1], self._ranks
+        mask = F.pad(self._mask[:, : self._prompt_tokens], (self._added, 0)).bool()
+        place = torch.arange(mask.shape[1], device=mask.device)
+        ends = torch.where(mask, place, 0).amax(1)
+        if rows == 1 and self._piece_tokens > 1 and bool((ends < mask.shape[1] - 1).any()):
+            raise ValueError("logits of one row (logits_to_keep=1) are not enough: the prompt has padding on the right")
+        if rows not in (1, self._piece_tokens):
+            raise ValueError(f"logits must be of all {self._piece_tokens} tokens of the piece, or of one, got {rows}")
+        at = ends - ranks.rank * self._piece_tokens
+        held = (at >= 0) & (at < self._piece_tokens)
+        at = at.clamp(0, self._piece_tokens - 1) if rows > 1 else at * 0
+        own = logits[torch.arange(len(at), device=logits.device), at]
+        found: Tensor = ranks.sum(Immediate(), torch.where(held[:, None], own, 0.0))
+        return found
+
+    def step(self, tokens: Tensor) -> dict[str, Any]:
+        """Arguments of the model for new tokens (B, n), alike on all processes: those that the final one gives count.
+
+        The cache of the calls so far has to be passed with them.
+
+        Raises:
+            ValueError: tokens of another batch, before anything is exchanged.
+        """
+        batch, known = self._input_ids.shape
+        if tokens.dim() != 2 or tokens.shape[0] != batch or tokens.shape[1] == 0:
+            raise ValueError(f"tokens must be ({batch}, new tokens), got {tuple(tokens.shape)}")
+        # Each process may have drawn others.
+        told = self._ranks.all_gather(Immediate(), tokens.to(self._input_ids.dtype).contiguous())[-batch:]
+        self._input_ids = torch.cat([self._input_ids, told], 1)
+        self._mask = torch.cat([self._mask, torch.ones_like(told)], 1)
+        answer = self._mask[:, self._prompt_tokens :]
+        counted = answer if self._ranks.is_final else torch.zeros_like(answer)
+        return {
+            "input_ids": told,
+            "position_ids": self._positions()[:, known:],
+            "attention_mask": torch.cat([self._own(self._mask[:, : self._prompt_tokens]), counted], 1),
+            "use_cache": True,
+        }
+
+    def gathered(self, cache: Any) -> DynamicCache:
+        """The cache that one process would have, on every process: N + t tokens, the pieces in order.
+
+        What this class added to make pieces of one length is left out. Takes the memory of the whole cache on every
+        process. Plain ``generate`` goes on from it, by a model that is not compiled for a split prompt.
+
+        Args:
+            cache: this process's ``DynamicCache``, after the piece and all steps.
+
+        Raises:
+            ValueError: a layer that does not hold them all, before anything is exchanged.
+        """
+        held = self._piece_tokens + self.new_tokens
+        for index, layer in enumerate(cache.layers):
+            tokens = 0 if layer.keys is None else layer.keys.shape[2]
+            if tokens != held or getattr(layer, "is_sliding", False):
+                raise ValueError(
+                    f"cache: layer {index} ({type(layer).__name__}) holds {tokens} tokens, and piece and new tokens "
+                    f"are {held}: it has to be a DynamicCache that keeps them all"
+                )
+        whole = DynamicCache()
+        for index, layer in enumerate(cache.layers):
+            whole.update(self._whole(layer.keys), self._whole(layer.values), index)
+        return whole
+
+    def _positions(self) -> Tensor:
+        """(B, N + t): each sequence's own, from 0 at its first token."""
+        return (self._mask.cumsum(1) - 1).clamp(min=0)
+
+    def _own(self, x: Tensor) -> Tensor:
+        """(B, P) of this process from (B, N)."""
+        return F.pad(x, (self._added, 0)).chunk(self._ranks.size, 1)[self._ranks.rank]
+
+    def _whole(self, x: Tensor) -> Tensor:
+        """(B, h, N + t, D) from every process's (B, h, P + t, D)."""
+        pieces = self._ranks.all_gather(Immediate(), x[:, :, : self._piece_tokens].permute(2, 0, 1, 3).contiguous())
+        return torch.cat([pieces[self._added :].permute(1, 2, 0, 3), x[:, :, self._piece_tokens :]], 2)
