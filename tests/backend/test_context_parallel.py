@@ -8,6 +8,7 @@ import multiprocessing
 import re
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from tests.support.lost import lone
 from tests.support.split import CONFIG, Attention, as_written
 from tmx_compile import TriangleMixConfig, TriangleMixInferenceConfig, tmx_backend
 from tmx_compile.graph.nodes import tensor_of
+from tmx_compile.lowering.context_parallel import ContextParallel
 from tmx_compile.lowering.context_parallel.heads import share
 
 ALL_TO_ALL = torch.ops._c10d_functional.all_to_all_single.default
@@ -140,10 +142,21 @@ def documents(x):
     return F.scaled_dot_product_attention(x, x, x, attn_mask=mask[:, None])
 
 
-def step(x):
+def step(x, mask=None, joins=True):
+    """One row over a cache and its own key; ``mask`` (B, 101) bool."""
     row = x[:, :, -1:]
-    held = torch.cat([x, row], 2)
-    return F.scaled_dot_product_attention(row, held, held)
+    held = torch.cat([x, row], 2) if joins else F.pad(x, (0, 0, 0, 1))
+    return F.scaled_dot_product_attention(row, held, held, attn_mask=None if mask is None else mask[:, None, None])
+
+
+def of_data(x):
+    """(B, 101): which keys count, as an attention mask tells."""
+    return F.pad(x[:, 0, :, 0] < 2, (0, 1), value=True)
+
+
+def windowed(x, window):
+    row, key = (torch.arange(x.shape[2])[shape] for shape in ((slice(None), None), (None, slice(None))))
+    return F.scaled_dot_product_attention(x, x, x, attn_mask=((key <= row) & (key > row - window))[None, None])
 
 
 @pytest.mark.parametrize(
@@ -152,7 +165,11 @@ def step(x):
         (lambda x: F.scaled_dot_product_attention(x, x, x), "cannot split .*: the mask is not causal"),
         (lambda x: causal(x, dropout_p=0.1), "cannot split .*: attention dropout is active"),
         (documents, "packed documents|more than causal"),
-        (step, "cannot split"),
+        (step, "a step over a split cache needs an attention mask, which tells on which process"),
+        (lambda x: step(x, of_data(x), joins=False), "cannot split .*: the mask is not causal"),
+        # A window of its own: another one on every process, whether it is shorter than the piece or not.
+        (lambda x: step(x, of_data(x) & (torch.arange(101) > 60)), "its mask is more than causal and a padding mask"),
+        (lambda x: step(x, of_data(x) & (torch.arange(101) > -9)), "its mask is more than causal and a padding mask"),
         (lambda x: F.scaled_dot_product_attention(x[:, :, 8:], x, x, is_causal=True), "cannot split"),
     ],
 )
@@ -169,6 +186,42 @@ def test_what_cannot_be_split_is_an_error(attend, reason, layer):
         model = torch.compile(Net(Layer()), backend=tmx_backend(config, context_parallel=mesh))
         with pytest.raises(BackendCompilerFailed, match=f"LoweringError: context_parallel .*(?:{reason})"):
             model(torch.randn(2, 2, 100, 16))
+
+
+@pytest.mark.parametrize("window", [30, 300])
+def test_a_window_is_that_of_the_prompt(window):
+    """A piece is shorter than the window: it shows no key beyond it, and the prompt has some."""
+
+    class Layer(nn.Module):
+        def forward(self, x):
+            return windowed(x, window)
+
+    seen, asked = [], ContextParallel.supports
+
+    def supports(self, call):
+        seen.append(call.geometry.reach)
+        return asked(self, call)
+
+    with fakes(1, 2) as mesh, as_written(), mock.patch.object(ContextParallel, "supports", supports):
+        model = torch.compile(Net(Layer()), backend=tmx_backend(CONFIG, context_parallel=mesh), dynamic=False)
+        with contextlib.suppress(RuntimeError):
+            model(torch.randn(2, 2, 100, 16))
+    assert seen == [window - 1]
+
+
+def test_what_a_step_exchanges():
+    """A step: partial results of one layer to all, and a check of the mask that all layers share."""
+
+    class Layer(nn.Module):
+        def forward(self, x):
+            return x[:, :, -1:] + step(x, of_data(x))
+
+    with fakes(0, 3) as mesh, as_written() as graphs:
+        model = torch.compile(Net(Layer()), backend=tmx_backend(CONFIG, context_parallel=mesh), dynamic=False)
+        with contextlib.suppress(RuntimeError):
+            model(torch.randn(2, 2, 100, 16))
+    names = [str(node.target) for node in graphs[0].graph.nodes if "c10d" in str(node.target)]
+    assert [name.split(".")[1] for name in names if "wait" not in name] == ["all_reduce", "all_gather_into_tensor"]
 
 
 def test_gradients():

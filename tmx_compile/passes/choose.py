@@ -20,6 +20,7 @@ from tmx_compile.mask.geometry import Geometry
 from tmx_compile.passes.judge import of_other_shape, without_layout
 from tmx_compile.passes.plan import Dynamic, Maskless, Plan, SitePlan, Triangle, Untouched
 from tmx_compile.proof.conclude import Proof
+from tmx_compile.proof.pieces import by_place
 from tmx_compile.report import Rejected
 from tmx_compile.request import Short
 
@@ -52,7 +53,7 @@ def _check_every_one(sites: Iterable[SitePlan]) -> None:
 
 def _is_causal(proof: Proof) -> bool:
     """Whether a mask is causal, within a reach or not, and one over keys: what it is in a piece, it is in all."""
-    return replace(proof, reach=None).plain
+    return replace(proof, reach=None).plain and not any(map(by_place, proof.valid))
 
 
 def _chosen(item: SitePlan, plan: Plan, needs_grad: bool) -> SitePlan:

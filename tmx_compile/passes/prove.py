@@ -25,9 +25,8 @@ def prove(plan: Plan) -> Plan:
     assert plan.storages is not None
     constants = known_tensors(plan.gm, plan.example_inputs, plan.constants)
     assume = plan.request.assume_causal
-    prover = Prover.of(first.fake("query"), plan.storages, assume_causal=assume, constants=constants)
-
     split = plan.request.context_parallel is not None
+    prover = Prover.of(first.fake("query"), plan.storages, assume_causal=assume, constants=constants, piece=split)
 
     def proven(item: SitePlan) -> SitePlan:
         if item.site is None:

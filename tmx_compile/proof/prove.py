@@ -51,6 +51,7 @@ class Prover:
         storages: when the graph writes to its tensors: a mask is read as it was when the site read it.
         assume_causal: the user's promise: masks and row positions that cannot be read are causal and consecutive.
         constants: tensors of the graph whose values are known.
+        piece: whether the keys are a piece of all: how many there are settles nothing about a key's place.
         known: the constants that the proofs rest on, and what they were read as.
     """
 
@@ -58,6 +59,7 @@ class Prover:
     storages: Storages
     assume_causal: bool = False
     constants: Mapping[Node, torch.Tensor] = field(default_factory=dict)
+    piece: bool = False
     _proofs: dict[Any, Proof | Rejected] = field(default_factory=dict)
     known: dict[Node, Term] = field(default_factory=dict)
     _at_least_0: set[Size] = field(default_factory=set)
@@ -191,9 +193,13 @@ class Prover:
             lin = Lin(lin.const, lin.factors)
         return self._at_least(lin, {}, 0)
 
-    def _decide(self, term: Truth, sizes: Sizes) -> Truth:
-        """Replace comparisons that the ranges of the coordinates settle."""
+    def _decide(self, term: Truth, sizes: Sizes, *, alone: bool = True) -> Truth:
+        """Replace comparisons that the ranges of the coordinates settle; ``alone``: those that have to hold."""
         match term:
+            case NonNegative(lin) | t.Zero(lin) if (
+                self.piece and lin.factor(KEY) and not (alone and _ends(term, sizes))
+            ):
+                return term
             case NonNegative(lin):
                 if self._at_least(lin, sizes, 0):
                     return t.TRUE
@@ -202,11 +208,11 @@ class Prover:
                 apart = self._at_least(lin, sizes, 1) or self._at_least(lin.scaled(-1), sizes, 1)
                 return t.FALSE if apart else term
             case t.Negation(inner):
-                return t.negate(self._decide(inner, sizes))
+                return t.negate(self._decide(inner, sizes, alone=False))
             case AllOf(terms):
                 return t.all_of(*(self._decide(x, sizes) for x in terms))
             case AnyOf(terms):
-                return t.any_of(*(self._decide(x, sizes) for x in terms))
+                return t.any_of(*(self._decide(x, sizes, alone=False) for x in terms))
             case _:
                 return term
 
@@ -228,6 +234,11 @@ class Prover:
         if self.shape_env.bound_sympy(low).lower >= bound:
             return True
         return any(self.shape_env.bound_sympy(sympy.expand(low - known)).lower >= bound for known in self._at_least_0)
+
+
+def _ends(term: Truth, sizes: Sizes) -> bool:
+    """Whether it bounds the keys of a single row from above: none is behind the row's own, which is the last."""
+    return sizes[ROW] == 1 and isinstance(term, NonNegative) and dict(term.lin.factors) == {KEY: -1}
 
 
 def _as_in_mask(site: AttentionSite, kv_len: int | torch.SymInt) -> int | torch.SymInt:

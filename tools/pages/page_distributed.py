@@ -76,9 +76,9 @@ def _waits(result: Fields) -> str:
     return (
         f"A triangle layer sends {split[0]['bytes_per_triangle_layer'] / 1e6:.2f} MB at every length, of both cards "
         f"together: {share:.2%} of what gathering keys and values sends at {longest:,} tokens. On the first card "
-        f"collectives run, or wait for the other card, while nothing else does for this share of the time: {told}. They "
-        "do not overlap. Nearly all of their bytes are those of the dense layers' all-to-alls. At the rate that an "
-        f"all-to-all reaches by itself they would take {alone:.1%} at {longest:,}; the rest is waiting."
+        f"collectives run, or wait for the other card, while nothing else does for this share of the time: {told}. "
+        "They do not overlap. Nearly all of their bytes are those of the dense layers' all-to-alls. At the rate that "
+        f"an all-to-all reaches by itself they would take {alone:.1%} at {longest:,}; the rest is waiting."
     )
 
 
