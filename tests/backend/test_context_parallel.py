@@ -12,15 +12,14 @@ from unittest import mock
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.distributed.device_mesh import init_device_mesh
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from studies import context_bytes
 from tests.support.lost import lone
+from tests.support.processes import fakes
 from tests.support.split import CONFIG, Attention, as_written
 from tmx_compile import TriangleMixConfig, TriangleMixInferenceConfig, tmx_backend
 from tmx_compile.graph.nodes import tensor_of
@@ -28,16 +27,6 @@ from tmx_compile.lowering.context_parallel import ContextParallel
 from tmx_compile.lowering.context_parallel.heads import share
 
 ALL_TO_ALL = torch.ops._c10d_functional.all_to_all_single.default
-
-
-@contextlib.contextmanager
-def fakes(rank, world):
-    dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
-    try:
-        yield init_device_mesh("cpu", (world,))
-    finally:
-        dist.destroy_process_group()
-        torch._dynamo.reset()
 
 
 class Net(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import tempfile
@@ -11,6 +12,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 WORLD = 2
 # Of a collective: the other process failed a check, and nothing more will come from it.
@@ -51,3 +54,14 @@ def _worker(rank, checks, folder, world, patience):
     torch.save(told, Path(folder) / f"{rank}.pt")
     if not any(told.values()):
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def fakes(rank, world):
+    """The mesh of so many processes, of which there is only this one: what it sends goes nowhere."""
+    dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
+    try:
+        yield init_device_mesh("cpu", (world,))
+    finally:
+        dist.destroy_process_group()
+        torch._dynamo.reset()

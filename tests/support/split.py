@@ -96,6 +96,21 @@ def operator_of_four():
     operator(4)
 
 
+def heads_that_do_not_suffice():
+    """Dense layers of fewer heads than processes, and of eight heads on three: some have less to do, all are right."""
+    for size, heads, kv_heads in ((4, 2, 1), (4, 3, 3), (3, 8, 2), (3, 8, 8)):
+        mesh = mesh_of(size)
+        if dist.get_rank() >= size:
+            continue
+        rank, geometry = mesh.get_local_rank(), Geometry(0, 0, ALL_ROWS)
+        torch.manual_seed(heads)
+        whole = [torch.randn(2, h, 13 * size, 16, dtype=torch.float64) for h in (heads, kv_heads, kv_heads)]
+        call = AttentionCall(*(part(x, rank, size, 2) for x in whole), None, geometry, 0.3, needs_grad=False)
+        out = immediate(choose("cpu", Role.MASKLESS, call, Wish(ranks=Ranks.of(mesh))), call)
+        want, _ = oracle(*whole, None, *geometry.counts, 0.3)
+        torch.testing.assert_close(out, part(want, rank, size, 2), rtol=1e-10, atol=1e-10)
+
+
 # Models --------------------------------------------------------------------------------------------------------------
 
 
@@ -229,7 +244,7 @@ def disagreement():
 CHECKS = {
     each.__name__: each
     for each in (
-        *(operator_of_one, operator_of_two, operator_of_three, operator_of_four),
+        *(operator_of_one, operator_of_two, operator_of_three, operator_of_four, heads_that_do_not_suffice),
         *(llama_of_two, llama_of_three, tensor_parallel, inductor, disagreement),
     )
 }

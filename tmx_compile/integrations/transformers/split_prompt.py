@@ -29,12 +29,17 @@ class SplitPrompt:
         ValueError: shapes that are none of a prompt, naming the argument.
 
     >>> import torch
+    >>> import torch.distributed as dist
+    >>> from torch.distributed.device_mesh import init_device_mesh
     >>> from tmx_compile.integrations.transformers import SplitPrompt
-    >>> # split = SplitPrompt(mesh, input_ids)
-    >>> # out = compiled(**split.piece())
-    >>> # token = split.last(out.logits).argmax(-1, keepdim=True)
-    >>> # out = compiled(**split.step(token), past_key_values=out.past_key_values)  # and so on
-    >>> # cache = split.gathered(out.past_key_values)  # what one process would have: generate goes on from it
+    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    >>> split = SplitPrompt(init_device_mesh("cpu", (1,)), torch.tensor([[5, 6, 7]]))
+    >>> split.piece()  # for the model; split.last(logits) gives the logits of the last token to all processes
+    {'input_ids': tensor([[5, 6, 7]]), 'position_ids': tensor([[0, 1, 2]]), 'use_cache': True}
+    >>> step = split.step(torch.tensor([[8]]))  # for the model, with its cache
+    >>> step["position_ids"], step["attention_mask"]
+    (tensor([[3]]), tensor([[1, 1, 1, 1]]))
+    >>> dist.destroy_process_group()
     """
 
     def __init__(self, mesh: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
