@@ -282,8 +282,9 @@ def tmx_backend(
             outputs as in one pass, for chunks and prompts of any length without a compilation for each. Inference only;
             the lowering is "auto", "triton", "blocked" or "operator".
         context_parallel: a ``torch.distributed.DeviceMesh`` of one dimension, whose processes hold one prompt together,
-            in pieces of one length, in order; new tokens after it are given to all. Every call is rewritten, or compiling raises
-            :class:`tmx_compile.LoweringError`. Inference only, by Inductor. ``min_seq_len`` is that of the prompt.
+            in pieces of one length, in order; each gets all tokens that follow it. Every attention call is rewritten,
+            or compiling raises :class:`tmx_compile.LoweringError`. Inference only, by Inductor. ``min_seq_len`` is that
+            of the prompt.
 
     Raises:
         ValueError: an argument of the wrong kind or value, or two that contradict each other, naming them.
