@@ -1,5 +1,7 @@
 """Five hundred mixed prompts through one model, compiled and switched: graphs, memory, and every answer.
 
+Inductor alone takes the same prompts first, for the number of its graphs.
+
 Past Dynamo's recompile limit the compiled model goes on uncompiled, and the attention implementation keeps it sparse.
 """
 
@@ -38,41 +40,35 @@ SHAPE: dict[str, Any] = {
     "eos_token_id": None,
 }
 
+OURS = ("uncompiled_dense", "uncompiled_sparse", "largest_difference", "other_tokens")
+COLUMNS = ("compiler", "prompts", "graphs", "limit_reached", "resident_mib", "tensors", *OURS)
+
 
 def measure(quick: bool) -> Measured:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     from tmx_compile.integrations.transformers import register_attention
 
     plan = QUICK if quick else FULL
-    torch.manual_seed(SEED)
-    model = LlamaForCausalLM(LlamaConfig(**SHAPE)).eval()
-    oracle = copy.deepcopy(model).double()
     config = TriangleMixConfig.deepest(1, num_layers=LAYERS, min_seq_len=plan["min_seq_len"], **GEOMETRY)
+    records = alone(plan)
+    model = fresh()
+    oracle = copy.deepcopy(model).double()
     attention = register_attention(config, name="tmx_soak")
     model.set_attn_implementation(attention.name)
     backend = tmx_backend(config, model=model)
     model.compile(backend=backend)
-    records: list[dict[str, Any]] = []
     furthest, changed = 0.0, 0
     for turn, (ids, mask) in enumerate(prompts(plan), 1):
-        with warnings.catch_warnings():
-            # That the limit is reached is what this is about.
-            warnings.filterwarnings("ignore", message=".*recompile_limit")
-            tokens, logits = answered(model, ids, mask)
+        tokens, logits = answered(model, ids, mask)
         want = true_logits(oracle, config, tokens, mask)
         furthest = max(furthest, float((logits.double() - want).abs().max()))
         changed += int((logits.argmax(-1) != want.argmax(-1)).sum())
         if turn % plan["block"] == 0:
             report = backend.report
             records.append(
-                {
-                    "prompts": turn,
-                    "graphs": report.graphs,
+                state("tmx", turn)
+                | {
                     "uncompiled_dense": report.uncompiled,
                     "uncompiled_sparse": report.switched,
-                    "resident_mib": resident_mib(),
-                    "tensors": living_tensors(),
                     "largest_difference": furthest,
                     "other_tokens": changed,
                 }
@@ -86,9 +82,14 @@ def measure(quick: bool) -> Measured:
         "batch": "1 to 3",
         "padding": "on the left of seven prompts in ten, up to half of each sequence",
         "recompile_limit": torch._dynamo.config.recompile_limit,
-        "compiled": "model.compile(backend=tmx_backend(config, model=model)) and "
-        "set_attn_implementation; model.generate, greedy",
+        "compiled": {
+            "inductor": 'model.compile(backend="inductor"); model.generate, greedy',
+            "tmx": "model.compile(backend=tmx_backend(config, model=model)) and set_attn_implementation; "
+            "model.generate, greedy",
+        },
         "answered_tokens": ANSWERED,
+        "graphs": "so far, as Dynamo counts them",
+        "graphs_of_the_report": backend.report.graphs,
         "graphs_with_triangle": len({site.graph for site in backend.report.triangle()}),
         "oracle": "the model in float64, uncompiled, under masks written out; rows of the answer see every key",
         "largest_difference": "of any logit of any answered token of any prompt so far",
@@ -98,28 +99,68 @@ def measure(quick: bool) -> Measured:
     return Measured(settings, records)
 
 
+def fresh() -> Any:
+    """The model, with equal weights in each call, and Dynamo without graphs and counts."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    torch.manual_seed(SEED)
+    return LlamaForCausalLM(LlamaConfig(**SHAPE)).eval()
+
+
+def alone(plan: dict[str, Any]) -> list[dict[str, Any]]:
+    """The same prompts under Inductor alone: how many graphs they take there. Its answers are not compared."""
+    model = fresh()
+    model.compile(backend="inductor")
+    records = []
+    for turn, (ids, mask) in enumerate(prompts(plan), 1):
+        answered(model, ids, mask)
+        if turn % plan["block"] == 0:
+            records.append(state("inductor", turn) | dict.fromkeys(OURS))
+            note(f"soak: {records[-1]}")
+    return records
+
+
+def state(compiler: str, turn: int) -> dict[str, Any]:
+    """What Dynamo and this process hold after so many prompts."""
+    counters = torch._dynamo.utils.counters
+    return {
+        "compiler": compiler,
+        "prompts": turn,
+        "graphs": counters["stats"]["unique_graphs"],
+        "limit_reached": "recompile limit" in str(counters["unimplemented"]),
+        "resident_mib": resident_mib(),
+        "tensors": living_tensors(),
+    }
+
+
 def prompts(plan: dict[str, Any]) -> Iterator[tuple[Tensor, Tensor]]:
     """(ids, attention mask) of 1 to 3 sequences of a common length."""
     chance = random.Random(SEED)
+    words = torch.Generator().manual_seed(SEED)
     for _ in range(plan["prompts"]):
         batch, tokens = chance.randint(1, 3), chance.randint(plan["shortest"], plan["longest"])
         mask = torch.ones(batch, tokens, dtype=torch.long)
         if chance.random() < 0.7:
             for row in range(batch):
                 mask[row, : chance.randint(0, tokens // 2)] = 0
-        yield torch.randint(2, SHAPE["vocab_size"], (batch, tokens)), mask
+        yield torch.randint(2, SHAPE["vocab_size"], (batch, tokens), generator=words), mask
 
 
 def answered(model: Any, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """The tokens of a prompt with its answer (B, N + T), and the logits of each answered token (B, T, vocabulary)."""
-    out = model.generate(
-        ids,
-        attention_mask=mask,
-        max_new_tokens=ANSWERED,
-        do_sample=False,
-        return_dict_in_generate=True,
-        output_logits=True,
-    )
+    with warnings.catch_warnings():
+        # That the limit is reached is what this is about.
+        warnings.filterwarnings("ignore", message=".*recompile_limit")
+        out = model.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=ANSWERED,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
     return out.sequences, torch.stack(out.logits, 1)
 
 
@@ -163,8 +204,4 @@ def living_tensors() -> int:
     return sum(issubclass(type(each), Tensor) for each in gc.get_objects())
 
 
-COLUMNS = (
-    *("prompts", "graphs", "uncompiled_dense", "uncompiled_sparse", "resident_mib", "tensors"),
-    *("largest_difference", "other_tokens"),
-)
 CASE = Case("soak", "soak.json", measure, COLUMNS)

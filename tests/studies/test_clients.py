@@ -47,6 +47,7 @@ def test_the_table_says_what_stayed_dense_and_what_did_not_run():
         each | {"way": "a", "triangle": [1, 2]},
         each | {"way": "b", "triangle": [1], "reasons": ["LAYER_UNKNOWN", "NOT_SELECTED"]},
         {"client": "peft", "version": "1.0", "way": "c", "failed": "OSError: no"},
+        each | {"way": "d", "triangle": [2], "selected": [2]},
     ]
     result = Fields({"settings": {"triangle_layers": [1, 2]}, "records": [Fields(r, "r") for r in records]}, "f")
     lines = clients(result).splitlines()[2:]
@@ -54,4 +55,5 @@ def test_the_table_says_what_stayed_dense_and_what_did_not_run():
         "| PEFT 1.0 | a | triangle | 1e-06 |",
         "|  | b | dense: LAYER_UNKNOWN | 1e-06 |",
         "|  | c | does not run: OSError: no |  |",
+        "|  | d | triangle | 1e-06 |",
     ]
