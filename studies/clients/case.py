@@ -19,7 +19,7 @@ PROGRAMS = (
 def settings(quick: bool) -> dict[str, Any]:
     from studies.clients.common import CONFIG, LAYERS, TOKENS
 
-    sink, window, last = CONFIG.geometry
+    sink, window, last = CONFIG.geometry.counts
     return {
         "model": f"random weights, {LAYERS} layers, float32",
         "tokens": TOKENS,
