@@ -1,9 +1,8 @@
 """Five hundred mixed prompts through one model, compiled and switched: graphs, memory, and every answer.
 
-Inductor alone takes the same prompts first, for the number of its graphs. The graphs that would go to Inductor run as
-they are: its code is no part of this.
-
-Past Dynamo's recompile limit the compiled model goes on uncompiled, and the attention implementation keeps it sparse.
+Inductor alone takes the same prompts, for the number of its graphs. The graphs that would go to Inductor run as they
+are: its code is no part of this. Once under Dynamo's own recompile limit, past which the compiled model goes on
+uncompiled and the attention implementation keeps it sparse, and once under a limit that no load of this kind reaches.
 """
 
 from __future__ import annotations
@@ -42,41 +41,23 @@ SHAPE: dict[str, Any] = {
     "eos_token_id": None,
 }
 
+# Dynamo's own, and one that is not reached.
+LIMITS = (8, 64)
 OURS = ("uncompiled_dense", "uncompiled_sparse", "largest_difference", "other_tokens")
-COLUMNS = ("compiler", "prompts", "graphs", "limit_reached", "resident_mib", "tensors", *OURS)
+COLUMNS = ("recompile_limit", "compiler", "prompts", "graphs", "limit_reached", "resident_mib", "tensors", *OURS)
 
 
 @mock.patch("torch._inductor.compile_fx.compile_fx", lambda gm, *args, **kwargs: gm.forward)
 def measure(quick: bool) -> Measured:
-    from tmx_compile.integrations.transformers import register_attention
-
     plan = QUICK if quick else FULL
     config = TriangleMixConfig.deepest(1, num_layers=LAYERS, min_seq_len=plan["min_seq_len"], **GEOMETRY)
-    records = alone(plan)
-    model = fresh()
-    oracle = copy.deepcopy(model).double()
-    attention = register_attention(config, name="tmx_soak")
-    model.set_attn_implementation(attention.name)
-    backend = tmx_backend(config, model=model)
-    model.compile(backend=backend)
-    furthest, changed = 0.0, 0
-    for turn, (ids, mask) in enumerate(prompts(plan), 1):
-        tokens, logits = answered(model, ids, mask)
-        want = true_logits(oracle, config, tokens, mask)
-        furthest = max(furthest, float((logits.double() - want).abs().max()))
-        changed += int((logits.argmax(-1) != want.argmax(-1)).sum())
-        if turn % plan["block"] == 0:
-            report = backend.report
-            records.append(
-                state("tmx", turn)
-                | {
-                    "uncompiled_dense": report.uncompiled,
-                    "uncompiled_sparse": report.switched,
-                    "largest_difference": furthest,
-                    "other_tokens": changed,
-                }
-            )
-            note(f"soak: {records[-1]}")
+    records = []
+    for limit in LIMITS:
+        with torch._dynamo.config.patch(recompile_limit=limit):
+            for load in (alone(plan), ours(plan, config)):
+                for found in load:
+                    records.append({"recompile_limit": limit, **found})
+                    note(f"soak: {records[-1]}")
     settings = {
         **plan,
         **GEOMETRY,
@@ -84,17 +65,14 @@ def measure(quick: bool) -> Measured:
         "triangle_layers": config.layers(),
         "batch": "1 to 3",
         "padding": "on the left of seven prompts in ten, up to half of each sequence",
-        "recompile_limit": torch._dynamo.config.recompile_limit,
         "compiled": {
             "inductor": 'model.compile(backend="inductor"); model.generate, greedy',
             "tmx": "model.compile(backend=tmx_backend(config, model=model)) and set_attn_implementation; "
             "model.generate, greedy",
         },
-        "compiler": "none: the graphs that would go to Inductor run as Dynamo or the pass leave them",
+        "compiler": "none: the graphs that would go to Inductor run as Dynamo or the pass leaves them",
         "answered_tokens": ANSWERED,
         "graphs": "so far, as Dynamo counts them",
-        "graphs_of_the_report": backend.report.graphs,
-        "graphs_with_triangle": len({site.graph for site in backend.report.triangle()}),
         "oracle": "the model in float64, uncompiled, under masks written out; rows of the answer see every key",
         "largest_difference": "of any logit of any answered token of any prompt so far",
         "other_tokens": "answered tokens so far whose most likely token is another than the oracle's",
@@ -113,17 +91,36 @@ def fresh() -> Any:
     return LlamaForCausalLM(LlamaConfig(**SHAPE)).eval()
 
 
-def alone(plan: dict[str, Any]) -> list[dict[str, Any]]:
-    """The same prompts under Inductor alone: how many graphs they take there. Its answers are not compared."""
+def alone(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A record a block of prompts under Inductor alone. Its answers are not compared."""
     model = fresh()
     model.compile(backend="inductor")
-    records = []
     for turn, (ids, mask) in enumerate(prompts(plan), 1):
         answered(model, ids, mask)
         if turn % plan["block"] == 0:
-            records.append(state("inductor", turn) | dict.fromkeys(OURS))
-            note(f"soak: {records[-1]}")
-    return records
+            yield state("inductor", turn) | dict.fromkeys(OURS)
+
+
+def ours(plan: dict[str, Any], config: TriangleMixConfig) -> Iterator[dict[str, Any]]:
+    """A record a block of prompts, each answer compared with the oracle's."""
+    from tmx_compile.integrations.transformers import register_attention
+
+    model = fresh()
+    oracle = copy.deepcopy(model).double()
+    attention = register_attention(config, name="tmx_soak")
+    model.set_attn_implementation(attention.name)
+    backend = tmx_backend(config, model=model)
+    model.compile(backend=backend)
+    furthest, changed = 0.0, 0
+    for turn, (ids, mask) in enumerate(prompts(plan), 1):
+        tokens, logits = answered(model, ids, mask)
+        want = true_logits(oracle, config, tokens, mask)
+        furthest = max(furthest, float((logits.double() - want).abs().max()))
+        changed += int((logits.argmax(-1) != want.argmax(-1)).sum())
+        if turn % plan["block"] == 0:
+            report = backend.report
+            said = (report.uncompiled, report.switched, furthest, changed)
+            yield state("tmx", turn) | dict(zip(OURS, said, strict=True))
 
 
 def state(compiler: str, turn: int) -> dict[str, Any]:
