@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from studies.clients import accelerate_offload, common, gpt_fast_form, nanogpt_form, transformers_generate
+from studies.clients import (
+    accelerate_offload,
+    common,
+    gpt_fast_form,
+    nanogpt_form,
+    transformers_compile_config,
+    transformers_generate,
+)
 from studies.clients.case import PROGRAMS, run
 from tests.support.models import attentions
 from tmx_compile import tmx_backend
@@ -17,6 +24,7 @@ WAYS = {
     "disk": lambda: accelerate_offload.switched(accelerate_offload.mapped),
     "beams": transformers_generate.WAYS["3 beams"],
     "assisted": transformers_generate.WAYS["assisted by the prompt"],
+    "CompileConfig": lambda: transformers_compile_config.compiled(True, prefill_chunk_size=150),
 }
 
 
