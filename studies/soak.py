@@ -1,6 +1,8 @@
 """Five hundred mixed prompts through one model, compiled and switched: graphs, memory, and every answer.
 
-Past Dynamo's recompile limit the compiled model goes on uncompiled, and the attention implementation keeps it sparse.
+Inductor alone takes the same prompts, for the number of its graphs. The graphs that would go to Inductor run as they
+are: its code is no part of this. Once under Dynamo's own recompile limit, past which the compiled model goes on
+uncompiled and the attention implementation keeps it sparse, and once under a limit that no load of this kind reaches.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import random
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +25,7 @@ from tmx_compile import TriangleMixConfig, tmx_backend
 FULL: dict[str, Any] = {"prompts": 500, "block": 50, "shortest": 20, "longest": 1500, "min_seq_len": 512}
 QUICK: dict[str, Any] = {"prompts": 4, "block": 2, "shortest": 20, "longest": 90, "min_seq_len": 48}
 GEOMETRY = {"num_sink_tokens": 4, "sliding_window_size": 32, "num_last_tokens": 16}
-LAYERS, ANSWERED, SEED = 2, 3, 0
+LAYERS, ANSWERED, SEED = 2, 2, 0
 SHAPE: dict[str, Any] = {
     "vocab_size": 128,
     "hidden_size": 32,
@@ -38,46 +41,23 @@ SHAPE: dict[str, Any] = {
     "eos_token_id": None,
 }
 
+# Dynamo's own, and one that is not reached.
+LIMITS = (8, 64)
+OURS = ("uncompiled_dense", "uncompiled_sparse", "largest_difference", "other_tokens")
+COLUMNS = ("recompile_limit", "compiler", "prompts", "graphs", "limit_reached", "resident_mib", "tensors", *OURS)
 
+
+@mock.patch("torch._inductor.compile_fx.compile_fx", lambda gm, *args, **kwargs: gm.forward)
 def measure(quick: bool) -> Measured:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from tmx_compile.integrations.transformers import register_attention
-
     plan = QUICK if quick else FULL
-    torch.manual_seed(SEED)
-    model = LlamaForCausalLM(LlamaConfig(**SHAPE)).eval()
-    oracle = copy.deepcopy(model).double()
     config = TriangleMixConfig.deepest(1, num_layers=LAYERS, min_seq_len=plan["min_seq_len"], **GEOMETRY)
-    attention = register_attention(config, name="tmx_soak")
-    model.set_attn_implementation(attention.name)
-    backend = tmx_backend(config, model=model)
-    model.compile(backend=backend)
-    records: list[dict[str, Any]] = []
-    furthest, changed = 0.0, 0
-    for turn, (ids, mask) in enumerate(prompts(plan), 1):
-        with warnings.catch_warnings():
-            # That the limit is reached is what this is about.
-            warnings.filterwarnings("ignore", message=".*recompile_limit")
-            tokens, logits = answered(model, ids, mask)
-        want = true_logits(oracle, config, tokens, mask)
-        furthest = max(furthest, float((logits.double() - want).abs().max()))
-        changed += int((logits.argmax(-1) != want.argmax(-1)).sum())
-        if turn % plan["block"] == 0:
-            report = backend.report
-            records.append(
-                {
-                    "prompts": turn,
-                    "graphs": report.graphs,
-                    "uncompiled_dense": report.uncompiled,
-                    "uncompiled_sparse": report.switched,
-                    "resident_mib": resident_mib(),
-                    "tensors": living_tensors(),
-                    "largest_difference": furthest,
-                    "other_tokens": changed,
-                }
-            )
-            note(f"soak: {records[-1]}")
+    records = []
+    for limit in LIMITS:
+        with torch._dynamo.config.patch(recompile_limit=limit):
+            for load in (alone(plan), ours(plan, config)):
+                for found in load:
+                    records.append({"recompile_limit": limit, **found})
+                    note(f"soak: {records[-1]}")
     settings = {
         **plan,
         **GEOMETRY,
@@ -85,11 +65,14 @@ def measure(quick: bool) -> Measured:
         "triangle_layers": config.layers(),
         "batch": "1 to 3",
         "padding": "on the left of seven prompts in ten, up to half of each sequence",
-        "recompile_limit": torch._dynamo.config.recompile_limit,
-        "compiled": "model.compile(backend=tmx_backend(config, model=model)) and "
-        "set_attn_implementation; model.generate, greedy",
+        "compiled": {
+            "inductor": 'model.compile(backend="inductor"); model.generate, greedy',
+            "tmx": "model.compile(backend=tmx_backend(config, model=model)) and set_attn_implementation; "
+            "model.generate, greedy",
+        },
+        "compiler": "none: the graphs that would go to Inductor run as Dynamo or the pass leaves them",
         "answered_tokens": ANSWERED,
-        "graphs_with_triangle": len({site.graph for site in backend.report.triangle()}),
+        "graphs": "so far, as Dynamo counts them",
         "oracle": "the model in float64, uncompiled, under masks written out; rows of the answer see every key",
         "largest_difference": "of any logit of any answered token of any prompt so far",
         "other_tokens": "answered tokens so far whose most likely token is another than the oracle's",
@@ -98,28 +81,87 @@ def measure(quick: bool) -> Measured:
     return Measured(settings, records)
 
 
+def fresh() -> Any:
+    """The model, with equal weights in each call, and Dynamo without graphs and counts."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    torch.manual_seed(SEED)
+    return LlamaForCausalLM(LlamaConfig(**SHAPE)).eval()
+
+
+def alone(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A record a block of prompts under Inductor alone. Its answers are not compared."""
+    model = fresh()
+    model.compile(backend="inductor")
+    for turn, (ids, mask) in enumerate(prompts(plan), 1):
+        answered(model, ids, mask)
+        if turn % plan["block"] == 0:
+            yield state("inductor", turn) | dict.fromkeys(OURS)
+
+
+def ours(plan: dict[str, Any], config: TriangleMixConfig) -> Iterator[dict[str, Any]]:
+    """A record a block of prompts, each answer compared with the oracle's."""
+    from tmx_compile.integrations.transformers import register_attention
+
+    model = fresh()
+    oracle = copy.deepcopy(model).double()
+    attention = register_attention(config, name="tmx_soak")
+    model.set_attn_implementation(attention.name)
+    backend = tmx_backend(config, model=model)
+    model.compile(backend=backend)
+    furthest, changed = 0.0, 0
+    for turn, (ids, mask) in enumerate(prompts(plan), 1):
+        tokens, logits = answered(model, ids, mask)
+        want = true_logits(oracle, config, tokens, mask)
+        furthest = max(furthest, float((logits.double() - want).abs().max()))
+        changed += int((logits.argmax(-1) != want.argmax(-1)).sum())
+        if turn % plan["block"] == 0:
+            report = backend.report
+            said = (report.uncompiled, report.switched, furthest, changed)
+            yield state("tmx", turn) | dict(zip(OURS, said, strict=True))
+
+
+def state(compiler: str, turn: int) -> dict[str, Any]:
+    """What Dynamo and this process hold after so many prompts."""
+    counters = torch._dynamo.utils.counters
+    return {
+        "compiler": compiler,
+        "prompts": turn,
+        "graphs": counters["stats"]["unique_graphs"],
+        "limit_reached": "recompile limit" in str(counters["unimplemented"]),
+        "resident_mib": resident_mib(),
+        "tensors": living_tensors(),
+    }
+
+
 def prompts(plan: dict[str, Any]) -> Iterator[tuple[Tensor, Tensor]]:
     """(ids, attention mask) of 1 to 3 sequences of a common length."""
     chance = random.Random(SEED)
+    words = torch.Generator().manual_seed(SEED)
     for _ in range(plan["prompts"]):
         batch, tokens = chance.randint(1, 3), chance.randint(plan["shortest"], plan["longest"])
         mask = torch.ones(batch, tokens, dtype=torch.long)
         if chance.random() < 0.7:
             for row in range(batch):
                 mask[row, : chance.randint(0, tokens // 2)] = 0
-        yield torch.randint(2, SHAPE["vocab_size"], (batch, tokens)), mask
+        yield torch.randint(2, SHAPE["vocab_size"], (batch, tokens), generator=words), mask
 
 
 def answered(model: Any, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """The tokens of a prompt with its answer (B, N + T), and the logits of each answered token (B, T, vocabulary)."""
-    out = model.generate(
-        ids,
-        attention_mask=mask,
-        max_new_tokens=ANSWERED,
-        do_sample=False,
-        return_dict_in_generate=True,
-        output_logits=True,
-    )
+    with warnings.catch_warnings():
+        # That the limit is reached is what this is about.
+        warnings.filterwarnings("ignore", message=".*recompile_limit")
+        out = model.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=ANSWERED,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
     return out.sequences, torch.stack(out.logits, 1)
 
 
@@ -163,8 +205,4 @@ def living_tensors() -> int:
     return sum(issubclass(type(each), Tensor) for each in gc.get_objects())
 
 
-COLUMNS = (
-    *("prompts", "graphs", "uncompiled_dense", "uncompiled_sparse", "resident_mib", "tensors"),
-    *("largest_difference", "other_tokens"),
-)
 CASE = Case("soak", "soak.json", measure, COLUMNS)

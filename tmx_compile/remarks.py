@@ -9,7 +9,7 @@ from tmx_compile.config.prices import first_n_message, streaming_message
 from tmx_compile.legacy.inference import TriangleMixInferenceConfig
 from tmx_compile.passes.plan import Plan
 from tmx_compile.passes.settle import missed
-from tmx_compile.report import Reason, Report
+from tmx_compile.report import Reason, Rejected, Report
 from tmx_compile.request import Request
 
 _ANALYSIS_WARNING = (
@@ -38,6 +38,24 @@ def warn_of(request: Request, given: TriangleMixConfig | TriangleMixInferenceCon
         warnings.warn("the configuration selects no layer: every layer stays dense", stacklevel=stacklevel)
     elif config.uses_first_n:
         warnings.warn(first_n_message(len(config.layers())), stacklevel=stacklevel)
+
+
+def warn_if_switched_dense(report: Report, path: str, layer: int | None, why: Rejected) -> None:
+    """Say once that the last layer that was to go sparse stays dense in a long prompt, where none before it did not.
+
+    Args:
+        report: of the attention implementation; the call is in it.
+        path: the class of the layer's module.
+        layer: its number.
+        why: what is against it.
+    """
+    text = (
+        f"no attention of a long prompt went sparse: layer {layer}, {path}: {why} ({why.reason.name}: docs/reasons.md)"
+    )
+    if text in report.notes or report.triangle():
+        return
+    warnings.warn(text, stacklevel=3)
+    report.notes.append(text)
 
 
 def warn_if_dense(plan: Plan, report: Report) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 from benchmarks.common import RESULTS, Case, Parts
 
 PROGRAMS = (
-    *("transformers_generate", "accelerate_offload", "peft_lora", "trl_sft", "torchao_int8", "bitsandbytes_int8"),
+    *("transformers_generate", "transformers_compile_config", "transformers_images", "accelerate_offload"),
+    *("peft_lora", "trl_sft", "torchao_int8", "bitsandbytes_int8"),
     *("lm_eval_hflm", "litgpt_model", "x_transformers_decoder", "nanogpt_form", "gpt_fast_form"),
 )
 
@@ -18,7 +19,7 @@ PROGRAMS = (
 def settings(quick: bool) -> dict[str, Any]:
     from studies.clients.common import CONFIG, LAYERS, TOKENS
 
-    sink, window, last = CONFIG.geometry
+    sink, window, last = CONFIG.geometry.counts
     return {
         "model": f"random weights, {LAYERS} layers, float32",
         "tokens": TOKENS,

@@ -84,6 +84,7 @@ def compared(
     switched: Any = None,
     oracle: Callable[[], Tensor] | None = None,
     tolerance: float = TOLERANCE,
+    change: float = CHANGE,
 ) -> Result:
     """Run a client, then the same call uncompiled with the masks written out in float64.
 
@@ -94,6 +95,7 @@ def compared(
         switched: the model to switch back to ``sdpa`` for the oracle.
         oracle: the call that the oracle makes, where it is another.
         tolerance: the largest error, relative to the largest number.
+        change: how many times the error the triangle has to change.
     """
     begin = time.perf_counter()
     with warnings.catch_warnings(record=True) as told:
@@ -117,7 +119,7 @@ def compared(
     found |= {"error": float((got - want).abs().max() / size), "change": float((want - dense).abs().max() / size)}
     if found["error"] > tolerance:
         raise AssertionError(f"the numbers are wrong: {found}")
-    if sparse and found["change"] < CHANGE * found["error"]:
+    if sparse and found["change"] < change * found["error"]:
         raise AssertionError(f"the triangle changes nothing: {found}")
     return found
 

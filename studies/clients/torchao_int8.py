@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
 
-from studies.clients.common import CONFIG, Result, attentions, compared, main, prompt, qwen3
+from studies.clients.common import CHANGE, CONFIG, TOLERANCE, Result, attentions, compared, main, prompt, qwen3
 from tmx_compile import tmx_backend
 
 
@@ -16,8 +16,10 @@ def quantised(kind: type) -> Result:
     model.compile(backend=backend)
     with torch.no_grad():
         # A rounded activation may fall to the other side.
-        tolerance = 5e-2 if kind is Int8DynamicActivationInt8WeightConfig else 2e-4
-        return compared(lambda: model(prompt()).logits, backend, attentions(model), tolerance=tolerance)
+        rounded = kind is Int8DynamicActivationInt8WeightConfig
+        tolerance, change = (5e-2, 10) if rounded else (TOLERANCE, CHANGE)
+        call = lambda: model(prompt()).logits  # noqa: E731
+        return compared(call, backend, attentions(model), tolerance=tolerance, change=change)
 
 
 if __name__ == "__main__":

@@ -28,12 +28,14 @@ def train(flash: bool) -> Result:
     backend = tmx_backend(EVERY_OTHER, model=model, strict=True)
     model.compile(backend=backend)
     call, modules = (lambda: gradients(model, model(prompt()))), attentions(model)
+    selected = {"selected": sorted(EVERY_OTHER.layers())}
     if flash:
-        return compared(call, backend, modules)
+        return selected | compared(call, backend, modules)
     # The oracle replaces a function that the other form does not call: it runs on the same weights.
     twin = decoder(True)
     twin.load_state_dict(model.state_dict())
-    return compared(call, backend, attentions(twin), oracle=lambda: gradients(twin, twin(prompt())))
+    oracle = lambda: gradients(twin, twin(prompt()))  # noqa: E731
+    return selected | compared(call, backend, attentions(twin), oracle=oracle)
 
 
 def attentions(model: AutoregressiveWrapper) -> dict[int, torch.nn.Module]:

@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from studies.clients import accelerate_offload, common, gpt_fast_form, nanogpt_form, transformers_generate
+from studies.clients import (
+    accelerate_offload,
+    common,
+    gpt_fast_form,
+    nanogpt_form,
+    transformers_compile_config,
+    transformers_generate,
+)
 from studies.clients.case import PROGRAMS, run
 from tests.support.models import attentions
 from tmx_compile import tmx_backend
@@ -17,6 +24,7 @@ WAYS = {
     "disk": lambda: accelerate_offload.switched(accelerate_offload.mapped),
     "beams": transformers_generate.WAYS["3 beams"],
     "assisted": transformers_generate.WAYS["assisted by the prompt"],
+    "CompileConfig": lambda: transformers_compile_config.compiled(True, prefill_chunk_size=150),
 }
 
 
@@ -47,6 +55,7 @@ def test_the_table_says_what_stayed_dense_and_what_did_not_run():
         each | {"way": "a", "triangle": [1, 2]},
         each | {"way": "b", "triangle": [1], "reasons": ["LAYER_UNKNOWN", "NOT_SELECTED"]},
         {"client": "peft", "version": "1.0", "way": "c", "failed": "OSError: no"},
+        each | {"way": "d", "triangle": [2], "selected": [2]},
     ]
     result = Fields({"settings": {"triangle_layers": [1, 2]}, "records": [Fields(r, "r") for r in records]}, "f")
     lines = clients(result).splitlines()[2:]
@@ -54,4 +63,5 @@ def test_the_table_says_what_stayed_dense_and_what_did_not_run():
         "| PEFT 1.0 | a | triangle | 1e-06 |",
         "|  | b | dense: LAYER_UNKNOWN | 1e-06 |",
         "|  | c | does not run: OSError: no |  |",
+        "|  | d | triangle | 1e-06 |",
     ]

@@ -33,13 +33,14 @@ def generate(results: Path, docs: Path) -> str | None:
 
 def clients(result: Fields) -> str:
     """A line for each way in which each client was used."""
-    wanted, rows, before = result["settings"]["triangle_layers"], [], ""
+    usual, rows, before = result["settings"]["triangle_layers"], [], ""
     for r in result["records"]:
         name = f"{_NAMES.get(r['client'], r['client'])} {r['version'].partition('+')[0]}"
         if r["failed"]:
             outcome, error = f"does not run: {r['failed']}", ""
         else:
-            dense = [layer for layer in wanted if layer not in r["triangle"]]
+            # A client may number its layers in a way of its own.
+            dense = [layer for layer in r.get("selected", usual) if layer not in r["triangle"]]
             why = [reason for reason in r["reasons"] if reason not in _MEANT]
             outcome = f"dense: {', '.join(why) or 'not compiled'}" if dense else "triangle"
             error = f"{r['error']:.0e}"

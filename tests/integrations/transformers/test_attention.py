@@ -16,6 +16,7 @@ from transformers.masking_utils import (
     create_sliding_window_causal_mask,
     sdpa_mask,
     sliding_window_causal_mask_function,
+    sliding_window_overlay,
 )
 
 from tests.support.models import masked
@@ -23,6 +24,7 @@ from tests.support.oracle import attended, oracle, tolerance
 from tests.support.serving import SETTINGS, check_generated
 from tests.support.switched import (
     CONFIG,
+    WINDOW,
     decisions,
     model_of_images,
     padded,
@@ -237,10 +239,9 @@ def test_a_mask_in_words_is_the_mask_wherever_a_model_computes_with_it(window):
         dict(allow_is_causal_skip=False),
         dict(mask_function=bidirectional_mask_function),
         dict(mask_function=chunked_causal_mask_function(24, torch.zeros(2, dtype=torch.int64)), local_size=24),
-        dict(mask_function=sliding_window_causal_mask_function(23), local_size=24),
         dict(mask_function=lambda b, h, q, kv: kv <= q),
     ],
-    ids=["one row", "wanted", "both ways", "chunks", "another window", "unknown"],
+    ids=["one row", "wanted", "both ways", "chunks", "unknown"],
 )
 def test_other_masks_are_those_of_sdpa(change):
     made = dict(batch_size=2, q_length=60, kv_length=60, attention_mask=padded(((3, 0), (20, 9)), 60).bool()) | change
@@ -297,10 +298,19 @@ def test_blocks_that_see_both_ways(image):
             slide = create_sliding_window_causal_mask(
                 **settings, attention_mask=None, or_mask_function=blockwise_overlay(blocks)
             )
-            found[kind] = full, slide
+            # The model of images has its window around the blocks.
+            around = create_causal_mask(
+                **settings,
+                attention_mask=None,
+                or_mask_function=blockwise_overlay(blocks),
+                and_mask_function=sliding_window_overlay(WINDOW),
+            )
+            found[kind] = full, slide, around
     for ours, theirs in zip(found["tmx"], found["sdpa"], strict=True):
         assert isinstance(ours, mask_module.CausalMask) == (not image)
         assert torch.equal(ours if image else ours.for_sdpa(torch.device("cpu")), theirs)
+    if not image:
+        assert [ours.window for ours in found["tmx"]] == [None, WINDOW, WINDOW]
 
 
 def test_pairs_are_counted_without_the_free_places_of_a_static_cache():

@@ -1,6 +1,7 @@
 """What the switch leaves dense, and why; what it does with chunks; what it refuses to register."""
 
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -65,6 +66,30 @@ def test_a_mask_that_is_handed_in():
     for mask in (torch.ones(2, 1, 100, 100, dtype=torch.bool).tril(), torch.zeros(2, 1, 100, 100)):
         found = by_sdpa("Llama", lambda model, mask=mask: model(ids, attention_mask=mask).logits)
         assert {reason for reason, _ in found} == {"MASK_UNKNOWN"}
+
+
+def test_that_no_layer_went_sparse_is_told_once():
+    ids, mask = prompt(), torch.ones(2, 1, 100, 100, dtype=torch.bool).tril()
+    with registered(CONFIG) as attention, torch.no_grad():
+        model = switched_model()
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            model(ids[:, :20])
+            model(ids, attention_mask=mask)
+            model(ids, attention_mask=mask)
+        notes = [str(each.message) for each in told if "went sparse" in str(each.message)]
+        assert len(notes) == 1
+        assert notes[0].startswith("no attention of a long prompt went sparse: layer 2, LlamaAttention: the mask")
+        assert "(MASK_UNKNOWN: docs/reasons.md)" in notes[0]
+        assert attention.report.notes == notes
+        # Where a layer was sparse before, what became of the others is in the report alone.
+        attention = register_attention(CONFIG)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*went sparse")
+            model(ids)
+            model(ids, attention_mask=mask)
+        assert len(attention.report.triangle()) == 2
+        assert not attention.report.notes
 
 
 def test_a_window_that_is_not_longer():

@@ -32,7 +32,7 @@ from tmx_compile.lowering.chunk import CHUNK, FIRST_LAST_ROW
 from tmx_compile.lowering.table import CHUNK_LOWERINGS, Role, Wish, choose
 from tmx_compile.mask import Geometry
 from tmx_compile.mask.selection import Selection
-from tmx_compile.remarks import warn_of
+from tmx_compile.remarks import warn_if_switched_dense, warn_of
 from tmx_compile.report import Rejected, Report
 from tmx_compile.request import Request
 
@@ -92,6 +92,9 @@ class TriangleAttention:
         Raises:
             StrictModeError: in strict mode, where a layer that the configuration names stays dense in a long prompt.
             LoweringError: the lowering chosen by name cannot take the call.
+
+        Warns:
+            UserWarning: not in strict mode, where every such layer does.
         """
         if self._judge is None:
             return dense_attention(module, query, key, value, attention_mask, scaling=scaling, **settings)
@@ -112,8 +115,13 @@ class TriangleAttention:
             return out.transpose(1, 2).contiguous(), None
         assert isinstance(done, Rejected)
         self.record(module, query, key, value, attention_mask, done)
-        if self.request.strict and self._judge.is_missed(module, done, settings):
-            raise StrictModeError(f"layer {layer_of(module)}, {type(module).__name__}: {done}")
+        told = self.request.strict or not torch.compiler.is_compiling()
+        if told and self._judge.is_missed(module, done, settings):
+            path, layer = type(module).__name__, layer_of(module)
+            if self.request.strict:
+                raise StrictModeError(f"layer {layer}, {path}: {done}")
+            if layer == self._judge.deepest:
+                warn_if_switched_dense(self.report, path, layer, done)
         return dense_attention(module, query, key, value, attention_mask, scaling=scaling, **settings)
 
     def batch_continuously(self, model: nn.Module) -> None:

@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import MODEL_MAPPING
 from transformers.masking_utils import (
+    and_masks,
     blockwise_overlay,
     causal_mask_function,
     or_masks,
     sdpa_mask,
-    sliding_window_causal_mask_function,
+    sliding_window_overlay,
 )
 
 
@@ -164,7 +165,7 @@ def causal_mask(
     shown = _without_blocks(mask_function)
     # Such a mask is always written out, for the blocks; every other one because the model asks for it.
     wanted = not allow_is_causal_skip and shown is mask_function
-    window = None if shown is causal_mask_function else _window(shown, local_size)
+    window = None if shown is causal_mask_function else _window(shown)
     plain = window is not None or shown is causal_mask_function
     padding = attention_mask is None or (isinstance(attention_mask, Tensor) and attention_mask.dim() == 2)
     if q_length == 1 or wanted or not plain or not padding:
@@ -195,35 +196,37 @@ def _check_model(config: type) -> None:
 
 def _without_blocks(mask_function: Callable[..., Any]) -> Callable[..., Any]:
     """The mask function without blocks that see both ways (images' tokens) where a prompt has no such block."""
-    if torch.compiler.is_compiling() or not _same_code(mask_function, or_masks()):
-        return mask_function
-    (joined,) = _cells(mask_function)
-    if (
-        not isinstance(joined, tuple)
-        or len(joined) != 2
-        or not _same_code(joined[1], blockwise_overlay(torch.empty(0)))
-    ):
-        return mask_function
-    (blocks,) = _cells(joined[1])
-    function: Callable[..., Any] = joined[0]
-    return function if bool((blocks < 0).all()) else mask_function
-
-
-def _window(mask_function: Callable[..., Any], local_size: int | None) -> int | None:
-    """The size of a sliding window, its own key included, where a mask function is that of one; else None."""
     # Dynamo does not look into functions.
-    if local_size is None or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        return mask_function
+    if parts := _joined(mask_function, and_masks):
+        # A model of images has its window around the blocks.
+        kept = tuple(_without_blocks(part) for part in parts)
+        return mask_function if kept == parts else and_masks(*kept)
+    parts = _joined(mask_function, or_masks)
+    if len(parts) != 2 or not _same_code(parts[1], blockwise_overlay(torch.empty(0))):
+        return mask_function
+    (blocks,) = _cells(parts[1])
+    return parts[0] if bool((blocks < 0).all()) else mask_function
+
+
+def _window(mask_function: Callable[..., Any]) -> int | None:
+    """The size of a sliding window, its own key included, where a mask function is that of one; else None."""
+    if torch.compiler.is_compiling():
         return None
-    return local_size if _same(mask_function, sliding_window_causal_mask_function(local_size)) else None
+    overlays = [part for part in _joined(mask_function, and_masks) if part is not causal_mask_function]
+    if len(overlays) != 1 or not _same_code(overlays[0], sliding_window_overlay(1)):
+        return None
+    (window,) = _cells(overlays[0])
+    return window if type(window) is int else None
 
 
-def _same(a: Any, b: Any) -> bool:
-    """Whether two functions are one in code and in everything that they close over."""
-    if isinstance(a, tuple) and isinstance(b, tuple):
-        return len(a) == len(b) and all(map(_same, a, b))
-    if callable(a) and callable(b):
-        return a is b or (_same_code(a, b) and _same(_cells(a), _cells(b)))
-    return type(a) is type(b) and isinstance(a, int) and bool(a == b)
+def _joined(mask_function: Callable[..., Any], join: Callable[..., Any]) -> tuple[Callable[..., Any], ...]:
+    """The functions that ``and_masks`` or ``or_masks`` has joined; none where it was not the one."""
+    if not _same_code(mask_function, join()):
+        return ()
+    (parts,) = _cells(mask_function)
+    return parts if isinstance(parts, tuple) else ()
 
 
 def _same_code(a: Any, b: Any) -> bool:

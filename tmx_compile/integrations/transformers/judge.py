@@ -43,6 +43,7 @@ class Judge:
 
     Attributes:
         request: what the user asked; its configuration is not None.
+        deepest: the last layer that is to go sparse; None: there is none.
     """
 
     def __init__(self, request: Request, config: TriangleMixConfig) -> None:
@@ -50,6 +51,7 @@ class Judge:
         self._config = config
         self._dynamic = frozenset(config.dynamic_layers())
         self._layers = frozenset(config.layers()) | self._dynamic
+        self.deepest = max(self._layers, default=None)
         self._selection = config.selection
         self._limits = {
             kind: least_length(request.lowering, torch.device(kind), config.min_seq_len, config.geometry)
