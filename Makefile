@@ -9,7 +9,7 @@ SETUP := $(PYTHON) tools/setup_env.py --extra
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo serve-demo test test-all test-vllm check lint bench studies matrix docs package clean
+.PHONY: help demo serve-demo test test-vllm check lint bench studies matrix docs package clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -22,15 +22,11 @@ serve-demo: ## vLLM serves a real model, dense and with TriangleMix, and an Open
 	@$(PYTHON) tools/setup_vllm.py
 	@.vllm/bin/python examples/serve_vllm.py $(ARGS)
 
-test: ## the tests, without those that need a real vLLM (minutes; ARGS are pytest's)
+test: ## the tests, then those with a real vLLM in .vllm (3.5 GB); with ARGS, which are pytest's, the first alone
 	@$(SETUP) dev
-	@$(RUN) -m pytest -n logical $(ARGS)
+	@$(RUN) tools/run_tests.py $(ARGS)
 
-test-all: ## the tests, then those with a real vLLM in .vllm (3.5 GB)
-	@$(SETUP) dev
-	@$(RUN) tools/run_tests.py
-
-test-vllm: ## the tests with a real vLLM alone, in an environment of their own (minutes)
+test-vllm: ## the tests with a real vLLM alone (ARGS are pytest's)
 	@$(PYTHON) tools/setup_vllm.py
 	@.vllm/bin/python -m pytest tests_vllm $(ARGS)
 

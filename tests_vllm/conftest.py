@@ -32,9 +32,9 @@ def oracle(model: str) -> Oracle:
     return Oracle(model)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def engine(model: str) -> Iterator[Engine]:
-    """With TriangleMix and prefix caching."""
+    """With TriangleMix and prefix caching. No file between those that use it makes another, and closes that."""
     made = Engine(model)
     yield made
     made.close()

@@ -16,7 +16,7 @@ GEOMETRY = {"num_sink_tokens": 4, "sliding_window_size": 16, "num_last_tokens": 
 SETTINGS: dict[str, Any] = GEOMETRY | {
     "triangle_layer_indices": [1, 3],
     "min_seq_len": 64,
-    # Dense is as fast on a CPU, and "auto" would take that.
+    # "auto" would leave such short prompts dense.
     "lowering": "blocked",
     "strict": True,
 }
@@ -234,6 +234,17 @@ class Engine:
             yield
         finally:
             scheduler.max_num_scheduled_tokens = before
+
+    @contextlib.contextmanager
+    def blocks(self, count: int) -> Iterator[None]:
+        """Leave the cache so many blocks, with nothing in them."""
+        assert self.llm.reset_prefix_cache()
+        pool = self.core.scheduler.kv_cache_manager.block_pool
+        taken = pool.get_new_blocks(pool.get_num_free_blocks() - count)
+        try:
+            yield
+        finally:
+            pool.free_blocks(taken)
 
     def close(self) -> None:
         """Let go of the model and the cache."""

@@ -84,19 +84,18 @@ def test_a_salt_of_the_users_still_keeps_requests_apart(empty: Engine) -> None:
     assert result.num_cached_tokens == 128
 
 
-@pytest.fixture(scope="module")
-def small(model: str) -> Iterator[Engine]:
-    """Fewer blocks than two prompts and what they generate need."""
-    made = Engine(model, max_model_len=416, num_gpu_blocks_override=14, enable_prefix_caching=False)
-    yield made
-    made.close()
+def preemptions(engine: Engine) -> int:
+    return next(each.value for each in engine.llm.get_metrics() if each.name == "vllm:num_preemptions")
 
 
-def test_preempted_requests_get_the_same_answers(small: Engine, oracle: Oracle) -> None:
+@pytest.mark.parametrize("cached", [True, False], ids=["found in the cache again", "computed again"])
+def test_preempted_requests_get_the_same_answers(engine: Engine, oracle: Oracle, cached: bool) -> None:
+    """Two prompts, and fewer blocks than these and what they generate need."""
     asked, new_tokens = [prompts()["fork"][:190], prompts()["middle"]], 40
-    answers, _ = small.ask(asked, new_tokens=new_tokens)
-    preemptions = next(each.value for each in small.llm.get_metrics() if each.name == "vllm:num_preemptions")
-    assert preemptions > 0
+    before = preemptions(engine)
+    with engine.blocks(13):
+        answers, _ = engine.ask(asked, new_tokens=new_tokens, skip_reading_prefix_cache=not cached)
+    assert preemptions(engine) > before
     for tokens, answer in zip(asked, answers, strict=True):
         want = oracle.answer(tokens, new_tokens=new_tokens)
         assert answer.tokens == want.tokens

@@ -3,18 +3,39 @@
     python tools/run_tests.py                      both, and one closing line in the form of pytest's, with their sum
     python tools/run_tests.py -k rows tests/mask   with arguments, which are pytest's: tests/ alone
 
-tests_vllm/ needs Linux and Python 3.11 or later. Where there is none it does not run, and the output says so.
+tests_vllm/ needs Linux and Python 3.11 or later. Where there is none it does not run, and the output says so. An
+interrupt ends the part that runs, by pytest's own end; the other does not begin.
 """
 
 import re
+import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 
 import setup_env
 import setup_vllm
 from setup_env import ROOT
 
-CLOSING = re.compile(r"^=*\s*((?:\d+ [a-z]+(?:, )?)+) in ([\d.]+)s\b")
+CLOSING = re.compile(r"^=*\s*((?:\d+ [a-z]+(?: [a-z]+)?(?:, )?)+) in ([\d.]+)s\b")
+# Of pytest's summary. What one of these tests prints itself does not begin a line so.
+FAILED = re.compile(r"^(?:FAILED|ERROR) tests\S*")
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
+
+
+@dataclass(frozen=True)
+class Part:
+    """How one of the suites ended.
+
+    Attributes:
+        status: the exit status; 0 only where pytest ended well.
+        closing: pytest's closing line without its rule; empty: there was none.
+        failed: the lines of pytest's summary that name what failed.
+    """
+
+    status: int
+    closing: str
+    failed: tuple[str, ...] = ()
 
 
 def main(arguments=None):
@@ -23,18 +44,21 @@ def main(arguments=None):
     main_suite = [sys.executable, "-m", "pytest", "-n", "logical", *given]
     if given:
         return subprocess.run(main_suite, cwd=str(ROOT)).returncode
-    parts = {"tests": run(main_suite)}
-    why = lacks_python()
-    if why:
-        print(f"tests_vllm: not run, {why}", flush=True)
-    else:
-        status = setup_vllm.main([])
-        command = [str(setup_env.venv_python(setup_vllm.VENV)), "-m", "pytest", "tests_vllm"]
-        parts["tests_vllm"] = run(command) if status == 0 else (status, "1 error in 0.00s")
-    for name, (status, closing) in parts.items():
-        print(f"{name}: {closing or 'no closing line'}, exit status {status}")
-    print(total([closing for _, closing in parts.values()]), flush=True)
-    return next((status for status, _ in parts.values() if status), 0)
+    parts, left_out = {"tests": run(main_suite)}, ""
+    if not interrupted(parts["tests"]):
+        left_out = lacks_python() or ""
+        if left_out:
+            left_out = f"tests_vllm: not run, {left_out}"
+            print(left_out, flush=True)
+        else:
+            parts["tests_vllm"] = run_vllm()
+    for name, part in parts.items():
+        print(f"\n{name}: {part.closing or 'no closing line'}, exit status {part.status}")
+        print("".join(f"  {line}\n" for line in part.failed), end="")
+    if left_out:
+        print(f"\n{left_out}")
+    print(total([part.closing for part in parts.values()]), flush=True)
+    return next((part.status for part in parts.values() if part.status), 0)
 
 
 def lacks_python():
@@ -46,15 +70,53 @@ def lacks_python():
     return "; ".join(problems) if python is None else None
 
 
+def run_vllm():
+    """Set up .vllm and run the tests that need it. A set-up that fails is an error like a test's."""
+    try:
+        status = setup_vllm.main([])
+    except KeyboardInterrupt:
+        return Part(128 + signal.SIGINT, "", ("ERROR tests_vllm: setting up .vllm was interrupted",))
+    if status:
+        return Part(status, "1 error in 0.00s", ("ERROR tests_vllm: .vllm could not be set up",))
+    return run([str(setup_env.venv_python(setup_vllm.VENV)), "-m", "pytest", "tests_vllm"])
+
+
 def run(command):
-    """Run pytest, show what it prints as it comes, and return its exit status and its closing line."""
-    closing = ""
+    """Run pytest, show what it prints as it comes, and tell how it ended.
+
+    A terminal interrupts pytest too, which then ends its tests, servers and all; so this waits for it. A request to end
+    that comes to this process alone is handed on as an interrupt. A second one of either kind ends pytest at once.
+    """
+    closing, failed, asked = "", [], []
     with subprocess.Popen(command, cwd=str(ROOT), stdout=subprocess.PIPE, text=True, bufsize=1) as process:
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            found = CLOSING.match(line)
-            closing = f"{found[1]} in {found[2]}s" if found else closing
-    return process.returncode, closing
+
+        def end(number, _frame):
+            asked.append(number)
+            if len(asked) > 1:
+                process.kill()
+            elif number != signal.SIGINT:
+                process.send_signal(signal.SIGINT)
+
+        before = [signal.signal(number, end) for number in INTERRUPTS]
+        try:
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                found = CLOSING.match(line)
+                closing = f"{found[1]} in {found[2]}s" if found else closing
+                failed += [line.rstrip()] if FAILED.match(line) else []
+            status = process.wait()
+        finally:
+            for number, handler in zip(INTERRUPTS, before, strict=True):
+                signal.signal(number, handler)
+    if asked:
+        status = 128 + asked[0]
+    # Without its closing line pytest did not end well, whatever it says.
+    return Part(status or (0 if closing else 1), closing, tuple(failed))
+
+
+def interrupted(part):
+    """Whether somebody asked for the end of a part."""
+    return part.status in [128 + number for number in INTERRUPTS]
 
 
 def total(closings):
@@ -64,7 +126,7 @@ def total(closings):
         found = CLOSING.match(closing)
         listed = found[1].split(", ") if found else ["1 error"]
         seconds += float(found[2]) if found else 0.0
-        for number, what in (each.split() for each in listed):
+        for number, _, what in (each.partition(" ") for each in listed):
             what = {"errors": "error", "warnings": "warning"}.get(what, what)
             counts[what] = counts.get(what, 0) + int(number)
     # pytest's order: what failed comes first.

@@ -89,14 +89,25 @@ def test_both_pages_on_vllm_have_the_same_tables(tmp_path):
     content |= {"hardware": hardware, "versions": versions, "settings": settings}
     (tmp_path / page_vllm.FILE).write_text(json.dumps(content), encoding="utf-8")
     (tmp_path / "zh").mkdir()
-    begin, end = blocks.marks("vllm")
+    layer = {"what": "one layer", "shape": "A model, half", "dtype": "float32", "n": 6144, "dense_ms": 552.1}
+    on_cpu = content | {
+        "command": "python -m studies.vllm_cpu",
+        "records": [layer | {"ms": 90.0, "geometry": [8, 64, 128]}, layer | {"ms": 124.0, "geometry": [8, 256, 128]}],
+        "hardware": {name: value for name, value in hardware.items() if "gpu" not in name},
+        "settings": {"vllm": "0.32.0"},
+    }
+    (tmp_path / page_vllm.CPU_FILE).write_text(json.dumps(on_cpu), encoding="utf-8")
+    (begin, end), (begin_cpu, end_cpu) = blocks.marks("vllm"), blocks.marks("vllm_cpu")
     for page in page_vllm.PAGES:
-        (tmp_path / page).write_text(f"before\n{begin}\n{end}\nbehind\n", encoding="utf-8")
+        text = f"before\n{begin}\n{end}\nbetween\n{begin_cpu}\n{end_cpu}\nbehind\n"
+        (tmp_path / page).write_text(text, encoding="utf-8")
     english, chinese = page_vllm.generate(tmp_path, tmp_path).values()
     for text in (english, chinese):
         assert "| 32,768 | 8,192 | V2 compiled | 611 | 503 | 1.21x |" in text
         assert "| 32 x 256 | 128 | V2 compiled | 1,000 | 1,004 | 1.00x |" in text
         assert "Llama-3.1-8B x 16, 8 x 8/512/128; vLLM 0.26.0, A card" in text
         assert "| 32,768 | 8,192 | V2 compiled | 3,000 | 2,500 | 1.20x |" in text
-        assert text.count("\n| ") == 9
+        assert "| A model | float32 | 6,144 | 552 | 124 | 4.45x |" in text
+        assert "8/256/128; vLLM 0.32.0, A CPU" in text
+        assert text.count("\n| ") == 12
     assert page_vllm.generate(tmp_path / "zh", tmp_path) == {}

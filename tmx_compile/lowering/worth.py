@@ -52,13 +52,13 @@ def least_for_width(width: int, training: bool) -> int:
 
 
 @functools.cache
-def break_even(geometry: Geometry) -> int:
-    """The least length from which on a prompt's mask keeps at most half of its causal pairs (2**40: never)."""
+def break_even(geometry: Geometry, share: float = _SHARE) -> int:
+    """The least length from which on a prompt's mask keeps at most this share of its causal pairs (2**40: never)."""
     low, high = 1, _LONGEST
     while low < high:
         middle = (low + high) // 2
         attended, causal = pair_counts(geometry, middle, middle)
-        if attended <= _SHARE * causal:
+        if attended <= share * causal:
             high = middle
         else:
             low = middle + 1

@@ -7,6 +7,7 @@ import re
 
 import pytest
 
+from benchmarks.common import RESULTS
 from tmx_compile import TriangleMixConfig
 from tmx_compile.integrations.vllm.settings import KEY, Settings, handed_over, read
 
@@ -148,8 +149,21 @@ def test_settings_travel_as_plain_data():
 
 def test_up_to_which_length_prompts_stay_dense():
     config = TriangleMixConfig(8, 512, 128, triangle_layer_indices=[3], min_seq_len=100)
-    assert Settings(config, 5).limit("cpu") is None
+    # Where the mask keeps about a third of the pairs.
+    assert Settings(config, 5).limit("cpu") == 3348
     assert Settings(config, 5, "blocked").limit("cpu") == 100
     # Where the mask keeps half of the pairs: as the backend of torch.compile has it.
     assert Settings(config, 5).limit("cuda") == 2215
     assert Settings(config, 5, "triton").limit("cuda") == 100
+
+
+def test_auto_lost_no_measured_case_that_it_takes_on_a_cpu():
+    records = json.loads((RESULTS / "vllm_cpu.json").read_text(encoding="utf-8"))["records"]
+    taken, left = [], []
+    for each in records:
+        config = TriangleMixConfig(*each["geometry"], triangle_layer_indices=[3], min_seq_len=1)
+        (taken if each["n"] > Settings(config, 5).limit("cpu") else left).append(each)
+    assert len(taken) > 10
+    assert [each for each in taken if each["speedup"] < 1] == []
+    # There is something to lose.
+    assert any(each["speedup"] < 1 for each in left)

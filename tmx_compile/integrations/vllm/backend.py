@@ -83,8 +83,7 @@ def active(config: Any, device: torch.device) -> Active | None:
         StrictModeError: in strict mode, a triangle layer that has to stay dense.
     """
     settings = handed_over(config.additional_config)
-    limit = None if settings is None else settings.limit(device.type)
-    if settings is None or limit is None:
+    if settings is None:
         return None
     # One for the process: draft models get copies of the configuration, but the same layers.
     compilation = config.compilation_config
@@ -94,8 +93,8 @@ def active(config: Any, device: torch.device) -> Active | None:
         if lowering == "auto":
             lowering = Triton.name if device.type == "cuda" else Blocked.name
         geometry = settings.config.geometry
-        found = Active(settings, limit, geometry, lowering, Counts(settings))
-        found.counts.limit = limit
+        found = Active(settings, settings.limit(device.type), geometry, lowering, Counts(settings))
+        found.counts.limit = found.limit
         layers = [facts_of(name, layer, config, device, geometry, lowering) for name, layer in attention_layers(config)]
         found.counts.layers(layers, lowering, whole_model=config.parallel_config.pipeline_parallel_size == 1)
         found.sparse = frozenset(site.path for site in found.counts.report.triangle())

@@ -47,9 +47,8 @@ class PromptTokens(StatLoggerBase):
     def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
         settings = handed_over(vllm_config.additional_config)
         assert settings is not None
-        limit = settings.limit(current_platform.device_type)
-        assert limit is not None
-        self._limit, self._last = limit, settings.config.num_last_tokens
+        self._limit = settings.limit(current_platform.device_type)
+        self._last = settings.config.num_last_tokens
         labels = vllm_config.model_config.served_model_name, str(engine_index)
         self._kinds = {kind: counter().labels(kind, *labels) for kind in ("triangle", "dense", "cached")}
 

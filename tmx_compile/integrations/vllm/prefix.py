@@ -32,8 +32,7 @@ class Rule:
 
     def __init__(self, config: Any) -> None:
         settings = handed_over(config.additional_config)
-        limit = None if settings is None else settings.limit(current_platform.device_type)
-        self.limit = 2**62 if limit is None else limit
+        self.limit = 2**62 if settings is None else settings.limit(current_platform.device_type)
         self.last = 0 if settings is None else settings.config.num_last_tokens
         self.salt = "" if settings is None else f"trianglemix:{settings.config.fingerprint()[:16]}"
 

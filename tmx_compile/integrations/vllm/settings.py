@@ -18,7 +18,7 @@ from tmx_compile.config.profile import GEOMETRY
 from tmx_compile.config.values import as_bool, as_count
 from tmx_compile.legacy.inference import TriangleMixInferenceConfig
 from tmx_compile.lowering.table import CHUNK_LOWERINGS
-from tmx_compile.lowering.worth import least_length
+from tmx_compile.lowering.worth import break_even, least_length
 
 KEY = "trianglemix"
 """The plugin's key in ``additional_config``."""
@@ -27,6 +27,9 @@ PROFILE_VARIABLE = "VLLM_TRIANGLEMIX_PROFILE"
 _SWITCH, _VARIABLE = "enable_trianglemix", "VLLM_TRIANGLEMIX_ENABLED"
 _INFERENCE = tuple(field.name for field in fields(TriangleMixInferenceConfig))
 _OWN = ("profile", "min_seq_len", "lowering", "strict", "stats_log_interval")
+_CPU_SHARE = 0.35
+"""Of its causal pairs a prompt's mask keeps at most so many where ours was faster than vLLM's own CPU kernel in every
+case, but for its AMX kernel (benchmarks/results/vllm_cpu.json)."""
 _RESOLVED = "_num_layers"  # only what a process has written for the others has it
 _ANALYSIS = (
     "use_gradient_analysis asks for layers chosen by gradients, and there is no profile: calibrate the model with "
@@ -52,14 +55,12 @@ class Settings:
     strict: bool = False
     stats_log_interval: float = 60.0
 
-    def limit(self, device: str) -> int | None:
-        """Up to which length a prompt stays dense on a type of device; None: every prompt does, being no slower so.
-
-        vLLM's own CPU kernels were faster than ours in what was tried, so there "auto" takes no prompt.
-        """
+    def limit(self, device: str) -> int:
+        """Up to which length a prompt stays dense on a type of device; "auto" leaves it so where it would lose."""
+        geometry, least = self.config.geometry, self.config.min_seq_len
         if device == "cpu" and self.lowering == "auto":
-            return None
-        return least_length(self.lowering, torch.device(device), self.config.min_seq_len, self.config.geometry)
+            return max(least, break_even(geometry, _CPU_SHARE) - 1)
+        return least_length(self.lowering, torch.device(device), least, geometry)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON, for :func:`handed_over`."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import MutableMapping
 from typing import Any
 
+import torch
 import vllm
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
@@ -64,10 +65,10 @@ def settle(config: Any, environ: MutableMapping[str, str]) -> None:
     if settings is None:
         return
     refuse(config)
-    if settings.limit(current_platform.device_type) is None:
+    if settings.lowering == "auto" and current_platform.is_cpu() and has_amx_kernel(config.model_config.dtype):
         log.warning(
-            "TriangleMix: %s: on a CPU vLLM's own attention is at least as fast, and every layer stays dense. "
-            "lowering='blocked' takes the triangle layers all the same",
+            "TriangleMix: %s: on this CPU vLLM's own attention uses AMX and is at least as fast, and every layer stays "
+            "dense. lowering='blocked' takes the triangle layers all the same",
             Reason.NOT_FASTER.name,
         )
         return
@@ -75,6 +76,11 @@ def settle(config: Any, environ: MutableMapping[str, str]) -> None:
     config.additional_config = {**config.additional_config, KEY: settings.to_dict()}
     environ[WORKERS] = "1"
     install()
+
+
+def has_amx_kernel(dtype: torch.dtype) -> bool:
+    """Whether vLLM's attention of this dtype multiplies by AMX on this machine."""
+    return dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
 
 
 def refuse(config: Any) -> None:
