@@ -43,7 +43,8 @@ installed.
 
 In every cell the logits (or hidden states) were compared with those of the same model, uncompiled and in float64, under
 its own mask and, in the layers that went sparse, the mask of the definition too. They were equal at every position that
-is not padding, in `generate` at every step. The same runs are tests (`tests/models`), which fail where a cell changes.
+is not padding, in `generate` at every step. Many of these runs are tests (`tests/models`), which fail where a cell
+changes.
 
 - Compiled under each `attn_implementation` that the class takes and can run on a CPU, or, `tmx`,
   [switched](attach.md#the-switch) and not compiled. Models that came later were run with `sdpa` and `tmx` alone.
@@ -52,7 +53,8 @@ is not padding, in `generate` at every step. The same runs are tests (`tests/mod
   `use_cache=True`. Where the two differ the cell tells both.
 - *`generate`*: the prefill of greedy generation from the left-padded batch. Decode steps stay dense everywhere.
 - *triangle*: every layer of attention went sparse, else so many of them. A name in capitals is the [reason](reasons.md)
-  why they did not. *not found*: no finder knows how the attention is written. A dash: no such call was run.
+  why they did not. *not found*: no finder knows how the attention is written. A dash: no such call was run. Layers
+  without attention (recurrent ones, convolutions) do not count.
 - *left alone*: attention that is not causal self-attention (encoders, vision towers, cross-attention), with its reason.
 """
 

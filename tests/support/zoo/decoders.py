@@ -21,17 +21,17 @@ _LATENT = dict(
     topk_group=1,
     first_k_dense_replace=1,
 )
+# One layer of each kind: a recurrent one is hundreds of operations to Dynamo.
 _LINEAR = dict(
     head_dim=8,
-    num_hidden_layers=4,
     linear_num_value_heads=4,
     linear_num_key_heads=2,
     linear_key_head_dim=8,
     linear_value_head_dim=8,
-    layer_types=["linear_attention", "full_attention"] * 2,
+    layer_types=["linear_attention", "full_attention"],
 )
 _MAMBA = dict(mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8, mamba_n_groups=1, mamba_expand=2, mamba_chunk_size=32)
-EVERY_OTHER = r"model\.layers\.[13]\.self_attn"
+SECOND = r"model\.layers\.1\.self_attn"
 OWN_MASK = frozenset({"MASK_UNKNOWN", "FLOAT_BIAS", "NOT_CAUSAL", "POSITIONS_UNKNOWN"})
 
 
@@ -59,6 +59,41 @@ def _decoder(
 
 
 DECODERS: tuple[Model, ...] = (
+    _decoder("Qwen3-Next", "Qwen3Next", num_experts=4, shared_expert_intermediate_size=24, **EXPERTS, **_LINEAR),
+    _decoder("Qwen3.5", "Qwen3_5", "Qwen3_5Text", **_LINEAR),
+    _decoder(
+        "Qwen3.5-MoE",
+        "Qwen3_5Moe",
+        "Qwen3_5MoeText",
+        num_experts=4,
+        shared_expert_intermediate_size=24,
+        **EXPERTS,
+        **_LINEAR,
+    ),
+    _decoder("Falcon-H1", "FalconH1", mamba_d_ssm=64, **_MAMBA),
+    _decoder(
+        "Granite 4 hybrid",
+        "GraniteMoeHybrid",
+        layer_types=["mamba", "attention"],
+        num_local_experts=4,
+        num_experts_per_tok=4,
+        shared_intermediate_size=48,
+        **_MAMBA,
+    ),
+    _decoder(
+        "Jamba",
+        "Jamba",
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        expert_layer_period=2,
+        expert_layer_offset=1,
+        num_experts=4,
+        num_experts_per_tok=4,
+        use_mamba_kernels=False,
+        mamba_d_state=8,
+        mamba_dt_rank=4,
+    ),
+    _decoder("Bamba", "Bamba", attn_layer_indices=[1], **_MAMBA),
     _decoder(
         "Nemotron-H",
         "NemotronH",
@@ -74,7 +109,46 @@ DECODERS: tuple[Model, ...] = (
         use_mamba_kernels=False,
     ),
     _decoder("LFM2", "Lfm2", num_hidden_layers=4, layer_types=["conv", "full_attention"] * 2),
+    _decoder(
+        "OLMo hybrid",
+        "OlmoHybrid",
+        **(_LINEAR | dict(linear_num_key_heads=4, num_key_value_heads=4)),
+    ),
+    _decoder(
+        "Kimi-Linear",
+        "KimiLinear",
+        causal=SECOND,
+        layer_types=["linear_attention", "full_attention"],
+        **_LATENT,
+        **EXPERTS,
+    ),
+    _decoder(
+        "MiniMax",
+        "MiniMax",
+        causal=SECOND,
+        head_dim=8,
+        layer_types=["linear_attention", "full_attention"],
+        num_local_experts=4,
+        num_experts_per_tok=4,
+        block_size=32,
+    ),
     _decoder("MiniMax-M2", "MiniMaxM2", head_dim=8, num_local_experts=4, num_experts_per_tok=4),
+    _decoder(
+        "Gemma 3n",
+        "Gemma3n",
+        "Gemma3nText",
+        head_dim=8,
+        sliding_window=WINDOW,
+        num_hidden_layers=4,
+        layer_types=_TWO * 2,
+        num_kv_shared_layers=0,
+        laurel_rank=8,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=100,
+        activation_sparsity_pattern=[0.0] * 4,
+        intermediate_size=[48] * 4,
+        altup_num_inputs=2,
+    ),
     _decoder(
         "Gemma 4",
         "Gemma4",
