@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch._dynamo.exc import BackendCompilerFailed
 
 from tests.support.models import with_masks
 from tests.support.oracle import attended, oracle, tolerance
@@ -75,7 +76,7 @@ def padded(n, side):
     return ids, mask if side else None
 
 
-def answers(size):
+def answers(size, prompts):
     """Greedy decoding over split caches, then over gathered ones: the logits of one process, at every step."""
     from tests.support.sharded import llama as made
     from tmx_compile.integrations.transformers import SplitPrompt
@@ -88,10 +89,9 @@ def answers(size):
     backend = tmx_backend(CONFIG, context_parallel=mesh, strict=True)
     many = torch.compile(plain, backend=backend, dynamic=True)
     with as_written() as graphs:
-        # Above min_seq_len and below; lengths that the processes do not divide.
-        for n, side in ((240, ""), (240, "left"), (241, ""), (241, "right"), (101, ""), (100, "left")):
+        for n, side in prompts:
             ids, mask = padded(n, side)
-            split = SplitPrompt(mesh, ids, mask)
+            split = SplitPrompt(plain, mesh, ids, mask)
             out = many(**split.piece())
             logits = [split.last(out.logits)]
             for _ in range(3):
@@ -116,6 +116,7 @@ def answers(size):
             ends = (mask[:, :n] * torch.arange(n)).amax(1)
             want = torch.cat([want[torch.arange(2), ends][:, None], want[:, n:]], 1)
             torch.testing.assert_close(torch.stack(logits, 1).double(), want, rtol=2e-4, atol=2e-4)
+        # Prompts above min_seq_len and below, with padding and without; steps of one token and of two.
         assert len(graphs) == 5, len(graphs)
 
 
@@ -135,11 +136,39 @@ def counted_twice():
 
 
 def answers_of_two():
-    answers(2)
+    answers(2, ((240, ""), (241, "right"), (100, "left")))
 
 
 def answers_of_three():
-    answers(3)
+    answers(3, ((240, ""), (241, "left"), (101, "")))
 
 
-CHECKS = {each.__name__: each for each in (operator_of_steps, counted_twice, answers_of_two, answers_of_three)}
+def windows():
+    """A model's own window is the prompt's, shorter than a piece or longer; a step there is refused by all."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    from tmx_compile.integrations.transformers import SplitPrompt
+
+    mesh = mesh_of(2)
+    if dist.get_rank() >= 2:
+        return
+    config = TriangleMixConfig(4, 16, 8, triangle_layer_indices=[1], min_seq_len=64)
+    shape = dict(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, vocab_size=128)
+    for window in (60, 150):
+        torch._dynamo.reset()
+        settings = MistralConfig(num_hidden_layers=2, initializer_range=0.2, sliding_window=window, **shape)
+        plain = MistralForCausalLM(settings).eval()
+        many = torch.compile(plain, backend=tmx_backend(config, context_parallel=mesh), dynamic=False)
+        ids = torch.randint(0, 128, (2, 200))
+        with as_written():
+            split = SplitPrompt(plain, mesh, ids)
+            out = many(**split.piece())
+            reach = attended(200, 200, None, 0, window - 1, 0)
+            want = with_masks(plain, ids, {0: reach, 1: reach & attended(200, 200, None, *config.geometry.counts)})
+            own = part(want, mesh.get_local_rank(), 2, 1)
+            torch.testing.assert_close(out.logits.double(), own, rtol=2e-4, atol=2e-4)
+            with pytest.raises(BackendCompilerFailed, match="LoweringError: context_parallel cannot split"):
+                many(**split.step(ids[:, :1]), past_key_values=out.past_key_values)
+
+
+CHECKS = {each.__name__: each for each in (operator_of_steps, counted_twice, windows, answers_of_two, answers_of_three)}

@@ -3,20 +3,24 @@
 What they compute together is in tests/lowering/context_parallel.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
-from transformers import DynamicCache, MistralConfig
+from transformers import DynamicCache, LlamaConfig, MistralConfig
 
 from tests.support.processes import fakes
 from tmx_compile.integrations.transformers import SplitPrompt
 from tmx_compile.lowering.context_parallel import Ranks
 
+MODEL = SimpleNamespace(config=LlamaConfig())
 
-def pieces(world, *args):
+
+def pieces(world, *args, model=MODEL):
     found = []
     for rank in range(world):
         with fakes(rank, world) as mesh:
-            found.append(SplitPrompt(mesh, *args).piece())
+            found.append(SplitPrompt(model, mesh, *args).piece())
     assert all(piece["use_cache"] is True for piece in found)
     return {name: torch.cat([piece[name] for piece in found], 1) for name in found[0] if name != "use_cache"}
 
@@ -41,11 +45,21 @@ def test_pieces_of_one_that_is_not():
     assert found["attention_mask"].shape == pieces(4, ids)["attention_mask"].shape == (2, 12)
 
 
+@pytest.mark.parametrize("setting", ["sliding_window", "attention_chunk_size"])
+def test_pieces_shorter_than_a_window_of_the_model(setting):
+    """Without a mask Transformers gives plain causal attention there: the graph would not show the window."""
+    for window, masked in ((4, False), (5, True)):
+        model = SimpleNamespace(config=LlamaConfig(**{setting: window}))
+        found = pieces(3, torch.ones(1, 12, dtype=torch.int64), model=model)
+        assert ("attention_mask" in found) is masked
+    assert found["attention_mask"].tolist() == [[1] * 12]
+
+
 @pytest.mark.parametrize("rank", [0, 1, 2])
 def test_new_tokens_count_on_the_final_process(rank, monkeypatch):
     monkeypatch.setattr(Ranks, "all_gather", lambda self, write, x: torch.cat([x * 0, x * 0, x]))
     with fakes(rank, 3) as mesh:
-        split = SplitPrompt(mesh, torch.ones(2, 7, dtype=torch.int64))
+        split = SplitPrompt(MODEL, mesh, torch.ones(2, 7, dtype=torch.int64))
         split.step(torch.tensor([[5], [6]]))
         found = split.step(torch.tensor([[7, 8], [9, 9]]))
     assert found["input_ids"].tolist() == [[7, 8], [9, 9]]
@@ -71,7 +85,7 @@ def test_new_tokens_count_on_the_final_process(rank, monkeypatch):
 )
 def test_prompts_that_are_none(ids, mask, reason):
     with fakes(0, 2) as mesh, pytest.raises(ValueError, match=reason):
-        SplitPrompt(mesh, ids, mask)
+        SplitPrompt(MODEL, mesh, ids, mask)
 
 
 @pytest.fixture
@@ -85,21 +99,21 @@ def test_refusals():
     ids, mask = torch.ones(2, 8, dtype=torch.int64), torch.ones(2, 8, dtype=torch.int64)
     mask[0, -1] = 0
     with fakes(0, 2) as mesh:
-        split = SplitPrompt(mesh, ids)
+        split = SplitPrompt(MODEL, mesh, ids)
         for tokens in (torch.ones(2), torch.ones(3, 1), torch.ones(2, 0)):
             with pytest.raises(ValueError, match=r"tokens must be \(2, new tokens\), got"):
                 split.step(tokens)
         with pytest.raises(ValueError, match="logits must be of all 4 tokens of the piece, or of one, got 3"):
             split.last(torch.zeros(2, 3, 9))
         with pytest.raises(ValueError, match=r"logits of one row .* padding on the right"):
-            SplitPrompt(mesh, ids, mask).last(torch.zeros(2, 1, 9))
+            SplitPrompt(MODEL, mesh, ids, mask).last(torch.zeros(2, 1, 9))
 
 
 @pytest.mark.usefixtures("nothing_is_exchanged")
 def test_caches_that_do_not_hold_all():
     config = MistralConfig(num_hidden_layers=1, sliding_window=64)
     with fakes(0, 2) as mesh:
-        split = SplitPrompt(mesh, torch.ones(1, 8, dtype=torch.int64))
+        split = SplitPrompt(MODEL, mesh, torch.ones(1, 8, dtype=torch.int64))
         for cache, tokens in ((DynamicCache(), 3), (DynamicCache(), 5), (DynamicCache(config=config), 4)):
             cache.update(torch.zeros(1, 2, tokens, 4), torch.zeros(1, 2, tokens, 4), 0)
             with pytest.raises(ValueError, match=f"cache: layer 0 .* holds {tokens} tokens, and piece .* are 4"):

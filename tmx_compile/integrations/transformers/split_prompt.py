@@ -21,6 +21,7 @@ class SplitPrompt:
     exchanges something has to be called by all processes.
 
     Args:
+        model: the Transformers model; it tells whether layers have a window of their own.
         mesh: the ``torch.distributed.DeviceMesh`` of one dimension that the backend got.
         input_ids: (B, N) int64, the whole prompt, alike on every process.
         attention_mask: (B, N), 1 where a token counts, padding on either side; None: everywhere.
@@ -31,9 +32,12 @@ class SplitPrompt:
     >>> import torch
     >>> import torch.distributed as dist
     >>> from torch.distributed.device_mesh import init_device_mesh
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> from tmx_compile.integrations.transformers import SplitPrompt
+    >>> shape = dict(hidden_size=32, intermediate_size=32, num_attention_heads=2, num_hidden_layers=2)
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=50, **shape))
     >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    >>> split = SplitPrompt(init_device_mesh("cpu", (1,)), torch.tensor([[5, 6, 7]]))
+    >>> split = SplitPrompt(model, init_device_mesh("cpu", (1,)), torch.tensor([[5, 6, 7]]))
     >>> split.piece()  # for the model; split.last(logits) gives the logits of the last token to all processes
     {'input_ids': tensor([[5, 6, 7]]), 'position_ids': tensor([[0, 1, 2]]), 'use_cache': True}
     >>> step = split.step(torch.tensor([[8]]))  # for the model, with its cache
@@ -42,7 +46,7 @@ class SplitPrompt:
     >>> dist.destroy_process_group()
     """
 
-    def __init__(self, mesh: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
+    def __init__(self, model: Any, mesh: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
         if input_ids.dim() != 2 or input_ids.shape[1] == 0:
             raise ValueError(f"input_ids must be (batch, tokens), got {tuple(input_ids.shape)}")
         if attention_mask is not None and attention_mask.shape != input_ids.shape:
@@ -53,11 +57,13 @@ class SplitPrompt:
         self._ranks = Ranks.of(mesh)
         self._prompt_tokens = input_ids.shape[1]
         self._input_ids = input_ids
-        self._padded = attention_mask is not None
+        self._masked = attention_mask is not None
         self._mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.dtype)
         # A prompt that the processes do not divide gets more padding, on the left: its last row stays the last.
         self._added = -self._prompt_tokens % self._ranks.size
         self._piece_tokens = (self._prompt_tokens + self._added) // self._ranks.size
+        # Without a mask Transformers leaves out a window, or chunks, that a piece does not fill; the prompt may.
+        self._masked |= self._added > 0 or self._piece_tokens < _longest_window(model)
 
     @property
     def input_ids(self) -> Tensor:
@@ -75,13 +81,13 @@ class SplitPrompt:
         return self._input_ids.shape[1] - self._prompt_tokens
 
     def piece(self) -> dict[str, Any]:
-        """Arguments of the model for this process's piece: (B, P) tokens and positions; a mask if there is padding."""
+        """Arguments of the model for this process's piece: (B, P) tokens and positions, and a mask where needed."""
         arguments = {
             "input_ids": self._own(self._input_ids[:, : self._prompt_tokens]),
             "position_ids": self._own(self._positions()[:, : self._prompt_tokens]),
             "use_cache": True,
         }
-        if self._padded or self._added:
+        if self._masked:
             arguments["attention_mask"] = self._own(self._mask[:, : self._prompt_tokens])
         return arguments
 
@@ -169,3 +175,9 @@ class SplitPrompt:
         """(B, h, N + t, D) from every process's (B, h, P + t, D)."""
         pieces = self._ranks.all_gather(Immediate(), x[:, :, : self._piece_tokens].permute(2, 0, 1, 3).contiguous())
         return torch.cat([pieces[self._added :].permute(1, 2, 0, 3), x[:, :, self._piece_tokens :]], 2)
+
+
+def _longest_window(model: Any) -> int:
+    """Of the layers' own windows and chunks, the longest; 0 where none has one."""
+    config = model.config.get_text_config()
+    return max(getattr(config, name, None) or 0 for name in ("sliding_window", "attention_chunk_size"))
