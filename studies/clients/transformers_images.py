@@ -64,7 +64,7 @@ def compiled(make: Model, given: Given, **options: Any) -> Result:
     backend = tmx_backend(CONFIG, model=model.model.language_model, **options)
     model.compile(backend=backend)
     call = lambda: model(**given, use_cache=False).logits  # noqa: E731
-    return compared(call, backend, attentions(model))
+    return of_layers(compared(call, backend, attentions(model)))
 
 
 @torch.no_grad()
@@ -73,7 +73,12 @@ def switched(make: Model, given: Given) -> Result:
     model = make()
     model.set_attn_implementation("tmx")
     call = lambda: model(**given, use_cache=False).logits  # noqa: E731
-    return compared(call, attention, attentions(model), switched=model)
+    return of_layers(compared(call, attention, attentions(model), switched=model))
+
+
+def of_layers(found: Result) -> Result:
+    """Without what is told of the vision tower, whose attention has no layer number."""
+    return found | {"reasons": [reason for reason in found["reasons"] if reason != "LAYER_UNKNOWN"]}
 
 
 WAYS: dict[str, Callable[[], Result]] = {
