@@ -203,15 +203,15 @@ class Engine:
         """The answers, and how many tokens of each prompt came from the prefix cache."""
         from vllm import SamplingParams
 
-        parameters = SamplingParams(
+        plain: dict[str, Any] = dict(
             temperature=0,
             max_tokens=new_tokens,
             logprobs=TOP,
             prompt_logprobs=0 if prompt else None,
             ignore_eos=True,
             detokenize=False,
-            **sampling,
         )
+        parameters = SamplingParams(**plain | sampling)
         requests = [{"prompt_token_ids": tokens} for tokens in asked]
         answers, cached = [], []
         for tokens, result in zip(asked, self.llm.generate(requests, parameters, use_tqdm=False), strict=True):

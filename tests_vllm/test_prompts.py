@@ -36,6 +36,15 @@ def test_prompts_in_chunks(engine: Engine, oracle: Oracle, tokens: int) -> None:
         check(oracle, name, answer)
 
 
+def test_several_samples_of_one_prompt(engine: Engine, oracle: Oracle) -> None:
+    """So cold that each is the greedy one. They are requests of their own, which find each other's blocks."""
+    engine.llm.reset_prefix_cache()
+    names, samples = ["long", "short"], 3
+    answers, _ = engine.ask([prompts()[name] for name in names], n=samples, temperature=0.01)
+    for name, answer in zip([name for name in names for _ in range(samples)], answers, strict=True):
+        check(oracle, name, answer)
+
+
 def test_the_layers_and_tokens_are_on_record(engine: Engine) -> None:
     engine.llm.reset_prefix_cache()
     counts = engine.active.counts
