@@ -28,18 +28,35 @@ PACKED = torch.cat([torch.arange(60), torch.arange(40)])[None]
 SPARSE = ("triangle", "")
 
 
-def by_sdpa(name, call, **changes):
+def by_sdpa(name, call, *, options=None, **changes):
     """What a model computes with the switch, asserted to be sdpa's own result; and the report of layers 1 and 2."""
-    with registered(CONFIG) as attention, torch.no_grad():
+    with registered(CONFIG, **(options or {})) as attention, torch.no_grad():
         got, want = (call(switched_model(name, implementation, **changes)) for implementation in ("tmx", "sdpa"))
     assert torch.equal(got, want)
     assert {site.layer for site in attention.report} >= {1, 2}
     return {(site.reason, site.detail) for site in attention.report if site.layer in (1, 2)}
 
 
-def test_packed_sequences():
-    found = by_sdpa("Llama", lambda model: model(prompt_of_one(), position_ids=PACKED, use_cache=False).logits)
-    assert {reason for reason, _ in found} == {"MASK_UNKNOWN"}
+@pytest.mark.parametrize(
+    ("options", "detail"),
+    [
+        (dict(lowering="blocked"), "blocked: packed documents"),
+        (dict(chunked_prefill=True), "chunked prefill of packed documents"),
+    ],
+)
+def test_packed_sequences(options, detail):
+    """What takes none of them is no error: a graph gets every prompt without a mask so."""
+    found = by_sdpa("Llama", packed_logits, options=options)
+    assert found == {("NO_LOWERING", detail)}
+
+
+def test_packed_sequences_of_a_window():
+    found = by_sdpa("Mistral", packed_logits)
+    assert found == {("MASK_UNKNOWN", f"a sliding window of {WINDOW} keys")}
+
+
+def packed_logits(model):
+    return model(prompt_of_one(), position_ids=PACKED, use_cache=False).logits
 
 
 def prompt_of_one():
@@ -196,7 +213,7 @@ def test_strict_mode():
         model(ids, attention_mask=padded(((0, 0), (20, 0))))
         model(ids[:, :20])
         with pytest.raises(StrictModeError, match="layer 1, LlamaAttention: the mask depends on data"):
-            model(ids[:1], position_ids=PACKED, use_cache=False)
+            model(ids, attention_mask=torch.ones(2, 1, 100, 100, dtype=torch.bool).tril())
         assert {site.layer for site in attention.report.triangle()} == {1, 2}
 
 

@@ -24,6 +24,8 @@ from transformers.masking_utils import (
     sliding_window_overlay,
 )
 
+from tmx_compile.integrations.transformers.packed import is_packed, numbers_of
+
 
 @dataclass(eq=False)
 class CausalMask:
@@ -34,7 +36,8 @@ class CausalMask:
 
     Attributes:
         shape: (B, 1, rows, keys), of the mask that is not written out.
-        key_mask: (B, keys) bool, True for a key that may be attended; None: all.
+        key_mask: (B, keys) bool, True for a key that may be attended; or int64, the numbers of packed sequences, from 1
+            on: a row attends keys of its own; None: all.
         first_row: the place of row 0 among the keys.
         first_key: the position of the first key in the sequence: not 0 where a cache has let go of what was before.
         window: how many keys, its own included, the layer lets a row see; None: all.
@@ -51,6 +54,11 @@ class CausalMask:
     _written: dict[torch.device, Tensor | None] = field(default_factory=dict)
 
     ndim = 4
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the key mask numbers packed sequences."""
+        return self.key_mask is not None and self.key_mask.dtype != torch.bool
 
     def for_sdpa(self, device: torch.device) -> Tensor | None:
         """The mask that Transformers gives its ``sdpa`` attention, None where it gives none; shared by all layers."""
@@ -134,8 +142,9 @@ def causal_mask(
     """Transformers' mask interface; the arguments are those of its ``sdpa_mask``.
 
     Returns:
-        A :class:`CausalMask` for several rows whose mask is causal and-ed with padding, or with a sliding window too;
-        for everything else, and where a model asks for the mask itself, what ``sdpa_mask`` returns.
+        A :class:`CausalMask` for several rows whose mask is causal and-ed with padding, or with a sliding window too,
+        or causal in packed sequences; for everything else, and where a model asks for the mask itself, what
+        ``sdpa_mask`` returns.
 
     Raises:
         ValueError: for a model with attention of its own, which would read the mask in its own way.
@@ -162,6 +171,11 @@ def causal_mask(
         )
         return written
 
+    # The plain function is the rule, and quickly told from others.
+    alone = q_length > 1 and attention_mask is None and q_length == kv_length
+    if alone and mask_function is not causal_mask_function and is_packed(mask_function):
+        numbers = numbers_of(mask_function, batch_size, q_length, settings.get("device"))
+        return CausalMask((batch_size, 1, q_length, kv_length), numbers, 0, 0, None, write)
     shown = _without_blocks(mask_function)
     # Such a mask is always written out, for the blocks; every other one because the model asks for it.
     wanted = not allow_is_causal_skip and shown is mask_function

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tmx_compile.config import TriangleMixConfig
 from tmx_compile.integrations.transformers.causal_mask import CausalMask
 from tmx_compile.lowering.base import AttentionCall
+from tmx_compile.lowering.table import OPERATOR
 from tmx_compile.lowering.worth import least_for_width, least_length
 from tmx_compile.mask.geometry import Geometry
 from tmx_compile.mask.selection import Selection
@@ -163,7 +164,17 @@ class Judge:
         if mask.first_row < 0 or mask.first_row + rows > keys:
             return Rejected(Reason.MORE_QUERIES)
         why = None if mask.window is None else self._against_window(mask.window)
+        if mask.is_packed:
+            why = why or self._against_packed()
         return why or _Shown(mask.first_row, mask.key_mask, mask.window)
+
+    def _against_packed(self) -> Rejected | None:
+        # Not an error as in a compiled graph: there every prompt without a mask and a cache may be several.
+        if self.request.chunked_prefill:
+            return Rejected(Reason.NO_LOWERING, "chunked prefill of packed documents")
+        if self.request.lowering not in ("auto", OPERATOR.name):
+            return Rejected(Reason.NO_LOWERING, f"{self.request.lowering}: packed documents")
+        return None
 
     def _against_window(self, window: int) -> Rejected | None:
         if window - 1 > self._config.sliding_window_size:

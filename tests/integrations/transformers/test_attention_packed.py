@@ -1,0 +1,119 @@
+"""Packed sequences under the switch, and prompts that a graph cannot tell from them: without a mask and a cache."""
+
+import pytest
+import torch
+from transformers.masking_utils import (
+    and_masks,
+    causal_mask_function,
+    packed_sequence_compatibility_function,
+    packed_sequence_mask_function,
+    sliding_window_causal_mask_function,
+)
+
+from tests.support.switched import CONFIG, decisions, plan_oracle, prompt, registered, switched_model
+from tmx_compile.integrations.transformers.packed import is_packed, numbers_of
+
+LENGTHS = (60, 40)
+POSITIONS = torch.cat([torch.arange(n) for n in LENGTHS])[None]
+
+
+@pytest.fixture(autouse=True)
+def attention():
+    torch._dynamo.reset()
+    with registered() as attention:
+        yield attention
+    torch._dynamo.reset()
+
+
+def close(got, want):
+    torch.testing.assert_close(got.double(), want, atol=5e-5, rtol=0)
+
+
+def test_a_compiled_prompt_without_a_mask_and_a_cache(attention):
+    """One graph for all long prompts."""
+    model = torch.compile(switched_model(), backend="eager", fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for n in (100, 77):
+            ids = prompt(2, n)
+            close(model(ids, use_cache=False).logits, plan_oracle("Llama", CONFIG, ids))
+    assert {decisions(attention.report)[layer] for layer in (1, 2)} == {("triangle", "")}
+    assert {site.graph for site in attention.report} == {0}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_each_sequence_is_a_prompt_of_its_own(attention, compiled):
+    ids = prompt(2, 100)
+    model = switched_model()
+    run = torch.compile(model, backend="eager", fullgraph=True) if compiled else model
+    with torch.no_grad():
+        got = run(ids, position_ids=POSITIONS, use_cache=False).logits
+    parts = [plan_oracle("Llama", CONFIG, part) for part in ids.split(LENGTHS, 1)]
+    close(got, torch.cat(parts, 1))
+    assert {decisions(attention.report)[layer] for layer in (1, 2)} == {("triangle", "")}
+
+
+def test_a_compiled_training_step(attention):
+    """The gradients of sequences in one row are the sums of each one's own."""
+    whole = sum(LENGTHS)
+    ids = prompt(1, 100)
+    packed, alone = switched_model().train(), switched_model().train()
+    torch.compile(packed, backend="aot_eager", fullgraph=True)(
+        ids, position_ids=POSITIONS, use_cache=False
+    ).logits.square().mean().backward()
+    for part in ids.split(LENGTHS, 1):
+        (alone(part, use_cache=False).logits.square().mean() * part.shape[1] / whole).backward()
+    for (name, ours), theirs in zip(packed.named_parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-4, rtol=1e-3, msg=name)
+
+
+def _packed(numbers, positions):
+    return packed_sequence_compatibility_function(causal_mask_function, positions, numbers)
+
+
+def _packed_windows(numbers, positions):
+    return packed_sequence_compatibility_function(sliding_window_causal_mask_function(9), positions, numbers)
+
+
+def _without_positions(numbers, positions):
+    return and_masks(packed_sequence_mask_function(numbers), causal_mask_function)
+
+
+def _of_the_users_own(numbers, positions):
+    return and_masks(_packed(numbers, positions), lambda b, h, q, kv: q - kv < 5)
+
+
+FUNCTIONS = {
+    _packed: True,
+    _packed_windows: False,
+    _without_positions: False,
+    _of_the_users_own: False,
+    lambda *_: sliding_window_causal_mask_function(9): False,
+    lambda *_: causal_mask_function: False,
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("make", "expected"), FUNCTIONS.items())
+def test_which_functions_are_of_packed_sequences(make, expected, compiled):
+    """By what they close over, which traced code cannot look at."""
+
+    def asked(numbers, positions):
+        return positions + (1 if is_packed(make(numbers, positions)) else 0)
+
+    run = torch.compile(asked, backend="eager", fullgraph=True) if compiled else asked
+    zeros = torch.zeros(1, 6, dtype=torch.long)
+    assert run(zeros, zeros).unique().tolist() == [int(expected)]
+
+
+def test_a_compiled_function_that_comes_from_outside():
+    """What it closes over may be another thing when the graph runs again."""
+    function = _packed(torch.zeros(1, 6), torch.zeros(1, 6))
+    asked = torch.compile(lambda x, function: x + (1 if is_packed(function) else 0), backend="eager", fullgraph=True)
+    assert asked(torch.zeros(1), function).item() == 0
+    assert is_packed(function)
+
+
+def test_numbers():
+    positions = torch.tensor([[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 4, 5]])
+    function = _packed((torch.diff(positions, prepend=positions[:, :1] - 1) != 1).cumsum(1), positions)
+    assert numbers_of(function, 2, 6, "cpu").tolist() == [[1, 1, 1, 2, 2, 3], [1] * 6]
