@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.common import RESULTS
-from tools.pages import page_ascend, page_attach, page_benchmarks, page_dense, page_quality, page_vllm
+from tools.pages import page_ascend, page_attach, page_benchmarks, page_dense, page_dynamic, page_quality, page_vllm
 
 DOCS = RESULTS.parent.parent / "docs"
 
@@ -37,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         pages.append((folder / page_attach.PAGE, attach))
     if (dense := page_dense.generate(options.results, folder)) is not None:
         pages.append((folder / page_dense.PAGE, dense))
+    if (dynamic := page_dynamic.generate(options.results, folder)) is not None:
+        pages.append((folder / page_dynamic.PAGE, dynamic))
     pages += page_vllm.generate(options.results, folder).items()
     if not options.check:
         folder.mkdir(parents=True, exist_ok=True)
