@@ -142,7 +142,7 @@ class Cell:
     def choice(self, depth: int) -> Choice:
         """What is compared with dense attention."""
         common = (self.geometry, self.layers(depth), self.decode == "streaming")
-        return Continued(*common, self.turn, self.rows == "dense") if self.turn else Choice(*common)
+        return Continued(*common, turn=self.turn, dense_turn=self.rows == "dense") if self.turn else Choice(*common)
 
     def layers(self, depth: int) -> tuple[int, ...]:
         """The sparse layers."""

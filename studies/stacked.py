@@ -9,15 +9,16 @@ all layers which are no triangle layers, dense ones counting 1.
 from __future__ import annotations
 
 import functools
+import json
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.common import RESULTS, Case, Parts, Records, device, note
 from benchmarks.models import smollm2
@@ -25,15 +26,16 @@ from benchmarks.texts import EVALUATION, token_stream
 from studies import recall_model
 from studies.recall_model import QUESTIONS, TASKS
 from studies.recall_tasks import evaluation
+from studies.stacked_board import GEOMETRY, Board, Layers
 from studies.texts import CALIBRATION
-from tmx_compile.analysis.choose.direct import divergence
+from tmx_compile import TriangleMixConfig
+from tmx_compile.analysis import CapturedModel, Inputs, Sample, Scores, ShareScores, mixes
+from tmx_compile.analysis.choose.direct import DirectMeasurement, divergence
+from tmx_compile.analysis.journal import Journal
 from tmx_compile.analysis.judge.intervals import interval
 from tmx_compile.mask import Geometry
 from tmx_compile.mask.selection import Selection
-from tmx_compile.operator import triangle_attention
-from tmx_compile.operator.dynamic import block_sparse_attention
 
-GEOMETRY = (8, 512, 128)
 SCORED = 64
 """Last positions of a prompt that are compared, as in the study of triangle layers."""
 SEED = 20261127
@@ -50,6 +52,7 @@ FULL: dict[str, Any] = {
     "ways": 1,
     "counts": [6],
     "calibration": None,
+    "calibrated": {"calibration": [2048, 1], "shares": [0.9, 0.8], "counts": [8], "evaluation": [[4096, 4], [2048, 4]]},
 }
 CUDA: dict[str, Any] = {
     "smollm2": [[2048, 12], [4096, 8], [7680, 4]],
@@ -58,9 +61,13 @@ CUDA: dict[str, Any] = {
     "ways": len(WAYS),
     "counts": [3, 6, 9, 12],
     "calibration": [4096, 3],
-}
+    "calibrated": {"calibration": [4096, 3], "shares": [0.9, 0.8, 0.95], "counts": [6, 8, 10],
+                   "evaluation": [[4096, 8], [7680, 4]]},
+}  # fmt: skip
 QUICK: dict[str, Any] = FULL | {"smollm2": [[256, 1]], "triangle": 2, "layers": 4, "counts": [1],
-                                "calibration": [256, 1]}  # fmt: skip
+                                "calibration": [256, 1],
+                                "calibrated": {"calibration": [256, 1], "shares": [0.9, 0.8], "counts": [1],
+                                               "evaluation": [[256, 2]]}}  # fmt: skip
 # Of the layers that are no triangle layers, from the one whose Middle section is needed least: a calibration for the
 # same geometry (profiles/cuda/smollm2-135m-8-512-128-gradient.json).
 RANKED = (13, 12, 11, 14, 10, 9, 4, 2, 6, 5, 3, 8, 1, 7, 0)
@@ -72,7 +79,10 @@ def _plan(quick: bool) -> dict[str, Any]:
 
 def names(quick: bool) -> list[str]:
     plan = _plan(quick)
-    return [f"{model}-{tokens}" for model in ("recall", "smollm2") for tokens, _ in plan[model]]
+    found = [f"{model}-{tokens}" for model in ("recall", "smollm2") for tokens, _ in plan[model]]
+    calibrated = plan["calibrated"]
+    found.append(f"calibration-{calibrated['calibration'][0]}")
+    return found + [f"calibrated-{tokens}" for tokens, _ in calibrated["evaluation"]]
 
 
 def settings(quick: bool) -> dict[str, Any]:
@@ -87,75 +97,12 @@ def settings(quick: bool) -> dict[str, Any]:
         "ppl_over_triangle": "the same over the perplexity with the triangle layers alone",
         "chosen": "the dynamic layers whose own divergence from dense was least on other text, at share 0.9, for the "
         "blocks that they leave out; without 'calibration' those whose Middle section a gradient needs least",
+        "calibration": "one dynamic layer alone on other text, as calibrate measures it; at the shares after the first "
+        "the half of the layers that is cheapest at the first",
+        "calibrated": "dynamic layers and their shares as mixes() proposes them from that, for the counts of layers",
         "accuracy": "the share of answers that are the most likely token",
         "always_kept": "first block, a row's own block and the one before, all blocks for the last rows",
     }
-
-
-@dataclass(frozen=True)
-class Layers:
-    """What the layers of a model do: the triangle layers, the dynamic ones, and how those choose."""
-
-    triangle: tuple[int, ...] = ()
-    dynamic: tuple[int, ...] = ()
-    selection: Selection | None = None
-
-
-class Board:
-    """A model whose attention is switched, and what its dynamic layers visited."""
-
-    def __init__(self, model: nn.Module, name: str) -> None:
-        from transformers import AttentionInterface
-
-        self.model, self.layers = model, Layers()
-        self.visited: list[Tensor] = []
-        AttentionInterface.register(name, self.attend)
-        model.set_attn_implementation(name)
-
-    def attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **rest: Any) -> Any:
-        layers, scale = self.layers, rest["scaling"]
-        if module.layer_idx in layers.dynamic:
-            assert layers.selection is not None
-            out, visited = dynamic(query, key, value, layers.selection, scale)
-            self.visited.append(visited)
-        elif module.layer_idx in layers.triangle:
-            out = triangle(query, key, value, scale)
-        else:
-            out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
-        return out.transpose(1, 2).contiguous(), None
-
-    def logits(self, ids: Tensor, keep: int, layers: Layers) -> tuple[Tensor, float]:
-        """Logits (B, keep, V) float32 of the last positions, and the density of the dynamic layers."""
-        self.layers, self.visited = layers, []
-        with torch.no_grad():
-            out = self.model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits.float()
-        if not self.visited:
-            return out, 1.0
-        visited, causal = torch.stack(self.visited).sum(0).tolist()
-        return out, visited / causal
-
-
-def dynamic(query: Tensor, key: Tensor, value: Tensor, selection: Selection, scale: float) -> tuple[Tensor, Tensor]:
-    """Block-sparse attention by the form that is there."""
-    if query.is_cuda:
-        from tmx_compile.lowering.triton.dynamic.op import TRITON_BLOCK_SPARSE
-
-        both: tuple[Tensor, Tensor] = TRITON_BLOCK_SPARSE(query, key, value, None, *selection.arguments, scale)
-        return both
-    return block_sparse_attention(query, key, value, selection=selection, scale=scale)
-
-
-def triangle(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Triangle attention by the form that is there."""
-    if query.is_cuda:
-        from tmx_compile.lowering.base import AttentionCall
-        from tmx_compile.lowering.triton.lowering import attend
-
-        out = attend(AttentionCall(query, key, value, None, Geometry(*GEOMETRY), scale, False))
-        assert isinstance(out, Tensor), out
-        return out
-    sink, window, last = GEOMETRY
-    return triangle_attention(query, key, value, sink=sink, window=window, last=last, scale=scale)[0]
 
 
 def ways(plan: dict[str, Any]) -> list[Selection]:
@@ -172,6 +119,10 @@ MIDDLE = Selection(*WAYS[0][:1], 0.9, *WAYS[0][:0:-1], GEOMETRY[0], GEOMETRY[2])
 
 def measure(name: str, quick: bool) -> Records:
     model, tokens = name.rsplit("-", 1)
+    if model == "calibration":
+        return _smollm2(quick).calibration()
+    if model == "calibrated":
+        return _smollm2(quick).calibrated(int(tokens), quick)
     count = dict(map(tuple, _plan(quick)[model]))[int(tokens)]
     return (_smollm2(quick) if model == "smollm2" else _recall()).records(int(tokens), count)
 
@@ -199,6 +150,60 @@ class SmolLM2:
         self.triangle = tuple(range(self.depth - plan["triangle"], self.depth))
         self.rest = tuple(range(self.depth - plan["triangle"]))
         self.ranking: list[int] = []
+
+    def calibration(self) -> Records:
+        """What each layer costs alone, at each share."""
+        tokens, count = self.plan["calibrated"]["calibration"]
+        texts = _pieces(self.other, tokens, count)
+        self.board.model.set_attn_implementation("sdpa")
+        captured = CapturedModel(self.board.model, TriangleMixConfig(*GEOMETRY))
+        samples = []
+        for place, ids in enumerate(texts):
+            inputs = Inputs(kwargs={"input_ids": ids[:, :-1].clone(), "use_cache": False, "logits_to_keep": SCORED})
+            samples.append((str(place), Sample(inputs, ids[:, -1].clone())))
+        measurement = DirectMeasurement(captured, samples, SCORED, Journal(None, {}))
+        found: Records = []
+        layers: Sequence[int] = self.rest
+        for share in self.plan["calibrated"]["shares"]:
+            note(f"stacked: {tokens} tokens, layers {list(layers)} one by one, share {share}")
+            way = replace(MIDDLE, share=share)
+            with torch.no_grad():
+                (scores,) = measurement.shares(layers, [way])
+            for layer in layers:
+                cost = {"density": scores.density[layer], "kl": scores.divergence[layer]}
+                how = {"policy": "one layer", **_how(Layers((), (layer,), way))}
+                found.append({"model": "SmolLM2-135M", "n": tokens, "texts": count, **how, **cost})
+            layers = sorted((scores.ranking if len(layers) == len(self.rest) else layers)[: len(self.rest) // 2 or 1])
+        self.board.model.set_attn_implementation(self.board.name)
+        return found
+
+    def calibrated(self, tokens: int, quick: bool) -> Records:
+        """The layers and shares that a calibration proposes, on texts that it has not seen."""
+        plan = self.plan["calibrated"]
+        count = dict(map(tuple, plan["evaluation"]))[tokens]
+        by_share: dict[float, Records] = {}
+        for item in _stored(f"calibration-{plan['calibration'][0]}", quick) or self.calibration():
+            by_share.setdefault(item["share"], []).append(item)
+        shares = tuple(
+            ShareScores(share, *({x["dynamic_layers"][0]: x[name] for x in items} for name in ("kl", "density")))
+            for share, items in by_share.items()
+        )
+        scores = Scores(Geometry(*GEOMETRY), {}, shares, MIDDLE.method, MIDDLE.block)
+        found = mixes({"": scores}, num_layers=self.depth, counts=plan["counts"], tokens=tokens)
+        texts = _pieces(self.text, tokens, count)
+        wanted = [Layers(), Layers(self.triangle)]
+        wanted += [Layers(self.triangle, x.dynamic.layers, MIDDLE, x.dynamic.shares) for x in found.values()]
+        runs: list[list[Any]] = [[] for _ in wanted]
+        for ids in texts:
+            for layers, results in zip(wanted, runs, strict=True):
+                note(f"stacked: {tokens} tokens, {layers}")
+                results.append(self._run(ids, layers))
+        dense, alone = runs[:2]
+        policies = ["deepest"] + ["calibrated"] * len(found)
+        return [
+            self._record(tokens, layers, results, dense, alone, policy)
+            for layers, results, policy in zip(wanted[1:], runs[1:], policies, strict=True)
+        ]
 
     def records(self, tokens: int, count: int) -> Records:
         if not self.ranking:
@@ -313,8 +318,19 @@ class Recall:
 
 def _how(layers: Layers) -> dict[str, Any]:
     way = layers.selection
-    words = {} if way is None else {"method": way.method, "stride": way.stride, "block": way.block, "share": way.share}
+    words: dict[str, Any] = {}
+    if way is not None:
+        share = list(layers.shares) if layers.shares else way.share
+        words = {"method": way.method, "stride": way.stride, "block": way.block, "share": share}
     return {"triangle_layers": list(layers.triangle), "dynamic_layers": list(layers.dynamic), **words}
+
+
+def _stored(part: str, quick: bool) -> Records:
+    """The records of a part that the result file holds; none in a quick run."""
+    path = RESULTS / _file()
+    if quick or not path.is_file():
+        return []
+    return [item for item in json.loads(path.read_text(encoding="utf-8"))["records"] if item["part"] == part]
 
 
 def _pieces(stream: Tensor, tokens: int, count: int) -> list[Tensor]:

@@ -72,7 +72,7 @@ def test_a_rerun_from_a_trace_is_the_run(monkeypatch):
     captured, inputs = CapturedModel(model, CONFIG), call(token_ids())
     logits, trace = captured.trace(inputs)
     assert torch.equal(logits.logits, captured.run(inputs).logits)
-    assert sorted(trace.states) == [0, 1, 2, 3]
+    assert sorted(trace.reached.states) == [0, 1, 2, 3]
     visits = []
     attend = Switchboard.attend
     monkeypatch.setattr(Switchboard, "attend", lambda board, layer, x: visits.append(layer) or attend(board, layer, x))
@@ -83,7 +83,7 @@ def test_a_rerun_from_a_trace_is_the_run(monkeypatch):
         assert visits == list(range(min(sparse, default=3), 4))
         assert torch.equal(again, captured.run(inputs, sparse).logits)
     _, later = captured.trace(inputs, [2], since=trace)
-    assert sorted(later.states) == [0, 1, 2, 3]
+    assert sorted(later.reached.states) == [0, 1, 2, 3]
     assert torch.equal(captured.rerun(later, [2, 3]).logits, captured.run(inputs, [2, 3]).logits)
     assert torch.equal(captured.rerun(later, [1]).logits, captured.run(inputs, [1]).logits)
 
@@ -134,7 +134,7 @@ def test_what_cannot_be_skipped_runs_as_a_whole():
         with torch.no_grad():
             expected = {sparse: captured.run(Inputs((x,)), sparse) for sparse in ((), (1,))}
             _, trace = captured.trace(Inputs((x,)))
-            assert not trace.states
+            assert not trace.reached.states
             assert torch.equal(captured.rerun(trace, (1,)), expected[1,])
             assert not torch.equal(expected[1,], expected[()])
         assert captured.layers == (0, 1)

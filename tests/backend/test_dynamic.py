@@ -29,7 +29,7 @@ def three(**changes):
 
 def one_layer_oracle(x):
     keys = x[:, ::2]
-    lists = select(x, keys, None, CONFIG.selection, 0.25)
+    lists = select(x, keys, None, CONFIG.selection(0), 0.25)
     return listed_oracle(x, keys, keys, None, lists, 32, 0.25), lists.visited
 
 
@@ -60,6 +60,15 @@ def test_beside_triangle_layers():
     assert 0 < first < 1
     assert 0 < second < 1
     assert third is None
+
+
+def test_a_share_for_each_layer():
+    backend = tmx_backend(CONFIG.replace(dynamic_share=[1.0, 0.3]), strict=True)
+    with torch.no_grad():
+        torch.compile(three(), backend=backend)(torch.randn(1, 2, 300, 16))
+    assert [site.share for site in backend.report] == [1.0, 0.3, None]
+    first, second, _ = map(backend.report.density, backend.report)
+    assert second < first == 1.0
 
 
 def test_explain_tells_and_counts_nothing():

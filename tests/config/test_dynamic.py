@@ -19,6 +19,8 @@ CONFIG = TriangleMixConfig(
         ({"dynamic_layer_indices": "01"}, "dynamic_layer_indices must be a sequence of layer indices, got '01'"),
         ({"dynamic_share": 0}, "dynamic_share must be above 0 and at most 1, got 0"),
         ({"dynamic_share": True}, "dynamic_share must be above 0 and at most 1, got True"),
+        ({"dynamic_share": [0.5]}, "dynamic_share must be a number, or one for each of the 2 layers .*, got 1"),
+        ({"dynamic_share": [0.5, 2]}, r"dynamic_share\[1\] must be above 0 and at most 1, got 2"),
         ({"dynamic_method": "best"}, "dynamic_method must be one of pooled, antidiagonal, got 'best'"),
         ({"dynamic_block": 100}, "dynamic_block must be one of 16, 32, 64, 128, got 100"),
     ],
@@ -43,10 +45,23 @@ def test_off_by_default():
     assert CONFIG.dynamic_layers() == (0, 1)
 
 
-def test_a_profile_keeps_them(tmp_path):
-    path = tmp_path / "profile.json"
-    CONFIG.to_profile(path, num_layers=6)
-    assert TriangleMixConfig.from_profile(path, num_layers=6) == CONFIG
+def test_shares_are_in_the_order_of_the_layers_given():
+    config = TriangleMixConfig(dynamic_layer_indices=iter([5, 2, 3]), dynamic_share=[0.5, 0.2, 0.3])
+    assert {layer: config.selection(layer).share for layer in config.dynamic_layers()} == {2: 0.2, 3: 0.3, 5: 0.5}
+    assert config.replace(min_seq_len=1).dynamic_share == (0.2, 0.3, 0.5)
+    # One share is one share, however it is written.
+    same = TriangleMixConfig(dynamic_layer_indices=[0, 1], dynamic_share=[0.8, 0.8])
+    assert same == same.replace(dynamic_share=0.8)
+    assert same.fingerprint() == same.replace(dynamic_share=0.8).fingerprint()
+    with pytest.raises(ValueError, match=r"layer must be one of dynamic_layer_indices=\(2, 3, 5\), got 4"):
+        config.selection(4)
+
+
+@pytest.mark.parametrize("shares", [0.8, [0.8, 0.95]])
+def test_a_profile_keeps_them(tmp_path, shares):
+    path, config = tmp_path / "profile.json", CONFIG.replace(dynamic_share=shares)
+    config.to_profile(path, num_layers=6)
+    assert TriangleMixConfig.from_profile(path, num_layers=6) == config
     saved = json.loads(path.read_text())
     del saved["dynamic"]["dynamic_share"]
     path.write_text(json.dumps(saved))
@@ -61,7 +76,13 @@ def test_a_profile_without_them_is_as_before(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [{"dynamic_layer_indices": [0]}, {"dynamic_share": 0.7}, {"dynamic_method": "antidiagonal"}]
+    "change",
+    [
+        {"dynamic_layer_indices": [0]},
+        {"dynamic_share": 0.7},
+        {"dynamic_share": [0.7, 0.8]},
+        {"dynamic_method": "antidiagonal"},
+    ],
 )
 def test_the_fingerprint_tells_them_apart(change):
     assert CONFIG.replace(**change).fingerprint() != CONFIG.fingerprint()

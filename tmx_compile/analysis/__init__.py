@@ -12,9 +12,12 @@ from tmx_compile.analysis.capture.capture import CapturedModel, Inputs, Trace
 from tmx_compile.analysis.capture.samples import Sample
 from tmx_compile.analysis.choose.advise import Advice, Candidate, advise
 from tmx_compile.analysis.choose.calibration import Calibration
+from tmx_compile.analysis.choose.direct import ShareScores
 from tmx_compile.analysis.choose.estimate import calibrate
+from tmx_compile.analysis.choose.mix import Scores, mixes, read_scores
 from tmx_compile.analysis.choose.recorder import TriangleMixAnalyzer
-from tmx_compile.analysis.judge.compare import Change, Choice, Continued, compare
+from tmx_compile.analysis.judge.choice import Choice, Continued, DynamicLayers
+from tmx_compile.analysis.judge.compare import Change, compare
 from tmx_compile.analysis.judge.evaluate import candidates, evaluate, read_ranking
 from tmx_compile.analysis.judge.evaluation import Evaluation, Record
 from tmx_compile.analysis.judge.intervals import Interval, interval
@@ -27,11 +30,14 @@ __all__ = [
     "Change",
     "Choice",
     "Continued",
+    "DynamicLayers",
     "Evaluation",
     "Inputs",
     "Interval",
     "Record",
     "Sample",
+    "Scores",
+    "ShareScores",
     "Trace",
     "TriangleMixAnalyzer",
     "advise",
@@ -40,5 +46,7 @@ __all__ = [
     "compare",
     "evaluate",
     "interval",
+    "mixes",
     "read_ranking",
+    "read_scores",
 ]

@@ -15,8 +15,9 @@ from tmx_compile.analysis.capture.sections import MEASURES
 from tmx_compile.analysis.choose.calibration import Calibration
 from tmx_compile.analysis.choose.estimate import ESTIMATORS, calibrate
 from tmx_compile.analysis.judge.language_model import load, prompts, read_texts
-from tmx_compile.commands.values import check_folders, count, geometry
+from tmx_compile.commands.values import check_folders, count, geometry, numbers
 from tmx_compile.config import TriangleMixConfig
+from tmx_compile.mask.selection import BLOCKS, METHODS, Selection
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -39,6 +40,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--estimator", choices=ESTIMATORS, default="gradient", help="how layers are judged")
     add("--measure", choices=MEASURES, default="absolute", help="which gradient ranks the layers")
     add("--greedy", type=count, help="layers that 'direct' chooses one after the other; none: half of them")
+    shares_help = "also judge layers with blocks chosen while they run, at these shares; with 'direct'"
+    add("--dynamic-shares", type=numbers, default=(), metavar="S,S,...", help=shares_help)
+    add("--dynamic-method", choices=METHODS, default=Selection.method, help="how those choose")
+    add("--dynamic-block", type=int, choices=BLOCKS, default=Selection.block, help="side of their blocks")
     add("--resume", type=Path, metavar="FILE", help="remember what is measured here, and go on from it")
 
 
@@ -55,10 +60,13 @@ def model_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Calibrate, write the profile, show the layers; exits with 2 on bad arguments."""
     console = Console(stderr=True)
-    config = TriangleMixConfig(*options.geometry.counts)
+    words = {"dynamic_method": options.dynamic_method, "dynamic_block": options.dynamic_block}
+    config = TriangleMixConfig(*options.geometry.counts, **words)
     keep = 1 if options.estimator == "gradient" else max(1, min(64, options.geometry.last))
     try:
         check_folders(out=options.out, resume=options.resume)
+        if options.dynamic_shares and options.estimator != "direct":
+            raise ValueError(f"dynamic-shares need the estimator direct, got {options.estimator}")
         model, tokenizer, texts = loaded(options)
         depth = depth_of(model)
         if depth is not None and options.layers > depth:
@@ -71,12 +79,15 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
             estimator=options.estimator,
             measure=options.measure,
             greedy=options.greedy,
+            shares=options.dynamic_shares,
             resume=options.resume,
         )
         found.to_profile(options.out, options.layers)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     console.print(table(found))
+    if found.dynamic:
+        console.print(dynamic_table(found))
     console.print(f"wrote {options.out} with layers {list(found.layers(options.layers))} sparse", markup=False)
 
 
@@ -88,6 +99,21 @@ def table(found: Calibration) -> Table:
         shown.add_column(name, justify="right")
     for rank, layer in enumerate(found.ranking, 1):
         shown.add_row(str(rank), str(layer), *(f"{scores[layer]:.3e}" for scores in found.scores.values()))
+    return shown
+
+
+def dynamic_table(found: Calibration) -> Table:
+    """The layers from the one that gives blocks away most cheaply at the first share, with every share."""
+    config = found.config
+    title = (
+        f"blocks of {config.dynamic_block} chosen while they run, {config.dynamic_method}: nats at a density, by share"
+    )
+    shown = Table(title=title, title_justify="left")
+    for name in ("rank", "layer", *(f"{x.share:g}" for x in found.dynamic)):
+        shown.add_column(name, justify="right")
+    for rank, layer in enumerate(found.dynamic[0].ranking, 1):
+        costs = (f"{x.divergence[layer]:.3e} at {x.density[layer]:.1%}" for x in found.dynamic)
+        shown.add_row(str(rank), str(layer), *costs)
     return shown
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,6 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from tmx_compile.analysis.choose.advise import BOUNDS, Advice, advise
+from tmx_compile.analysis.choose.mix import mixes, read_scores
+from tmx_compile.analysis.judge.choice import Choice
 from tmx_compile.analysis.judge.evaluate import candidates, evaluate, read_ranking
 from tmx_compile.analysis.judge.evaluation import METRICS, Evaluation
 from tmx_compile.analysis.judge.intervals import Interval
@@ -32,8 +35,12 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     usual = (TriangleMixConfig().geometry,)
     geometry_help = "sinks/window/last rows, several by commas"
     add("--geometry", type=geometries, default=usual, metavar="S/W/L,...", help=geometry_help)
-    profile_help = "calibrated profiles whose rankings to try beside the deepest layers"
+    profile_help = (
+        "calibrated profiles whose rankings to try beside the deepest layers; with --dynamic-shares: mixes too"
+    )
     add("--profile", nargs="+", type=Path, default=[], metavar="FILE", help=profile_help)
+    plan_help = "profiles whose own layers, triangle and dynamic ones, to try as they are"
+    add("--plan", nargs="+", type=Path, default=[], metavar="FILE", help=plan_help)
     add("--tokens", type=count, default=2048, help="length of a prompt")
     add("--samples", type=count, default=8, help="number of prompts")
     add("--final", type=count, default=64, help="how many of a prompt's last tokens are compared")
@@ -46,13 +53,8 @@ def run_evaluate(options: argparse.Namespace, parser: argparse.ArgumentParser) -
     """Evaluate, write the result, show the costs; exits with 2 on bad arguments."""
     try:
         check_folders(out=options.out, resume=options.resume)
-        stems = [path.stem for path in options.profile]
-        for stem in stems:
-            if stems.count(stem) > 1:
-                raise ValueError(f"profile must be files of different names, got {stem!r} more than once")
-        for path in options.profile:
-            if not path.is_file():
-                raise ValueError(f"profile must be a file, got {str(path)!r}")
+        for option in ("profile", "plan"):
+            _check_files(option, getattr(options, option))
         if options.samples < 2:
             raise ValueError(f"samples must be at least 2, or intervals say nothing, got {options.samples}")
         if options.tokens <= options.final:
@@ -62,6 +64,11 @@ def run_evaluate(options: argparse.Namespace, parser: argparse.ArgumentParser) -
         if depth is None:
             raise ValueError(f"model must tell num_hidden_layers, {type(model).__name__} does not")
         rankings = {path.stem: read_ranking(path, num_layers=depth, model=model) for path in options.profile}
+        scores = {path.stem: read_scores(path, num_layers=depth, model=model) for path in options.profile}
+        plans = {
+            f"plan/{path.stem}": TriangleMixConfig.from_profile(path, num_layers=depth, model=model)
+            for path in options.plan
+        }
         choices = candidates(
             rankings,
             num_layers=depth,
@@ -69,6 +76,14 @@ def run_evaluate(options: argparse.Namespace, parser: argparse.ArgumentParser) -
             counts=options.counts,
             streaming=options.streaming,
         )
+        choices |= mixes(
+            {name: found for name, found in scores.items() if found is not None},
+            num_layers=depth,
+            counts=options.counts,
+            tokens=options.tokens,
+            streaming=options.streaming,
+        )
+        choices |= {name: Choice.of(plan) for name, plan in plans.items()}
         prompts = pieces(tokenizer, texts, options.tokens + options.following, options.samples)
         found = evaluate(
             model,
@@ -84,6 +99,17 @@ def run_evaluate(options: argparse.Namespace, parser: argparse.ArgumentParser) -
     console = _console()
     console.print(cost_table(found))
     console.print(f"wrote {options.out}", markup=False)
+
+
+def _check_files(option: str, paths: Sequence[Path]) -> None:
+    """``ValueError`` for files that are not there, or whose choices would have one name."""
+    stems = [path.stem for path in paths]
+    for stem in stems:
+        if stems.count(stem) > 1:
+            raise ValueError(f"{option} must be files of different names, got {stem!r} more than once")
+    for path in paths:
+        if not path.is_file():
+            raise ValueError(f"{option} must be a file, got {str(path)!r}")
 
 
 def advise_arguments(parser: argparse.ArgumentParser) -> None:
@@ -157,7 +183,7 @@ def cost_table(found: Evaluation) -> Table:
         shown.add_column(name, justify="right")
     for name, record in found.records.items():
         costs = (_cost(metric, record.cost(metric)) for metric in METRICS)
-        shown.add_row(name, str(len(record.choice.layers)), *costs)
+        shown.add_row(name, _layers(record.choice), *costs)
     return shown
 
 
@@ -173,8 +199,14 @@ def advice_table(found: Advice) -> Table:
     for x in found.candidates:
         saved = "-" if x.saved_ms is None else f"{x.saved_ms:.4g}"
         cost = _cost(found.metric, x.cost)
-        shown.add_row(x.name, str(len(x.record.choice.layers)), cost, "yes" if x.fits else "no", saved)
+        shown.add_row(x.name, _layers(x.record.choice), cost, "yes" if x.fits else "no", saved)
     return shown
+
+
+def _layers(choice: Choice) -> str:
+    """How many are sparse: triangle layers, and dynamic ones."""
+    dynamic = len(choice.dynamic.layers)
+    return f"{len(choice.layers)} + {dynamic} dynamic" if dynamic else str(len(choice.layers))
 
 
 def _cost(metric: str, cost: Interval) -> str:

@@ -32,6 +32,11 @@ def number(text: str) -> float:
     return value
 
 
+def numbers(text: str) -> tuple[float, ...]:
+    """An option's value such as 0.8,0.9: distinct finite numbers of at least 0."""
+    return tuple(dict.fromkeys(number(part.strip()) for part in text.split(",")))
+
+
 def geometry(text: str) -> Geometry:
     """An option's value such as 8/64/128."""
     parts = text.split("/")

@@ -1,4 +1,4 @@
-"""What triangle layers cost, for the messages that say so. ``prices.json`` has the figures and their sources."""
+"""What sparse layers cost, and what time dynamic ones take. ``prices.json`` has the figures and their sources."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ def prices() -> dict[str, Any]:
 
     ``streaming``: for each of ``shares`` of the model's layers, the relative change of the ``perplexity`` of what
     follows a prompt of ``prompt`` tokens, and the share of a list in the prompt that is ``copied`` right. ``first_n``:
-    the relative change of the perplexity of a prompt's last tokens, by which layers are sparse. ``source`` names the
-    result file; docs/quality.md shows it.
+    the relative change of the perplexity of a prompt's last tokens, by which layers are sparse.
+    ``dynamic``: the time of one dynamic layer over that of dense attention, by ``tokens`` and ``block``: to ``select``
+    blocks by each method, and to ``attend`` to those of each ``density``. ``source`` names the result file;
+    docs/quality.md and docs/dynamic.md show it.
     """
     found: dict[str, Any] = json.loads(Path(__file__).with_name("prices.json").read_text(encoding="utf-8"))
     return found

@@ -69,7 +69,8 @@ class TriangleMixConfig:
         min_seq_len: prompts of this length or shorter stay dense (tokens).
         dynamic_layer_indices: layers whose prompts attend to blocks of keys that are chosen while they run
             (docs/dynamic.md); from any iterable of integers, none of them a triangle layer. None: no layer.
-        dynamic_share: how much of the estimated attention of a block of rows these keep, above 0 and at most 1.
+        dynamic_share: how much of the estimated attention of a block of rows these keep, above 0 and at most 1; or a
+            list of one for each of these layers, in their order.
         dynamic_method: how it is estimated: "pooled" or "antidiagonal".
         dynamic_block: rows and keys of a block: 16, 32, 64 or 128 (tokens).
 
@@ -94,7 +95,7 @@ class TriangleMixConfig:
     triangle_layer_indices: Sequence[int] | None = None
     min_seq_len: int = 2048
     dynamic_layer_indices: Sequence[int] | None = None
-    dynamic_share: float = 0.9
+    dynamic_share: float | Sequence[float] = 0.9
     dynamic_method: str = "pooled"
     dynamic_block: int = 128
 
@@ -284,15 +285,18 @@ class TriangleMixConfig:
         """
         return tuple(self.dynamic_layer_indices or ())
 
-    @property
-    def selection(self) -> Selection:
-        """How dynamic layers choose their blocks, by groups of 16 tokens.
+    def selection(self, layer: int) -> Selection:
+        """How a dynamic layer chooses its blocks, by groups of 16 tokens; ``ValueError`` for a layer that is none.
 
         >>> from tmx_compile import TriangleMixConfig
-        >>> TriangleMixConfig(dynamic_layer_indices=[0]).selection.share
-        0.9
+        >>> TriangleMixConfig(dynamic_layer_indices=[4, 2], dynamic_share=[0.8, 0.95]).selection(2).share
+        0.95
         """
-        words = self.dynamic_method, self.dynamic_share, self.dynamic_block
+        layers, share = self.dynamic_layers(), self.dynamic_share
+        if layer not in layers:
+            raise ValueError(f"layer must be one of dynamic_layer_indices={layers}, got {layer!r}")
+        share = share[layers.index(layer)] if isinstance(share, Sequence) else share
+        words = self.dynamic_method, share, self.dynamic_block
         return Selection(*words, Selection.stride, self.num_sink_tokens, self.num_last_tokens)
 
     @property

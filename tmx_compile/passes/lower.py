@@ -16,6 +16,7 @@ from tmx_compile.graph.layout import NAME, laid_out
 from tmx_compile.graph.nodes import ORIGIN, fake_mode_of, tensor_of
 from tmx_compile.graph.sizes import size_of
 from tmx_compile.lowering.base import AttentionCall, Lowering, Operands, Writer
+from tmx_compile.lowering.block_sparse import BlockSparse
 from tmx_compile.passes.plan import Plan
 
 
@@ -52,9 +53,9 @@ class _Emission:
 class Lowerer:
     """Lowers operator nodes of one graph, in graph order.
 
-    A lowering runs once per kind of call. For the next call of the same kind (shapes, geometry, key mask) its nodes are
-    copied; those that depend on no tensor's values, masks and block plans, are shared. So the cost of a layer does not
-    depend on what the lowering computes, and neither Inductor nor a reader sees one mask per layer.
+    A lowering runs once per kind of call. For the next call of the same kind (shapes, geometry, selection, mask) its
+    nodes are copied; those that depend on no tensor's values, masks and block plans, are shared. So the cost of a layer
+    does not depend on what the lowering computes, and neither Inductor nor a reader sees one mask per layer.
     """
 
     def __init__(self, gm: GraphModule, fake_mode: Any) -> None:
@@ -71,7 +72,8 @@ class Lowerer:
         graph = self._gm.graph
         # Which operands are one tensor matters too: a copy could not tell them apart again.
         same = tuple(node.args.index(argument) for argument in _tensors(node))
-        kind = (lowering.name, node.args[3], same, _describe(call))
+        selection = lowering.selection if isinstance(lowering, BlockSparse) else None
+        kind = (lowering.name, selection, node.args[3], same, _describe(call))
         with graph.inserting_before(node):
             if kind in self._emissions:
                 out = self._repeat(self._emissions[kind], node)

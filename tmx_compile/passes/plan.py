@@ -167,11 +167,6 @@ class Plan:
         return self.config.geometry
 
     @property
-    def selection(self) -> Selection:
-        """How dynamic layers choose."""
-        return self.config.selection
-
-    @property
     def needs_grad(self) -> bool:
         """Whether what the graph computes is differentiated."""
         return torch.is_grad_enabled() and any(

@@ -33,8 +33,9 @@ def search(plan: Plan) -> Plan:
         assert node is not None
         layer = _own(layer, plan.request.handed_over, name)
         selected = layer.index in wanted | dynamic if layer.mark is None else layer.mark.sparse
-        chosen = layer.mark is None and layer.index in dynamic
-        decision: Decision = Dynamic(plan.selection) if chosen else Triangle(plan.geometry)
+        decision: Decision = Triangle(plan.geometry)
+        if layer.mark is None and layer.index is not None and layer.index in dynamic:
+            decision = Dynamic(plan.config.selection(layer.index))
         # Where nothing of the graph is the model's, something went wrong: that is told, or an error if strict.
         made = SitePlan(node, layer, selected and not (layer.outside and marked), decision)
         if isinstance(item, AttentionSite) and around.get(node, _GRAD) != _GRAD:

@@ -13,7 +13,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.common import RESULTS
-from tools.pages import page_ascend, page_attach, page_benchmarks, page_dense, page_distributed, page_quality, page_vllm
+from tools.pages import (
+    page_ascend,
+    page_attach,
+    page_benchmarks,
+    page_dense,
+    page_distributed,
+    page_dynamic,
+    page_quality,
+    page_vllm,
+)
 
 DOCS = RESULTS.parent.parent / "docs"
 
@@ -40,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if (distributed := page_distributed.generate(options.results, folder)) is not None:
         pages.append((folder / page_distributed.PAGE, distributed[0]))
         pictures += distributed[1]
+    if (dynamic := page_dynamic.generate(options.results, folder)) is not None:
+        pages.append((folder / page_dynamic.PAGE, dynamic))
     pages += page_vllm.generate(options.results, folder).items()
     if not options.check:
         folder.mkdir(parents=True, exist_ok=True)

@@ -47,3 +47,11 @@ def test_chunked_prefill_is_dense_with_the_reason(model):
     assert next((site.decision, site.detail) for site in report) == ("dense", "dynamic blocks in chunked prefill")
     with pytest.raises(StrictModeError, match="chunked prefill"):
         logits(model, CONFIG, ids, None, chunked_prefill=True, strict=True)
+
+
+def test_a_share_for_each_layer(model):
+    config = CONFIG.replace(triangle_layer_indices=None, dynamic_layer_indices=[1, 0], dynamic_share=[0.3, 1.0])
+    _, report = logits(model, config, torch.randint(0, 64, (1, 300)), None)
+    assert [(site.layer, site.share) for site in report] == [(0, 1.0), (1, 0.3)]
+    first, second = map(report.density, report)
+    assert second < first == 1.0

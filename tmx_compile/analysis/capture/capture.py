@@ -14,19 +14,20 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule
 
+from tmx_compile.analysis.capture.replay import CapturedGraph, Reached, Replay
 from tmx_compile.analysis.capture.running import as_is, unlimited_recompiles
 from tmx_compile.analysis.capture.sections import Piece, SectionSums
-from tmx_compile.analysis.capture.switch import Switchboard, SwitchedAttention, install
+from tmx_compile.analysis.capture.switch import Switchboard, install
 from tmx_compile.config import TriangleMixConfig
 from tmx_compile.config.profile import GEOMETRY
 from tmx_compile.errors import TriangleMixError
 from tmx_compile.find import find_attention
 from tmx_compile.graph.children import flatten
-from tmx_compile.graph.effects import Effects
 from tmx_compile.graph.layer import layer_paths
 from tmx_compile.mask.geometry import Geometry
+from tmx_compile.mask.selection import Selection
 from tmx_compile.passes import pipeline
 from tmx_compile.passes.record import records
 from tmx_compile.proof.constants import watched
@@ -64,8 +65,8 @@ class Trace:
         sparse: the layers that were sparse.
         geometry: theirs: sinks, window and last rows, in tokens.
         pieces: as given to :meth:`CapturedModel.pieces`.
-        graph: what was run; for :meth:`CapturedModel.rerun` alone.
-        states: by layer, the tensors alive at its switch; likewise.
+        dynamic: how the dynamic layers chose their blocks, by layer.
+        reached: what its graph held; for :meth:`CapturedModel.rerun` alone.
 
     >>> import torch
     >>> import torch.nn.functional as F
@@ -88,8 +89,8 @@ class Trace:
     sparse: frozenset[int]
     geometry: Geometry
     pieces: tuple[Piece, ...]
-    graph: _Graph
-    states: Mapping[int, dict[Node, Any]]
+    dynamic: Mapping[int, Selection]
+    reached: Reached
 
 
 class CapturedModel:
@@ -131,12 +132,12 @@ class CapturedModel:
         original = getattr(model, "_orig_mod", model)
         assert isinstance(original, nn.Module)
         self.model = original
-        self.config = config.replace(min_seq_len=0, dynamic_layer_indices=None)
+        self.config = config.replace(min_seq_len=0, dynamic_layer_indices=None, dynamic_share=Selection.share)
         self.report = Report()
         self._request = Request(self.config, lowering="operator", assume_causal=assume_causal)
         self._board = Switchboard(config.geometry)
         self._layers: set[int] = set()
-        self._replay: _Replay | None = None
+        self._replay: Replay | None = None
         self._compiled = torch.compile(self.model, backend=self._capture)
 
     @property
@@ -162,6 +163,17 @@ class CapturedModel:
         """
         return {layer: list(calls) for layer, calls in self._board.shapes.items()}
 
+    @property
+    def dynamic_layers(self) -> tuple[int, ...]:
+        """Of :attr:`layers` those that can choose blocks while they run, as far as the model has been run."""
+        return tuple(layer for layer in self.layers if layer not in self._board.not_dynamic)
+
+    @property
+    def densities(self) -> dict[int, float]:
+        """By dynamic layer, the share of blocks that it visited in the last run."""
+        sums = {layer: torch.stack(calls).sum(0).tolist() for layer, calls in self._board.blocks.items()}
+        return {layer: visited / possible for layer, (visited, possible) in sums.items()}
+
     @contextlib.contextmanager
     def pieces(self, pieces: Sequence[Piece]) -> Iterator[None]:
         """Inside, a sparse layer sees a call as several prompts, one after the other, not as one.
@@ -175,51 +187,68 @@ class CapturedModel:
         finally:
             self._board.pieces = ()
 
-    def run(self, inputs: Inputs, sparse: Collection[int] = ()) -> Any:
-        """The output for ``inputs`` with triangle attention in the layers ``sparse`` and dense attention in the others.
+    def run(self, inputs: Inputs, sparse: Collection[int] = (), dynamic: Mapping[int, Selection] | None = None) -> Any:
+        """The output for ``inputs`` with triangle attention in the layers ``sparse`` and dense in the others.
 
-        No gradient is recorded. Nothing is compiled unless the inputs have new shapes.
+        ``dynamic`` layers, none of them in ``sparse``, choose blocks as told; pieces do not apply to them. No gradient
+        is recorded. Nothing is compiled unless the inputs have new shapes.
 
         Raises:
-            ValueError: a layer of ``sparse`` whose attention cannot be switched.
+            ValueError: a layer of ``sparse`` or ``dynamic`` whose attention cannot be switched so.
             TriangleMixError: the model has no attention that the pass could prove, or calls something else than before.
         """
-        return self._run(inputs, frozenset(sparse), None)[0]
+        return self._run(inputs, frozenset(sparse), dynamic or {}, None)[0]
 
-    def trace(self, inputs: Inputs, sparse: Collection[int] = (), since: Trace | None = None) -> tuple[Any, Trace]:
+    def trace(
+        self,
+        inputs: Inputs,
+        sparse: Collection[int] = (),
+        since: Trace | None = None,
+        dynamic: Mapping[int, Selection] | None = None,
+    ) -> tuple[Any, Trace]:
         """:meth:`run` with the same arguments, and a trace of it.
 
         Args:
             inputs: as for :meth:`run`.
             sparse: likewise.
             since: begin where this trace of the same inputs differs.
+            dynamic: as for :meth:`run`.
 
         Raises:
             ValueError: as :meth:`run`.
             TriangleMixError: likewise.
         """
-        output, replay = self._run(inputs, frozenset(sparse), self._from(since, sparse, keep=True))
+        ways = dict(dynamic or {})
+        output, replay = self._run(inputs, frozenset(sparse), ways, self._from(since, sparse, ways, keep=True))
         assert replay is not None
-        return output, Trace(inputs, frozenset(sparse), self.geometry, self._board.pieces, replay.graph, replay.states)
+        reached = Reached(replay.graph, replay.states)
+        return output, Trace(inputs, frozenset(sparse), self.geometry, self._board.pieces, ways, reached)
 
-    def rerun(self, trace: Trace, sparse: Collection[int]) -> Any:
-        """The output for the inputs of ``trace`` with the layers ``sparse``: runs what comes after the first change.
+    def rerun(self, trace: Trace, sparse: Collection[int], dynamic: Mapping[int, Selection] | None = None) -> Any:
+        """The output for the inputs of ``trace`` with the layers ``sparse`` and ``dynamic``, as :meth:`run` gives it.
 
-        A model of several graphs, and one that writes to tensors in place, runs from its beginning.
+        Only what comes after the first change is run. A model of several graphs, and one that writes to tensors in
+        place, runs from its beginning.
 
         Raises:
             ValueError: as :meth:`run`.
             TriangleMixError: likewise.
         """
-        return self._run(trace.inputs, frozenset(sparse), self._from(trace, sparse, keep=False))[0]
+        ways = dynamic or {}
+        replay = self._from(trace, sparse, ways, keep=False)
+        return self._run(trace.inputs, frozenset(sparse), ways, replay)[0]
 
-    def _from(self, trace: Trace | None, sparse: Collection[int], *, keep: bool) -> _Replay:
+    def _from(
+        self, trace: Trace | None, sparse: Collection[int], dynamic: Mapping[int, Selection], *, keep: bool
+    ) -> Replay:
         """A run that begins where a trace differs. With another geometry every sparse layer does."""
         changed = frozenset(sparse)
-        if trace is not None:
-            same = (trace.geometry, trace.pieces) == (self.geometry, self._board.pieces)
-            changed = changed ^ trace.sparse if same else changed | trace.sparse
-        return _Replay(changed, trace, keep=keep)
+        if trace is None:
+            return Replay(changed, None, keep=keep)
+        same = (trace.geometry, trace.pieces) == (self.geometry, self._board.pieces)
+        changed = changed ^ trace.sparse if same else changed | trace.sparse
+        other = {x for x in {*dynamic, *trace.dynamic} if dynamic.get(x) != trace.dynamic.get(x)}
+        return Replay(changed | other, trace.reached, keep=keep)
 
     def gradients(
         self, inputs: Inputs, number: Callable[[Any], torch.Tensor], record: Callable[[int, SectionSums], None]
@@ -241,7 +270,7 @@ class CapturedModel:
         board = self._board
         board.recorder = record
         try:
-            output, _ = self._run(inputs, frozenset(), None)
+            output, _ = self._run(inputs, frozenset(), {}, None)
             value = number(output)
             if not value.requires_grad:
                 raise TriangleMixError(
@@ -252,21 +281,29 @@ class CapturedModel:
             board.recorder, board.gates = None, []
         return torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, output)
 
-    def _run(self, inputs: Inputs, sparse: frozenset[int], replay: _Replay | None) -> tuple[Any, _Replay | None]:
+    def _run(
+        self, inputs: Inputs, sparse: frozenset[int], dynamic: Mapping[int, Selection], replay: Replay | None
+    ) -> tuple[Any, Replay | None]:
         board = self._board
-        board.sparse, board.visited, board.shapes, self._replay = sparse, set(), {}, replay
+        both = sorted(sparse & dynamic.keys())
+        if both:
+            raise ValueError(f"dynamic must name no layer of sparse, got {both}")
+        board.sparse, board.dynamic, self._replay = sparse, dynamic, replay
+        board.visited, board.shapes, board.blocks = set(), {}, {}
         before = set(self._layers)
         try:
             with as_is(self.model), unlimited_recompiles():
                 output = self._compiled(*inputs.args, **inputs.kwargs)
         finally:
-            board.sparse, self._replay = frozenset(), None
+            board.sparse, board.dynamic, self._replay = frozenset(), {}, None
         visited = board.visited | (set() if replay is None else replay.skipped)
         if not self._layers:
             raise TriangleMixError(f"the pass proved no attention of {type(self.model).__name__}:\n{self._refusals()}")
-        unknown = sorted(sparse - self._layers)
-        if unknown:
-            raise ValueError(f"sparse must be among the layers {list(self.layers)}, got {unknown}:\n{self._refusals()}")
+        for name, layers in (("sparse", sparse), ("dynamic", dynamic.keys())):
+            unknown = sorted(layers - self._layers)
+            if unknown:
+                known = list(self.layers)
+                raise ValueError(f"{name} must be among the layers {known}, got {unknown}:\n{self._refusals()}")
         if before and visited != before:
             # Dynamo gave up on a graph, say; the numbers would silently be those of another model.
             raise TriangleMixError(f"layers {sorted(before)} were captured first, and this run had {sorted(visited)}")
@@ -292,108 +329,9 @@ class CapturedModel:
         switched = install(outcome.graph, self._board, wanted)
         self._layers |= switched
         self.report.add_graph(records(plan, self.report.graphs), plan.notes)
-        graph = _Graph(outcome.graph)
+        graph = CapturedGraph(outcome.graph)
 
         def run(*args: Any) -> Any:
             return graph.forward(args) if self._replay is None else self._replay.run(graph, args)
 
         return watched(run, plan.known) if plan.known else run
-
-
-class _Graph:
-    """A captured graph that can be run from one of its switches on."""
-
-    def __init__(self, gm: GraphModule) -> None:
-        self.gm = gm
-        self.order = list(gm.graph.nodes)
-        self.switches: dict[int, int] = {}
-        for place, node in enumerate(self.order):
-            module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
-            if isinstance(module, SwitchedAttention):
-                # A layer with two calls begins at the first.
-                self.switches.setdefault(module.layer, place)
-        nested = any(child is not gm and isinstance(child, GraphModule) for child in gm.modules())
-        self.can_skip = bool(self.switches) and not nested and not self._writes()
-        last_use = {source: node for node in self.order for source in node.all_input_nodes}
-        self._dies: dict[Node, list[Node]] = {}
-        for source, node in last_use.items():
-            self._dies.setdefault(node, []).append(source)
-
-    def _writes(self) -> bool:
-        """Whether anything but a switch may write to a tensor."""
-        effects = Effects()
-        return any(effects.of(node).writes for node in self.order if node.op != "call_module")
-
-    def forward(self, args: Sequence[Any]) -> Any:
-        """The whole graph."""
-        return self.gm.forward(*args)
-
-    def steps(
-        self, args: Sequence[Any], start: int, env: Mapping[Node, Any], states: dict[int, dict[Node, Any]]
-    ) -> Any:
-        """Node by node from ``start`` with the values ``env``; fills ``states`` with the values at each switch."""
-        interpreter = Interpreter(self.gm, garbage_collect_values=False)
-        interpreter.env = dict(env)
-        interpreter.args_iter = iter(args)
-        at = {place: layer for layer, place in self.switches.items()}
-        result: Any = None
-        for place in range(start, len(self.order)):
-            if place in at:
-                states[at[place]] = dict(interpreter.env)
-            node = self.order[place]
-            interpreter.env[node] = result = interpreter.run_node(node)
-            for dead in self._dies.get(node, ()):
-                del interpreter.env[dead]
-        return result
-
-
-class _Replay:
-    """One run that keeps a trace, or begins at the trace of another."""
-
-    def __init__(self, changed: frozenset[int], since: Trace | None, *, keep: bool) -> None:
-        self._changed, self._since, self._keep = changed, since, keep
-        self._graphs: list[_Graph] = []
-        self.states: dict[int, dict[Node, Any]] = {}
-        self.skipped: set[int] = set()
-
-    @property
-    def graph(self) -> _Graph:
-        """The first graph that ran."""
-        return self._graphs[0]
-
-    def run(self, graph: _Graph, args: Sequence[Any]) -> Any:
-        """One graph of the run."""
-        self._graphs.append(graph)
-        since = self._since
-        if len(self._graphs) > 1:
-            # What one graph holds says nothing about the others.
-            self.states.clear()
-            return graph.forward(args)
-        if not graph.can_skip:
-            return graph.forward(args)
-        states: dict[int, dict[Node, Any]] = {}
-        start = 0
-        env: Mapping[Node, Any] = {}
-        if since is not None and since.graph is graph and since.states:
-            start, env = self._resume(graph, since)
-        result = graph.steps(args, start, env, states if self._keep else _Forget())
-        if self._keep:
-            self.states.update(states)
-        return result
-
-    def _resume(self, graph: _Graph, since: Trace) -> tuple[int, Mapping[Node, Any]]:
-        """Where the run first differs from the trace: at the last switch if nowhere, since a graph has to end."""
-        order = sorted(since.states, key=graph.switches.__getitem__)
-        first = next((layer for layer in order if layer in self._changed), order[-1])
-        before = order[: order.index(first)]
-        self.skipped.update(before)
-        if self._keep:
-            self.states.update({layer: since.states[layer] for layer in before})
-        return graph.switches[first], since.states[first]
-
-
-class _Forget(dict[int, Any]):
-    """Takes states and keeps none."""
-
-    def __setitem__(self, layer: int, state: Any) -> None:
-        pass

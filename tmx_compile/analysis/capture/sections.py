@@ -25,9 +25,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tmx_compile.lowering.base import AttentionCall
+from tmx_compile.lowering.block_sparse import BlockSparse, BlockSparseTriton
 from tmx_compile.lowering.triton.lowering import attend as triton_attention
 from tmx_compile.mask.geometry import ALL_ROWS, Geometry
+from tmx_compile.mask.selection import Selection
 from tmx_compile.operator import documents, kernel, triangle_attention
+from tmx_compile.report import Rejected
 
 Piece = tuple[int, Geometry]
 """Rows up to an end, and the geometry of the prompt that ends there."""
@@ -91,6 +94,22 @@ class AttentionInputs:
             if isinstance(out, Tensor):
                 return out
         return self.triangle(geometry)[0]
+
+    @property
+    def against_dynamic(self) -> str:
+        """Why blocks cannot be chosen here, or nothing."""
+        if self.reach is not None:
+            return "a sliding window of its own"
+        return "sinks or a soft cap" if self.sink_logits is not None or self.softcap is not None else ""
+
+    def chosen(self, selection: Selection) -> tuple[Tensor, Tensor]:
+        """Attention over blocks that are chosen here, (B, H, Sq, Dv), and (2,) the blocks visited and all of them."""
+        lowering = BlockSparseTriton(selection) if self.query.is_cuda else BlockSparse(selection)
+        dense = Geometry(0, 0, ALL_ROWS)
+        call = AttentionCall(self.query, self.key, self.value, self.key_mask, dense, self.scale, False)
+        if isinstance(lowering.supports(call), Rejected):
+            lowering = BlockSparse(selection)
+        return lowering.attend(call)
 
     def in_pieces(self, pieces: Sequence[Piece]) -> Tensor:
         """Triangle attention, piece by piece: (B, H, Sq, Dv). Every row is a key of its own call (Sq = Skv).

@@ -1,4 +1,4 @@
-"""Attention that can be switched while the model runs: dense, triangle, or dense with its Middle section recorded.
+"""Attention that can be switched while the model runs: dense, triangle, dynamic, or dense with its Middle recorded.
 
 Each proven site of a captured graph becomes a :class:`SwitchedAttention` of its layer; all of them look at one
 :class:`Switchboard`. So any set of sparse layers runs without another compilation.
@@ -6,7 +6,7 @@ Each proven site of a captured graph becomes a :class:`SwitchedAttention` of its
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -17,6 +17,7 @@ from tmx_compile.analysis.capture.sections import AttentionInputs, Piece, Record
 from tmx_compile.graph.erase import erase_dead
 from tmx_compile.graph.nodes import LAYER
 from tmx_compile.mask.geometry import Geometry
+from tmx_compile.mask.selection import Selection
 from tmx_compile.operator import OPERATOR
 
 
@@ -26,11 +27,14 @@ class Switchboard:
 
     Attributes:
         geometry: sinks, window and last rows of a sparse layer.
-        sparse: the layers with triangle attention; the others are dense.
+        sparse: the layers with triangle attention.
+        dynamic: by layer, how those choose their blocks that do; all others are dense.
         pieces: what the rows of a sparse layer's call are, one after the other, each with its end and geometry; empty:
             the call is one prompt with the geometry above.
         recorder: gets the layer and the sums of its Middle section when the gradient passes; None: nothing is recorded.
         visited: the layers that have run.
+        blocks: of each call of the last run's dynamic layers (2,) blocks visited, and those of dense attention.
+        not_dynamic: the layers that cannot choose blocks, and why; of all runs.
         shapes: what each call of the last run's layers had: query heads, key heads, head dim, head dim of values, and
             the layer's own window or None.
         gates: one tensor per recorded call, to ask gradients of: that sends the gradient through every layer.
@@ -38,9 +42,12 @@ class Switchboard:
 
     geometry: Geometry
     sparse: frozenset[int] = frozenset()
+    dynamic: Mapping[int, Selection] = field(default_factory=dict)
     pieces: tuple[Piece, ...] = ()
     recorder: Callable[[int, SectionSums], None] | None = None
     visited: set[int] = field(default_factory=set)
+    blocks: dict[int, list[Tensor]] = field(default_factory=dict)
+    not_dynamic: dict[int, str] = field(default_factory=dict)
     shapes: dict[int, list[tuple[int, int, int, int, int | None]]] = field(default_factory=dict)
     gates: list[Tensor] = field(default_factory=list)
 
@@ -50,6 +57,16 @@ class Switchboard:
         _, heads, _, dim = inputs.query.shape
         _, kv_heads, _, value_dim = inputs.value.shape
         self.shapes.setdefault(layer, []).append((heads, kv_heads, dim, value_dim, inputs.reach))
+        why = inputs.against_dynamic
+        if why:
+            self.not_dynamic[layer] = why
+        selection = self.dynamic.get(layer)
+        if selection is not None:
+            if why:
+                raise ValueError(f"dynamic must not name layer {layer}, which has {why}")
+            out, blocks = inputs.chosen(selection)
+            self.blocks.setdefault(layer, []).append(blocks)
+            return out
         if layer in self.sparse:
             return inputs.in_pieces(self.pieces) if self.pieces else inputs.sparse(self.geometry)
         recorder = self.recorder
@@ -57,7 +74,7 @@ class Switchboard:
             return inputs.dense()
         gate = torch.zeros((), device=inputs.query.device, requires_grad=True)
         self.gates.append(gate)
-        out: Tensor = RecordMiddle.apply(  # type: ignore[no-untyped-call]
+        return RecordMiddle.apply(  # type: ignore[no-untyped-call,no-any-return]
             gate,
             inputs.query,
             inputs.key,
@@ -70,7 +87,6 @@ class Switchboard:
             inputs.softcap,
             lambda sums: recorder(layer, sums),
         )
-        return out
 
 
 class SwitchedAttention(nn.Module):

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tmx_compile.analysis.choose.calibration import readable
+from tmx_compile.analysis.choose.clock import Clock, found_in, measured
 from tmx_compile.analysis.judge.evaluation import METRICS, Evaluation, Record, config_of
 from tmx_compile.analysis.judge.intervals import Interval
-from tmx_compile.bench.layer_times import AttentionShape, LayerTime, measure_times, time_plan
+from tmx_compile.bench.dynamic_times import DynamicTimes
+from tmx_compile.bench.layer_times import LayerTime
 from tmx_compile.config import TriangleMixConfig, as_count
-from tmx_compile.mask.geometry import Geometry
+from tmx_compile.config.dynamic import DYNAMIC
 
 BOUNDS = ("upper", "mean")
 
@@ -155,6 +157,8 @@ class Advice:
     def code(self) -> str:
         """The choice as Python text to paste. ``ValueError``, with the verdict, where there is none."""
         best, config = self._chosen()
+        names = DYNAMIC if config.dynamic_layers() else ()
+        dynamic = "".join(f"    {name}={getattr(config, name)!r},\n" for name in names)
         backend = 'tmx_backend(cfg, decode="streaming")' if best.record.choice.streaming else "tmx_backend(cfg)"
         return (
             "import torch\n\n"
@@ -165,7 +169,7 @@ class Advice:
             f"    sliding_window_size={config.sliding_window_size},\n"
             f"    num_last_tokens={config.num_last_tokens},\n"
             f"    min_seq_len={config.min_seq_len},\n"
-            ")\n"
+            f"{dynamic})\n"
             f"model = torch.compile(model, backend={backend})\n"
             f"# where generate is called: model.compile(backend={backend})\n"
         )
@@ -194,6 +198,7 @@ class Advice:
             "metric": self.metric,
             "budget": self.budget,
             "bound": self.bound,
+            "densities": [found.as_list() for found in best.record.densities],
             "costs": {name: best.record.cost(name).as_list() for name in METRICS},
             "evaluated": {
                 "tokens": list(found.tokens),
@@ -227,6 +232,7 @@ def advise(
     bound: str = "upper",
     streaming: bool = False,
     times: Sequence[LayerTime] | None = None,
+    dynamic: DynamicTimes | None = None,
     device: str | None = None,
     dtype: str | None = None,
     seconds: float = 5.0,
@@ -237,7 +243,9 @@ def advise(
 
     What a choice saves is the sum over its sparse layers of the time of dense attention less that of triangle attention
     in one layer of that shape, at ``tokens``; the times are measured here (as ``tmx bench`` does) or given, and never
-    taken from another length. Of choices that save the same, the one that costs less.
+    taken from another length. A dynamic layer takes a part of the dense time by its density, as measured on one GPU
+    (``tmx_compile.bench.dynamic_times``); with ``bound`` "upper" the upper end of its density counts. Outside of what
+    was measured, on a CPU too, it counts as saving nothing. Of choices that save the same, the one that costs less.
 
     Args:
         evaluation: what each choice costs.
@@ -250,6 +258,7 @@ def advise(
             prompt's final tokens say nothing about streaming, so the metric has to be of the following ones.
         times: measured ones, of any machine (``tmx_compile.bench.layer_times.read_times``); None: measure those of the
             choices that fit.
+        dynamic: what dynamic layers take of the dense time, by density; None: what this project measured.
         device: where to measure, "cpu" or "cuda"; None: where the evaluation ran.
         dtype: of the times; None: that of the evaluation.
         seconds: to spend on the timed rounds of each geometry.
@@ -294,14 +303,16 @@ def advise(
     shapes = sorted({call for layer in evaluation.shapes.values() for call in layer if call.can_be_timed}, key=str)
     geometries = list(dict.fromkeys(x.record.choice.geometry for x in judged if x.fits))
     if times is None:
-        times = _measured(shapes, geometries, tokens, dtype, device or evaluation.device, seconds, note)
-    known = _found(times, shapes, geometries, tokens, dtype)
+        times = measured(shapes, geometries, tokens, dtype, device or evaluation.device, seconds, note)
+    known = found_in(times, shapes, geometries, tokens, dtype)
+    clock = Clock(evaluation, known, dynamic or DynamicTimes.measured(), tokens, bound == "upper")
     candidates = []
     for x in judged:
-        saved = _saved(evaluation, x.record, known) if x.fits else None
+        saved = clock.saved(x.record) if x.fits else None
         candidates.append(Candidate(x.name, x.record, x.cost, x.fits, saved))
     candidates.sort(key=lambda x: (not x.fits, -(x.saved_ms or 0.0), _bound(x.cost, bound), x.name))
-    notes = _notes(evaluation, tokens)
+    fitting = [x.record.choice.dynamic for x in candidates if x.fits and x.record.choice.dynamic.layers]
+    notes = (*_notes(evaluation, tokens), *clock.notes(fitting))
     used = tuple(known.values())
     return Advice(evaluation, metric, budget, bound, tokens, min_seq_len, tuple(candidates), used, dtype, notes)
 
@@ -329,50 +340,6 @@ def _bound(cost: Interval, bound: str) -> float:
 
 def _shown(cost: Interval) -> str:
     return f"{cost.mean:.4g} [{cost.lower:.4g}, {cost.upper:.4g}]"
-
-
-def _measured(
-    shapes: Sequence[AttentionShape],
-    geometries: Sequence[Geometry],
-    tokens: int,
-    dtype: str,
-    device: str,
-    seconds: float,
-    note: Callable[[str], object],
-) -> list[LayerTime]:
-    found: list[LayerTime] = []
-    # All are checked first, and where nothing fits too: a refusal must not depend on what was measured.
-    for shape in shapes:
-        checked = geometries or [Geometry(0, 0, 0)]
-        time_plan(shape, checked, tokens=tokens, dtype=dtype, device=device, seconds=seconds)
-    for shape in shapes if geometries else ():
-        found += measure_times(shape, geometries, tokens=tokens, dtype=dtype, device=device, seconds=seconds, note=note)
-    return found
-
-
-def _found(
-    times: Sequence[LayerTime],
-    shapes: Sequence[AttentionShape],
-    geometries: Sequence[Geometry],
-    tokens: int,
-    dtype: str,
-) -> dict[tuple[AttentionShape, Geometry], LayerTime]:
-    """The times that are needed; ``ValueError`` for one that is missing."""
-    known = {(x.shape, x.geometry): x for x in times if x.tokens == tokens and x.dtype == dtype}
-    wanted = [(shape, geometry) for shape in shapes for geometry in geometries]
-    for shape, geometry in wanted:
-        if (shape, geometry) not in known:
-            held = sorted({f"{x.shape}, {x.geometry}, {x.tokens}, {x.dtype}" for x in times})
-            raise ValueError(
-                f"times must hold {shape}, {geometry}, {tokens} tokens, {dtype}; they hold "
-                f"{'; '.join(held) or 'nothing'}"
-            )
-    return {key: known[key] for key in wanted}
-
-
-def _saved(evaluation: Evaluation, record: Record, times: dict[tuple[AttentionShape, Geometry], LayerTime]) -> float:
-    calls = [call for layer in record.choice.layers for call in evaluation.shapes[layer] if call.can_be_timed]
-    return math.fsum(times[call, record.choice.geometry].saved_ms for call in calls)
 
 
 def _notes(evaluation: Evaluation, tokens: int) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tmx_compile.analysis.capture.sections import MEASURES
-from tmx_compile.analysis.choose.direct import DirectScores
+from tmx_compile.analysis.choose.direct import DirectScores, ShareScores
 from tmx_compile.analysis.choose.gradient import SequenceGradients
 from tmx_compile.analysis.choose.recorder import TriangleMixAnalyzer
 from tmx_compile.config import TriangleMixConfig, as_count
@@ -38,6 +38,7 @@ class Calibration:
         gradients: all layers of every sequence, per head, for the estimator "gradient".
         greedy: the layers in the order in which they were chosen, each with the divergence (nats) of all up to it, for
             the estimator "direct".
+        dynamic: what each layer costs with blocks chosen while it runs, at each share that was asked for.
 
     >>> import tempfile
     >>> import torch
@@ -71,6 +72,7 @@ class Calibration:
     about: Mapping[str, Any]
     gradients: tuple[SequenceGradients, ...] = field(default=(), repr=False)
     greedy: tuple[tuple[int, float], ...] = ()
+    dynamic: tuple[ShareScores, ...] = ()
 
     def layers(self, n: int) -> tuple[int, ...]:
         """The ``n`` layers needed least, ascending; ``ValueError`` for more than were calibrated."""
@@ -104,7 +106,8 @@ class Calibration:
 
         The file is what :meth:`tmx_compile.TriangleMixConfig.to_profile` writes, and beside it the model's fingerprint,
         the ``ranking`` (from which ``from_profile`` takes another number of layers if asked to) and, under
-        ``calibration``, the scores per layer and how they were obtained.
+        ``calibration``, the scores per layer and how they were obtained. :func:`tmx_compile.analysis.read_scores`
+        reads those of "direct", from which :func:`tmx_compile.analysis.mixes` proposes what each layer does.
 
         Args:
             path: the file; one that exists is written over.
@@ -122,15 +125,25 @@ class Calibration:
             **self.about,
             "estimator": self.estimator,
             "measure": self.measure,
-            "scores": {
-                name: {str(layer): float(f"{value:.6g}") for layer, value in values.items()}
-                for name, values in self.scores.items()
-            },
+            "scores": {name: _written(values) for name, values in self.scores.items()},
         }
         if self.greedy:
             steps = [{"layer": layer, "divergence": float(f"{value:.6g}")} for layer, value in self.greedy]
             profile["calibration"]["greedy"] = steps
+        if self.dynamic:
+            profile["calibration"]["dynamic"] = {
+                "method": self.config.dynamic_method,
+                "block": self.config.dynamic_block,
+                "shares": [
+                    {"share": x.share, "divergence": _written(x.divergence), "density": _written(x.density)}
+                    for x in self.dynamic
+                ],
+            }
         Path(path).write_text(readable(profile), encoding="utf-8")
+
+
+def _written(values: Mapping[int, float]) -> dict[str, float]:
+    return {str(layer): float(f"{value:.6g}") for layer, value in values.items()}
 
 
 def from_gradients(gradients: tuple[SequenceGradients, ...], measure: str, **about: Any) -> Calibration:

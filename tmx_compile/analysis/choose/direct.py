@@ -6,10 +6,14 @@ positions of the prompts. It needs a run per candidate, of the layers from the c
 Greedy: to the layers chosen so far comes the one with which the divergence is lowest. Trying all that are left in every
 round would take as many runs as there are pairs of layers, so each round tries a few, those that looked cheapest when
 they were last tried.
+
+A layer whose blocks are chosen while it runs is judged by the same divergence, alone, at each share of the estimate
+that it may keep.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +23,7 @@ from torch import Tensor
 from tmx_compile.analysis.capture.capture import CapturedModel, Trace
 from tmx_compile.analysis.capture.samples import Sample, final_logits
 from tmx_compile.analysis.journal import Journal
+from tmx_compile.mask.selection import Selection
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,35 @@ class DirectScores:
         rest = [layer for layer in self.single if layer not in chosen]
         # Layers that tie are taken from the deep end, as the analyzer does.
         return (*chosen, *sorted(rest, key=lambda layer: (statistics.mean(self.single[layer]), -layer)))
+
+
+@dataclass(frozen=True)
+class ShareScores:
+    """Layers one by one, with blocks chosen while they run, at one share.
+
+    Attributes:
+        share: of the estimated attention that is kept.
+        divergence: by layer, the mean over samples (nats).
+        density: by layer, the mean share of blocks that were visited.
+
+    >>> from tmx_compile.analysis import ShareScores
+    >>> ShareScores(0.9, divergence={0: 0.03, 1: 0.01, 2: 0.0}, density={0: 0.4, 1: 0.5, 2: 1.0}).ranking
+    (1, 0, 2)
+    """
+
+    share: float
+    divergence: Mapping[int, float]
+    density: Mapping[int, float]
+
+    @property
+    def ranking(self) -> tuple[int, ...]:
+        """The layers from the one that gives its blocks away most cheaply: by divergence for the blocks left out."""
+
+        def price(layer: int) -> float:
+            left_out = 1 - self.density[layer]
+            return max(self.divergence[layer], 0.0) / left_out if left_out > 0 else math.inf
+
+        return tuple(sorted(self.divergence, key=lambda layer: (price(layer), -layer)))
 
 
 @dataclass
@@ -94,6 +128,28 @@ class DirectMeasurement:
                 found[layer].append(value)
                 self.tick()
         return {layer: tuple(values) for layer, values in found.items()}
+
+    def shares(self, layers: Sequence[int], selections: Sequence[Selection]) -> tuple[ShareScores, ...]:
+        """Every layer of ``layers`` by itself with blocks chosen in each way of ``selections``: of different shares."""
+        found: dict[tuple[Selection, int], list[tuple[float, float]]] = {}
+        for name, sample in self.samples:
+            trace: Trace | None = None
+            for layer in layers:
+                for way in selections:
+                    key = f"{name}/{layer}/{way.method}-{way.block}-{way.share}"
+                    value = self.journal.get(key)
+                    if value is None:
+                        trace = trace or self._base(name, sample, ())
+                        output = self.captured.rerun(trace, (), {layer: way})
+                        value = [self._divergence(name, output, sample), self.captured.densities[layer]]
+                        self.journal.put(key, value)
+                    found.setdefault((way, layer), []).append((value[0], value[1]))
+                    self.tick()
+
+        def mean(way: Selection, which: int) -> dict[int, float]:
+            return {layer: statistics.fmean(x[which] for x in found[way, layer]) for layer in layers}
+
+        return tuple(ShareScores(way.share, mean(way, 0), mean(way, 1)) for way in selections)
 
     def _base(self, name: str, sample: Sample, base: Sequence[int]) -> Trace:
         """A trace with the base sparse; the dense output is kept for comparison."""

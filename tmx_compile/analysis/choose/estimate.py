@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,13 +15,14 @@ from tmx_compile.analysis.capture.capture import CapturedModel
 from tmx_compile.analysis.capture.samples import Batch, Sample, samples_of
 from tmx_compile.analysis.capture.sections import MEASURES
 from tmx_compile.analysis.choose.calibration import Calibration, from_divergences, from_gradients
-from tmx_compile.analysis.choose.direct import DirectMeasurement, DirectScores
+from tmx_compile.analysis.choose.direct import DirectMeasurement, DirectScores, ShareScores
 from tmx_compile.analysis.choose.gradient import SequenceGradients, measure_gradients
 from tmx_compile.analysis.journal import Journal
 from tmx_compile.analysis.progress import device_of, dtype_of, progress_bar
 from tmx_compile.config import TriangleMixConfig, as_count
 from tmx_compile.config.fingerprint import ModelFingerprint
 from tmx_compile.legacy.inference import TriangleMixInferenceConfig
+from tmx_compile.mask.selection import Selection, checked_share
 from tmx_compile.version import __version__
 
 ESTIMATORS = ("gradient", "direct")
@@ -39,6 +40,7 @@ def calibrate(
     greedy: int | None = None,
     shortlist: int = 4,
     positions: int | None = None,
+    shares: Sequence[float] = (),
     num_layers: int | None = None,
     assume_causal: bool = False,
     resume: str | os.PathLike[str] | None = None,
@@ -67,6 +69,9 @@ def calibrate(
         greedy: for "direct", how many layers to choose one after the other; None: half of those that were calibrated.
         shortlist: for "direct", how many layers each of these rounds tries.
         positions: for "direct", how many last positions are compared; None: as many as are last rows, at most 64.
+        shares: for "direct", also measure every layer with blocks chosen while it runs (docs/dynamic.md), alone, at
+            each of these shares; ``dynamic_method`` and ``dynamic_block`` of ``config`` tell how. It takes as long
+            again as the divergences of the layers for each share.
         num_layers: layers of the model; None: one more than the deepest layer with attention.
         assume_causal: as in :func:`tmx_compile.tmx_backend`.
         resume: a file that remembers what is measured. With it an interrupted calibration goes on where it stopped,
@@ -102,6 +107,7 @@ def calibrate(
     if positions is None:
         positions = max(1, min(_MOST_POSITIONS, geometry.num_last_tokens))
     positions = as_count("positions", positions, minimum=1)
+    ways = _ways(geometry, estimator, shares)
     num_layers = None if num_layers is None else as_count("num_layers", num_layers, minimum=1)
     if samples is not None and isinstance(batches, Sized) and len(batches) < samples:
         raise ValueError(f"batches must be at least samples={samples}, got {len(batches)}")
@@ -119,9 +125,21 @@ def calibrate(
     if estimator == "gradient":
         gradients = run.gradients(batches)
         return from_gradients(gradients, measure, **run.about(fingerprint, geometry, num_layers))
-    found = run.divergences(batches, positions, greedy, shortlist)
+    found, dynamic = run.divergences(batches, positions, greedy, shortlist, ways)
     about = run.about(fingerprint, geometry, num_layers, positions=positions, shortlist=shortlist)
-    return from_divergences(found, **about)
+    return from_divergences(found, dynamic=dynamic, **about)
+
+
+def _ways(geometry: TriangleMixConfig, estimator: str, shares: Sequence[float]) -> tuple[Selection, ...]:
+    """How dynamic layers choose at each share."""
+    if not isinstance(shares, (list, tuple)):
+        raise ValueError(f"shares must be a list of numbers, got {shares!r}")
+    if shares and estimator != "direct":
+        raise ValueError(f"shares must be given with estimator='direct', which measures them, got {estimator!r}")
+    found = [checked_share(f"shares[{place}]", share) for place, share in enumerate(shares)]
+    if len({*found}) < len(found):
+        raise ValueError(f"shares must differ, got {list(shares)}")
+    return tuple(geometry.replace(dynamic_layer_indices=(0,), dynamic_share=share).selection(0) for share in found)
 
 
 def _settings(
@@ -138,7 +156,8 @@ def _settings(
         samples = config.analysis_warmup_steps if samples is None else samples
         geometry = TriangleMixConfig(config.num_sink_tokens, config.sliding_window_size, config.num_last_tokens)
     elif config is None or isinstance(config, TriangleMixConfig):
-        geometry = (config or TriangleMixConfig()).replace(num_triangle_layers=None, triangle_layer_indices=None)
+        nothing = {"num_triangle_layers": None, "triangle_layer_indices": None, "dynamic_layer_indices": None}
+        geometry = (config or TriangleMixConfig()).replace(**nothing, dynamic_share=Selection.share)
     else:
         raise ValueError(f"config must be a TriangleMixConfig or TriangleMixInferenceConfig, got {config!r}")
     return geometry, None if samples is None else as_count("samples", samples, minimum=1)
@@ -167,17 +186,26 @@ class _Run:
                 tick()
         return tuple(found)
 
-    def divergences(self, batches: Iterable[Batch], positions: int, greedy: int | None, shortlist: int) -> DirectScores:
-        """The divergences of every layer, and of the greedy choice."""
+    def divergences(
+        self,
+        batches: Iterable[Batch],
+        positions: int,
+        greedy: int | None,
+        shortlist: int,
+        ways: Sequence[Selection],
+    ) -> tuple[DirectScores, tuple[ShareScores, ...]]:
+        """The divergences of every layer, and of the greedy choice; and of every layer that is dynamic, by share."""
         samples = list(self._named(batches))
         layers = self._layers(samples[0][1])
         count = len(layers) // 2 if greedy is None else greedy
         if count > len(layers):
             raise ValueError(f"greedy must be at most the number of calibrated layers, {len(layers)}, got {count}")
         tried = 0 if count == 0 else 1 + sum(min(shortlist, len(layers) - i) for i in range(1, count))
-        with progress_bar("divergences", len(samples) * (len(layers) + tried), self.progress) as tick:
+        dynamic = self._dynamic(samples[0][1]) if ways else []
+        total = len(samples) * (len(layers) + tried + len(dynamic) * len(ways))
+        with progress_bar("divergences", total, self.progress) as tick:
             measurement = DirectMeasurement(self.captured, samples, positions, self.journal, tick)
-            return measurement.run(layers, count, shortlist)
+            return measurement.run(layers, count, shortlist), measurement.shares(dynamic, ways)
 
     def about(
         self, fingerprint: ModelFingerprint, geometry: TriangleMixConfig, num_layers: int | None, **more: int
@@ -224,3 +252,12 @@ class _Run:
             self.journal.put("layers", known)
         self.depth = int(known["depth"])
         return [int(layer) for layer in known["calibrated"]]
+
+    def _dynamic(self, sample: Sample) -> list[int]:
+        """Of the layers those that can choose blocks while they run; likewise."""
+        known = self.journal.get("dynamic layers")
+        if known is None:
+            self.captured.run(sample.inputs)
+            known = list(self.captured.dynamic_layers)
+            self.journal.put("dynamic layers", known)
+        return [int(layer) for layer in known]

@@ -16,58 +16,11 @@ from torch import Tensor
 from tmx_compile.analysis.capture.capture import CapturedModel, Inputs
 from tmx_compile.analysis.capture.sections import Piece
 from tmx_compile.analysis.choose.direct import divergence
+from tmx_compile.analysis.judge.choice import Choice, Continued
 from tmx_compile.analysis.judge.language_model import call_arguments
 from tmx_compile.config import as_count
-from tmx_compile.mask.geometry import ALL_ROWS, Geometry
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One way for a model to be sparse.
-
-    Attributes:
-        geometry: sinks, window and last rows, in tokens.
-        layers: the sparse layers.
-        streaming: whether rows after the prompt see sinks and window alone in those layers (``decode="streaming"``).
-
-    Raises:
-        ValueError: ``geometry`` is none.
-
-    >>> from tmx_compile.analysis import Choice
-    >>> from tmx_compile.mask import Geometry
-    >>> Choice(Geometry(sink=8, window=512, last=128), layers=(30, 31)).streaming
-    False
-    """
-
-    geometry: Geometry
-    layers: tuple[int, ...]
-    streaming: bool = False
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.geometry, Geometry):
-            raise ValueError(f"geometry must be a tmx_compile.mask.Geometry, got {self.geometry!r}")
-
-
-@dataclass(frozen=True)
-class Continued(Choice):
-    """A choice for a prompt whose last tokens are a new turn of a conversation: what came before was a prompt itself.
-
-    Attributes:
-        geometry: as in :class:`Choice`.
-        layers: likewise.
-        streaming: likewise.
-        turn: tokens of the new turn.
-        dense_turn: whether its rows attend to everything in the sparse layers too; otherwise the turn has the mask of
-            the whole conversation at its own rows: sinks, window, and last rows at its end.
-
-    >>> from tmx_compile.analysis import Continued
-    >>> from tmx_compile.mask import Geometry
-    >>> Continued(Geometry(8, 512, 128), (30, 31), turn=200).dense_turn
-    False
-    """
-
-    turn: int = 0
-    dense_turn: bool = False
+from tmx_compile.mask.geometry import ALL_ROWS
+from tmx_compile.mask.selection import Selection
 
 
 @dataclass(frozen=True)
@@ -103,6 +56,7 @@ class Change:
         dense_nll_final: with dense attention.
         dense_nll_following: likewise.
         dense_right: likewise.
+        densities: of each dynamic layer of the choice, in order, the share of blocks that it visited.
 
     >>> import math
     >>> from tmx_compile.analysis import Change
@@ -119,6 +73,7 @@ class Change:
     dense_nll_final: float
     dense_nll_following: float
     dense_right: float
+    densities: tuple[float, ...] = ()
 
 
 def compare(
@@ -166,9 +121,21 @@ def compare(
         dense = _outcome(output, ids, final, following)
         for choice in choices:
             captured.geometry = choice.geometry
+            dynamic = _selections(choice, following)
             with captured.pieces(_pieces(choice, ids.shape[1] - following, following)):
-                output = captured.rerun(trace, choice.layers)
-            yield _change(dense, _outcome(output, ids, final, following))
+                output = captured.rerun(trace, choice.layers, dynamic)
+            densities = captured.densities
+            change = _change(dense, _outcome(output, ids, final, following))
+            yield replace(change, densities=tuple(densities[layer] for layer in dynamic))
+
+
+def _selections(choice: Choice, following: int) -> dict[int, Selection]:
+    """How each dynamic layer chooses. Rows after the prompt attend to everything, as last rows do."""
+    if choice.dynamic.layers and isinstance(choice, Continued):
+        raise ValueError(f"dynamic must name no layer in a continued conversation, got {list(choice.dynamic.layers)}")
+    config = choice.config()
+    found = {layer: config.selection(layer) for layer in config.dynamic_layers()}
+    return {layer: replace(x, last=min(ALL_ROWS, x.last + following)) for layer, x in found.items()}
 
 
 def _pieces(choice: Choice, prompt: int, following: int) -> list[Piece]:

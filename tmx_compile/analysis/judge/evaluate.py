@@ -8,7 +8,7 @@ import math
 import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from tmx_compile.analysis.capture.capture import CapturedModel, Inputs
 from tmx_compile.analysis.journal import Journal
-from tmx_compile.analysis.judge.compare import Change, Choice, compare
+from tmx_compile.analysis.judge.choice import Choice
+from tmx_compile.analysis.judge.compare import Change, compare
 from tmx_compile.analysis.judge.evaluation import Evaluation, Record, config_of
 from tmx_compile.analysis.judge.intervals import interval
 from tmx_compile.analysis.judge.language_model import call_arguments
@@ -76,9 +77,9 @@ def candidates(
                     raise ValueError(f"counts must be at most the {len(ranking)} layers that {of}, got {count}")
                 config = config_of(Choice(geometry, tuple(ranking[:count])), num_layers)
                 name = f"{label}/{geometry.slug}/{count}"
-                found.setdefault(Choice(config.geometry, config.layers()), name)
+                found.setdefault(Choice.of(config), name)
                 if streaming:
-                    found.setdefault(Choice(config.geometry, config.layers(), True), f"{name}/streaming")
+                    found.setdefault(Choice.of(config, streaming=True), f"{name}/streaming")
     return {name: choice for choice, name in found.items()}
 
 
@@ -141,7 +142,7 @@ def evaluate(
         prompts: token ids (N + T,) or (1, N + T), int64: a prompt of N tokens as long as those in use, and the T tokens
             that really follow it; two or more, of texts that no ranking was calibrated on. Intervals are over prompts:
             fewer than eight say little.
-        choices: what to evaluate, by name; see :func:`candidates`.
+        choices: what to evaluate, by name; see :func:`candidates` and :func:`mixes`.
         final: how many of a prompt's last tokens are compared.
         following: T.
         assume_causal: as in :func:`tmx_compile.tmx_backend`.
@@ -179,10 +180,15 @@ def evaluate(
     captured = CapturedModel(model, TriangleMixConfig(0, 0, 0), assume_causal=assume_causal)
     depth, shapes = _layers(captured, sequences[0], journal)
     for name, choice in ways.items():
-        unknown = sorted(set(choice.layers) - set(shapes))
+        unknown = sorted({*choice.layers, *choice.dynamic.layers} - set(shapes))
         if unknown:
             raise ValueError(
                 f"choices[{name!r}] must have layers whose attention can go sparse, {sorted(shapes)}, got {unknown}"
+            )
+        windowed = [i for i in choice.dynamic.layers if any(call.reach is not None for call in shapes[i])]
+        if windowed:
+            raise ValueError(
+                f"choices[{name!r}] must have no dynamic layers with a window of their own, got {windowed}"
             )
     changes: dict[str, list[Change]] = {name: [] for name in ways}
     with progress_bar("choices", len(ways) * len(sequences), progress) as tick:
@@ -242,12 +248,12 @@ def _choices(choices: Mapping[str, Choice]) -> dict[str, Choice]:
         if not isinstance(name, str) or type(choice) is not Choice:
             raise ValueError(f"choices must be a mapping of names to Choice, got {name!r}: {choice!r}")
         try:
-            config = TriangleMixConfig(*choice.geometry.counts, triangle_layer_indices=choice.layers)
+            config = choice.config()
         except (ValueError, TypeError) as error:
             raise ValueError(f"choices[{name!r}] is no choice: {error}") from error
-        if not config.layers():
+        if not config.layers() and not config.dynamic_layers():
             raise ValueError(f"choices[{name!r}] must have at least one sparse layer, got none")
-        found[name] = replace(choice, geometry=config.geometry, layers=config.layers())
+        found[name] = Choice.of(config, streaming=choice.streaming)
     return found
 
 
@@ -288,11 +294,18 @@ def _changes(
         tick()
     for _ in range(len(ways) - len(missing)):
         tick()
-    return {name: Change(**journal.get(key)) for name, key in keys.items()}
+    return {name: _read(journal.get(key)) for name, key in keys.items()}
+
+
+def _read(change: Mapping[str, Any]) -> Change:
+    return Change(**{**change, "densities": tuple(change.get("densities", ()))})
 
 
 def _key(choice: Choice) -> str:
-    return f"{choice.geometry.slug}/{','.join(map(str, choice.layers))}/{'streaming' if choice.streaming else 'dense'}"
+    key = f"{choice.geometry.slug}/{','.join(map(str, choice.layers))}/{'streaming' if choice.streaming else 'dense'}"
+    x = choice.dynamic
+    ways = ",".join(f"{layer}:{share}" for layer, share in zip(x.layers, x.shares, strict=True))
+    return f"{key}/{x.method}-{x.block}/{ways}" if ways else key
 
 
 def _summary(choice: Choice, changes: Sequence[Change]) -> Record:
@@ -306,4 +319,5 @@ def _summary(choice: Choice, changes: Sequence[Change]) -> Record:
         paired(lambda x: x.nll_final - x.dense_nll_final, exponent=True),
         paired(lambda x: x.nll_following - x.dense_nll_following, exponent=True),
         paired(lambda x: x.right - x.dense_right),
+        tuple(interval([x.densities[i] for x in changes]) for i in range(len(choice.dynamic.layers))),
     )

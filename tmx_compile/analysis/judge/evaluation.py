@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tmx_compile.analysis.choose.calibration import readable
-from tmx_compile.analysis.judge.compare import Choice
+from tmx_compile.analysis.judge.choice import Choice, DynamicLayers
 from tmx_compile.analysis.judge.intervals import Interval
 from tmx_compile.bench.layer_times import AttentionShape
 from tmx_compile.config import TriangleMixConfig, as_count
@@ -34,6 +34,7 @@ class Record:
         ppl_final: perplexity over dense perplexity less 1, of the prompt's final tokens.
         ppl_following: likewise, of the tokens that follow it.
         right: the share of the following tokens that is the most likely one, less that of dense attention.
+        densities: of each dynamic layer of the choice, in order, the share of blocks that it visited.
 
     >>> from tmx_compile.analysis import Choice, Interval, Record
     >>> from tmx_compile.mask import Geometry
@@ -49,6 +50,7 @@ class Record:
     ppl_final: Interval
     ppl_following: Interval
     right: Interval
+    densities: tuple[Interval, ...] = ()
 
     def cost(self, metric: str) -> Interval:
         """The cost by a ``metric``: "kl_final", "kl_following", "ppl_final" or "ppl_following".
@@ -161,7 +163,9 @@ class Evaluation:
             calls = tuple(AttentionShape(**call) for call in group["calls"])
             shapes |= {as_count("layer", layer): calls for layer in group["layers"]}
         records = {str(name): _record(data, num_layers) for name, data in content["records"].items()}
-        unknown = sorted({layer for record in records.values() for layer in record.choice.layers} - set(shapes))
+        unknown = sorted(
+            {layer for x in records.values() for layer in (*x.choice.layers, *x.choice.dynamic.layers)} - set(shapes)
+        )
         if unknown:
             raise ValueError(f"records have layers {unknown}, of which nothing is said under attention")
         shortest, longest = content["tokens"]
@@ -183,7 +187,7 @@ class Evaluation:
 
 def config_of(choice: Choice, num_layers: int) -> TriangleMixConfig:
     """The configuration of a choice; ``ValueError`` for counts or layers that a model of that depth cannot have."""
-    config = TriangleMixConfig(*choice.geometry.counts, triangle_layer_indices=choice.layers)
+    config = choice.config()
     config.check_layers(num_layers)
     return config
 
@@ -195,16 +199,32 @@ def _record_data(record: Record) -> dict[str, Any]:
         "layers": list(choice.layers),
         "streaming": choice.streaming,
         **{name: getattr(record, name).as_list() for name in (*METRICS, "right")},
+        **({"dynamic": _dynamic_data(record)} if choice.dynamic.layers else {}),
     }
+
+
+def _dynamic_data(record: Record) -> dict[str, Any]:
+    x = record.choice.dynamic
+    densities = [found.as_list() for found in record.densities]
+    layers, shares = list(x.layers), list(x.shares)
+    return {"layers": layers, "shares": shares, "method": x.method, "block": x.block, "densities": densities}
 
 
 def _record(data: Mapping[str, Any], num_layers: int) -> Record:
     sink, window, last = data["geometry"]
     if not isinstance(data["streaming"], bool):
         raise ValueError(f"streaming must be a bool, got {data['streaming']!r}")
-    config = config_of(Choice(Geometry(sink, window, last), tuple(data["layers"])), num_layers)
+    dynamic, densities = DynamicLayers(), []
+    if "dynamic" in data:
+        words = dict(data["dynamic"])
+        densities = [Interval(*map(float, found)) for found in words.pop("densities")]
+        dynamic = DynamicLayers(tuple(words.pop("layers")), tuple(words.pop("shares")), **words)
+        if len(densities) != len(dynamic.layers):
+            raise ValueError(f"densities must be one for each of {len(dynamic.layers)} layers, got {len(densities)}")
+    choice = Choice(Geometry(sink, window, last), tuple(data["layers"]), data["streaming"], dynamic)
+    config = config_of(choice, num_layers)
     intervals = {name: Interval(*map(float, data[name])) for name in (*METRICS, "right")}
-    for name, found in intervals.items():
+    for name, found in (*intervals.items(), *(("densities", x) for x in densities)):
         if not found.lower <= found.mean <= found.upper:
             raise ValueError(f"{name} must be mean, lower and upper end, got {found.as_list()}")
-    return Record(Choice(config.geometry, config.layers(), data["streaming"]), **intervals)
+    return Record(Choice.of(config, streaming=data["streaming"]), **intervals, densities=tuple(densities))

@@ -50,10 +50,9 @@ class Judge:
     def __init__(self, request: Request, config: TriangleMixConfig) -> None:
         self.request = request
         self._config = config
-        self._dynamic = frozenset(config.dynamic_layers())
-        self._layers = frozenset(config.layers()) | self._dynamic
+        self._dynamic = {layer: config.selection(layer) for layer in config.dynamic_layers()}
+        self._layers = frozenset(config.layers()) | frozenset(self._dynamic)
         self.deepest = max(self._layers, default=None)
-        self._selection = config.selection
         self._limits = {
             kind: least_length(request.lowering, torch.device(kind), config.min_seq_len, config.geometry)
             for kind in ("cpu", "cuda")
@@ -108,7 +107,8 @@ class Judge:
 
     def selection(self, module: nn.Module) -> Selection | None:
         """How a layer chooses its blocks, where it is a dynamic one."""
-        return self._selection if layer_of(module) in self._dynamic else None
+        layer = layer_of(module)
+        return None if layer is None else self._dynamic.get(layer)
 
     def _geometry(self, module: nn.Module, window: int | None) -> Geometry:
         geometry = replace(self._config.geometry, reach=None if window is None else window - 1)

@@ -52,9 +52,10 @@ class Records:
         kinds.append(kind)
         shapes = [tuple(hint(size) for size in x.shape) for x in (query, key, value)]
         geometry = replace(self._geometry, reach=None if window is None else window - 1)
-        config = self._config
-        chosen = not reason and config is not None and layer in config.dynamic_layers()
-        geometry = geometry.as_dense() if chosen else geometry
+        config, selection = self._config, None
+        if not reason and config is not None and layer is not None and layer in config.dynamic_layers():
+            selection = config.selection(layer)
+        geometry = geometry if selection is None else geometry.as_dense()
         attended, causal = pair_counts(geometry, shapes[0][2], shapes[1][2])
         self._report.add_call(
             SiteRecord(
@@ -66,13 +67,13 @@ class Records:
                 value=shapes[2],
                 dtype=str(query.dtype).removeprefix("torch."),
                 dynamic=any(isinstance(size, torch.SymInt) for x in (query, key, value) for size in x.shape),
-                decision="dense" if reason else "dynamic" if chosen else "triangle",
+                decision="dense" if reason else "triangle" if selection is None else "dynamic",
                 reason=reason,
                 detail=detail,
                 lowering=lowering,
                 attended_pairs=causal if reason else attended,
                 causal_pairs=causal,
-                method=config.dynamic_method if chosen and config is not None else "",
-                share=config.dynamic_share if chosen and config is not None else None,
+                method="" if selection is None else selection.method,
+                share=None if selection is None else selection.share,
             )
         )

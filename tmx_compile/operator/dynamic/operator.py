@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -48,21 +50,10 @@ def _forward(
 
 
 @_forward.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    method: str,
-    share: float,
-    block: int,
-    stride: int,
-    sink: int,
-    last: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def _(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     check(query, key, value, key_mask)
-    Selection(method, share, block, stride, sink, last)
+    # All but the scale.
+    Selection(*rest[:-1])
     return empty_by_tokens(query, value.shape[3]), query.new_empty(2, dtype=torch.int64)
 
 

@@ -1,0 +1,140 @@
+"""``mixes``: against brute force over all budgets, what it names, and what it refuses; the prices of dynamic layers."""
+
+import itertools
+import json
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tmx_compile.analysis import Choice, DynamicLayers, Scores, ShareScores, mixes, read_scores
+from tmx_compile.bench.dynamic_times import DynamicTimes
+from tmx_compile.config import TriangleMixConfig
+from tmx_compile.config.prices import prices
+from tmx_compile.mask.geometry import Geometry
+from tmx_compile.mask.intervals import pair_counts
+
+GEOMETRY, TOKENS, LAYERS = Geometry(8, 64, 16), 1000, 4
+# The time is the density.
+TIMES = DynamicTimes(
+    "a GPU",
+    "bfloat16",
+    ({"tokens": TOKENS, "block": 64, "select": {"pooled": 0.0}, "density": [0.0, 1.0], "attend": [0.0, 1.0]},),
+)
+costs = st.dictionaries(st.integers(0, LAYERS - 1), st.floats(0, 1).map(lambda x: round(x, 3)), min_size=1)
+densities = st.lists(st.floats(0.05, 1.2), min_size=LAYERS, max_size=LAYERS)
+
+
+def scored(triangle, *shares):
+    found = (ShareScores(share, costs, {i: density[i] for i in costs}) for share, costs, density in shares)
+    return Scores(GEOMETRY, triangle, tuple(found), block=64)
+
+
+def options(scores):
+    """By layer, (cost, saved, what) of everything it can do."""
+    attended, causal = pair_counts(GEOMETRY, TOKENS, TOKENS)
+    found = {i: [(0.0, 0.0, None)] for i in range(LAYERS)}
+    for i, cost in scores.triangle.items():
+        found[i].append((cost, 1 - attended / causal, "triangle"))
+    for x in scores.dynamic:
+        for i, cost in x.divergence.items():
+            found[i].append((cost, 1 - min(x.density[i], 1.0), x.share))
+    return found
+
+
+def what(choice, layer):
+    if layer in choice.layers:
+        return "triangle"
+    return dict(zip(choice.dynamic.layers, choice.dynamic.shares, strict=True)).get(layer)
+
+
+@settings(max_examples=60)
+@given(costs, costs, densities, costs, densities)
+def test_no_mix_saves_more_for_its_cost(triangle, first, dense_first, second, dense_second):
+    scores = scored(triangle, (0.5, first, dense_first), (0.9, second, dense_second))
+    found = mixes({"x": scores}, num_layers=LAYERS, counts=range(1, LAYERS + 1), tokens=TOKENS, times=TIMES)
+    table = options(scores)
+    every = [
+        (*(math.fsum(x[k] for x in ways) for k in (0, 1)), sum(x[2] is not None for x in ways))
+        for ways in itertools.product(*table.values())
+    ]
+    for name, choice in found.items():
+        taken = [next(x for x in table[i] if x[2] == what(choice, i)) for i in range(LAYERS)]
+        cost, saved = (math.fsum(x[k] for x in taken) for k in (0, 1))
+        count = sum(x[2] is not None for x in taken)
+        assert count == int(name.rsplit("/", 1)[1])
+        assert all(x[1] > 0 for x in taken if x[2] is not None)
+        # Brute force: none saves as much for less; and none of so few layers more for as little.
+        assert not any(c < cost - 1e-9 and s >= saved - 1e-9 for c, s, _ in every)
+        assert not any(c <= cost + 1e-9 and s > saved + 1e-9 and n <= count for c, s, n in every)
+
+
+def test_a_layer_that_costs_too_much_comes_last():
+    scores = scored({0: 0.4, 1: 0.3, 2: 0.0}, (0.9, {0: 0.5, 1: 0.001, 2: 0.02}, [0.3, 0.2, 0.3]))
+    found = mixes({"mine": scores}, num_layers=3, counts=[1, 2], tokens=TOKENS, streaming=True, times=TIMES)
+    both = Choice(GEOMETRY, (2,), dynamic=DynamicLayers((1,), (0.9,), block=64))
+    assert found == {
+        "mine/8-64-16/mix/1": Choice(GEOMETRY, (2,)),
+        "mine/8-64-16/mix/1/streaming": Choice(GEOMETRY, (2,), True),
+        "mine/8-64-16/mix/2": both,
+        "mine/8-64-16/mix/2/streaming": Choice(GEOMETRY, (2,), True, both.dynamic),
+    }
+    # Nothing to mix: the rankings say it.
+    assert mixes({"mine": Scores(GEOMETRY, {0: 0.4})}, num_layers=3, counts=[1], tokens=TOKENS) == {}
+
+
+def test_refused():
+    scores = {"mine": scored({5: 0.0}, (0.9, {5: 0.1}, [0.3] * 6))}
+    with pytest.raises(ValueError, match="triangle_layer_indices must be less than num_layers=3, got 5"):
+        mixes(scores, num_layers=3, counts=[1], tokens=TOKENS)
+    with pytest.raises(ValueError, match="counts must not be empty"):
+        mixes(scores, num_layers=6, counts=[], tokens=TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"method": "best"}, "method must be one of pooled, antidiagonal, got 'best'"),
+        ({"block": 7}, "block must be one of 16, 32, 64, 128, got 7"),
+        ({"shares": [{"share": 0.5}]}, "it lacks 'divergence'"),
+        ({"shares": [{"share": 2, "divergence": {}, "density": {}}]}, "share must be above 0 and at most 1, got 2"),
+        ({"shares": [{"share": 0.5, "divergence": {"1": 0}, "density": {}}]}, "must be of the same layers"),
+        ({"shares": 3}, "is not iterable"),
+    ],
+)
+def test_scores_that_are_none(tmp_path, changes, words):
+    path = tmp_path / "profile.json"
+    TriangleMixConfig(triangle_layer_indices=[1]).to_profile(path, num_layers=2)
+    assert read_scores(path, num_layers=2) is None
+    section = {"method": "pooled", "block": 64, "shares": []} | changes
+    calibration = {"scores": {"divergence": {"0": 0.1}}, "dynamic": section}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"calibration": calibration}))
+    with pytest.raises(ValueError, match=f"cannot use profile .*: calibration of dynamic layers: .*{words}"):
+        read_scores(path, num_layers=2)
+
+
+def test_prices_are_those_of_their_source():
+    found = prices()["dynamic"]
+    source = json.loads(Path(found["source"]).read_text())
+    assert found["machine"] == source["hardware"]["gpu"]
+    times, seen = DynamicTimes.measured(), 0
+    for record in source["records"]:
+        if record["model"] == "one layer":
+            share = times.of_dense(record["n"], "pooled", record["block"], record["density"])
+            assert share == pytest.approx(record["of_dense"], abs=2e-3)
+            slower = times.of_dense(record["n"], "antidiagonal", record["block"], record["density"])
+            more = record["select_ms"]["antidiagonal 16"] - record["select_ms"]["pooled 16"]
+            assert slower - share == pytest.approx(more / record["dense_ms"], abs=2e-3)
+            seen += 1
+    assert seen == sum(len(x["density"]) for x in found["times"])
+
+
+def test_between_and_beyond_what_was_measured():
+    times = DynamicTimes.measured()
+    at = [times.of_dense(tokens, "pooled", 128, 0.25) for tokens in (32768, 65536, 131072)]
+    assert at[1] == pytest.approx((at[0] + at[2]) / 2)
+    assert times.of_dense(65536, "pooled", 128, 0.01) == times.of_dense(65536, "pooled", 128, 0.1) < at[1]
+    for tokens, block in ((32767, 128), (131073, 128), (65536, 32)):
+        assert times.of_dense(tokens, "pooled", block, 0.25) is None
