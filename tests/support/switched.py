@@ -148,12 +148,19 @@ def plan_model(name, config, ids, attention_mask=None):
 
 
 @contextlib.contextmanager
-def registered(config=CONFIG, **options):
-    """The switch, registered as ``tmx`` for a while."""
+def interfaces_kept():
+    """What is registered inside is forgotten."""
     with (
         mock.patch.dict(AttentionInterface._global_mapping),
         mock.patch.dict(AttentionMaskInterface._global_mapping),
     ):
+        yield
+
+
+@contextlib.contextmanager
+def registered(config=CONFIG, **options):
+    """The switch, registered as ``tmx`` for a while."""
+    with interfaces_kept():
         yield register_attention(config, **options)
 
 
