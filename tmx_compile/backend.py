@@ -157,6 +157,12 @@ class TmxBackend:
     def _compile(
         self, gm: GraphModule, host: Host, compiler: Compiler, example_inputs: Sequence[Any]
     ) -> tuple[Callable[..., Any], Plan]:
+        """Compile what the plan needs: where the inputs tell the length, the forms for long and for short prompts.
+
+        Both at once: compiling asks about lengths, and answers become guards only until Dynamo has collected a graph's.
+        When a graph runs, its ``ShapeEnv`` is frozen. It then answers for the length that was traced and keeps no
+        guard: a form compiled at its first call might be wrong at its second. Nor is there the trace's context any more.
+        """
         plan = pipeline.decide(gm, self.request, host, example_inputs)
         if plan.as_given:
             return compiler.compile(gm, example_inputs), plan
@@ -164,8 +170,7 @@ class TmxBackend:
             return self._compile_range(plan, gm, compiler, example_inputs)
         if plan.length is None:
             return self._compile_long(plan, gm, compiler, example_inputs)
-        # Now, not at the first call of its side: only here are the guards of both forms still checked by Dynamo. And
-        # under our key: a cached graph brings the guards of the one who compiled it, such as a bound on the length.
+        # Under our key: a cached graph brings the guards of the one who compiled it, such as a bound on the length.
         with _cache_tag(plan.config):
             short = compiler.compile(copy_graph(gm), example_inputs)
         long, done = self._compile_long(plan, gm, compiler, example_inputs)
