@@ -23,10 +23,9 @@ import torch
 from rich.console import Console
 
 from tmx_compile.bench import record
-from tmx_compile.bench.record import Measured, hardware, versions
-from tmx_compile.bench.timing import seconds
+from tmx_compile.bench.record import Measured, hardware
 
-__all__ = ["Measured", "hardware", "seconds", "versions"]
+__all__ = ["Measured"]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -218,8 +217,7 @@ def main(module: str, description: str, cases: Sequence[Case], arguments: Sequen
         parser.error("--only and --missing are for a case that comes in parts")
     # Tiny sizes must never replace stored measurements.
     out = options.out or (None if options.quick else RESULTS)
-    terminal = Console()
-    console = terminal if terminal.is_terminal else Console(width=180)
+    console = Console() if sys.stdout.isatty() else Console(width=180)
     for case in chosen:
         path = None if out is None else out / case.file_name
         if case.parts is None:

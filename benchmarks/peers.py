@@ -14,8 +14,8 @@ from tmx_compile.mask.geometry import Geometry
 
 def peers() -> dict[str, Peer]:
     """What is installed, by the name of its records."""
-    found = {"minference_tri_shape": minference_tri_shape()}
-    return {name: peer for name, peer in found.items() if peer is not None}
+    peer = minference_tri_shape()
+    return {} if peer is None else {"minference_tri_shape": peer}
 
 
 def minference_tri_shape() -> Peer | None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from benchmarks import common, operator, stacked, throughput, ttft
+from benchmarks import common, operator, throughput, ttft
 
-CASES = (operator.CASE, ttft.CASE, throughput.CASE, stacked.CASE)
+CASES = (operator.CASE, ttft.CASE, throughput.CASE)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import Case, Measured, note, seconds
+from benchmarks.common import Case, Measured, note
 from studies.models import left_padded, smollm2_shape
 from studies.processes import in_process, peak_mib, resident_mib
 from tmx_compile import TriangleMixConfig, tmx_backend
+from tmx_compile.bench.timing import seconds
 
 GEOMETRY = {"num_sink_tokens": 8, "sliding_window_size": 512, "num_last_tokens": 128}
 FULL: dict[str, Any] = {"tokens": 16384, "padding": 256, "layers": 4, "rounds": 2, "min_seq_len": 2048}

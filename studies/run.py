@@ -18,6 +18,7 @@ from studies import (
     short_prompts,
     soak,
     stacked,
+    stacked_layer,
     stages,
     switch,
     training,
@@ -29,7 +30,7 @@ from studies.clients import case as clients
 CASES = (
     *(clients.CASE, first_n.CASE, calibration.CASE, quality.CASE, recall.CASE, stacked.CASE),
     *(pass_cost.CASE, prefill_memory.CASE, kv_cache.CASE, million.CASE, stages.CASE, switch.CASE, training.CASE),
-    *(dense.CASE, short_prompts.CASE, training_step.CASE, soak.CASE, two_forms.CASE),
+    *(dense.CASE, short_prompts.CASE, training_step.CASE, soak.CASE, stacked_layer.CASE, two_forms.CASE),
 )
 
 

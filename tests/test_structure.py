@@ -166,6 +166,16 @@ def test_files_stay_one_room():
     assert {path: n for path, text in sources() if (n := len(text.splitlines())) > 400} == {}
 
 
+def test_what_people_read_stays_short():
+    root = TESTS.parent
+    assert len((root / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+    pages = ("guide", "serving", "design", "quality", "benchmarks", "ascend")
+    words = {page: len((root / f"docs/{page}.md").read_text(encoding="utf-8").split()) for page in pages}
+    assert sum(words.values()) <= 15_000, words
+    lines = {path.name: len(path.read_text().splitlines()) for path in (root / "benchmarks").glob("*.py")}
+    assert sum(lines.values()) <= 2_000, lines
+
+
 def test_tests_import_from_support_alone():
     """No test imports another, and none a conftest: what two of them need stands in tests/support."""
     wrong = []

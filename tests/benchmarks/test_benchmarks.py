@@ -98,11 +98,11 @@ def test_the_switch_is_measured_beside_sdpa(tmp_path):
 @pytest.mark.parametrize(
     ("module", "cases"),
     [
-        ("benchmarks.run", "operator, ttft, throughput, stacked"),
+        ("benchmarks.run", "operator, ttft, throughput"),
         (
             "studies.run",
             "clients, first_n, calibration, quality, recall, stacked, pass_cost, prefill_memory, kv_cache, million, "
-            "stages, switch, training, dense, short_prompts, training_step, soak, two_forms",
+            "stages, switch, training, dense, short_prompts, training_step, soak, stacked_layer, two_forms",
         ),
     ],
 )

@@ -82,6 +82,11 @@ class Operands:
     key_mask: Any
     sink_logits: Any = None
 
+    @property
+    def of_attention(self) -> tuple[Any, Any, Any, Any]:
+        """Query, key, value, key mask."""
+        return self.query, self.key, self.value, self.key_mask
+
 
 class _RecordingTracer(GraphAppendingTracer):
     """Appends nodes as code runs on proxies, and runs the same code on their example values."""

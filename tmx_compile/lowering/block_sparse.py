@@ -48,10 +48,7 @@ class BlockSparse:
         """One call; its count of blocks is left for whoever reads it."""
         both = write.call(
             self.operator,
-            operands.query,
-            operands.key,
-            operands.value,
-            operands.key_mask,
+            *operands.of_attention,
             *self.selection.arguments,
             call.scale,
         )

@@ -57,15 +57,7 @@ class Blocked(Lowering):
 
     def emit(self, write: Writer, call: AttentionCall, operands: Operands) -> Proxy:
         """See :func:`blocked_attention`."""
-        out: Proxy = blocked_attention(
-            operands.query,
-            operands.key,
-            operands.value,
-            operands.key_mask,
-            call.geometry,
-            Scoring.of(call, operands),
-            call.layout,
-        )
+        out: Proxy = blocked_attention(*operands.of_attention, call.geometry, Scoring.of(call, operands), call.layout)
         return out
 
 

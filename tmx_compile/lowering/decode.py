@@ -34,14 +34,7 @@ class Decode(Lowering):
 
     def emit(self, write: Writer, call: AttentionCall, operands: Operands) -> Proxy:
         """See :func:`decode_attention`."""
-        out: Proxy = decode_attention(
-            operands.query,
-            operands.key,
-            operands.value,
-            operands.key_mask,
-            call.geometry,
-            Scoring.of(call, operands),
-        )
+        out: Proxy = decode_attention(*operands.of_attention, call.geometry, Scoring.of(call, operands))
         return out
 
 

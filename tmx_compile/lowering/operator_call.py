@@ -24,10 +24,7 @@ class OperatorCall(Lowering):
         """The operator again, as an opaque call."""
         both = write.call(
             OPERATOR,
-            operands.query,
-            operands.key,
-            operands.value,
-            operands.key_mask,
+            *operands.of_attention,
             *call.geometry.arguments(call.scale, operands.sink_logits, call.softcap),
         )
         out: Proxy = write.call(operator.getitem, both, 0)

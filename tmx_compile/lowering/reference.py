@@ -33,14 +33,7 @@ class Reference(Lowering):
 
     def emit(self, write: Writer, call: AttentionCall, operands: Operands) -> Proxy:
         """See :func:`reference_attention`."""
-        out: Proxy = reference_attention(
-            operands.query,
-            operands.key,
-            operands.value,
-            operands.key_mask,
-            call.geometry,
-            Scoring.of(call, operands),
-        )
+        out: Proxy = reference_attention(*operands.of_attention, call.geometry, Scoring.of(call, operands))
         return out
 
 

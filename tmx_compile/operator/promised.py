@@ -6,12 +6,21 @@ mask of a call has another one, the call is computed again with it, by the opera
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._library.custom_ops import CustomOpDef
 
-from tmx_compile.operator.triangle import plain_backward, plain_forward
+from tmx_compile.operator.triangle import COUNTS, plain_backward, plain_forward, read
+
+
+def _operator(name: str, first: str, results: str) -> Callable[[Callable[..., Any]], CustomOpDef]:
+    """Makes a function the operator ``tmx::name`` of ``first``, a call's tensors, what its mask showed, and counts."""
+    schema = f"({first}, Tensor query, Tensor key, Tensor value, Tensor key_mask, Tensor shown, {COUNTS}) -> {results}"
+    tags = (torch.Tag.cudagraph_unsafe,)
+    return torch.library.custom_op(f"tmx::{name}", mutates_args=(), schema=schema, tags=tags)
 
 
 def _other(shown: Tensor, kv_len: int, reach: int | None) -> int | None:
@@ -23,24 +32,15 @@ def _other(shown: Tensor, kv_len: int, reach: int | None) -> int | None:
     return None if compiled == far else int(far)
 
 
-@torch.library.custom_op("tmx::keep_window", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+@_operator("keep_window", "Tensor out", "Tensor")
 def _keep_window(
-    out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor,
-    shown: Tensor,
-    sink: int,
-    window: int,
-    last: int,
-    scale: float,
-    reach: int | None = None,
+    out: Tensor, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor, shown: Tensor, *counts: Any
 ) -> Tensor:
-    other = _other(shown, key.shape[2], reach)
+    given = read(query, key, value, key_mask, *counts)
+    other = _other(shown, key.shape[2], given.geometry.reach)
     if other is None:
         return out.clone()
-    again = plain_forward(query, key, value, key_mask, sink, window, last, scale, other)[0]
+    again = plain_forward(query, key, value, key_mask, *given.geometry.counts, given.scale, other)[0]
     return torch.empty_like(out).copy_(again)
 
 
@@ -49,7 +49,7 @@ def _(out: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(out)
 
 
-@torch.library.custom_op("tmx::keep_window_backward", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+@_operator("keep_window_backward", "Tensor grad, Tensor result", "(Tensor, Tensor, Tensor, Tensor)")
 def _backward(
     grad: Tensor,
     result: Tensor,
@@ -58,17 +58,14 @@ def _backward(
     value: Tensor,
     key_mask: Tensor,
     shown: Tensor,
-    sink: int,
-    window: int,
-    last: int,
-    scale: float,
-    reach: int | None = None,
+    *counts: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    other = _other(shown, key.shape[2], reach)
+    given = read(query, key, value, key_mask, *counts)
+    other = _other(shown, key.shape[2], given.geometry.reach)
     if other is None:
         return grad.clone(), query.new_zeros(query.shape), key.new_zeros(key.shape), value.new_zeros(value.shape)
-    geometry = (sink, window, last, scale, other)
-    d_query, d_key, d_value = plain_backward(grad, None, query, key, value, key_mask, result, *geometry)
+    counts = (*given.geometry.counts, given.scale, other)
+    d_query, d_key, d_value = plain_backward(grad, None, query, key, value, key_mask, result, *counts)
     return torch.zeros_like(grad), d_query.contiguous(), d_key, d_value
 
 

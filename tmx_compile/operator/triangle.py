@@ -6,7 +6,7 @@ replace the node in a compiled graph by something faster with the same numbers.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,13 +17,32 @@ from tmx_compile.operator.layout import empty_by_tokens
 from tmx_compile.operator.scores import check_scores, sink_gradient
 from tmx_compile.operator.sharding import shard_by_batch_and_heads
 
-_SCHEMA = (
-    "(Tensor query, Tensor key, Tensor value, Tensor? key_mask, int sink, int window, int last, float scale,"
-    " int? reach=None, Tensor? sink_logits=None, float? softcap=None) -> (Tensor out, Tensor lse)"
+COUNTS = "int sink, int window, int last, float scale, int? reach=None"
+"""How schemas have a geometry and the scale: see :meth:`Geometry.arguments`."""
+
+_OPERANDS = "Tensor query, Tensor key, Tensor value, Tensor? key_mask"
+_SCORES = "Tensor? sink_logits=None, float? softcap=None"
+_SCHEMA = f"({_OPERANDS}, {COUNTS}, {_SCORES}) -> (Tensor out, Tensor lse)"
+_BACKWARD_SCHEMA = (
+    f"(Tensor grad_out, Tensor? grad_lse, {_OPERANDS}, Tensor out, {COUNTS}, {_SCORES})"
+    " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)"
 )
 
 
-def check(
+class Arguments(NamedTuple):
+    """What a call of the operator was given, its counts as one value: see :func:`triangle_attention`."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    key_mask: Tensor | None
+    geometry: Geometry
+    scale: float
+    sink_logits: Tensor | None
+    softcap: float | None
+
+
+def read(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -31,11 +50,24 @@ def check(
     sink: int,
     window: int,
     last: int,
-    reach: int | None,
+    scale: float,
+    reach: int | None = None,
     sink_logits: Tensor | None = None,
     softcap: float | None = None,
-) -> None:
-    """Raise ``ValueError`` naming the argument and its value, before any work; see :func:`triangle_attention`."""
+) -> Arguments:
+    """A call of the operator, as its schema has it."""
+    geometry = Geometry(sink, window, last, reach)
+    return Arguments(query, key, value, key_mask, geometry, scale, sink_logits, softcap)
+
+
+def checked(*arguments: Any) -> Arguments:
+    """A call of the operator.
+
+    Raises:
+        ValueError: something in it does not fit: see :func:`triangle_attention`.
+    """
+    found = read(*arguments)
+    query, key, value, key_mask, geometry, _, sink_logits, softcap = found
     check_alike(query, key, value, "batch, heads, tokens, head_dim")
     if key.shape[0] != query.shape[0] or value.shape[:3] != key.shape[:3]:
         raise ValueError(
@@ -60,10 +92,11 @@ def check(
             raise ValueError(
                 f"key_mask must be (batch, kv tokens) = ({key.shape[0]}, {key.shape[2]}), got {_shape(key_mask)}"
             )
-    for name, count in (("sink", sink), ("window", window), ("last", last), ("reach", reach or 0)):
+    for name, count in (*zip(("sink", "window", "last"), geometry.counts, strict=True), ("reach", geometry.reach or 0)):
         if count < 0:
             raise ValueError(f"{name} must not be negative, got {count}")
     check_scores(query, sink_logits, softcap)
+    return found
 
 
 def check_alike(query: Tensor, key: Tensor, value: Tensor, layout: str) -> None:
@@ -83,47 +116,26 @@ def _shape(tensor: Tensor) -> str:
     return str(tuple(tensor.shape))
 
 
-def plain_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    sink: int,
-    window: int,
-    last: int,
-    scale: float,
-    reach: int | None = None,
-    sink_logits: Tensor | None = None,
-    softcap: float | None = None,
-) -> tuple[Tensor, Tensor]:
+def _form(key_mask: Tensor | None) -> Any:
+    """Of one sequence a row of the batch, or of several documents."""
+    return kernel if key_mask is None or key_mask.dtype == torch.bool else documents
+
+
+def plain_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     """The operator in plain PyTorch, on any device."""
-    check(query, key, value, key_mask, sink, window, last, reach, sink_logits, softcap)
-    geometry = Geometry(sink, window, last, reach)
+    given = checked(*arguments)
     # The caller's autocast reaches in here, and would round the float32 products to bfloat16.
-    with torch.autocast(query.device.type, enabled=False):
-        if key_mask is not None and key_mask.dtype != torch.bool:
-            return documents.forward(query, key, value, key_mask, geometry, scale, sink_logits, softcap)
-        return kernel.forward(query, key, value, key_mask, geometry, scale, sink_logits, softcap)
+    with torch.autocast(given.query.device.type, enabled=False):
+        out: tuple[Tensor, Tensor] = _form(given.key_mask).forward(*given)
+    return out
 
 
 _forward = torch.library.custom_op("tmx::triangle_attention", plain_forward, mutates_args=(), schema=_SCHEMA)
 
 
 @_forward.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    sink: int,
-    window: int,
-    last: int,
-    scale: float,
-    reach: int | None = None,
-    sink_logits: Tensor | None = None,
-    softcap: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    check(query, key, value, key_mask, sink, window, last, reach, sink_logits, softcap)
+def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+    query, _, value, *_ = checked(*arguments)
     return empty_by_tokens(query, value.shape[3]), query.new_empty(query.shape[:3], dtype=torch.float32)
 
 
@@ -135,25 +147,21 @@ def plain_backward(
     value: Tensor,
     key_mask: Tensor | None,
     out: Tensor,
-    sink: int,
-    window: int,
-    last: int,
-    scale: float,
-    reach: int | None = None,
-    sink_logits: Tensor | None = None,
-    softcap: float | None = None,
+    *counts: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of :func:`plain_forward`, but for that of the sink logits (:func:`sink_gradient`)."""
-    geometry = Geometry(sink, window, last, reach)
-    operands = (grad_out, grad_lse, query, key, value)
+    *operands, geometry, scale, sink_logits, softcap = read(query, key, value, key_mask, *counts)
     # The caller's autocast reaches in here, and would round the float32 products to bfloat16.
     with torch.autocast(query.device.type, enabled=False):
-        if key_mask is not None and key_mask.dtype != torch.bool:
-            return documents.backward(*operands, key_mask, out, geometry, scale, sink_logits, softcap)
-        return kernel.backward(*operands, key_mask, out, geometry, scale, sink_logits, softcap)
+        grads: tuple[Tensor, Tensor, Tensor] = _form(key_mask).backward(
+            grad_out, grad_lse, *operands, out, geometry, scale, sink_logits, softcap
+        )
+    return grads
 
 
-_backward = torch.library.custom_op("tmx::triangle_attention_backward", plain_backward, mutates_args=())
+_backward = torch.library.custom_op(
+    "tmx::triangle_attention_backward", plain_backward, mutates_args=(), schema=_BACKWARD_SCHEMA
+)
 
 
 @_backward.register_fake

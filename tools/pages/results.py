@@ -16,6 +16,7 @@ MOVED = {
     "benchmarks.run prefill_memory": "studies.run prefill_memory",
     "benchmarks.run quality": "studies.run quality",
     "benchmarks.run recall": "studies.run recall",
+    "benchmarks.run stacked": "studies.run stacked_layer",
     "benchmarks.run stages": "studies.run stages",
     "benchmarks.run training": "studies.run training",
     "benchmarks.recall_model": "studies.recall_model",

@@ -4,6 +4,7 @@ import gc
 import logging
 import random
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -88,13 +89,14 @@ def oracle_logits(model, config, tokens, mask):
 
 
 def tensors():
-    """How many tensors are alive."""
+    """The tensors that are alive. What other tests left behind may go at any time: it has to be told apart."""
     gc.collect()
-    return sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects())
+    return [each for each in gc.get_objects() if issubclass(type(each), torch.Tensor)]
 
 
 def test_a_soak_past_the_limit_stays_sparse():
     """Graphs and memory stay as they are, and every answer is the oracle's, compiled or not."""
+    others = [weakref.ref(each) for each in tensors()]
     with registered(ONE) as attention, torch._dynamo.config.patch(recompile_limit=4):
         model = switched_model(**LAYERS)
         plain = switched_model(implementation="sdpa", **LAYERS)
@@ -108,7 +110,8 @@ def test_a_soak_past_the_limit_stays_sparse():
             said += [str(each.message) for each in told if "register_attention" in str(each.message)]
             torch.testing.assert_close(logits.double(), oracle_logits(plain, ONE, tokens, mask), atol=2e-4, rtol=0)
             if turn in (7, 15):
-                counts.append((backend.report.graphs, tensors()))
+                old = {id(each()) for each in others}
+                counts.append((backend.report.graphs, sum(id(each) not in old for each in tensors())))
     report = backend.report
     assert len(said) == 1
     assert said[0] in report.notes

@@ -12,33 +12,19 @@ from tmx_compile.lowering.ascend.attention import Sections, attention
 from tmx_compile.lowering.ascend.calls import Calls, compressed_mask
 from tmx_compile.lowering.ascend.lowering import Ascend
 from tmx_compile.lowering.base import AttentionCall, arange
-from tmx_compile.mask.geometry import Geometry
-from tmx_compile.operator.triangle import check, plain_forward
+from tmx_compile.operator.triangle import checked, plain_forward
 from tmx_compile.report import Rejected
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    sink: int,
-    window: int,
-    last: int,
-    scale: float,
-    reach: int | None = None,
-    sink_logits: Tensor | None = None,
-    softcap: float | None = None,
-) -> tuple[Tensor, Tensor]:
+def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     """``tmx::triangle_attention`` through torch_npu's fused operators; what they cannot take, in plain PyTorch.
 
     Arguments, result and errors are those of :func:`tmx_compile.operator.triangle_attention`.
     """
-    check(query, key, value, key_mask, sink, window, last, reach, sink_logits, softcap)
-    geometry = Geometry(sink, window, last, reach)
+    query, key, value, key_mask, geometry, scale, sink_logits, softcap = checked(*arguments)
     call = AttentionCall(query, key, value, key_mask, geometry, scale, False, sink_logits=sink_logits, softcap=softcap)
     if isinstance(Ascend().supports(call), Rejected):
-        return plain_forward(query, key, value, key_mask, sink, window, last, scale, reach, sink_logits, softcap)
+        return plain_forward(*arguments)
 
     def run(operator: Any, *args: Any, **kwargs: Any) -> Any:
         return operator(*args, **kwargs)

@@ -59,10 +59,7 @@ class Triton:
             extent = extents(operands.key_mask, length(operands.key, 2), call.geometry.last)
         made = write.call(
             TRAINING_OPERATOR if call.needs_grad else TRITON_OPERATOR,
-            operands.query,
-            operands.key,
-            operands.value,
-            operands.key_mask,
+            *operands.of_attention,
             extent,
             *call.geometry.arguments(call.scale, operands.sink_logits, call.softcap),
         )

@@ -19,9 +19,9 @@ from tmx_compile.mask.geometry import Geometry
 from tmx_compile.operator.layout import empty_by_tokens
 from tmx_compile.operator.scores import sink_gradient
 from tmx_compile.operator.sharding import shard_by_batch_and_heads
+from tmx_compile.operator.triangle import COUNTS
 
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? key_mask, Tensor? extent"
-_COUNTS = "int sink, int window, int last, float scale, int? reach=None"
 _SCORES = "Tensor? sink_logits=None, float? softcap=None"
 _LIBRARY: Any = torch.library.Library("tmx", "FRAGMENT")  # type: ignore[no-untyped-call]
 _BACKENDS = (DispatchKey.CUDA, DispatchKey.CPU)
@@ -64,7 +64,8 @@ def on_device_of(x: Tensor) -> Any:
     return torch.cuda.device(x.device)
 
 
-def _run_forward(
+def _run(
+    with_lse: bool,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -77,12 +78,21 @@ def _run_forward(
     reach: int | None = None,
     sink_logits: Tensor | None = None,
     softcap: float | None = None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor | None]:
     from tmx_compile.lowering.triton.launch import attend
 
     geometry = _geometry(sink, window, last, reach)
+    operands = (query, key, value, key_mask, extent)
     with on_device_of(query):
-        return attend(query, key, value, key_mask, extent, geometry, scale, sink_logits=sink_logits, softcap=softcap)[0]
+        return attend(*operands, geometry, scale, sink_logits=sink_logits, softcap=softcap, with_lse=with_lse)
+
+
+def _run_forward(*arguments: Any) -> Tensor:
+    return _run(False, *arguments)[0]
+
+
+def _run_training(*arguments: Any) -> tuple[Tensor, Tensor | None]:
+    return _run(True, *arguments)
 
 
 def attend_into(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry, scale: float, out: Tensor) -> None:
@@ -97,40 +107,6 @@ def attend_into(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry, s
 
     with on_device_of(query):
         attend(query, key, value, None, None, geometry, scale, out=out)
-
-
-def _run_training(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    extent: Tensor | None,
-    sink: int,
-    window: int,
-    last: int,
-    scale: float,
-    reach: int | None = None,
-    sink_logits: Tensor | None = None,
-    softcap: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    from tmx_compile.lowering.triton.launch import attend
-
-    geometry = _geometry(sink, window, last, reach)
-    with on_device_of(query):
-        out, lse = attend(
-            query,
-            key,
-            value,
-            key_mask,
-            extent,
-            geometry,
-            scale,
-            sink_logits=sink_logits,
-            softcap=softcap,
-            with_lse=True,
-        )
-    assert lse is not None
-    return out, lse
 
 
 def _run_backward(
@@ -174,13 +150,13 @@ def _fake_backward(
 
 
 TRITON_OPERATOR = _define(
-    "triangle_attention_triton", f"({_INPUTS}, {_COUNTS}, {_SCORES}) -> Tensor", _run_forward, _fake_forward
+    "triangle_attention_triton", f"({_INPUTS}, {COUNTS}, {_SCORES}) -> Tensor", _run_forward, _fake_forward
 )
 """The operator as a node target."""
 
 TRAINING_OPERATOR = _define(
     "triangle_attention_triton_training",
-    f"({_INPUTS}, {_COUNTS}, {_SCORES}) -> (Tensor out, Tensor lse)",
+    f"({_INPUTS}, {COUNTS}, {_SCORES}) -> (Tensor out, Tensor lse)",
     _run_training,
     _fake_training,
 )
@@ -188,7 +164,7 @@ TRAINING_OPERATOR = _define(
 
 _BACKWARD_OPERATOR = _define(
     "triangle_attention_triton_backward",
-    f"(Tensor grad_out, Tensor? grad_lse, {_INPUTS}, Tensor out, Tensor lse, {_COUNTS}, float? softcap=None)"
+    f"(Tensor grad_out, Tensor? grad_lse, {_INPUTS}, Tensor out, Tensor lse, {COUNTS}, float? softcap=None)"
     " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
     _run_backward,
     _fake_backward,

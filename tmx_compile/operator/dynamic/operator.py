@@ -10,7 +10,7 @@ from tmx_compile.mask.selection import Selection
 from tmx_compile.operator.dynamic.choice import grid_of, select
 from tmx_compile.operator.dynamic.listed import attend
 from tmx_compile.operator.layout import empty_by_tokens
-from tmx_compile.operator.triangle import check as check_tensors
+from tmx_compile.operator.triangle import checked
 
 ARGUMENTS = "str method, float share, int block, int stride, int sink, int last, float scale"
 SCHEMA = f"(Tensor query, Tensor key, Tensor value, Tensor? key_mask, {ARGUMENTS}) -> (Tensor out, Tensor visited)"
@@ -18,7 +18,7 @@ SCHEMA = f"(Tensor query, Tensor key, Tensor value, Tensor? key_mask, {ARGUMENTS
 
 def check(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> None:
     """Raise ``ValueError`` naming the argument and its value, before any work."""
-    check_tensors(query, key, value, key_mask, 0, 0, ALL_ROWS, None)
+    checked(query, key, value, key_mask, 0, 0, ALL_ROWS, 1.0)
     if key_mask is not None and key_mask.dtype != torch.bool:
         raise ValueError(f"key_mask must be bool (True = may be attended), got {key_mask.dtype}")
 

@@ -3,7 +3,7 @@
 Random tensors have no structure that a selection could find, so the lists are drawn: of a row of blocks the first
 block, the row's own and the one before, and others at random, up to the density; the last row of blocks visits all. The
 selection is timed apart, on the same tensors, and added. Which densities keep a model's quality is what
-``studies/stacked.py`` measures.
+``python -m studies.run stacked`` measures.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def measure(quick: bool) -> Measured:
         for block in plan["blocks"]:
             chosen = _selections(query, key, block, plan["methods"])
             for density in plan["densities"]:
-                note(f"stacked: {n} tokens, blocks of {block}, density {density}")
+                note(f"stacked_layer: {n} tokens, blocks of {block}, density {density}")
                 records.append(
                     {
                         "n": n,
@@ -176,4 +176,4 @@ def _time(run: Callable[[], Any]) -> float:
 
 
 COLUMNS = ("n", "block", "density", "ms", "attend_ms", "select_ms", "dense_ms", "of_dense", "rate", "tuning", "error")
-CASE = Case("stacked", "stacked.json", measure, COLUMNS, needs_cuda=True, quick_anywhere=False)
+CASE = Case("stacked_layer", "stacked.json", measure, COLUMNS, needs_cuda=True, quick_anywhere=False)
