@@ -157,12 +157,9 @@ class TmxBackend:
     def _compile(
         self, gm: GraphModule, host: Host, compiler: Compiler, example_inputs: Sequence[Any]
     ) -> tuple[Callable[..., Any], Plan]:
-        """Compile what the plan needs: where the inputs tell the length, the forms for long and for short prompts.
-
-        Both at once: compiling asks about lengths, and answers become guards only until Dynamo has collected a graph's.
-        When a graph runs, its ``ShapeEnv`` is frozen. It then answers for the length that was traced and keeps no
-        guard: a form compiled at its first call might be wrong at its second. Nor is there the trace's context any more.
-        """
+        # Forms for long and for short prompts are compiled now and not each at its first call: compiling asks about
+        # lengths, and an answer is a guard only until Dynamo has collected the graph's. When the graph runs its
+        # ShapeEnv is frozen: it would answer for the length that was traced, and nothing would check the next.
         plan = pipeline.decide(gm, self.request, host, example_inputs)
         if plan.as_given:
             return compiler.compile(gm, example_inputs), plan
