@@ -66,16 +66,6 @@ def _pass_cost(result: Fields) -> str:
     )
 
 
-def _two_forms(result: Fields) -> str:
-    told: dict[str, list[str]] = {}
-    for r in result["records"]:
-        if r["form"] != "Inductor alone":
-            model = f"{r['layers']} layers of {r['model']}"
-            told.setdefault(model, []).append(f"{r['form']} {r['over_inductor']:.1f}x")
-    times = "; ".join(f"{', '.join(forms)} ({model})" for model, forms in told.items())
-    return f"Dynamic graphs get a form for short prompts too. First call's processor time, of Inductor's: {times}."
-
-
 BLOCKS: dict[str, Callable[[Fields], str]] = {
     "operator_cuda": section_layer.section,
     "stages": section_layer.stages,
@@ -88,7 +78,6 @@ BLOCKS: dict[str, Callable[[Fields], str]] = {
     "prefill_memory": section_memory.prefill,
     "kv_cache": section_memory.kv_cache,
     "pass_cost": _pass_cost,
-    "two_forms": _two_forms,
 }
 """By the name of a block and of its result file."""
 
