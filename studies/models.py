@@ -41,6 +41,24 @@ def small_qwen3(layers: int) -> nn.Module:
     return Qwen3ForCausalLM(config).eval()
 
 
+def small_llama(layers: int) -> nn.Module:
+    """A Llama of the given depth and a tiny width."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=8192,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
 def left_padded(batch: int, tokens: int, padding: int, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Random token ids and their 2-D attention mask, whose first ``padding`` positions are 0."""
     generator = torch.Generator().manual_seed(tokens)

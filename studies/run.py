@@ -23,13 +23,14 @@ from studies import (
     switch,
     training,
     training_step,
+    two_forms,
 )
 from studies.clients import case as clients
 
 CASES = (
     *(clients.CASE, first_n.CASE, calibration.CASE, quality.CASE, recall.CASE, stacked.CASE),
     *(pass_cost.CASE, prefill_memory.CASE, kv_cache.CASE, million.CASE, stages.CASE, switch.CASE, training.CASE),
-    *(dense.CASE, short_prompts.CASE, training_step.CASE, soak.CASE, stacked_layer.CASE),
+    *(dense.CASE, short_prompts.CASE, training_step.CASE, soak.CASE, stacked_layer.CASE, two_forms.CASE),
 )
 
 

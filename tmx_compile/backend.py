@@ -157,6 +157,9 @@ class TmxBackend:
     def _compile(
         self, gm: GraphModule, host: Host, compiler: Compiler, example_inputs: Sequence[Any]
     ) -> tuple[Callable[..., Any], Plan]:
+        # Forms for long and for short prompts are compiled now and not each at its first call: compiling asks about
+        # lengths, and an answer is a guard only until Dynamo has collected the graph's. When the graph runs its
+        # ShapeEnv is frozen: it would answer for the length that was traced, and nothing would check the next.
         plan = pipeline.decide(gm, self.request, host, example_inputs)
         if plan.as_given:
             return compiler.compile(gm, example_inputs), plan
@@ -164,8 +167,7 @@ class TmxBackend:
             return self._compile_range(plan, gm, compiler, example_inputs)
         if plan.length is None:
             return self._compile_long(plan, gm, compiler, example_inputs)
-        # Now, not at the first call of its side: only here are the guards of both forms still checked by Dynamo. And
-        # under our key: a cached graph brings the guards of the one who compiled it, such as a bound on the length.
+        # Under our key: a cached graph brings the guards of the one who compiled it, such as a bound on the length.
         with _cache_tag(plan.config):
             short = compiler.compile(copy_graph(gm), example_inputs)
         long, done = self._compile_long(plan, gm, compiler, example_inputs)
