@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.masking_utils import (
     and_masks,
     causal_mask_function,
@@ -11,7 +12,10 @@ from transformers.masking_utils import (
 )
 
 from tests.support.switched import CONFIG, decisions, plan_oracle, prompt, registered, switched_model
+from tmx_compile.integrations.transformers.causal_mask import CausalMask
+from tmx_compile.integrations.transformers.judge import Judge
 from tmx_compile.integrations.transformers.packed import is_packed, numbers_of
+from tmx_compile.report import Reason, Rejected
 
 LENGTHS = (60, 40)
 POSITIONS = torch.cat([torch.arange(n) for n in LENGTHS])[None]
@@ -117,3 +121,17 @@ def test_numbers():
     positions = torch.tensor([[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 4, 5]])
     function = _packed((torch.diff(positions, prepend=positions[:, :1] - 1) != 1).cumsum(1), positions)
     assert numbers_of(function, 2, 6, "cpu").tolist() == [[1, 1, 1, 2, 2, 3], [1] * 6]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_on_a_gpu_a_traced_prompt_stays_dense(attention, device, monkeypatch):
+    """It may be one sequence, and what takes several is plain PyTorch."""
+    n = 20000
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    mask = CausalMask((1, 1, n, n), torch.ones(1, n, dtype=torch.int64), 0, 0, None, None)
+    layer = switched_model().model.layers[1].self_attn
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        query = torch.empty(1, 4, n, 16, device=device)
+        found = Judge(attention.request, CONFIG).call(layer, query, query, query, mask, None, {})
+    assert isinstance(found, Rejected) == (device == "cuda")
+    assert device == "cpu" or (found.reason, "pass it" in str(found)) == (Reason.NO_LOWERING, True)

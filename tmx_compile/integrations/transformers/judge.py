@@ -165,15 +165,18 @@ class Judge:
             return Rejected(Reason.MORE_QUERIES)
         why = None if mask.window is None else self._against_window(mask.window)
         if mask.is_packed:
-            why = why or self._against_packed()
+            why = why or self._against_packed(query.device.type)
         return why or _Shown(mask.first_row, mask.key_mask, mask.window)
 
-    def _against_packed(self) -> Rejected | None:
+    def _against_packed(self, device: str) -> Rejected | None:
         # Not an error as in a compiled graph: there every prompt without a mask and a cache may be several.
         if self.request.chunked_prefill:
             return Rejected(Reason.NO_LOWERING, "chunked prefill of packed documents")
         if self.request.lowering not in ("auto", OPERATOR.name):
             return Rejected(Reason.NO_LOWERING, f"{self.request.lowering}: packed documents")
+        if device == "cuda" and self.request.lowering == "auto" and torch.compiler.is_compiling():
+            # What takes documents is plain PyTorch: dense attention to one sequence is faster on a GPU.
+            return Rejected(Reason.NO_LOWERING, "packed documents, or one prompt without an attention mask: pass it")
         return None
 
     def _against_window(self, window: int) -> Rejected | None:
