@@ -157,9 +157,8 @@ class TmxBackend:
     def _compile(
         self, gm: GraphModule, host: Host, compiler: Compiler, example_inputs: Sequence[Any]
     ) -> tuple[Callable[..., Any], Plan]:
-        # Forms for long and for short prompts are compiled now and not each at its first call: compiling asks about
-        # lengths, and an answer is a guard only until Dynamo has collected the graph's. When the graph runs its
-        # ShapeEnv is frozen: it would answer for the length that was traced, and nothing would check the next.
+        # Both forms are compiled now and not each at its first call: compiling asks about lengths, and an answer is a
+        # guard only until Dynamo has collected the graph's. When the graph runs, nothing would check the next length.
         plan = pipeline.decide(gm, self.request, host, example_inputs)
         if plan.as_given:
             return compiler.compile(gm, example_inputs), plan
