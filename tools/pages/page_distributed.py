@@ -139,7 +139,8 @@ def _lines(found: _ByCards, value: Any) -> dict[str, Any]:
         "lines": [
             [
                 f"{tokens:,} tokens",
-                [[ranks, value(each)] for ranks, each in by_ranks.items() if ranks > 1],
+                # Rounded: the last digits of a fit differ from one processor to the next.
+                [[ranks, float(f"{value(each):.3g}")] for ranks, each in by_ranks.items() if ranks > 1],
                 "solid",
                 number,
             ]
