@@ -31,7 +31,7 @@ CONFIG = TriangleMixConfig(
 )
 WORLD = 4
 # Those who sit out wait for the others.
-LONG = datetime.timedelta(seconds=120)
+LONG = datetime.timedelta(seconds=600)
 HEADS = ((8, 2), (4, 4), (9, 3), (6, 1))
 # The last four reach past a piece: a window, a number of last rows, both; a layer's own window.
 GEOMETRIES = (

@@ -133,14 +133,14 @@ def _share(found: _ByCards) -> Picture:
 
 
 def _lines(found: _ByCards, value: Any) -> dict[str, Any]:
-    # Rounded: the last digits of a fit are the machine's, and a picture is drawn anew where its data change.
     return {
         "x": "cards",
         "named": "ends",
         "lines": [
             [
                 f"{tokens:,} tokens",
-                [[ranks, float(f"{value(each):.4g}")] for ranks, each in by_ranks.items() if ranks > 1],
+                # Rounded: the last digits of a fit differ from one processor to the next.
+                [[ranks, float(f"{value(each):.3g}")] for ranks, each in by_ranks.items() if ranks > 1],
                 "solid",
                 number,
             ]
