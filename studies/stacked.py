@@ -52,7 +52,7 @@ FULL: dict[str, Any] = {
     "ways": 1,
     "counts": [6],
     "calibration": None,
-    "calibrated": {"calibration": [2048, 1], "shares": [0.9, 0.8], "counts": [8], "evaluation": [[4096, 4], [2048, 4]]},
+    "calibrated": {"calibration": [2048, 1], "shares": [0.9, 0.8], "counts": [8], "evaluation": [[4096, 3], [2048, 4]]},
 }
 CUDA: dict[str, Any] = {
     "smollm2": [[2048, 12], [4096, 8], [7680, 4]],

@@ -286,7 +286,7 @@ class TriangleMixConfig:
         return tuple(self.dynamic_layer_indices or ())
 
     def selection(self, layer: int) -> Selection:
-        """How a dynamic layer chooses its blocks, by groups of 16 tokens; ``ValueError`` for a layer that is none.
+        """How the dynamic ``layer`` chooses its blocks, by groups of 16 tokens; ``ValueError`` for one that is none.
 
         >>> from tmx_compile import TriangleMixConfig
         >>> TriangleMixConfig(dynamic_layer_indices=[4, 2], dynamic_share=[0.8, 0.95]).selection(2).share

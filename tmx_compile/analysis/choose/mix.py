@@ -38,7 +38,11 @@ class Scores:
         method: how these choose.
         block: side of their blocks (tokens).
 
-    :func:`mixes` has an example.
+    >>> from tmx_compile.analysis import Scores
+    >>> from tmx_compile.mask import Geometry
+    >>> scores = Scores(Geometry(8, 512, 128), triangle={0: 0.3, 1: 0.01})  # what mixes() chooses by
+    >>> min(scores.triangle, key=scores.triangle.get)
+    1
     """
 
     geometry: Geometry

@@ -66,6 +66,10 @@ class Choice:
     def of(cls, config: TriangleMixConfig, *, streaming: bool = False) -> Choice:
         """The choice that a configuration makes: its layers and geometry, and its dynamic layers with their shares.
 
+        Args:
+            config: the configuration.
+            streaming: as in the class.
+
         >>> from tmx_compile import TriangleMixConfig
         >>> from tmx_compile.analysis import Choice
         >>> Choice.of(TriangleMixConfig(triangle_layer_indices=[3], dynamic_layer_indices=[1, 2])).dynamic.shares

@@ -92,7 +92,7 @@ class SplitPrompt:
         return arguments
 
     def last(self, logits: Tensor) -> Tensor:
-        """(B, V) of each sequence's last token, on every process, from the logits (B, P, V) of every piece.
+        """(B, V) of each sequence's last token, on every process, from ``logits`` (B, P, V) of its piece.
 
         Logits of one row (``logits_to_keep=1``) will do where the prompt has no padding on the right.
 
@@ -115,7 +115,7 @@ class SplitPrompt:
         return found
 
     def step(self, tokens: Tensor) -> dict[str, Any]:
-        """Arguments of the model for new tokens (B, n), alike on all processes: those that the final one gives count.
+        """Arguments of the model for new ``tokens`` (B, n), alike on all processes: the final one's count.
 
         The cache of the calls so far has to be passed with them.
 
