@@ -142,12 +142,14 @@ def test_that_takes_long(server):
 """
 
 
+@pytest.mark.parametrize("ignored", [False, True], ids=["", "in the background"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["terminal", "request"])
-def test_an_interrupted_suite_ends_its_own_way(tool, tmp_path, number):
+def test_an_interrupted_suite_ends_its_own_way(tool, tmp_path, number, ignored):
     """pytest, in a process group as in a terminal: it takes its fixtures down and closes with its line."""
     (tmp_path / "test_suite.py").write_text(SUITE)
     program = f"""
-        import sys
+        import signal, sys
+        signal.signal(signal.SIGINT, signal.SIG_IGN if {ignored} else signal.default_int_handler)
         sys.path.insert(0, {str(ROOT / "tools")!r})
         import run_tests
         folder = {str(tmp_path)!r}

@@ -87,27 +87,30 @@ def run(command):
     A terminal interrupts pytest too, which then ends its tests, servers and all; so this waits for it. A request to end
     that comes to this process alone is handed on as an interrupt. A second one of either kind ends pytest at once.
     """
-    closing, failed, asked = "", [], []
-    with subprocess.Popen(command, cwd=str(ROOT), stdout=subprocess.PIPE, text=True, bufsize=1) as process:
+    closing, failed, asked, started = "", [], [], []
 
-        def end(number, _frame):
-            asked.append(number)
+    def end(number, _frame):
+        asked.append(number)
+        for process in started:
             if len(asked) > 1:
                 process.kill()
             elif number != signal.SIGINT:
                 process.send_signal(signal.SIGINT)
 
-        before = [signal.signal(number, end) for number in INTERRUPTS]
-        try:
+    # Before pytest starts: it would go on ignoring interrupts where this process was told to, as in the background.
+    before = [signal.signal(number, end) for number in INTERRUPTS]
+    try:
+        with subprocess.Popen(command, cwd=str(ROOT), stdout=subprocess.PIPE, text=True, bufsize=1) as process:
+            started.append(process)
             for line in process.stdout:
                 print(line, end="", flush=True)
                 found = CLOSING.match(line)
                 closing = f"{found[1]} in {found[2]}s" if found else closing
                 failed += [line.rstrip()] if FAILED.match(line) else []
             status = process.wait()
-        finally:
-            for number, handler in zip(INTERRUPTS, before, strict=True):
-                signal.signal(number, handler)
+    finally:
+        for number, handler in zip(INTERRUPTS, before, strict=True):
+            signal.signal(number, handler)
     if asked:
         status = 128 + asked[0]
     # Without its closing line pytest did not end well, whatever it says.
