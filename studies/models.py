@@ -23,22 +23,24 @@ def smollm2_shape(**changes: Any) -> nn.Module:
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
+# What tracing and compiling cost depends on depth, not on width.
+_SMALL: dict[str, Any] = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 8192,
+}
+
+
 def small_qwen3(layers: int) -> nn.Module:
-    """A Qwen3 of the given depth and a tiny width: what tracing and compiling cost depends on depth."""
+    """A Qwen3 of the given depth and a tiny width."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=128,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=8192,
-    )
-    return Qwen3ForCausalLM(config).eval()
+    return Qwen3ForCausalLM(Qwen3Config(num_hidden_layers=layers, **_SMALL)).eval()
 
 
 def small_llama(layers: int) -> nn.Module:
@@ -46,17 +48,7 @@ def small_llama(layers: int) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=128,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=8192,
-    )
-    return LlamaForCausalLM(config).eval()
+    return LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, **_SMALL)).eval()
 
 
 def left_padded(batch: int, tokens: int, padding: int, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,7 +8,6 @@ uncompiled and the attention implementation keeps it sparse, and once under a li
 from __future__ import annotations
 
 import copy
-import gc
 import random
 import warnings
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from benchmarks.common import Case, Measured, note
 from studies.processes import resident_mib
+from tests.support.generation import answered, living_tensors
 from tmx_compile import TriangleMixConfig, tmx_backend
 
 FULL: dict[str, Any] = {"prompts": 500, "block": 50, "shortest": 20, "longest": 1500, "min_seq_len": 512}
@@ -96,7 +96,7 @@ def alone(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
     model = fresh()
     model.compile(backend="inductor")
     for turn, (ids, mask) in enumerate(prompts(plan), 1):
-        answered(model, ids, mask)
+        answer(model, ids, mask)
         if turn % plan["block"] == 0:
             yield state("inductor", turn) | dict.fromkeys(OURS)
 
@@ -113,7 +113,7 @@ def ours(plan: dict[str, Any], config: TriangleMixConfig) -> Iterator[dict[str, 
     model.compile(backend=backend)
     furthest, changed = 0.0, 0
     for turn, (ids, mask) in enumerate(prompts(plan), 1):
-        tokens, logits = answered(model, ids, mask)
+        tokens, logits = answer(model, ids, mask)
         want = true_logits(oracle, config, tokens, mask)
         furthest = max(furthest, float((logits.double() - want).abs().max()))
         changed += int((logits.argmax(-1) != want.argmax(-1)).sum())
@@ -132,7 +132,7 @@ def state(compiler: str, turn: int) -> dict[str, Any]:
         "graphs": counters["stats"]["unique_graphs"],
         "limit_reached": "recompile limit" in str(counters["unimplemented"]),
         "resident_mib": resident_mib(),
-        "tensors": living_tensors(),
+        "tensors": len(living_tensors()),
     }
 
 
@@ -149,24 +149,16 @@ def prompts(plan: dict[str, Any]) -> Iterator[tuple[Tensor, Tensor]]:
         yield torch.randint(2, SHAPE["vocab_size"], (batch, tokens), generator=words), mask
 
 
-def answered(model: Any, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The tokens of a prompt with its answer (B, N + T), and the logits of each answered token (B, T, vocabulary)."""
+def answer(model: Any, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """See :func:`tests.support.generation.answered`."""
     with warnings.catch_warnings():
         # That the limit is reached is what this is about.
         warnings.filterwarnings("ignore", message=".*recompile_limit")
-        out = model.generate(
-            ids,
-            attention_mask=mask,
-            max_new_tokens=ANSWERED,
-            do_sample=False,
-            return_dict_in_generate=True,
-            output_logits=True,
-        )
-    return out.sequences, torch.stack(out.logits, 1)
+        return answered(model, ids, mask, ANSWERED)
 
 
 def true_logits(model: nn.Module, config: TriangleMixConfig, tokens: Tensor, mask: Tensor) -> Tensor:
-    """What :func:`answered` should give, (B, T, vocabulary), from a model in float64 that is given whole masks."""
+    """What :func:`answer` should give, (B, T, vocabulary), from a model in float64 that is given whole masks."""
     length, total = mask.shape[1], tokens.shape[1]
     valid = torch.cat([mask, mask.new_ones(mask.shape[0], total - length)], 1).bool()
     row, key = torch.arange(total)[:, None], torch.arange(total)
@@ -197,12 +189,6 @@ def _under(mask: Tensor) -> Callable[..., Any]:
         return args, {**kwargs, "attention_mask": mask[:, None]}
 
     return before
-
-
-def living_tensors() -> int:
-    """How many tensors are alive."""
-    gc.collect()
-    return sum(issubclass(type(each), Tensor) for each in gc.get_objects())
 
 
 CASE = Case("soak", "soak.json", measure, COLUMNS)

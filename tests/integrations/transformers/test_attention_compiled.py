@@ -35,10 +35,8 @@ class Counting:
 
 @pytest.fixture(autouse=True)
 def attention():
-    torch._dynamo.reset()
     with registered() as attention:
         yield attention
-    torch._dynamo.reset()
 
 
 def close(got, want, mask):

@@ -23,10 +23,8 @@ POSITIONS = torch.cat([torch.arange(n) for n in LENGTHS])[None]
 
 @pytest.fixture(autouse=True)
 def attention():
-    torch._dynamo.reset()
     with registered() as attention:
         yield attention
-    torch._dynamo.reset()
 
 
 def close(got, want):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.support.generation import answered, living_tensors
 from tests.support.layers import Stack, causal
 from tests.support.models import masked_oracle, with_masks
 from tests.support.oracle import attended
@@ -62,19 +63,6 @@ def test_no_more_graphs_than_inductor_alone(first):
     assert graphs_of(backend, prompts) == graphs_of("eager", prompts) == backend.report.graphs == 2
 
 
-def generated(model, ids, mask):
-    """The tokens of a prompt with its answer, and the logits of every answered token, (B, T, vocabulary)."""
-    out = model.generate(
-        ids,
-        attention_mask=mask,
-        max_new_tokens=GENERATED,
-        do_sample=False,
-        return_dict_in_generate=True,
-        output_logits=True,
-    )
-    return out.sequences, torch.stack(out.logits, 1)
-
-
 def oracle_logits(model, config, tokens, mask):
     """Logits of every answered token in float64: the prompt under the triangle, the answer's rows dense."""
     n, total = mask.shape[1], tokens.shape[1]
@@ -88,15 +76,10 @@ def oracle_logits(model, config, tokens, mask):
     return with_masks(model, tokens, masks, mask, position_ids=positions)[:, n - 1 : total - 1]
 
 
-def tensors():
-    """The tensors that are alive. What other tests left behind may go at any time: it has to be told apart."""
-    gc.collect()
-    return [each for each in gc.get_objects() if issubclass(type(each), torch.Tensor)]
-
-
 def test_a_soak_past_the_limit_stays_sparse():
     """Graphs and memory stay as they are, and every answer is the oracle's, compiled or not."""
-    others = [weakref.ref(each) for each in tensors()]
+    # What other tests left behind may go at any time: it has to be told apart.
+    others = [weakref.ref(each) for each in living_tensors()]
     with registered(ONE) as attention, torch._dynamo.config.patch(recompile_limit=4):
         model = switched_model(**LAYERS)
         plain = switched_model(implementation="sdpa", **LAYERS)
@@ -106,12 +89,12 @@ def test_a_soak_past_the_limit_stays_sparse():
         for turn, (ids, mask) in enumerate(mixed_prompts(16, seed=random.randrange(1 << 30))):
             with warnings.catch_warnings(record=True) as told:
                 warnings.simplefilter("always")
-                tokens, logits = generated(model, ids, mask)
+                tokens, logits = answered(model, ids, mask, GENERATED)
             said += [str(each.message) for each in told if "register_attention" in str(each.message)]
             torch.testing.assert_close(logits.double(), oracle_logits(plain, ONE, tokens, mask), atol=2e-4, rtol=0)
             if turn in (7, 15):
                 old = {id(each()) for each in others}
-                counts.append((backend.report.graphs, sum(id(each) not in old for each in tensors())))
+                counts.append((backend.report.graphs, sum(id(each) not in old for each in living_tensors())))
     report = backend.report
     assert len(said) == 1
     assert said[0] in report.notes
