@@ -46,7 +46,7 @@ class Dense(Lowering):
 
     def emit(self, write: Writer, call: AttentionCall, operands: Operands) -> Proxy:
         """``is_causal`` SDPA; with padding, the CPU flash kernel with a (B, 1, 1, Skv) bias."""
-        q, k, v, key_mask = operands.query, operands.key, operands.value, operands.key_mask
+        q, k, v, key_mask = operands.of_attention
         if key_mask is None:
             causal = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=call.scale, enable_gqa=True)
             return cast("Proxy", causal)

@@ -38,7 +38,7 @@ class Ascend(Lowering):
         mask = functools.cache(lambda: _shared_mask(write, operands.query))
         calls = Calls(write.call, mask, heads, kv_heads, call.scale)
         sections = Sections(call.geometry, call.dense_up_to)
-        out: Proxy = attention(operands.query, operands.key, operands.value, operands.key_mask, sections, calls).out
+        out: Proxy = attention(*operands.of_attention, sections, calls).out
         return out
 
 

@@ -31,7 +31,7 @@ def attend(
 
     All pieces have P tokens, at least :func:`~tmx_compile.lowering.context_parallel.halo.least_piece`.
     """
-    q, k, v, key_mask = operands.query, operands.key, operands.value, operands.key_mask
+    q, k, v, key_mask = operands.of_attention
     sink, window, last = call.geometry.counts
     tokens = length(q, 2)
     first = tokens * ranks.rank

@@ -30,7 +30,7 @@ def attend(write: Writer, ranks: Ranks, operands: Operands, scale: float) -> Any
     Raises:
         RuntimeError: when it runs, on every process: a new token's key counts twice (an assertion of the device).
     """
-    q, k, v, key_mask = operands.query, operands.key, operands.value, operands.key_mask
+    q, k, v, key_mask = operands.of_attention
     _check_counted_once(write, ranks, key_mask, length(q, 2))
     part = partial.causal(write, q, k, v, key_mask, scale)
     parts = ranks.all_gather(write, partial.packed(*part)).reshape(ranks.size, -1)

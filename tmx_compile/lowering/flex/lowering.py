@@ -70,7 +70,7 @@ class Flex(Lowering):
         """Streaming rows through FlexAttention, last rows through SDPA, joined; on CUDA, both through FlexAttention."""
         if call.query.device.type == "cuda":
             return flex_cuda.emit(write, call, operands)
-        q, k, v, key_mask = operands.query, operands.key, operands.value, operands.key_mask
+        q, k, v, key_mask = operands.of_attention
         q_len, kv_len = length(q, 2), length(k, 2)
         where = rows.extent(key_mask, kv_len)
         ending = where if key_mask is None else rows.last_extent(where, kv_len, call.geometry.last)
