@@ -148,7 +148,7 @@ def measure(part: str, quick: bool) -> Records:
             record = {**base, "tokens": tokens, **EMPTY}
             try:
                 prefill = Prefill(model, compiled, tokens, mask=variant.mask, dynamic=True, graphs=variant.graphs)
-                record |= _timed(prefill, tokens, plan, place, first=tokens == lengths[0], graphs=variant.graphs)
+                record |= timed(prefill, tokens, plan, place, first=tokens == lengths[0], graphs=variant.graphs)
                 check_layers(backend, wanted)
                 if variant.accounted and tokens == plan["account_at"]:
                     record["account"] = {**account(prefill, place), "copy_bytes_per_s": copy_rate(place)}
@@ -172,7 +172,7 @@ def measure(part: str, quick: bool) -> Records:
 EMPTY = dict.fromkeys(("ms", "peak_gib", "compile_s", "failed", "account")) | {"ms_all": [], "oom": False}
 
 
-def _timed(
+def timed(
     prefill: Prefill, tokens: int, plan: dict[str, Any], device: torch.device, *, first: bool, graphs: bool
 ) -> dict[str, Any]:
     """Time one length: an untimed call, then as many timed ones as the plan has for it."""

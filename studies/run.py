@@ -19,6 +19,7 @@ from studies import (
     soak,
     stacked,
     stacked_layer,
+    stacked_model,
     stages,
     switch,
     training,
@@ -30,7 +31,15 @@ from studies.clients import case as clients
 CASES = (
     *(clients.CASE, first_n.CASE, calibration.CASE, quality.CASE, recall.CASE, stacked.CASE),
     *(pass_cost.CASE, prefill_memory.CASE, kv_cache.CASE, million.CASE, stages.CASE, switch.CASE, training.CASE),
-    *(dense.CASE, short_prompts.CASE, training_step.CASE, soak.CASE, stacked_layer.CASE, two_forms.CASE),
+    *(
+        dense.CASE,
+        short_prompts.CASE,
+        training_step.CASE,
+        soak.CASE,
+        stacked_layer.CASE,
+        stacked_model.CASE,
+        two_forms.CASE,
+    ),
 )
 
 

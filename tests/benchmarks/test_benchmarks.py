@@ -102,7 +102,8 @@ def test_the_switch_is_measured_beside_sdpa(tmp_path):
         (
             "studies.run",
             "clients, first_n, calibration, quality, recall, stacked, pass_cost, prefill_memory, kv_cache, million, "
-            "stages, switch, training, dense, short_prompts, training_step, soak, stacked_layer, two_forms",
+            "stages, switch, training, dense, short_prompts, training_step, soak, stacked_layer, stacked_model, "
+            "two_forms",
         ),
     ],
 )
