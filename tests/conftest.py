@@ -6,6 +6,10 @@ import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # A worker for each core: threads of one would only wait for those of the others.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 if not torch.cuda.is_available():
     # The GPU kernels run on the CPU in Triton's interpreter; the variable is read when they are imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
