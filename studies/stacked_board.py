@@ -36,13 +36,17 @@ class Layers:
 
 
 class Board:
-    """A model whose attention is switched, and what its dynamic layers visited."""
+    """A model whose attention is switched, and what its dynamic layers visited.
+
+    ``dense`` is what the other layers compute, and may be replaced.
+    """
 
     def __init__(self, model: nn.Module, name: str) -> None:
         from transformers import AttentionInterface
 
         self.model, self.name, self.layers = model, name, Layers()
         self.visited: list[Tensor] = []
+        self.dense = dense
         AttentionInterface.register(name, self.attend)
         model.set_attn_implementation(name)
 
@@ -54,7 +58,7 @@ class Board:
         elif module.layer_idx in layers.triangle:
             out = triangle(query, key, value, scale)
         else:
-            out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
+            out = self.dense(query, key, value, scale)
         return out.transpose(1, 2).contiguous(), None
 
     def logits(self, ids: Tensor, keep: int, layers: Layers) -> tuple[Tensor, float]:
@@ -66,6 +70,11 @@ class Board:
             return out, 1.0
         visited, causal = torch.stack(self.visited).sum(0).tolist()
         return out, visited / causal
+
+
+def dense(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Causal attention."""
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
 
 
 def dynamic(query: Tensor, key: Tensor, value: Tensor, selection: Selection, scale: float) -> tuple[Tensor, Tensor]:
