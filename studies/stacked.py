@@ -42,6 +42,8 @@ SEED = 20261127
 # (method, stride, block)
 WAYS = [("pooled", 16, 64), ("pooled", 64, 64), ("antidiagonal", 16, 64), ("pooled", 16, 128)]
 SHARES = [0.8, 0.9, 0.95]
+PEAK_SHARES = [0.5, 0.6, 0.7, 0.8, 0.9]
+"""Of lists from exact scores."""
 # A CPU has time for the first way, one share and few texts.
 FULL: dict[str, Any] = {
     "smollm2": [[2048, 2], [4096, 2]],
@@ -284,6 +286,16 @@ class Recall:
         for way in ways(CUDA):
             sets += [("all others", Layers(triangle, rest, way)), ("alone", Layers((), tuple(range(self.depth)), way))]
         sets += [("one layer", Layers((), (layer,), MIDDLE)) for layer in range(self.depth)]
+        for share in PEAK_SHARES:
+            way = replace(MIDDLE, share=share)
+            sets += [("all others", Layers(triangle, rest, way, peaks=True))]
+            sets += [("alone", Layers((), tuple(range(self.depth)), way, peaks=True))]
+        for share in SHARES:
+            way = replace(MIDDLE, share=share)
+            sets += [
+                ("without layer 1", Layers(triangle, (0, 2), way)),
+                ("without layer 1, alone", Layers((), (0, 2, *triangle), way)),
+            ]
         found = []
         for policy, layers in sets:
             note(f"stacked: recall {tokens}, {policy}, {layers.selection}")
@@ -321,7 +333,8 @@ def _how(layers: Layers) -> dict[str, Any]:
     words: dict[str, Any] = {}
     if way is not None:
         share = list(layers.shares) if layers.shares else way.share
-        words = {"method": way.method, "stride": way.stride, "block": way.block, "share": share}
+        method, stride = ("exact peaks", 1) if layers.peaks else (way.method, way.stride)
+        words = {"method": method, "stride": stride, "block": way.block, "share": share}
     return {"triangle_layers": list(layers.triangle), "dynamic_layers": list(layers.dynamic), **words}
 
 

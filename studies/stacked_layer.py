@@ -31,6 +31,8 @@ FULL: dict[str, Any] = {
     "dtype": "bfloat16",
     "methods": (("pooled", 16), ("pooled", 128), ("antidiagonal", 16)),
     "blocks": (128, 64),
+    # Block and densities.
+    "flex": (128, (0.25,)),
 }
 QUICK: dict[str, Any] = FULL | {
     "lengths": (300,),
@@ -41,6 +43,7 @@ QUICK: dict[str, Any] = FULL | {
     "dtype": "float32",
     "methods": (("pooled", 16),),
     "blocks": (64,),
+    "flex": (64, ()),
 }
 # Keys a step, warps, stages, most registers a thread may take, by block.
 SHAPES: dict[int, list[tuple[int, int, int, int | None]]] = {
@@ -108,7 +111,8 @@ def measure(part: str, quick: bool) -> Records:
     for density in plan["densities"]:
         note(f"stacked_layer: {n} tokens, blocks of {block}, density {density}")
         record = {"n": n, "model": "one layer", "triangle_layers": [], "dynamic_layers": [0], "block": block}
-        record |= _layer(query, key, value, density, block, chosen)
+        flex = block == plan["flex"][0] and density in plan["flex"][1]
+        record |= _layer(query, key, value, density, block, chosen, flex=flex)
         record |= {"dense_ms": times[backend].median, "dense_backend": backend}
         record["of_dense"] = record["ms"] / record["dense_ms"]
         record["rate"] = record["dense_ms"] * record["density"] / record["attend_ms"]
@@ -131,7 +135,7 @@ def _selections(query: Tensor, key: Tensor, block: int, methods: Any) -> dict[st
 
 
 def _layer(
-    query: Tensor, key: Tensor, value: Tensor, density: float, block: int, chosen: dict[str, float]
+    query: Tensor, key: Tensor, value: Tensor, density: float, block: int, chosen: dict[str, float], *, flex: bool
 ) -> dict[str, Any]:
     from tmx_compile.lowering.triton.dynamic.launch import Tuning, attend
 
@@ -154,7 +158,7 @@ def _layer(
         "ms": tried[best] + first,
         "attend_ms": tried[best],
         "rate_tflops": operations / tried[best] / 1e9,
-        **_flex(query, key, value, lists, block, got),
+        **(_flex(query, key, value, lists, block, got) if flex else {"flex_ms": None}),
         "select_ms": chosen,
         "tuning": best,
         "tried_ms": tried,
