@@ -2,13 +2,15 @@
 
 A part is one text at one length, with all choices of dynamic layers: a run may stop after any text, and go on later.
 ``search`` parts compare ways of choosing blocks, on the text that calibrations read; ``frontier`` parts measure choices
-that were made there, on the text that quality is measured on. All scored positions are last rows, as in ``stacked``.
+that were made there, on the text that quality is measured on, ``peaks`` parts lists from exact scores on the same. All
+scored positions are last rows, as in ``stacked``.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch.nn.functional as F
@@ -61,6 +63,16 @@ FRONTIER: dict[str, Layers] = {
     "6": _choice((1, 9, 11, 12, 13, 14), CHEAP | {9: 0.8}),
     "8": _choice((1, 6, *range(9, 15)), CHEAP | NEXT),
 }
+# Lists from exact scores: what a better estimate could reach.
+PEAKS: dict[str, Layers] = {
+    f"{name}, exact peaks {share}": replace(_choice(layers, share), peaks=True)
+    for name, layers, share in (
+        ("5", tuple(CHEAP), 0.8),
+        ("8", (1, 6, *range(9, 15)), 0.8),
+        ("8", (1, 6, *range(9, 15)), 0.6),
+        ("all others", tuple(range(15)), 0.8),
+    )
+}
 LONG: dict[str, Layers] = {
     "5": FRONTIER["5"],
     "8": FRONTIER["8"],
@@ -72,6 +84,7 @@ FULL: list[tuple[str, int, int, Mapping[str, Layers]]] = [
     ("frontier", 2048, 6, FRONTIER),
     ("frontier", 4096, 8, FRONTIER),
     ("frontier", 7680, 4, LONG),
+    ("peaks", 4096, 8, PEAKS),
 ]
 QUICK: list[tuple[str, int, int, Mapping[str, Layers]]] = [
     ("search", 256, 2, {"pooled by 16, 0.8": _choice((1, 2), 0.8)})
@@ -123,7 +136,7 @@ def measure(part: str, quick: bool) -> Records:
             "text": int(text),
             "dynamic_layers": list(layers.dynamic),
             "share": None if way is None else list(layers.shares) or way.share,
-            "method": None if way is None else f"{way.method} {way.stride}",
+            "method": None if way is None else "exact peaks" if layers.peaks else f"{way.method} {way.stride}",
             "density": density,
             "density_outside": 1 - (1 - density) * len(layers.dynamic) / (DEPTH - len(TRIANGLE)),
             "nll": nll,
