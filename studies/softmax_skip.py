@@ -14,8 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.common import Case, Parts, Records, device, free, note
-from studies.stacked_board import Layers
+from benchmarks.common import RESULTS, Case, Parts, Records, device, free, note
+from studies import recall_model
+from studies.recall_model import QUESTIONS, TASKS
+from studies.recall_tasks import evaluation
+from studies.stacked_board import Board, Layers
 from studies.stacked_board import dense as dense_attention
 from tmx_compile.analysis.choose.direct import divergence
 from tmx_compile.bench.dense import dense_variants
@@ -32,10 +35,12 @@ FULL: dict[str, Any] = {
     "tiles": [[128, 128, 8, 2], [128, 64, 8, 3]],
     "model": [[2048, 2]],
     "model_thresholds": [10, 7, 5, 3],
+    # Sequences of each task.
+    "recall": [8192, 16],
 }
 QUICK: dict[str, Any] = FULL | {"lengths": [256], "heads": 2, "kv_heads": 1, "head_dim": 16, "dtype": "float32",
                                 "thresholds": [5], "tiles": [[64, 64, 4, 1]], "model": [[256, 1]],
-                                "model_thresholds": [5]}  # fmt: skip
+                                "model_thresholds": [5], "recall": [512, 1]}  # fmt: skip
 SCORED = 128
 
 
@@ -45,9 +50,11 @@ def _plan(quick: bool) -> dict[str, Any]:
 
 def names(quick: bool) -> list[str]:
     plan = _plan(quick)
-    if device().type == "cuda":
-        return [f"{data}-{n}" for n in plan["lengths"] for data in DATA]
-    return [f"smollm2-{n}" for n, _ in plan["model"]]
+    recall = [f"recall-{plan['recall'][0]}"]
+    if device().type != "cuda":
+        return [f"smollm2-{n}" for n, _ in plan["model"]] + recall
+    timed = [f"{data}-{n}" for n in plan["lengths"] for data in DATA]
+    return timed[: len(DATA)] + recall + timed[len(DATA) :]
 
 
 def settings(quick: bool) -> dict[str, Any]:
@@ -63,6 +70,7 @@ def settings(quick: bool) -> dict[str, Any]:
         "error": "largest absolute difference from the same kernel that skips nothing",
         "random": "independent normal queries, keys, values",
         "structured": "the same, with a sink at the first key and a neighbourhood that every row attends to",
+        "accuracy": "the recall model: the share of answers that are the most likely token; all layers skip",
         "kl": "mean divergence of the dense distribution from this one over the last 128 positions, nats; all layers "
         "skip",
     }
@@ -70,6 +78,8 @@ def settings(quick: bool) -> dict[str, Any]:
 
 def measure(part: str, quick: bool) -> Records:
     data, _, n = part.partition("-")
+    if data == "recall":
+        return _recall(_plan(quick))
     return _model(int(n), quick) if data == "smollm2" else _timed(data, int(n), _plan(quick))
 
 
@@ -160,9 +170,9 @@ def attend_plain(
     for low in range(0, tokens, rows):
         high = min(tokens, low + rows)
         stop = -(-high // keys) * keys
-        place = torch.arange(stop)
+        place = torch.arange(stop, device=query.device)
         scores = query[:, :, low:high] @ F.pad(key[:, :, :high], (0, 0, 0, stop - high)).mT * scale
-        scores = scores.masked_fill(place > torch.arange(low, high)[:, None], float("-inf"))
+        scores = scores.masked_fill(place > place[low:high, None], float("-inf"))
         largest = scores.unflatten(-1, (-1, keys)).amax(-1)
         whole = low // keys
         seen = largest[..., :whole].cummax(-1).values
@@ -203,6 +213,35 @@ def _model(tokens: int, quick: bool) -> Records:
                 record |= {"near_first": near_first, "skipped": skipped, "kl": divergence(dense, found)}
                 records.append(record | {"most_in_a_layer": max(by_layer), "least_in_a_layer": min(by_layer)})
                 note(str(records[-1]))
+    return records
+
+
+def _recall(plan: dict[str, Any]) -> Records:
+    """The recall model with the skipping in all layers."""
+    tokens, count = plan["recall"]
+    model = recall_model.load(RESULTS / "recall")
+    # float32: a maximum in bfloat16 would be another one.
+    board = Board(model.to(device(), torch.float32), "study-skip-recall")
+    records: Records = []
+    for threshold in (None, *plan["model_thresholds"]):
+        counts: list[tuple[int, int]] = []
+        if threshold is not None:
+            board.dense = functools.partial(_counted, counts=counts, threshold=threshold, near_first=True)
+        accuracy = {}
+        for task, hops in TASKS.items():
+            generator = torch.Generator(device()).manual_seed(10 * tokens + hops)
+            right = []
+            for _ in range(count):
+                batch = evaluation(1, tokens, QUESTIONS, hops, generator)
+                asked = batch.targets >= 0
+                keep = tokens - int(asked.any(0).nonzero()[0])
+                likely = board.logits(batch.ids, keep, Layers())[0].argmax(-1)
+                right.append((likely == batch.targets[:, -keep:])[asked[:, -keep:]])
+            accuracy[task] = float(torch.cat(right).float().mean())
+        skipped = sum(x for x, _ in counts) / max(1, sum(of for _, of in counts))
+        record = {"n": tokens, "texts": count, "data": "recall", "threshold": threshold, "near_first": True}
+        records.append(record | {"skipped": skipped, "accuracy": accuracy})
+        note(str(records[-1]))
     return records
 
 
