@@ -73,10 +73,11 @@ PEAKS: dict[str, Layers] = {
         ("all others", tuple(range(15)), 0.8),
     )
 }
+TEN = _choice((1, 3, 4, 6, *range(9, 15)), CHEAP | NEXT | {3: 0.9, 4: 0.9})
 LONG: dict[str, Layers] = {
-    "5": FRONTIER["5"],
     "8": FRONTIER["8"],
-    "10": _choice((1, 3, 4, 6, *range(9, 15)), CHEAP | NEXT | {3: 0.9, 4: 0.9}),
+    "10": TEN,
+    "10, exact peaks": replace(TEN, peaks=True),
 }
 # (text, tokens, texts, choices)
 FULL: list[tuple[str, int, int, Mapping[str, Layers]]] = [
