@@ -147,4 +147,5 @@ def training_step(result: Fields) -> str:
             told = f"{r['ms']:.0f} ms at {r['n']:,} ({r['speedup']:.2f}x)"
             times.setdefault(slashed(r["geometry"]), []).append(told)
     ways = "; ".join(f"{geometry}: {', '.join(told)}" for geometry, told in times.items())
-    return f"A step of {settings['layers']} layers in Llama-3.1-8B's shape, {settings['triangle_layers']} sparse: {ways}."
+    sparse = settings["triangle_layers"]
+    return f"A step of {settings['layers']} layers in Llama-3.1-8B's shape, {sparse} sparse: {ways}."
