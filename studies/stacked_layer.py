@@ -45,10 +45,10 @@ QUICK: dict[str, Any] = FULL | {
     "blocks": (64,),
     "flex": (64, ()),
 }
-# Keys a step, warps, stages, most registers a thread may take, by block.
-SHAPES: dict[int, list[tuple[int, int, int, int | None]]] = {
-    128: [(64, 8, 3, None), (128, 8, 2, None), (128, 8, 3, None)],
-    64: [(64, 4, 3, None), (64, 4, 4, None)],
+# Keys a step, warps, stages, most registers a thread may take, whether scores are ahead, by block.
+SHAPES: dict[int, list[tuple[int, int, int, int | None, bool]]] = {
+    128: [(128, 8, 2, None, False), (128, 8, 2, None, True), (64, 8, 3, None, True), (128, 8, 3, None, True)],
+    64: [(64, 4, 3, None, False), (64, 4, 3, None, True)],
 }
 # Tiles of FlexAttention's template that divide the blocks.
 FLEX: dict[str, dict[str, int]] = {
