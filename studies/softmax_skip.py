@@ -33,7 +33,7 @@ FULL: dict[str, Any] = {
     "thresholds": [10, 7, 5, 3],
     # rows, keys, warps, stages
     "tiles": [[128, 128, 8, 2], [128, 64, 8, 3]],
-    "model": [[2048, 2]],
+    "model": [[2048, 1]],
     "model_thresholds": [10, 7, 5, 3],
     # Sequences of each task.
     "recall": [8192, 16],
@@ -200,19 +200,16 @@ def _model(tokens: int, quick: bool) -> Records:
     for text, ids in enumerate(pieces):
         dense = board.logits(ids[:, :-1], SCORED, Layers())[0][0].log_softmax(-1)
         for threshold in plan["model_thresholds"]:
-            for near_first in (False, True):
-                counts: list[tuple[int, int]] = []
-                board.dense = functools.partial(
-                    _counted, counts=counts, threshold=threshold, near_first=near_first
-                )  # fmt: skip
-                found = board.logits(ids[:, :-1], SCORED, Layers())[0][0].log_softmax(-1)
-                board.dense = dense_attention
-                by_layer = [skipped / max(of, 1) for skipped, of in counts]
-                record = {"n": tokens, "text": text, "data": "SmolLM2-135M", "threshold": threshold}
-                skipped = sum(x for x, _ in counts) / max(1, sum(of for _, of in counts))
-                record |= {"near_first": near_first, "skipped": skipped, "kl": divergence(dense, found)}
-                records.append(record | {"most_in_a_layer": max(by_layer), "least_in_a_layer": min(by_layer)})
-                note(str(records[-1]))
+            counts: list[tuple[int, int]] = []
+            board.dense = functools.partial(_counted, counts=counts, threshold=threshold, near_first=True)
+            found = board.logits(ids[:, :-1], SCORED, Layers())[0][0].log_softmax(-1)
+            board.dense = dense_attention
+            by_layer = [skipped / max(of, 1) for skipped, of in counts]
+            record = {"n": tokens, "text": text, "data": "SmolLM2-135M", "threshold": threshold, "near_first": True}
+            skipped = sum(x for x, _ in counts) / max(1, sum(of for _, of in counts))
+            record |= {"skipped": skipped, "kl": divergence(dense, found)}
+            records.append(record | {"most_in_a_layer": max(by_layer), "least_in_a_layer": min(by_layer)})
+            note(str(records[-1]))
     return records
 
 
