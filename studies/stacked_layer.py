@@ -45,10 +45,10 @@ QUICK: dict[str, Any] = FULL | {
     "blocks": (64,),
     "flex": (64, ()),
 }
-# Keys a step, warps, stages, most registers a thread may take, whether scores are ahead, by block.
-SHAPES: dict[int, list[tuple[int, int, int, int | None, bool]]] = {
-    128: [(128, 8, 2, None, False), (128, 8, 2, None, True), (64, 8, 3, None, True), (128, 8, 3, None, True)],
-    64: [(64, 4, 3, None, False), (64, 4, 3, None, True)],
+# Keys a step, warps, stages, most registers a thread may take, by block.
+SHAPES: dict[int, list[tuple[int, int, int, int | None]]] = {
+    128: [(128, 8, 2, None), (64, 8, 3, None)],
+    64: [(64, 4, 3, None), (64, 4, 2, None)],
 }
 # Tiles of FlexAttention's template that divide the blocks.
 FLEX: dict[str, dict[str, int]] = {
@@ -63,7 +63,8 @@ TOLD = {
     "density": "blocks visited over blocks of dense causal attention",
     "rate": "time that dense attention takes for its blocks over time for the visited ones, at one time a block",
     "rate_tflops": "floating-point operations of the visited blocks, whole ones, over attend_ms",
-    "flex_ms": "FlexAttention, compiled for the length, over the same lists, its fastest of 'flex_tried'",
+    "flex_ms": "FlexAttention, compiled for the length, over the same lists, its fastest of 'flex_tried'; of no meaning "
+    "where 'flex_error' is not small",
     "flex_error": "largest absolute difference of all rows from the kernel's",
     "error": "largest absolute difference of 256 rows from plain PyTorch over the same lists",
 }
@@ -172,7 +173,9 @@ def _flex(
     """FlexAttention over the same lists: a row's own block, the last of its list, by a mask, the others whole."""
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-    own = lists.blocks.gather(3, (lists.counts[..., None] - 1).long()).int()
+    # The template takes the strides of whole blocks' lists from those of the others: they are as wide.
+    own = torch.zeros_like(lists.blocks, dtype=torch.int32)
+    own[..., :1] = lists.blocks.gather(3, (lists.counts[..., None] - 1).long()).int()
     mask = BlockMask.from_kv_blocks(
         torch.ones_like(lists.counts), own, lists.counts - 1, lists.blocks.int(), block, _causal,
         (query.shape[2], key.shape[2]), compute_q_blocks=False,

@@ -44,13 +44,6 @@ def add_keys(
     """
     precision: tl.constexpr = "tf32x3" if FLOAT32 else "tf32"
     scores = tl.dot(query, tl.trans(key), input_precision=precision)
-    return add_scores(acc, total, maximum, scores, value, allowed, scale, FLOAT32, SOFTCAP)
-
-
-@triton.jit
-def add_scores(acc, total, maximum, scores, value, allowed, scale, FLOAT32: tl.constexpr, SOFTCAP: tl.constexpr):
-    """The step of :func:`add_keys` behind its scores (M, N)."""
-    precision: tl.constexpr = "tf32x3" if FLOAT32 else "tf32"
     factor = scale
     if SOFTCAP > 0:
         scores = bent(scores, scale, SOFTCAP)

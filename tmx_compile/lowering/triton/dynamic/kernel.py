@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tmx_compile.lowering.triton.kernel import NO_MAXIMUM, add_keys, add_scores
+from tmx_compile.lowering.triton.kernel import NO_MAXIMUM, add_keys
 from tmx_compile.lowering.triton.tiles import load_rows
 
 
@@ -54,7 +54,6 @@ def block_sparse_kernel(
     PADDED: tl.constexpr,
     FLOAT32: tl.constexpr,
     STAGES: tl.constexpr,
-    AHEAD: tl.constexpr,  # whether the scores of the next step are multiplied before the softmax of this one
 ):
     """See the module. Strides are in elements; the last dimension of every tensor is contiguous."""
     GROUP: tl.constexpr = HEADS // KV_HEADS
@@ -90,29 +89,11 @@ def block_sparse_kernel(
     maximum = tl.full([BLOCK], NO_MAXIMUM, tl.float32)
     column = tl.arange(0, STEP)
 
-    if AHEAD:
-        precision: tl.constexpr = "tf32x3" if FLOAT32 else "tf32"
-        steps = whole * PER
-        if steps > 0:
-            place = tl.load(list_ptr).to(tl.int64) * BLOCK
-            key = load_rows(key_base + place * k_row, column, k_row, DIM, BLOCK_D, None)
-            scores = tl.dot(query, tl.trans(key), input_precision=precision)
-            for step in tl.range(1, steps, num_stages=STAGES):
-                following = tl.load(list_ptr + step // PER).to(tl.int64) * BLOCK + step % PER * STEP
-                key = load_rows(key_base + following * k_row, column, k_row, DIM, BLOCK_D, None)
-                value = load_rows(value_base + place * v_row, column, v_row, DIM_V, BLOCK_DV, None)
-                ahead = tl.dot(query, tl.trans(key), input_precision=precision)
-                acc, total, maximum = add_scores(acc, total, maximum, scores, value, None, scale, FLOAT32, 0.0)
-                scores = ahead
-                place = following
-            value = load_rows(value_base + place * v_row, column, v_row, DIM_V, BLOCK_DV, None)
-            acc, total, maximum = add_scores(acc, total, maximum, scores, value, None, scale, FLOAT32, 0.0)
-    else:
-        for step in tl.range(0, whole * PER, num_stages=STAGES):
-            place = tl.load(list_ptr + step // PER).to(tl.int64) * BLOCK + step % PER * STEP
-            key = load_rows(key_base + place * k_row, column, k_row, DIM, BLOCK_D, None)
-            value = load_rows(value_base + place * v_row, column, v_row, DIM_V, BLOCK_DV, None)
-            acc, total, maximum = add_keys(acc, total, maximum, query, key, value, None, scale, FLOAT32, 0.0)
+    for step in tl.range(0, whole * PER, num_stages=STAGES):
+        place = tl.load(list_ptr + step // PER).to(tl.int64) * BLOCK + step % PER * STEP
+        key = load_rows(key_base + place * k_row, column, k_row, DIM, BLOCK_D, None)
+        value = load_rows(value_base + place * v_row, column, v_row, DIM_V, BLOCK_DV, None)
+        acc, total, maximum = add_keys(acc, total, maximum, query, key, value, None, scale, FLOAT32, 0.0)
 
     for step in tl.range(whole * PER, count * PER, num_stages=1):
         place = tl.load(list_ptr + step // PER).to(tl.int64) * BLOCK + step % PER * STEP + column

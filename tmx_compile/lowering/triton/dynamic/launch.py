@@ -26,16 +26,12 @@ _TILE = 64  # groups of rows, and at least of keys, of a program that estimates
 
 @dataclass(frozen=True)
 class Tuning:
-    """A launch of the attention kernel: keys a step, warps, stages, most registers a thread may take.
-
-    ``ahead``: the scores of the next step are multiplied before the softmax of this one, which Hopper does at once.
-    """
+    """A launch of the attention kernel: keys a step, warps, stages, most registers a thread may take."""
 
     step: int
     warps: int
     stages: int
     registers: int | None = None
-    ahead: bool = False
 
 
 def tuning(element_size: int, dim: int, block: int) -> Tuning:
@@ -175,7 +171,6 @@ def attend(
         q_len, kv_len, rows, columns, scale * math.log2(math.e),
         HEADS=heads, KV_HEADS=key.shape[1], DIM=dim, DIM_V=v_dim, BLOCK_D=block_d, BLOCK_DV=block_dv,
         BLOCK=block, STEP=shapes.step, PADDED=key_mask is not None, FLOAT32=query.dtype == torch.float32,
-        STAGES=shapes.stages, AHEAD=shapes.ahead, num_warps=shapes.warps, num_stages=shapes.stages,
-        maxnreg=shapes.registers,
+        STAGES=shapes.stages, num_warps=shapes.warps, num_stages=shapes.stages, maxnreg=shapes.registers,
     )  # fmt: skip
     return out.to(dtype)
