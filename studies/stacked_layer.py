@@ -63,8 +63,8 @@ TOLD = {
     "density": "blocks visited over blocks of dense causal attention",
     "rate": "time that dense attention takes for its blocks over time for the visited ones, at one time a block",
     "rate_tflops": "floating-point operations of the visited blocks, whole ones, over attend_ms",
-    "flex_ms": "FlexAttention, compiled for the length, over the same lists, its fastest of 'flex_tried'; of no meaning "
-    "where 'flex_error' is not small",
+    "flex_ms": "FlexAttention, compiled for the length, over the same lists, its fastest of 'flex_tried'; no "
+    "measurement where 'flex_error' is not small",
     "flex_error": "largest absolute difference of all rows from the kernel's",
     "error": "largest absolute difference of 256 rows from plain PyTorch over the same lists",
 }

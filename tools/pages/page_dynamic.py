@@ -36,6 +36,7 @@ def generate(results: Path, docs: Path) -> str | None:
         docs / PAGE,
         {
             "recall": f"{_recall(recall)}\n\n<sub>{origin(recall, RECALL)}</sub>",
+            "recall_long": f"{_recall(model)}\n\n<sub>{origin(model, MODEL)}</sub>",
             "model": f"{_model(model)}\n\n{_layers(model)}<sub>{origin(model, MODEL)}</sub>",
             "frontier": f"{_frontier(frontier)}\n\n<sub>{origin(frontier, FRONTIER)}</sub>",
             "layer": f"{_layer(layer)}\n\n<sub>{origin(layer, LAYER)}</sub>",
@@ -48,15 +49,16 @@ def generate(results: Path, docs: Path) -> str | None:
 
 def _recall(result: Fields) -> str:
     """The recall model by which layers are dynamic, method and share, at the greatest length."""
-    longest = max(r["n"] for r in result["records"])
+    records = [r for r in result["records"] if r["model"] == "recall"]
+    longest = max(r["n"] for r in records)
     rows = []
-    for r in result["records"]:
+    for r in records:
         if r["n"] == longest and r["policy"] in _WHICH:
             way = f"{_WHICH[r['policy']]}: {r['method']}, {r['stride']}, {r['block']}"
             right = r["accuracy"]
             cells = [f"{share:.1%}" for share in (r["density_outside"], *(right[task] for task in right))]
             rows.append([way, f"{r['share']:g}", *cells])
-    tasks = next(r["accuracy"] for r in result["records"] if r["model"] == "recall")
+    tasks = records[0]["accuracy"]
     names = [name.replace("_", " ").replace("hops", "names away") for name in tasks]
     return table(["layers: method, groups, blocks", "share", "density", *names], rows)
 
@@ -65,7 +67,7 @@ def _model(result: Fields) -> str:
     """SmolLM2 with dynamic layers beside its triangle layers: perplexity over that of the triangle layers alone."""
     rows = []
     for r in sorted(result["records"], key=lambda r: r["n"]):
-        if r["policy"] in _POLICIES:
+        if r["policy"] in _POLICIES and r["model"] != "recall":
             mean, lower, upper = r["ppl_over_triangle"]
             cells = [f"{r['n']:,}", f"{r['texts']}", f"{len(r['dynamic_layers'])}: {_POLICIES[r['policy']]}"]
             cells += [f"{r['density']:.1%}", f"{r['density_outside']:.1%}"]
@@ -103,22 +105,9 @@ def _layer(result: Fields) -> str:
     """One layer by length, block and density: milliseconds, and over the best dense attention."""
     rows = []
     for r in sorted(result["records"], key=lambda r: (r["n"], -r["block"])):
-        flex = r.get("flex_ms")
         cells = [f"{r['n']:,}", f"{r['block']}", f"{r['density']:.1%}", ms(r["ms"]), ms(r["dense_ms"])]
-        cells += [f"{r['of_dense']:.2f}", f"{r['rate']:.2f}", ms(r["attend_ms"]), "-" if flex is None else ms(flex)]
-        rows.append(cells)
-    head = [
-        "tokens",
-        "block",
-        "density",
-        "ms",
-        "dense ms",
-        "of dense",
-        "a block",
-        "lists alone, ms",
-        "by FlexAttention",
-    ]
-    return table(head, rows)
+        rows.append([*cells, f"{r['of_dense']:.2f}", f"{r['rate']:.2f}"])
+    return table(["tokens", "block", "density", "ms", "dense ms", "of dense", "a block"], rows)
 
 
 def _frontier(result: Fields) -> str:
@@ -179,7 +168,11 @@ def _skip(result: Fields) -> str:
     timed = [r for r in result["records"] if "ms" in r]
     plain = {(r["n"], r["data"]): r["ms"] for r in timed if r["threshold"] is None}
     rows = []
+    most = max(r["threshold"] or 0.0 for r in timed)
     for r in timed:
+        if not r["skipped"] and r["threshold"] not in (None, most):
+            # As the greatest threshold, which skips nothing either.
+            continue
         before = plain[r["n"], r["data"]]
         told = "none" if r["threshold"] is None else f"{r['threshold']:g}, {'near' if r['near_first'] else 'far'} first"
         cells = [f"{r['n']:,}", r["data"], told, f"{r['skipped']:.1%}", ms(r["ms"]), f"{r['ms'] / before:.2f}"]
