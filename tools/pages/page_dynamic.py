@@ -53,7 +53,7 @@ def _recall(result: Fields) -> str:
     longest = max(r["n"] for r in records)
     rows = []
     for r in records:
-        if r["n"] == longest and r["policy"] in _WHICH:
+        if r["n"] == longest and r["policy"] in _WHICH and (r["policy"] != "alone" or r["stride"] == 1):
             way = f"{_WHICH[r['policy']]}: {r['method']}, {r['stride']}, {r['block']}"
             right = r["accuracy"]
             cells = [f"{share:.1%}" for share in (r["density_outside"], *(right[task] for task in right))]
