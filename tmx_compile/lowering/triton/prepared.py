@@ -80,7 +80,7 @@ class Prepared:
         pointers = [*described, *there[len(described) :]]
         compiled = self._kernel[(self._programs,)](*pointers, *self._numbers, **self._options)
         # The interpreter compiles nothing.
-        if self._known and isinstance(compiled, CompiledKernel):
+        if self._again is None and self._known and isinstance(compiled, CompiledKernel):
             constants = [self._options[name] for name in self._kernel.arg_names if name in self._options]
             arguments = [*pointers, *self._numbers, *constants]
             try:
