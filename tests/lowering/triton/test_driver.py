@@ -33,8 +33,10 @@ class Library:
         self.moved.append((place, address))
 
     def cuLaunchKernel(self, *arguments):
-        *shape, parameters, extra = arguments
+        *typed, parameters, extra = arguments
         assert extra is None
+        shape = [x.value for x in typed]
+        assert [type(x) for x in typed] == [ctypes.c_void_p, *[ctypes.c_uint] * 7, ctypes.c_void_p]
         values = [ctypes.string_at(at, size) for at, size in zip(parameters, self.sizes, strict=True)]
         self.launches.append((shape, values))
         return self.fails

@@ -13,7 +13,7 @@ from tmx_compile.lowering.triton.backward_keys import key_kernel
 from tmx_compile.lowering.triton.backward_queries import query_kernel
 from tmx_compile.lowering.triton.devices import multiprocessors
 from tmx_compile.lowering.triton.launch import INTERPRETED, heads_per_tile, row_grid
-from tmx_compile.lowering.triton.prepared import Kind, Prepared, kind, scratch_memory
+from tmx_compile.lowering.triton.prepared import Kind, Prepared, empty, kind, scratch_memory
 from tmx_compile.lowering.triton.tuning import BackwardTuning
 from tmx_compile.mask.geometry import Geometry
 from tmx_compile.operator.layout import strides_by_tokens
@@ -164,8 +164,8 @@ class _Launches:
         out: Tensor,
         lse: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        grad_query, grad_key, grad_value = (query.new_empty_strided(*x) for x in self._results)
-        row_lse, delta = torch.empty_like(lse), torch.empty_like(lse)
+        grad_query, grad_key, grad_value = (empty(query, *x) for x in self._results)
+        row_lse, delta = (empty(lse, lse.shape, lse.stride()) for _ in range(2))
         scratch = scratch_memory(delta, self._scratch) if self._scratch else None
         self._query_launch(
             delta,

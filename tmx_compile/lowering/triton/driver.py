@@ -36,8 +36,9 @@ def _library() -> ctypes.CDLL:
     """
     word, count, pointer = ctypes.c_void_p, ctypes.c_uint, ctypes.POINTER
     size = ctypes.c_size_t
-    signatures: dict[str, list[Any]] = {
-        "cuLaunchKernel": [word, *[count] * 7, word, word, word],
+    signatures: dict[str, list[Any] | None] = {
+        # Gets typed values, which is quicker than having them checked.
+        "cuLaunchKernel": None,
         "cuMemsetD32Async": [word, count, size, word],
         "cuFuncGetParamInfo": [word, size, pointer(size), pointer(size)],
         "cuTensorMapEncodeTiled": [word, ctypes.c_int, count, word, *[word] * 4, *[ctypes.c_int] * 4],
@@ -117,7 +118,8 @@ class Launch:
         self._keep(ctypes.c_void_p())
         self._check(function)
         self._parameters = (ctypes.c_void_p * len(self._fields))(*[address for address, _ in self._fields])
-        self._launch = functools.partial(self._library.cuLaunchKernel, function, programs, 1, 1, threads, 1, 1, shared)
+        blocks = (ctypes.c_uint(x) for x in (programs, 1, 1, threads, 1, 1, shared))
+        self._launch = functools.partial(self._library.cuLaunchKernel, ctypes.c_void_p(function), *blocks)
         self._lock = threading.Lock()
 
     def _keep(self, value: Any) -> None:
@@ -166,5 +168,5 @@ class Launch:
             self._addresses[:] = addresses  # type: ignore[assignment]
             for index, place in self._maps:
                 self._library.cuTensorMapReplaceAddress(place, addresses[index])
-            failed = self._launch(stream, self._parameters, None)
+            failed = self._launch(ctypes.c_void_p(stream), self._parameters, None)
         return not failed

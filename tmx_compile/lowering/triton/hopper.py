@@ -58,6 +58,7 @@ class Common(NamedTuple):
     scratch_ptr: Any
     mask_ptr: Any
     out_ptr: Any
+    lse_ptr: Any
     o_batch: Any
     o_head: Any
     o_row: Any
@@ -193,7 +194,7 @@ def _consume(
     c, common,
     GROUP: gl.constexpr, HEADS: gl.constexpr, KV_HEADS: gl.constexpr, HEAD_BOX: gl.constexpr,
     DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, PADDED: gl.constexpr, REACH: gl.constexpr,
+    STAGES: gl.constexpr, PADDED: gl.constexpr, REACH: gl.constexpr, WRITE_LSE: gl.constexpr,
 ):  # fmt: skip
     """A computing group of four warps: 64 stacked rows of every tile, number ``c`` of the CTA's groups."""
     q_full, q_empty, k_full, v_full = common.q_full, common.q_empty, common.k_full, common.v_full
@@ -310,7 +311,19 @@ def _consume(
                     total = total * shrink + weight
                     maximum = new_maximum
                 divisor = gl.where(total > 0, total, 1.0)
+                lse = gl.where(total > 0, maximum + gl.log2(divisor), float("-inf"))
                 acc = acc / gl.expand_dims(gl.convert_layout(divisor, gl.SliceLayout(1, OUT)), 1)
+
+        if WRITE_LSE:
+            # To the natural logarithm, (B, H, Sq).
+            lse_row = mine_first + row % POSITIONS
+            lse_head = row // POSITIONS
+            keep_lse = (lse_head < GROUP) & (lse_row < work.stop) & (wrote != 0)
+            if work.is_last == 0:
+                keep_lse = keep_lse & ((lse_row < work.last_low) | (lse_row >= work.end))
+            first_head = work.batch.to(gl.int64) * HEADS + work.head_block * GROUP
+            lse_pointers = common.lse_ptr + (first_head + lse_head) * counts.q_len + (lse_row - offset)
+            gl.store(lse_pointers, lse * 0.6931471805599453, mask=keep_lse)
 
         # Through the query's own buffer, which nobody needs any more, to rows that threads can store whole.
         q_buf = q_bufs.index(q_slot * CONSUMERS + c).reshape([64, BLOCK_D])
@@ -344,13 +357,13 @@ def _consume(
 )  # fmt: skip
 def hopper_kernel(
     q_desc, k_desc, v_desc, piece_k, piece_v,
-    out_ptr, mask_ptr, extent_ptr, scratch_ptr,
+    out_ptr, lse_ptr, mask_ptr, extent_ptr, scratch_ptr,
     o_batch, o_head, o_row, mask_batch,
     q_len, kv_len, sink, window, last, reach, scale,
     last_items, last_tiles, splits, split_keys, tiles, stream_items, head_start,
     HEADS: gl.constexpr, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_BOX: gl.constexpr, DIM: gl.constexpr,
     BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, PADDED: gl.constexpr, REACH: gl.constexpr,
+    STAGES: gl.constexpr, PADDED: gl.constexpr, REACH: gl.constexpr, WRITE_LSE: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """See the module. Strides are in elements."""
@@ -378,12 +391,18 @@ def hopper_kernel(
     )  # fmt: skip
     common = Common(
         q_desc, k_desc, v_desc, piece_k, piece_v, q_full, q_empty, k_full, v_full, kv_empty, q_bufs, k_bufs, v_bufs,
-        counts, extent_ptr, scratch_ptr, mask_ptr, out_ptr, o_batch, o_head, o_row, scale, mask_batch,
+        counts, extent_ptr, scratch_ptr, mask_ptr, out_ptr, lse_ptr, o_batch, o_head, o_row, scale, mask_batch,
     )  # fmt: skip
     gl.warp_specialize(
         [
-            (_consume, (0, common, GROUP, HEADS, KV_HEADS, HEAD_BOX, DIM, BLOCK_D, BLOCK_N, STAGES, PADDED, REACH)),
-            (_consume, (1, common, GROUP, HEADS, KV_HEADS, HEAD_BOX, DIM, BLOCK_D, BLOCK_N, STAGES, PADDED, REACH)),
+            (
+                _consume,
+                (0, common, GROUP, HEADS, KV_HEADS, HEAD_BOX, DIM, BLOCK_D, BLOCK_N, STAGES, PADDED, REACH, WRITE_LSE),
+            ),
+            (
+                _consume,
+                (1, common, GROUP, HEADS, KV_HEADS, HEAD_BOX, DIM, BLOCK_D, BLOCK_N, STAGES, PADDED, REACH, WRITE_LSE),
+            ),
             (_produce, (common, GROUP, HEADS, KV_HEADS, HEAD_BOX, DIM, BLOCK_D, BLOCK_N, STAGES, PADDED, REACH)),
         ],
         [4, 1], [CONSUMER_REGISTERS, PRODUCER_REGISTERS],

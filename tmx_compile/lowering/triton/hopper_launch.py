@@ -15,7 +15,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from tmx_compile.lowering.triton import tuning
 from tmx_compile.lowering.triton.devices import is_hopper, multiprocessors
 from tmx_compile.lowering.triton.hopper import hopper_kernel
-from tmx_compile.lowering.triton.prepared import Kind, Prepared, scratch_memory
+from tmx_compile.lowering.triton.prepared import Kind, Prepared, empty, scratch_memory
 from tmx_compile.mask.geometry import Geometry
 from tmx_compile.operator.layout import strides_by_tokens
 
@@ -60,6 +60,7 @@ class Launch:
         geometry: Geometry,
         scale: float,
         out: Kind | None,
+        with_lse: bool = False,
     ) -> None:
         batch, heads, q_len, dim = query.shape
         sink, window, last = geometry.counts
@@ -81,6 +82,7 @@ class Launch:
         head_start = split_keys // KEYS // tile_blocks if last else 0
         self._shape = batch, heads, q_len, dim
         self._strides = strides_by_tokens(heads, q_len, dim) if out is None else out.stride
+        self._with_lse, self._lse_strides = with_lse, (heads * q_len, q_len, 1)
         # Partial results and their log-sum-exps, of each computing group.
         parts = last_items * _GROUPS * _GROUP_ROWS * (block_d + 1)
         self._scratch = tuning.COUNTERS + parts if splits > 1 else 0
@@ -99,7 +101,7 @@ class Launch:
             ),
             HEADS=heads, KV_HEADS=kv_heads, GROUP=group, HEAD_BOX=head_box, DIM=dim, BLOCK_D=block_d,
             BLOCK_N=KEYS, STAGES=STAGES, PADDED=key_mask is not None, REACH=geometry.reach is not None,
-            CONSUMER_REGISTERS=REGISTERS[1], PRODUCER_REGISTERS=REGISTERS[2], num_warps=4, maxnreg=REGISTERS[0],
+            WRITE_LSE=with_lse, CONSUMER_REGISTERS=REGISTERS[1], PRODUCER_REGISTERS=REGISTERS[2], num_warps=4, maxnreg=REGISTERS[0],
         )  # fmt: skip
 
     def __call__(
@@ -112,12 +114,15 @@ class Launch:
         _done: None,
         _sink_logits: None,
         out: Tensor | None,
-    ) -> tuple[Tensor, None]:
+    ) -> tuple[Tensor, Tensor | None]:
         """Launch it."""
-        out = query.new_empty_strided(self._shape, self._strides) if out is None else out
+        out = empty(query, self._shape, self._strides) if out is None else out
+        lse = None
+        if self._with_lse:
+            lse = empty(query, self._shape[:3], self._lse_strides, torch.float32)
         scratch = scratch_memory(out, self._scratch) if self._scratch else None
-        self._launch(out, query, key, value, key, value, out, key_mask, extent, scratch)
-        return out, None
+        self._launch(out, query, key, value, key, value, out, lse, key_mask, extent, scratch)
+        return out, lse
 
 
 def _describe(x: Kind, heads: int, rows: int, block_dim: int) -> Callable[[Tensor], TensorDescriptor]:

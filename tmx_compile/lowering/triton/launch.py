@@ -16,7 +16,7 @@ from torch import Tensor
 from tmx_compile.lowering.triton import tuning
 from tmx_compile.lowering.triton.devices import multiprocessors
 from tmx_compile.lowering.triton.kernel import triangle_kernel
-from tmx_compile.lowering.triton.prepared import TRIED_VERSION, Kind, Prepared, kind, scratch_memory
+from tmx_compile.lowering.triton.prepared import TRIED_VERSION, Kind, Prepared, empty, kind, scratch_memory
 from tmx_compile.lowering.triton.tuning import Tuning
 from tmx_compile.mask.geometry import Geometry
 from tmx_compile.operator.layout import strides_by_tokens
@@ -132,11 +132,11 @@ def prepare(
     # Where many rows read all keys, those decide the block shapes.
     slots = sink + window if 4 * last < q_len else key.shape[2]
     size = batch * heads * q_len, multiprocessors(query.device)
-    general = shapes is not None or with_lse or done is not None or tuning.one_block(slots)
+    general = shapes is not None or done is not None or tuning.one_block(slots)
     # The Hopper kernel has neither learned sinks nor a softcap.
     general = general or sink_logits is not None or softcap is not None
     if not general and tuning.enough_for_hopper(*size) and HOPPER is not None and HOPPER.takes(query, key, value):
-        return HOPPER.Launch(query, key, value, key_mask, geometry, scale, out)  # type: ignore[no-any-return]
+        return HOPPER.Launch(query, key, value, key_mask, geometry, scale, out, with_lse)  # type: ignore[no-any-return]
     if shapes is None:
         dim = max(query.shape[3], value.shape[3])
         shapes = tuning.choose(query.dtype.itemsize, _padded(dim), slots, *size)
@@ -176,7 +176,7 @@ class _General:
         grid = row_grid(query, key, last, shapes)
         self._shape = batch, heads, q_len, v_dim
         self._strides = strides_by_tokens(heads, q_len, v_dim) if out is None else out.stride
-        self._lse_shape = query.shape[:3] if with_lse else None
+        self._with_lse, self._lse_strides = with_lse, (heads * q_len, q_len, 1)
         # Partial results and their log-sum-exps, if there are several.
         parts = grid.last_programs * shapes.rows * (v_dim + 1)
         self._scratch = tuning.COUNTERS + parts if grid.splits > 1 else 0
@@ -213,8 +213,10 @@ class _General:
         if done is not None:
             out, there = done
         elif out is None:
-            out = query.new_empty_strided(self._shape, self._strides)
-        lse = None if self._lse_shape is None else query.new_empty(self._lse_shape, dtype=torch.float32)
+            out = empty(query, self._shape, self._strides)
+        lse = None
+        if self._with_lse:
+            lse = empty(query, self._shape[:3], self._lse_strides, torch.float32)
         scratch = scratch_memory(query, self._scratch) if self._scratch else None
         self._launch(out, query, key, value, out, lse, key_mask, extent, there, scratch, sink_logits)
         return out, lse

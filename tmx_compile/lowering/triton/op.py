@@ -88,8 +88,7 @@ def _backward_launch() -> Any:
     return importlib.import_module("tmx_compile.lowering.triton.backward_launch")
 
 
-def _run(
-    with_lse: bool,
+def _run_training(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -102,6 +101,8 @@ def _run(
     reach: int | None = None,
     sink_logits: Tensor | None = None,
     softcap: float | None = None,
+    *,
+    with_lse: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     attend, geometry = _launch().attend, _geometry(sink, window, last, reach)
     with on_device_of(query):
@@ -112,11 +113,7 @@ def _run(
 
 
 def _run_forward(*arguments: Any) -> Tensor:
-    return _run(False, *arguments)[0]
-
-
-def _run_training(*arguments: Any) -> tuple[Tensor, Tensor | None]:
-    return _run(True, *arguments)
+    return _run_training(*arguments, with_lse=False)[0]
 
 
 def attend_into(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry, scale: float, out: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -34,9 +34,21 @@ def kind(x: Tensor) -> Kind:
     return tuple.__new__(Kind, (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16 == 0))
 
 
+# What Inductor's own code calls: the memory of ``empty_strided`` without its way through the dispatcher.
+_EMPTY_ON_GPU = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
+
+
+def empty(like: Tensor, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+    """As ``like.new_empty_strided``, for a ``like`` on the current device."""
+    if _EMPTY_ON_GPU is not None and like.is_cuda:
+        made: Tensor = _EMPTY_ON_GPU(shape, strides, like.dtype if dtype is None else dtype)
+        return made
+    return like.new_empty_strided(shape, strides, dtype=dtype)
+
+
 def scratch_memory(like: Tensor, count: int) -> Tensor:
     """(count,) float32 on a tensor's device for the splits of one launch: their counters, which are 0, and parts."""
-    made = like.new_empty(count, dtype=torch.float32)
+    made = empty(like, (count,), (1,), torch.float32)
     driver.clear(made, COUNTERS)
     return made
 
