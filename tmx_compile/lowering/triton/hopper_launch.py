@@ -101,7 +101,8 @@ class Launch:
             ),
             HEADS=heads, KV_HEADS=kv_heads, GROUP=group, HEAD_BOX=head_box, DIM=dim, BLOCK_D=block_d,
             BLOCK_N=KEYS, STAGES=STAGES, PADDED=key_mask is not None, REACH=geometry.reach is not None,
-            WRITE_LSE=with_lse, CONSUMER_REGISTERS=REGISTERS[1], PRODUCER_REGISTERS=REGISTERS[2], num_warps=4, maxnreg=REGISTERS[0],
+            WRITE_LSE=with_lse, CONSUMER_REGISTERS=REGISTERS[1], PRODUCER_REGISTERS=REGISTERS[2],
+            num_warps=4, maxnreg=REGISTERS[0],
         )  # fmt: skip
 
     def __call__(
