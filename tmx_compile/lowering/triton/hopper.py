@@ -121,18 +121,9 @@ def _produce(
             mbarrier.expect(k_full.index(slot), k_desc.block_type.nbytes)
             if first_slot < far:
                 _copy_pieces(
-                    common.piece_k,
-                    first_slot,
-                    far,
-                    work.sink_low,
-                    shift,
-                    work.batch,
-                    kv_head,
-                    k_full.index(slot),
-                    k_bufs.index(slot),
-                    BLOCK_N,
-                    BLOCK_D,
-                )
+                    common.piece_k, first_slot, far, work.sink_low, shift, work.batch, kv_head,
+                    k_full.index(slot), k_bufs.index(slot), BLOCK_N, BLOCK_D,
+                )  # fmt: skip
             else:
                 tma.async_copy_global_to_shared(
                     k_desc, [work.batch, kv_head, first_slot + shift, 0], k_full.index(slot), k_bufs.index(slot)
@@ -140,18 +131,9 @@ def _produce(
             mbarrier.expect(v_full.index(slot), v_desc.block_type.nbytes)
             if first_slot < far:
                 _copy_pieces(
-                    common.piece_v,
-                    first_slot,
-                    far,
-                    work.sink_low,
-                    shift,
-                    work.batch,
-                    kv_head,
-                    v_full.index(slot),
-                    v_bufs.index(slot),
-                    BLOCK_N,
-                    BLOCK_D,
-                )
+                    common.piece_v, first_slot, far, work.sink_low, shift, work.batch, kv_head,
+                    v_full.index(slot), v_bufs.index(slot), BLOCK_N, BLOCK_D,
+                )  # fmt: skip
             else:
                 tma.async_copy_global_to_shared(
                     v_desc, [work.batch, kv_head, first_slot + shift, 0], v_full.index(slot), v_bufs.index(slot)
