@@ -98,7 +98,8 @@ class _Launches:
         sink, window, last = geometry.counts
         block_d, block_dv = (max(16, triton.next_power_of_2(x)) for x in (dim, v_dim))
         shapes = shapes or tuning.choose_backward(query.dtype.itemsize, max(block_d, block_dv))
-        self._results = [(x.shape, strides_by_tokens(*x.shape[1:])) for x in (query, key, value)]
+        self._results = [(tuple(x.shape), strides_by_tokens(*x.shape[1:])) for x in (query, key, value)]
+        self._lse = (batch, heads, q_len), (heads * q_len, q_len, 1)
         of_query, of_key, of_value = (strides[:3] for _, strides in self._results)
 
         grid = row_grid(query, key, last, shapes.queries)
@@ -165,7 +166,7 @@ class _Launches:
         lse: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         grad_query, grad_key, grad_value = (empty(query, *x) for x in self._results)
-        row_lse, delta = (empty(lse, lse.shape, lse.stride()) for _ in range(2))
+        row_lse, delta = (empty(lse, *self._lse) for _ in range(2))
         scratch = scratch_memory(delta, self._scratch) if self._scratch else None
         self._query_launch(
             delta,

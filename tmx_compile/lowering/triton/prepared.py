@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -38,8 +38,8 @@ def kind(x: Tensor) -> Kind:
 _EMPTY_ON_GPU = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
 
 
-def empty(like: Tensor, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
-    """As ``like.new_empty_strided``, for a ``like`` on the current device."""
+def empty(like: Tensor, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+    """As ``like.new_empty_strided``, for a ``like`` on the current device; a ``torch.Size`` is no tuple here."""
     if _EMPTY_ON_GPU is not None and like.is_cuda:
         made: Tensor = _EMPTY_ON_GPU(shape, strides, like.dtype if dtype is None else dtype)
         return made
