@@ -13,7 +13,7 @@ from tmx_compile.lowering.triton.backward_keys import key_kernel
 from tmx_compile.lowering.triton.backward_queries import query_kernel
 from tmx_compile.lowering.triton.devices import multiprocessors
 from tmx_compile.lowering.triton.launch import INTERPRETED, heads_per_tile, row_grid
-from tmx_compile.lowering.triton.prepared import Kind, Prepared, empty, kind, scratch_memory
+from tmx_compile.lowering.triton.prepared import Kind, Prepared, counters_for, empty, kind
 from tmx_compile.lowering.triton.tuning import BackwardTuning
 from tmx_compile.mask.geometry import Geometry
 from tmx_compile.operator.layout import strides_by_tokens
@@ -113,7 +113,7 @@ class _Launches:
         # Partial results of the last rows, and afterwards of the sinks for keys and values.
         parts = grid.last_programs * shapes.queries.rows * dim if grid.splits > 1 else 0
         sink_parts = all_tiles * splits * sink_keys * (dim + v_dim) if splits > 1 else 0
-        self._scratch = tuning.COUNTERS + max(parts, sink_parts) if parts or sink_parts else 0
+        self._parts = max(parts, sink_parts)
 
         strides = [y for x in (query, key, value) for y in x.stride[:3]]
         mask_batch = 0 if key_mask is None else key_mask.stride[0]
@@ -167,23 +167,16 @@ class _Launches:
     ) -> tuple[Tensor, Tensor, Tensor]:
         grad_query, grad_key, grad_value = (empty(query, *x) for x in self._results)
         row_lse, delta = (empty(lse, *self._lse) for _ in range(2))
-        scratch = scratch_memory(delta, self._scratch) if self._scratch else None
+        parts = counters = None
+        if self._parts:
+            parts, counters = empty(delta, (self._parts,), (1,)), counters_for(delta)
         self._query_launch(
-            delta,
-            query,
-            key,
-            value,
-            out,
-            grad_out,
-            lse,
-            grad_lse,
-            key_mask,
-            extent,
-            grad_query,
-            row_lse,
-            delta,
-            scratch,
-        )
+            delta, query, key, value, out, grad_out, lse, grad_lse, key_mask, extent, grad_query, row_lse, delta,
+            parts, counters,
+        )  # fmt: skip
         for launch in self._key_launches:
-            launch(delta, query, key, value, grad_out, row_lse, delta, key_mask, extent, grad_key, grad_value, scratch)
+            launch(
+                delta, query, key, value, grad_out, row_lse, delta, key_mask, extent, grad_key, grad_value,
+                parts, counters,
+            )  # fmt: skip
         return grad_query, grad_key, grad_value
