@@ -52,14 +52,16 @@ def gradients(
     if INTERPRETED and dtype == torch.bfloat16:
         # The interpreter multiplies bfloat16 as if it were integers.
         grad_out, query, key, value, out = (x.float() for x in (grad_out, query, key, value, out))
-    grad_out, query, key, value, out = (
-        x if x.stride(3) == 1 else x.contiguous() for x in (grad_out, query, key, value, out)
-    )
-    key_mask = key_mask if key_mask is None or key_mask.stride(1) == 1 else key_mask.contiguous()
+    if any(x.stride(3) != 1 for x in (grad_out, query, key, value, out)):
+        grad_out, query, key, value, out = (
+            x if x.stride(3) == 1 else x.contiguous() for x in (grad_out, query, key, value, out)
+        )
+    if key_mask is not None and key_mask.stride(1) != 1:
+        key_mask = key_mask.contiguous()
     lse, grad_lse = lse.contiguous(), None if grad_lse is None else grad_lse.contiguous()
     tensors = grad_out, grad_lse, query, key, value, key_mask, extent, out, lse
-    launches = prepare(tuple(None if x is None else kind(x) for x in tensors), geometry, scale, shapes, softcap)
-    grads = launches(*tensors)
+    kinds = tuple([None if x is None else kind(x) for x in tensors])
+    grads = prepare(kinds, geometry, scale, shapes, softcap)(*tensors)
     return grads if grads[0].dtype == dtype else tuple(x.to(dtype) for x in grads)  # type: ignore[return-value]
 
 
@@ -165,8 +167,8 @@ class _Launches:
         out: Tensor,
         lse: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        grad_query, grad_key, grad_value = (empty(query, *x) for x in self._results)
-        row_lse, delta = (empty(lse, *self._lse) for _ in range(2))
+        grad_query, grad_key, grad_value = [empty(query, *x) for x in self._results]
+        row_lse, delta = empty(lse, *self._lse), empty(lse, *self._lse)
         parts = counters = None
         if self._parts:
             parts, counters = empty(delta, (self._parts,), (1,)), counters_for(delta)
