@@ -39,7 +39,7 @@ TRAINING: dict[str, Any] = {
     "lengths": (2112, 4096, 8192, 16384),
     "batches": (1,),
     "heads": ((32, 8), (9, 3)),
-    "minutes": 0.4,
+    "minutes": 0.6,
 }
 QUICK: dict[str, Any] = {
     **FULL,
