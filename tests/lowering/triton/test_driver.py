@@ -60,7 +60,7 @@ def compiled(types, **other):
 
 def using(monkeypatch, sizes):
     library = Library(sizes)
-    monkeypatch.setattr(driver, "_library", lambda: library)
+    monkeypatch.setattr(driver, "library", lambda: library)
     return library
 
 
@@ -149,4 +149,4 @@ def test_a_machine_without_the_driver_is_unknown(monkeypatch):
 
     monkeypatch.setattr(driver.ctypes, "CDLL", missing)
     with pytest.raises(driver.Unknown, match="libcuda"):
-        driver._library.__wrapped__()
+        driver.library.__wrapped__()

@@ -27,7 +27,7 @@ class Unknown(Exception):
 
 
 @functools.cache
-def _library() -> ctypes.CDLL:
+def library() -> ctypes.CDLL:
     """The CUDA driver's functions, of those in its reference manual.
 
     Raises:
@@ -71,7 +71,7 @@ class Launch:
     """
 
     def __init__(self, compiled: Any, programs: int, arguments: Sequence[Any], count: int) -> None:
-        self._library = _library()
+        self._library = library()
         try:
             metadata, types = compiled.metadata, list(compiled.src.signature.values())
             scratch = metadata.global_scratch_size + metadata.profile_scratch_size
