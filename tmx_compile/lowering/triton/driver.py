@@ -43,12 +43,12 @@ def library() -> ctypes.CDLL:
         "cuTensorMapReplaceAddress": [word, word],
     }
     try:
-        library = ctypes.CDLL("libcuda.so.1")
+        loaded = ctypes.CDLL("libcuda.so.1")
         for name, arguments in signatures.items():
-            getattr(library, name).argtypes = arguments
+            getattr(loaded, name).argtypes = arguments
     except (OSError, AttributeError) as error:
         raise Unknown(str(error)) from error
-    return library
+    return loaded
 
 
 def stream_of(device: torch.device) -> int:
