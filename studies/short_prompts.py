@@ -260,8 +260,8 @@ def _host_times(runs: Runs, left_out: dict[str, str]) -> dict[str, float]:
 def _stages(qkv: list[Tensor]) -> Runs:
     """The operator, what it calls in turn, and dense attention."""
     from tmx_compile.lowering.triton import hopper_launch, launch
-    from tmx_compile.lowering.triton.prepared import counters_for
     from tmx_compile.lowering.triton.prepared import kind as kind_of
+    from tmx_compile.lowering.triton.prepared import scratch_memory
     from tmx_compile.mask.geometry import Geometry
 
     geometry, scale = Geometry(4, 32, 64), 0.125
@@ -275,7 +275,7 @@ def _stages(qkv: list[Tensor]) -> Runs:
         "operator": functools.partial(_sparse, qkv, geometry.counts, False),
         "launch": lambda: launch.attend(*qkv, None, None, geometry, scale),
         "prepared launch": lambda: general(*qkv, None, None),
-        "counters": lambda: counters_for(qkv[0]),
+        "scratch memory": lambda: scratch_memory(qkv[0], 1 << 18),
         "without last rows": functools.partial(_sparse, qkv, (4, 32, 0), False),
         "training operator": functools.partial(_sparse, qkv, geometry.counts, True),
         **{f"dense {name}": _under(kind, dense) for name, kind in _BACKENDS.items()},

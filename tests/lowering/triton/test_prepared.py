@@ -7,7 +7,7 @@ pytest.importorskip("triton", reason="Triton has wheels for Linux alone")
 
 from tmx_compile.lowering.triton import driver, prepared
 from tmx_compile.lowering.triton.launch import prepare
-from tmx_compile.lowering.triton.prepared import Prepared, counters_for, kind
+from tmx_compile.lowering.triton.prepared import Prepared, kind, scratch_memory
 from tmx_compile.lowering.triton.tuning import COUNTERS
 from tmx_compile.mask.geometry import Geometry
 
@@ -113,11 +113,11 @@ def test_an_untried_version_is_always_launched_by_triton(repeated, monkeypatch):
     assert launch._again is None
 
 
-def test_counters_begin_with_zeros():
-    made = counters_for(torch.full((4,), 3.0, dtype=torch.bfloat16))
-    assert made.shape == (COUNTERS,)
-    assert made.dtype == torch.int32
-    assert not made.any()
+def test_scratch_memory_begins_with_zeros():
+    made = scratch_memory(torch.full((4,), 3.0, dtype=torch.bfloat16), COUNTERS + 5)
+    assert made.shape == (COUNTERS + 5,)
+    assert made.dtype == torch.float32
+    assert made[:COUNTERS].view(torch.int32).abs().sum() == 0
 
 
 def test_what_differs_for_the_kernel_is_another_kind():

@@ -13,7 +13,7 @@ from tmx_compile.lowering.triton.backward_keys import key_kernel
 from tmx_compile.lowering.triton.backward_queries import query_kernel
 from tmx_compile.lowering.triton.devices import multiprocessors
 from tmx_compile.lowering.triton.launch import INTERPRETED, heads_per_tile, row_grid
-from tmx_compile.lowering.triton.prepared import Kind, Prepared, counters_for, empty, kind
+from tmx_compile.lowering.triton.prepared import Kind, Prepared, empty, kind, scratch_memory
 from tmx_compile.lowering.triton.tuning import BackwardTuning
 from tmx_compile.mask.geometry import Geometry
 from tmx_compile.operator.layout import strides_by_tokens
@@ -52,16 +52,14 @@ def gradients(
     if INTERPRETED and dtype == torch.bfloat16:
         # The interpreter multiplies bfloat16 as if it were integers.
         grad_out, query, key, value, out = (x.float() for x in (grad_out, query, key, value, out))
-    if any(x.stride(3) != 1 for x in (grad_out, query, key, value, out)):
-        grad_out, query, key, value, out = (
-            x if x.stride(3) == 1 else x.contiguous() for x in (grad_out, query, key, value, out)
-        )
-    if key_mask is not None and key_mask.stride(1) != 1:
-        key_mask = key_mask.contiguous()
+    grad_out, query, key, value, out = (
+        x if x.stride(3) == 1 else x.contiguous() for x in (grad_out, query, key, value, out)
+    )
+    key_mask = key_mask if key_mask is None or key_mask.stride(1) == 1 else key_mask.contiguous()
     lse, grad_lse = lse.contiguous(), None if grad_lse is None else grad_lse.contiguous()
     tensors = grad_out, grad_lse, query, key, value, key_mask, extent, out, lse
-    kinds = tuple([None if x is None else kind(x) for x in tensors])
-    grads = prepare(kinds, geometry, scale, shapes, softcap)(*tensors)
+    launches = prepare(tuple(None if x is None else kind(x) for x in tensors), geometry, scale, shapes, softcap)
+    grads = launches(*tensors)
     return grads if grads[0].dtype == dtype else tuple(x.to(dtype) for x in grads)  # type: ignore[return-value]
 
 
@@ -115,7 +113,7 @@ class _Launches:
         # Partial results of the last rows, and afterwards of the sinks for keys and values.
         parts = grid.last_programs * shapes.queries.rows * dim if grid.splits > 1 else 0
         sink_parts = all_tiles * splits * sink_keys * (dim + v_dim) if splits > 1 else 0
-        self._parts = max(parts, sink_parts)
+        self._scratch = tuning.COUNTERS + max(parts, sink_parts) if parts or sink_parts else 0
 
         strides = [y for x in (query, key, value) for y in x.stride[:3]]
         mask_batch = 0 if key_mask is None else key_mask.stride[0]
@@ -167,18 +165,25 @@ class _Launches:
         out: Tensor,
         lse: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        grad_query, grad_key, grad_value = [empty(query, *x) for x in self._results]
-        row_lse, delta = empty(lse, *self._lse), empty(lse, *self._lse)
-        parts = counters = None
-        if self._parts:
-            parts, counters = empty(delta, (self._parts,), (1,)), counters_for(delta)
+        grad_query, grad_key, grad_value = (empty(query, *x) for x in self._results)
+        row_lse, delta = (empty(lse, *self._lse) for _ in range(2))
+        scratch = scratch_memory(delta, self._scratch) if self._scratch else None
         self._query_launch(
-            delta, query, key, value, out, grad_out, lse, grad_lse, key_mask, extent, grad_query, row_lse, delta,
-            parts, counters,
-        )  # fmt: skip
+            delta,
+            query,
+            key,
+            value,
+            out,
+            grad_out,
+            lse,
+            grad_lse,
+            key_mask,
+            extent,
+            grad_query,
+            row_lse,
+            delta,
+            scratch,
+        )
         for launch in self._key_launches:
-            launch(
-                delta, query, key, value, grad_out, row_lse, delta, key_mask, extent, grad_key, grad_value,
-                parts, counters,
-            )  # fmt: skip
+            launch(delta, query, key, value, grad_out, row_lse, delta, key_mask, extent, grad_key, grad_value, scratch)
         return grad_query, grad_key, grad_value

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 _NUMBERS = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
 # CUtensorMapDataType. A map has 128 bytes and lies at a multiple of 64.
@@ -38,6 +39,7 @@ def library() -> ctypes.CDLL:
     signatures: dict[str, list[Any] | None] = {
         # Gets typed values, which is quicker than having them checked.
         "cuLaunchKernel": None,
+        "cuMemsetD32Async": [word, count, size, word],
         "cuFuncGetParamInfo": [word, size, pointer(size), pointer(size)],
         "cuTensorMapEncodeTiled": [word, ctypes.c_int, count, word, *[word] * 4, *[ctypes.c_int] * 4],
         "cuTensorMapReplaceAddress": [word, word],
@@ -49,6 +51,17 @@ def library() -> ctypes.CDLL:
     except (OSError, AttributeError) as error:
         raise Unknown(str(error)) from error
     return loaded
+
+
+def clear(x: Tensor, count: int) -> None:
+    """Zero the first ``count`` elements of a contiguous float32 tensor, on its stream."""
+    if x.is_cuda:
+        try:
+            if not library().cuMemsetD32Async(x.data_ptr(), 0, count, stream_of(x.device)):
+                return
+        except Unknown:
+            pass
+    x[:count].zero_()
 
 
 def stream_of(device: torch.device) -> int:

@@ -15,7 +15,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from tmx_compile.lowering.triton import tuning
 from tmx_compile.lowering.triton.devices import is_hopper, multiprocessors
 from tmx_compile.lowering.triton.hopper import hopper_kernel
-from tmx_compile.lowering.triton.prepared import Kind, Prepared, counters_for, empty
+from tmx_compile.lowering.triton.prepared import Kind, Prepared, empty, scratch_memory
 from tmx_compile.mask.geometry import Geometry
 from tmx_compile.operator.layout import strides_by_tokens
 
@@ -84,7 +84,8 @@ class Launch:
         self._strides = strides_by_tokens(heads, q_len, dim) if out is None else out.stride
         self._with_lse, self._lse_strides = with_lse, (heads * q_len, q_len, 1)
         # Partial results and their log-sum-exps, of each computing group.
-        self._parts = last_items * _GROUPS * _GROUP_ROWS * (block_d + 1) if splits > 1 else 0
+        parts = last_items * _GROUPS * _GROUP_ROWS * (block_d + 1)
+        self._scratch = tuning.COUNTERS + parts if splits > 1 else 0
         self._launch = Prepared(
             hopper_kernel,
             min(ctas, stream_items + last_items),
@@ -120,10 +121,8 @@ class Launch:
         lse = None
         if self._with_lse:
             lse = empty(query, self._shape[:3], self._lse_strides, torch.float32)
-        parts = counters = None
-        if self._parts:
-            parts, counters = empty(query, (self._parts,), (1,), torch.float32), counters_for(query)
-        self._launch(out, query, key, value, key, value, out, lse, key_mask, extent, parts, counters)
+        scratch = scratch_memory(out, self._scratch) if self._scratch else None
+        self._launch(out, query, key, value, key, value, out, lse, key_mask, extent, scratch)
         return out, lse
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from tmx_compile.lowering.triton import tuning
 from tmx_compile.lowering.triton.devices import multiprocessors
 from tmx_compile.lowering.triton.kernel import triangle_kernel
-from tmx_compile.lowering.triton.prepared import TRIED_VERSION, Kind, Prepared, counters_for, empty, kind
+from tmx_compile.lowering.triton.prepared import TRIED_VERSION, Kind, Prepared, empty, kind, scratch_memory
 from tmx_compile.lowering.triton.tuning import Tuning
 from tmx_compile.mask.geometry import Geometry
 from tmx_compile.operator.layout import strides_by_tokens
@@ -178,7 +178,8 @@ class _General:
         self._strides = strides_by_tokens(heads, q_len, v_dim) if out is None else out.stride
         self._with_lse, self._lse_strides = with_lse, (heads * q_len, q_len, 1)
         # Partial results and their log-sum-exps, if there are several.
-        self._parts = grid.last_programs * shapes.rows * (v_dim + 1) if grid.splits > 1 else 0
+        parts = grid.last_programs * shapes.rows * (v_dim + 1)
+        self._scratch = tuning.COUNTERS + parts if grid.splits > 1 else 0
         self._launch = Prepared(
             triangle_kernel,
             grid.programs,
@@ -216,10 +217,8 @@ class _General:
         lse = None
         if self._with_lse:
             lse = empty(query, self._shape[:3], self._lse_strides, torch.float32)
-        parts = counters = None
-        if self._parts:
-            parts, counters = empty(query, (self._parts,), (1,), torch.float32), counters_for(query)
-        self._launch(out, query, key, value, out, lse, key_mask, extent, there, parts, counters, sink_logits)
+        scratch = scratch_memory(query, self._scratch) if self._scratch else None
+        self._launch(out, query, key, value, out, lse, key_mask, extent, there, scratch, sink_logits)
         return out, lse
 
 

@@ -88,28 +88,6 @@ def _backward_launch() -> Any:
     return importlib.import_module("tmx_compile.lowering.triton.backward_launch")
 
 
-def _run(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    extent: Tensor | None,
-    sink: int,
-    window: int,
-    last: int,
-    scale: float,
-    reach: int | None = None,
-    sink_logits: Tensor | None = None,
-    softcap: float | None = None,
-) -> Tensor:
-    geometry = _geometry(sink, window, last, reach)
-    with on_device_of(query):
-        made: tuple[Tensor, None] = _launch().attend(
-            query, key, value, key_mask, extent, geometry, scale, sink_logits, softcap
-        )
-    return made[0]
-
-
 def _run_training(
     query: Tensor,
     key: Tensor,
@@ -123,13 +101,19 @@ def _run_training(
     reach: int | None = None,
     sink_logits: Tensor | None = None,
     softcap: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    geometry = _geometry(sink, window, last, reach)
+    *,
+    with_lse: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    attend, geometry = _launch().attend, _geometry(sink, window, last, reach)
     with on_device_of(query):
-        made: tuple[Tensor, Tensor] = _launch().attend(
-            query, key, value, key_mask, extent, geometry, scale, sink_logits, softcap, True
+        made: tuple[Tensor, Tensor | None] = attend(
+            query, key, value, key_mask, extent, geometry, scale, sink_logits, softcap, with_lse
         )
     return made
+
+
+def _run_forward(*arguments: Any) -> Tensor:
+    return _run_training(*arguments, with_lse=False)[0]
 
 
 def attend_into(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry, scale: float, out: Tensor) -> None:
@@ -184,7 +168,7 @@ def _fake_backward(
 
 
 TRITON_OPERATOR = _define(
-    "triangle_attention_triton", f"({_INPUTS}, {COUNTS}, {_SCORES}) -> Tensor", _run, _fake_forward
+    "triangle_attention_triton", f"({_INPUTS}, {COUNTS}, {_SCORES}) -> Tensor", _run_forward, _fake_forward
 )
 """The operator as a node target."""
 
@@ -273,6 +257,6 @@ class _Forward(torch.autograd.Function):
 
 
 _differentiate(TRAINING_OPERATOR, _run_training, _Training)
-_differentiate(TRITON_OPERATOR, _run, _Forward)
+_differentiate(TRITON_OPERATOR, _run_forward, _Forward)
 
 shard_by_batch_and_heads(TRITON_OPERATOR, TRAINING_OPERATOR, _BACKWARD_OPERATOR)

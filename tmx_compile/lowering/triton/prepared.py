@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -47,27 +46,10 @@ def empty(like: Tensor, shape: tuple[int, ...], strides: tuple[int, ...], dtype:
     return like.new_empty_strided(shape, strides, dtype=dtype)
 
 
-def counters_for(x: Tensor) -> Tensor:
-    """(COUNTERS,) int32 zeros for a launch on the current stream of a tensor's device, which leaves zeros behind.
-
-    Launches on one stream follow each other and share them. What is captured may be replayed on any: a CUDA graph has
-    its own, which every replay zeroes.
-    """
-    if not x.is_cuda or torch.cuda.is_current_stream_capturing():
-        return x.new_zeros(COUNTERS, dtype=torch.int32)
-    return _counters_of(x.device, driver.stream_of(x.device))
-
-
-@functools.cache
-def _counters_of(device: torch.device, stream: int) -> Tensor:
-    """Those of a stream, a handle of the driver's, for as long as the process runs."""
-    current, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    # A stream of its own: memory for the current one may come from the pool of a CUDA graph that warms up.
-    with torch.cuda.stream(side):
-        made = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
-    current.wait_stream(side)
-    # Should two threads make some at once, one is let go of.
-    made.record_stream(current)
+def scratch_memory(like: Tensor, count: int) -> Tensor:
+    """(count,) float32 on a tensor's device for the splits of one launch: their counters, which are 0, and parts."""
+    made = empty(like, (count,), (1,), torch.float32)
+    driver.clear(made, COUNTERS)
     return made
 
 
