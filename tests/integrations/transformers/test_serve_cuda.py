@@ -12,6 +12,7 @@ from tests.support.models import tiny_qwen3
 from tests.support.oracle import tolerance
 from tests.support.serving import CONFIG, SETTINGS, check_generated, left_padded, oracle_logits, prompt
 from tests.support.streaming_caches import HELD, KINDS, static
+from tests.support.switched import registered
 from tmx_compile import TriangleMixConfig, prefill, tmx_backend
 from tmx_compile.integrations.transformers import StreamingCache
 
@@ -134,3 +135,35 @@ def test_memory_is_freed():
     freed = full - sum(cache.memory_bytes())
     assert freed > 0.6 * full
     assert held - torch.cuda.memory_allocated() > 0.9 * freed
+
+
+OFFLOADED = pytest.mark.parametrize("cache", ["offloaded", "offloaded_static", "offloaded_hybrid"])
+PADDED = pytest.mark.parametrize("starts", [None, (0, 40)])
+
+
+def check_offloaded(model, same, report, cache, starts):
+    """``generate`` as Transformers' documentation writes it: triangle in the prompt, and keys that wait on the CPU."""
+    ids, mask = prompt(2), None if starts is None else left_padded(starts)
+    out = generated(model, ids, mask, cache_implementation=cache, max_new_tokens=6)
+    check_generated(same, CONFIG, ids, mask, out, atol=ALLOWED, prompt=None, triangle=[(0, 100)])
+    assert unlike_dense(out, same, ids, mask)
+    assert {layer for site in report.triangle() for layer in site.layers or (site.layer,)} == {1, 2}
+    assert not all(layer.keys.is_cuda for layer in out.past_key_values.layers)
+
+
+@OFFLOADED
+@PADDED
+def test_offloaded_caches_switched(cache, starts):
+    model, same = on_gpu()
+    with registered(CONFIG, strict=True) as attention:
+        model.set_attn_implementation(attention.name)
+        check_offloaded(model, same, attention.report, cache, starts)
+
+
+@OFFLOADED
+@PADDED
+def test_offloaded_caches_compiled(cache, starts):
+    model, same = on_gpu()
+    backend = tmx_backend(CONFIG, model=model, assume_causal="offloaded" != cache)
+    model.compile(backend=backend)
+    check_offloaded(model, same, backend.report, cache, starts)
