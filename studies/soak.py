@@ -30,7 +30,7 @@ FULL: dict[str, dict[str, Any]] = {
     GRAPHS: {"prompts": 500, "block": 50, **_SIZES},
     CODE: {"prompts": 60, "block": 15, **_SIZES},
 }
-QUICK = dict.fromkeys(PARTS, {"prompts": 4, "block": 2, "shortest": 20, "longest": 90, "min_seq_len": 48})
+QUICK = {part: {"prompts": 4, "block": 2, "shortest": 20, "longest": 90, "min_seq_len": 48} for part in PARTS}
 GEOMETRY = {"num_sink_tokens": 4, "sliding_window_size": 32, "num_last_tokens": 16}
 LAYERS, ANSWERED, SEED = 2, 2, 0
 SHAPE: dict[str, Any] = {
@@ -51,7 +51,8 @@ SHAPE: dict[str, Any] = {
 # Dynamo's own, and one that is not reached.
 LIMITS = (8, 64)
 OURS = ("uncompiled_dense", "uncompiled_sparse", "largest_difference", "other_tokens")
-COLUMNS = ("part", "recompile_limit", "compiler", "prompts", "graphs", "limit_reached", "resident_mib", "tensors", *OURS)
+HELD = ("graphs", "limit_reached", "resident_mib", "tensors")
+COLUMNS = ("part", "recompile_limit", "compiler", "prompts", *HELD, *OURS)
 
 
 def _settings(quick: bool) -> dict[str, Any]:

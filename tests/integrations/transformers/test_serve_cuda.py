@@ -164,6 +164,6 @@ def test_offloaded_caches_switched(cache, starts):
 @PADDED
 def test_offloaded_caches_compiled(cache, starts):
     model, same = on_gpu()
-    backend = tmx_backend(CONFIG, model=model, assume_causal="offloaded" != cache)
+    backend = tmx_backend(CONFIG, model=model, assume_causal=cache != "offloaded")
     model.compile(backend=backend)
     check_offloaded(model, same, backend.report, cache, starts)
