@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -91,15 +92,15 @@ def hand_over(model: nn.Module, config: TriangleMixConfig, watch: Watch) -> None
     wanted = frozenset(config.layers())
     plan = plan_of(config)
     kinds = {sparse: tuple(sorted(n for n in present if (n in wanted) == sparse)) for sparse in (True, False)}
-    marked: Any
-    for marked, layer in found.items():
+    each: Any
+    for each, layer in found.items():
         sparse = layer in wanted
-        put = marked.__dict__.get("forward")
-        if not _is_ours(put, marked):
+        put = each.__dict__.get("forward")
+        if not _is_ours(put, each):
             # Over the class's own, or over what somebody put there, as accelerate does.
-            marked.forward = MethodType(forward if _is_own(put, marked) else Over(put), marked)
-        marked._tmx_mark = str(Mark(plan, sparse, kinds[sparse]))
-        marked._tmx_watch = (watch, layer) if sparse else None
+            each.forward = MethodType(forward if _is_own(put, each) else Over(put), each)
+        each._tmx_mark = str(Mark(plan, sparse, kinds[sparse]))
+        each._tmx_watch = (watch, layer) if sparse else None
 
 
 def plan_of(config: TriangleMixConfig) -> str:
@@ -127,7 +128,7 @@ class Over:
 
 def _run(module: Any, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if torch.compiler.is_compiling():
-        with annotate({MARK: module._tmx_mark}):
+        with marked(module):
             return run(*args, **kwargs)
     if module._tmx_watch is None:
         return run(*args, **kwargs)
@@ -139,6 +140,11 @@ def _run(module: Any, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any
         # Whichever dimension holds the tokens: (B, S, E), (S, B, E) and (B, H, S, D) are all in use.
         watch.ran(layer, 0 if given is None else max(given.shape[:-1]))
     return out
+
+
+def marked(module: Any) -> AbstractContextManager[Any]:
+    """Nodes that Dynamo traces inside bear the mark of a module that was handed over."""
+    return annotate({MARK: module._tmx_mark})
 
 
 def is_handed_over(module: nn.Module) -> bool:

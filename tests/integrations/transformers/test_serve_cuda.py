@@ -138,33 +138,55 @@ def test_memory_is_freed():
     assert held - torch.cuda.memory_allocated() > 0.9 * freed
 
 
-OFFLOADED = pytest.mark.parametrize("cache", ["offloaded", "offloaded_static", "offloaded_hybrid"])
 PADDED = pytest.mark.parametrize("starts", [None, (0, 40)])
 
 
-def check_offloaded(model, same, report, cache, starts):
-    """``generate`` as Transformers' documentation writes it: triangle in the prompt, and keys that wait on the CPU."""
+def offloaded(model, starts, cache, **settings):
+    """``generate`` as Transformers' documentation writes it: ids, mask, what came back."""
     ids, mask = prompt(2), None if starts is None else left_padded(starts)
-    out = generated(model, ids, mask, cache_implementation=cache, max_new_tokens=6)
-    check_generated(same, CONFIG, ids, mask, out, atol=ALLOWED, prompt=None, triangle=[(0, 100)])
-    assert unlike_dense(out, same, ids, mask)
-    assert {layer for site in report.triangle() for layer in site.layers or (site.layer,)} == {1, 2}
+    out = generated(model, ids, mask, cache_implementation=cache, max_new_tokens=6, **settings)
+    # Layers of keys wait on the CPU.
     assert not all(layer.keys.is_cuda for layer in out.past_key_values.layers)
+    return ids, mask, out
 
 
-@OFFLOADED
+def layers_sparse(report):
+    return {layer for site in report.triangle() for layer in site.layers or (site.layer,)}
+
+
 @PADDED
+@pytest.mark.parametrize("cache", ["offloaded", "offloaded_static", "offloaded_hybrid"])
 def test_offloaded_caches_switched(cache, starts):
+    """Of static ones ``generate`` compiles the steps by itself into CUDA graphs, which crashes with keys on the CPU."""
     model, same = on_gpu()
     with registered(CONFIG, strict=True) as attention:
         model.set_attn_implementation(attention.name)
-        check_offloaded(model, same, attention.report, cache, starts)
+        ids, mask, out = offloaded(model, starts, cache, disable_compile=cache != "offloaded")
+    check_generated(same, CONFIG, ids, mask, out, atol=ALLOWED, prompt=None, triangle=[(0, 100)])
+    assert unlike_dense(out, same, ids, mask)
+    assert layers_sparse(attention.report) == {1, 2}
 
 
-@OFFLOADED
 @PADDED
-def test_offloaded_caches_compiled(cache, starts):
+def test_an_offloaded_cache_compiled_and_switched(eager, starts):
+    """The cache's streams break the graph inside attention."""
     model, same = on_gpu()
-    backend = tmx_backend(CONFIG, model=model, assume_causal=cache != "offloaded")
+    with registered(CONFIG) as attention:
+        model.set_attn_implementation(attention.name)
+        backend = tmx_backend(CONFIG, model=model)
+        model.compile(backend=backend)
+        ids, mask, out = offloaded(model, starts, "offloaded")
+    check_generated(same, CONFIG, ids, mask, out, atol=ALLOWED, prompt=None, triangle=[(0, 100)])
+    assert layers_sparse(attention.report) | layers_sparse(backend.report) == {1, 2}
+    assert backend.report.uncompiled == 0
+
+
+@PADDED
+def test_an_offloaded_cache_compiled_alone_is_told(eager, starts):
+    model, same = on_gpu()
+    backend = tmx_backend(CONFIG, model=model)
     model.compile(backend=backend)
-    check_offloaded(model, same, backend.report, cache, starts)
+    with pytest.warns(UserWarning, match="LAYER_UNKNOWN|ran uncompiled"):
+        ids, mask, out = offloaded(model, starts, "offloaded")
+    check_generated(same, CONFIG, ids, mask, out, atol=ALLOWED, prompt=None)
+    assert not backend.report.triangle()
