@@ -157,7 +157,7 @@ class _Broken(torch.nn.Module):
 
 @pytest.mark.parametrize("sides", [None, ((0, 0), (33, 0))], ids=["no padding", "padding"])
 def test_a_break_inside_attention_under_the_backend_of_this_package(attention, eager, sides):
-    """The switch is handed the module, and so says in the piece that is left which layer it is; nothing is warned of."""
+    """The switch is handed the module, and so says in the piece that is left which layer it is; nothing is warned."""
     ids, mask = prompt(), None if sides is None else padded(sides)
     model = switched_model()
     for layer in model.model.layers:
