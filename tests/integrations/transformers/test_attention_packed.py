@@ -139,7 +139,7 @@ def test_a_dynamo_with_other_insides_leaves_dense_layers_and_a_reason(attention,
     """What is read of Dynamo is no interface: without a piece of it nothing breaks, and no result changes."""
     ids = prompt(2, 100)
     model = torch.compile(switched_model(), backend="eager", fullgraph=True)
-    read = packed._is_local_packed
+    read = packed.is_local_packed
 
     def elsewhere(name):
         # Dynamo itself cannot do without them: they are missing while we read.
@@ -147,7 +147,7 @@ def test_a_dynamo_with_other_insides_leaves_dense_layers_and_a_reason(attention,
             INSIDES[missing](patch)
             return read(name)
 
-    monkeypatch.setattr(packed, "_is_local_packed", elsewhere)
+    monkeypatch.setattr(packed, "is_local_packed", elsewhere)
     with torch.no_grad():
         got = model(ids, position_ids=POSITIONS, use_cache=False).logits
     dense = CONFIG.replace(triangle_layer_indices=[7])

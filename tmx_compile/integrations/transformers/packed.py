@@ -71,14 +71,14 @@ def _function_parts(function: Any) -> _Parts | None:
 def _is_traced_packed() -> bool:
     """Run by Dynamo while it traces :func:`is_packed`, whose local it looks into: traced code could not."""
     try:
-        return _is_local_packed("mask_function")
+        return is_local_packed("mask_function")
     except Exception:
         # The insides of Dynamo are read, as torch 2.13 has them. One that has others may miss any of them, and say so
         # in any way: not understood, and so the mask is written out, and the layers stay dense with that as the reason.
         return False
 
 
-def _is_local_packed(name: str) -> bool:
+def is_local_packed(name: str) -> bool:
     """Whether a local variable of the function that Dynamo traces is the mask function of packed sequences."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
