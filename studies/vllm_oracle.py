@@ -4,7 +4,8 @@
 
 A Llama with random weights, in bfloat16 on a GPU. Of every answer the 20 best log-probabilities of each token are
 compared with the model's in plain PyTorch on the same tokens: with its triangle mask, and with the wrong, dense one.
-Rounding gives what "oracle: dense" is off from the dense model. Needs vLLM, as :mod:`studies.vllm_serving` does.
+Rounding gives what "oracle: dense" is off from the dense model. Needs vLLM, as :mod:`studies.vllm_serving` does; as
+there, records of earlier calls stay in the file.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class Checks:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.quick: bool = options.quick
+        self.gpus: int = options.ranks
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.geometry = QUICK_GEOMETRY if self.quick else GEOMETRY
         # A tenth of the prompts' lengths on a GPU.
@@ -106,7 +108,8 @@ class Checks:
             if known not in self._known:
                 self._known[known] = log_probabilities(self.weights, self.shape, *known)
             gaps[f"to_{name}"] = gap(answer.tops, self._known[known])
-        return {"what": f"oracle: {what}", "runner": self.engine.runner, "n": len(asked), **more, **gaps}
+        about = {"what": f"oracle: {what}", "runner": self.engine.runner, "gpus": self.gpus, "n": len(asked)}
+        return about | more | gaps
 
     # The cases
 
@@ -255,9 +258,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     print(f"engine {vllm.__version__}: {time.monotonic() - started:.0f} s, {checks.engine.state()}", flush=True)
     command = " ".join(["python -m studies.vllm_oracle", *sys.argv[2:]])
-    settings = {"geometry": checks.geometry, "shape": vars(checks.shape), "vllm": vllm.__version__, "unit": "nats"}
-    settings["ranks"] = options.ranks
-    failed, records = 0, []
+    settings = {"geometry": checks.geometry, "vllm": vllm.__version__, "unit": "nats"}
+    old = json.loads(options.file.read_text(encoding="utf-8")) if options.file.is_file() else {}
+    failed, records = 0, list(old.get("records", []))
     for case in cases:
         begin = time.monotonic()
         try:
@@ -270,7 +273,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for each in records[-len(found) :]:
             print(json.dumps(each), flush=True)
         measured = record.Measured(settings, records)
-        record.write(record.result("vllm_oracle", command, options.quick, before, measured), options.file)
+        content = record.result("vllm_oracle", command, options.quick, before, measured)
+        run = {"command": command, "shape": vars(checks.shape)}
+        run["tmx_compile_sources"] = content["versions"]["tmx_compile_sources"]
+        name = f"{checks.engine.runner}, {options.ranks} GPU{', drafts' if options.drafts else ''}"
+        content["runs"] = old.get("runs", {}) | {name: run}
+        record.write(content, options.file)
         print(f"{case}: {time.monotonic() - begin:.1f} s", flush=True)
     print(f"done: {time.monotonic() - started:.0f} s, {failed} failed; {checks.engine.state()}", flush=True)
     return 1 if failed else 0

@@ -272,7 +272,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         measured = record.Measured(settings, [*old.get("records", []), *records])
         content = record.result("vllm", command, options.quick, before, measured)
         run = {"command": command, "tmx_compile_sources": content["versions"]["tmx_compile_sources"]}
-        content["runs"] = old.get("runs", {}) | {f"{engine.runner}{' off' if options.off else ''}": run}
+        content["runs"] = old.get("runs", {}) | {
+            f"{engine.runner}, {bench.layers} layers{' off' if options.off else ''}": run
+        }
         record.write(content, options.file)
         print(f"{phase}: {time.monotonic() - begin:.1f} s; {engine.state().get('counts', '')}", flush=True)
     return 1 if failed else 0
