@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from studies.vllm_engine import Engine
 from studies.vllm_model import Shape
 from tmx_compile.bench import record
@@ -46,8 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--quick", action="store_true", help="a tiny random model: shows that it works")
     options = parser.parse_args(arguments)
-    # Before anything imports vLLM: one thread, on one core.
+    # Before anything imports vLLM: one thread, on one core, for PyTorch too. Workers that are processes of their own get
+    # as much from vLLM; two threads of PyTorch on the one core wait for each other.
     os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    torch.set_num_threads(1)
     before = record.hardware()
     more: dict[str, Any] = {"min_seq_len": LEAST, "lowering": "blocked"}
     common: dict[str, Any] = {"enforce_eager": True, "enable_prefix_caching": False, "max_num_seqs": 2}
@@ -67,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import vllm
 
     settings = {"geometry": GEOMETRY, "layers": layers, "triangle_layers": len(triangle), "vllm": vllm.__version__}
-    settings |= {"model": "SmolLM2-135M", "dtype": common["dtype"], "threads": 1, "unit": "ms"}
+    settings |= {"model": "SmolLM2-135M", "dtype": common["dtype"], "threads": torch.get_num_threads(), "unit": "ms"}
     command = "python -m studies.vllm_cpu_ttft" + (" --quick" if options.quick else "")
     records = []
     for n, rounds in lengths.items():
