@@ -48,8 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--quick", action="store_true", help="a tiny random model: shows that it works")
     options = parser.parse_args(arguments)
-    # Before anything imports vLLM: one thread, on one core, for PyTorch too. Workers that are processes of their own get
-    # as much from vLLM; two threads of PyTorch on the one core wait for each other.
+    # Before anything imports vLLM: one thread, on one core, for PyTorch too, or its threads wait for each other there.
+    # Workers that are processes of their own get as much from vLLM.
     os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
     torch.set_num_threads(1)
     before = record.hardware()
