@@ -66,7 +66,7 @@ class FirstRunner:
 def test_the_first_runner_takes_no_streaming_row_for_a_decode_step(
     computed: int, on: Any, told: bool | None, answer: bool | None
 ) -> None:
-    hook = lengths._first_choice(FirstRunner._determine_batch_execution_and_padding)
+    hook = lengths.first_runners_choice(FirstRunner._determine_batch_execution_and_padding)
     assert hook(FirstRunner(computed, on), num_reqs=2, force_uniform_decode=told) is answer
 
 
@@ -93,8 +93,8 @@ class SecondRunner:
 
 
 def test_the_second_runner_takes_no_streaming_row_for_a_decode_step() -> None:
-    update = lengths._looking_ahead(SecondRunner.update_requests)
-    dispatch = lengths._second_choice(Manager.dispatch)
+    update = lengths.looking_ahead(SecondRunner.update_requests)
+    dispatch = lengths.second_runners_choice(Manager.dispatch)
     step = SimpleNamespace(num_scheduled_tokens={"one": 1, "other": 1})
     for computed, on, answer in ((40, ON, None), (80, ON, 1), (40, None, 1)):
         runner = SecondRunner(computed, on)
@@ -107,5 +107,5 @@ def test_the_second_runner_takes_no_streaming_row_for_a_decode_step() -> None:
 def test_without_graphs_there_is_nothing_to_tell() -> None:
     runner = SecondRunner(40)
     runner.cudagraph_manager = None
-    update = lengths._looking_ahead(SecondRunner.update_requests)
+    update = lengths.looking_ahead(SecondRunner.update_requests)
     assert update(runner, SimpleNamespace(num_scheduled_tokens={"one": 1})) == "updated"

@@ -29,9 +29,9 @@ def install(device: str) -> None:
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner as SecondRunner
     from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
-    wrap(GPUModelRunner, "_determine_batch_execution_and_padding", _first_choice)
-    wrap(SecondRunner, "update_requests", _looking_ahead)
-    wrap(CudaGraphManager, "dispatch", _second_choice)
+    wrap(GPUModelRunner, "_determine_batch_execution_and_padding", first_runners_choice)
+    wrap(SecondRunner, "update_requests", looking_ahead)
+    wrap(CudaGraphManager, "dispatch", second_runners_choice)
     wrap(SecondRunner, "prepare_inputs", _remembering)
     wrap(SecondRunner, "initialize_kv_cache", _with_report)
     wrap(DefaultModelState, "prepare_attn", _second_runner)
@@ -100,7 +100,9 @@ def any_streams(on: Active | None, prompts: Any, computed: Any) -> bool:
     return bool(((prompts > on.limit) & (computed < prompts - on.geometry.last)).any())
 
 
-def _first_choice(plain: Any) -> Any:
+def first_runners_choice(plain: Any) -> Any:
+    """Of how a step is run, in the first runner: a step with streaming rows is no decode step."""
+
     def _determine_batch_execution_and_padding(self: Any, *args: Any, **kwargs: Any) -> Any:
         # Where it is told, this is no step of the scheduler.
         if kwargs.get("force_uniform_decode") is None:
@@ -113,7 +115,9 @@ def _first_choice(plain: Any) -> Any:
     return _determine_batch_execution_and_padding
 
 
-def _looking_ahead(plain: Any) -> Any:
+def looking_ahead(plain: Any) -> Any:
+    """In the second runner, before it picks a graph: note whether the step has streaming rows."""
+
     def update_requests(self: Any, scheduler_output: Any) -> Any:
         result = plain(self, scheduler_output)
         states, on = self.req_states, known(self.vllm_config)
@@ -126,7 +130,9 @@ def _looking_ahead(plain: Any) -> Any:
     return update_requests
 
 
-def _second_choice(plain: Any) -> Any:
+def second_runners_choice(plain: Any) -> Any:
+    """Of a graph, in the second runner: a step with streaming rows is no decode step."""
+
     def dispatch(
         self: Any, num_reqs: int, num_tokens: int, uniform_token_count: int | None, *args: Any, **kwargs: Any
     ) -> Any:
