@@ -38,6 +38,12 @@ def eager(monkeypatch):
     return graphs
 
 
+@pytest.fixture
+def sparse_from_min_seq_len(monkeypatch):
+    """Also where ``auto`` would leave a prompt dense for its speed: on a GPU nearly all prompts of the tests."""
+    monkeypatch.setattr("tmx_compile.passes.judge.least_length", lambda lowering, device, least, *rest: least)
+
+
 def pytest_terminal_summary(terminalreporter):
     """What a test found out, beside that it passed: its recorded properties."""
     for report in terminalreporter.getreports("passed"):

@@ -11,6 +11,7 @@ from tests.support.oracle import rule
 from tmx_compile import TriangleMixConfig, calibrate
 from tmx_compile.analysis import CapturedModel, Inputs
 from tmx_compile.analysis.capture import sections
+from tmx_compile.mask import Geometry
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 GEOMETRY = (2, 5, 4)
@@ -54,7 +55,8 @@ def test_pieces(monkeypatch):
     captured = CapturedModel(model, TriangleMixConfig(*GEOMETRY))
     inputs = Inputs(kwargs={"input_ids": ids.cuda(), "use_cache": False})
     sink, window, _ = GEOMETRY
-    with captured.pieces([(40, GEOMETRY), (60, GEOMETRY), (80, (sink, window, 0))]):
+    turn = Geometry(*GEOMETRY)
+    with captured.pieces([(40, turn), (60, turn), (80, Geometry(sink, window, 0))]):
         got = captured.run(inputs, (0, 1)).logits.cpu().double()
     row, key = torch.arange(80)[:, None], torch.arange(80)
     mask = rule(row, key, 0, 40, *GEOMETRY) | rule(row, key, 0, 60, *GEOMETRY)

@@ -71,6 +71,7 @@ BLOCKS: dict[str, Callable[[Fields], str]] = {
     "stages": section_layer.stages,
     "million": section_layer.million,
     "training": section_layer.training,
+    "training_step": section_layer.training_step,
     "ttft": section_ttft.section,
     "throughput_cuda": section_throughput.section,
     "operator_cpu": section_layer.section,

@@ -136,3 +136,16 @@ def training(result: Fields) -> str:
         here = [r for r in records if r["n"] == n]
         rows.append([f"{n:,}", f"{here[0]['dense_ms']:.3g}", *(f"{r['ms']:.3g} ({r['speedup']:.3g}x)" for r in here)])
     return table(["tokens", "dense", *geometries], rows)
+
+
+def training_step(result: Fields) -> str:
+    """A sentence on steps of several layers: times and how many times faster than with every layer dense."""
+    settings = result["settings"]
+    times: dict[str, list[str]] = {}
+    for r in result["records"]:
+        if r["geometry"] is not None:
+            told = f"{r['ms']:.0f} ms at {r['n']:,} ({r['speedup']:.2f}x)"
+            times.setdefault(slashed(r["geometry"]), []).append(told)
+    ways = "; ".join(f"{geometry}: {', '.join(told)}" for geometry, told in times.items())
+    sparse = settings["triangle_layers"]
+    return f"A step of {settings['layers']} layers in Llama-3.1-8B's shape, {sparse} sparse: {ways}."

@@ -18,6 +18,7 @@ from tmx_compile.integrations.transformers import StreamingCache
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
     pytest.mark.filterwarnings("ignore:streaming decode"),
+    pytest.mark.usefixtures("sparse_from_min_seq_len"),
 ]
 # Through a model of three layers; fused float32 kernels split their products into narrower ones.
 ALLOWED = 5e-4

@@ -1,11 +1,13 @@
 """The backward kernels, in Triton's interpreter where there is no GPU, against float64 with the mask written out."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from tests.support.calls import Case
 from tests.support.gradients import reference, worst_errors
@@ -198,3 +200,24 @@ def test_the_operators_are_differentiable(foreseen):
         weights = torch.randn_like(out), None
         got = torch.autograd.grad(out, qkv, weights[0])
     assert max(worst_errors(got, reference(case, tensors, *weights))) < ERROR[f32]
+
+
+@pytest.mark.parametrize("kept", [True, False, None], ids=["kept", "computed again", "no choice"])
+@pytest.mark.parametrize("name", ["triangle_attention_triton_training", "triangle_attention_triton"])
+def test_uncompiled_checkpoints(name, kept):
+    """The same gradients, bit by bit, whether the operator is kept or computed again."""
+    case = Case(40, 40, 2, 8, 4, heads=4, kv_heads=2, dim=16)
+    *qkv, key_mask = case.tensors(requires_grad=True, device=DEVICE)
+    operator = getattr(torch.ops.tmx, name)
+
+    def layer(*qkv):
+        out = operator(*qkv, key_mask, extent_of(key_mask, case), *case.arguments)
+        return torch.tanh(out[0] if isinstance(out, tuple) else out)
+
+    how = {}
+    if kept is not None:
+        how["context_fn"] = partial(create_selective_checkpoint_contexts, [operator.default] if kept else [])
+    weight = torch.randn_like(layer(*qkv))
+    want = torch.autograd.grad(layer(*qkv), qkv, weight)
+    got = torch.autograd.grad(checkpoint(layer, *qkv, use_reentrant=False, **how), qkv, weight)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))

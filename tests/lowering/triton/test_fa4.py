@@ -243,6 +243,7 @@ class Model(nn.Module):
         return x
 
 
+@pytest.mark.usefixtures("sparse_from_min_seq_len")
 @pytest.mark.parametrize("padded", [False, True], ids=["plain", "with a mask"])
 def test_the_dense_layers_of_a_compiled_model(padded, package, eager, monkeypatch):
     monkeypatch.setattr(Host, "place", lambda self, device: "cuda")

@@ -183,6 +183,12 @@ def _saved(ctx: Any, inputs: tuple[Any, ...], *results: Tensor) -> None:
     ctx.save_for_backward(*inputs[:5], *results, *_sink_logits(inputs))
 
 
+def _kept(ctx: Any, results: int) -> tuple[Any, ...]:
+    """What :func:`_saved` kept, the sinks as one list; read once, since a checkpoint refuses to unpack twice."""
+    kept = ctx.saved_tensors
+    return (*kept[: 5 + results], kept[5 + results :])
+
+
 def _gradients(
     ctx: Any, grad_out: Tensor, grad_lse: Tensor | None, inputs: Any, out: Tensor, lse: Tensor, sinks: Any
 ) -> tuple[Tensor | None, ...]:
@@ -208,7 +214,7 @@ class _Training(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        inputs, (out, lse, *sinks) = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+        *inputs, out, lse, sinks = _kept(ctx, 2)
         grad_out, grad_lse = grads
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
         return _gradients(ctx, grad_out, grad_lse, inputs, out, lse, sinks)
@@ -224,7 +230,7 @@ class _Forward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        inputs, sinks = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+        *inputs, sinks = _kept(ctx, 0)
         learned: tuple[Any, ...] = ()
         if sinks or ctx.softcap is not None:
             learned = (*[None] * (5 - len(ctx.counts)), *(sinks or [None]), ctx.softcap)
