@@ -61,10 +61,13 @@ class Checks:
             "enable_prefix_caching": not options.drafts,
             "max_logprobs": TOPS,
         }
-        more: dict[str, Any] = {"min_seq_len": 1024 // self.scale}
+        # By name, since "auto" would leave the shorter prompts dense.
+        more: dict[str, Any] = {
+            "min_seq_len": 1024 // self.scale,
+            "lowering": "blocked" if self.device == "cpu" else "triton",
+        }
         if self.device == "cpu":
             arguments |= {"block_size": 32}
-            more["lowering"] = "blocked"
         else:
             # So that engines beside this one do not matter.
             arguments |= {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": options.cache << 30}
