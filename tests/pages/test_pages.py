@@ -111,7 +111,14 @@ def test_both_pages_on_vllm_have_the_same_tables(tmp_path):
     ]
     of_answers = content | {"command": "python -m studies.vllm_oracle --quick", "records": answers}
     (tmp_path / page_vllm.ORACLE_FILE).write_text(json.dumps(of_answers), encoding="utf-8")
-    engine = {"n": 3000, "dense_processor_ms": 8000.0, "processor_ms": 4000.0, "dense_ms": 9000.0, "ms": 6000.0}
+    engine = {
+        "n": 3000,
+        "load_average": 6.3,
+        "dense_processor_ms": 8000.0,
+        "processor_ms": 4000.0,
+        "dense_ms": 9000.0,
+        "ms": 6000.0,
+    }
     whole = on_cpu | {"command": "python -m studies.vllm_cpu_ttft", "records": [engine]}
     whole["settings"] = settings | {"model": "A model", "dtype": "bfloat16", "layers": 30, "triangle_layers": 15}
     (tmp_path / page_vllm.ENGINE_FILE).write_text(json.dumps(whole), encoding="utf-8")
@@ -128,6 +135,7 @@ def test_both_pages_on_vllm_have_the_same_tables(tmp_path):
         assert f"| {whole} | 8,192 | V2 compiled | 1 | 0.020 | 0.144 |" in text
         assert "| 3,000 | V2 compiled | 1 | 0.016 | 0.144 |" in text
         assert f"A model, bfloat16, 15 {of} 30 x 8/512/128; vLLM 0.26.0, A CPU" in text
+        assert "load average 6 to 6" in text
         assert "| 3,000 | 8,000 | 4,000 | 2.00x | 9,000 | 6,000 | 1.50x |" in text
         assert "| A model | float32 | 6,144 | 552 | 124 | 4.45x |" in text
         assert "8/256/128; vLLM 0.32.0, A CPU" in text

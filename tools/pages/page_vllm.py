@@ -122,6 +122,7 @@ def engine_section(result: Fields, words: dict) -> str:
     """Whole engine: processor time, then the time that passed."""
     machine, _ = machine_and_versions(result)
     settings, rows = result["settings"], []
+    loads = [record["load_average"] for record in result["records"]]
     for record in result["records"]:
         processor = record["dense_processor_ms"], record["processor_ms"]
         passed = record["dense_ms"], record["ms"]
@@ -130,7 +131,8 @@ def engine_section(result: Fields, words: dict) -> str:
             rows[-1] += [ms(dense), ms(triangle), times(dense / triangle)]
     about = (
         f"{settings['model']}, {settings['dtype']}, {settings['triangle_layers']} {words['of']} {settings['layers']} x "
-        f"{slashed(settings['geometry'])}; vLLM {settings['vllm']}, {machine} {_made_by(result, ENGINE_FILE)}"
+        f"{slashed(settings['geometry'])}; vLLM {settings['vllm']}, {machine}, load average {min(loads):.0f} to "
+        f"{max(loads):.0f} {_made_by(result, ENGINE_FILE)}"
     )
     return "\n\n".join([table(words["engine"], rows), about])
 
