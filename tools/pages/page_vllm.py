@@ -46,7 +46,7 @@ _CHINESE = {
         "of a batch": "混合批次",
         "chunks of one row": "只有一行的块",
         "chunks of one row while 3 decode": "只有一行的块，同时有 3 个请求解码",
-        "chunks of one row while 3 decode, taken for decode steps": "同上，但当作解码步（反例）",
+        "chunks of one row while 3 decode, taken for decode steps": "同上（3 个请求），当作解码步（反例）",
         "prefix cache, first": "前缀缓存，首次",
         "prefix cache, again": "前缀缓存，再次",
         "prefix cache, a beginning of it": "前缀缓存，其开头",
