@@ -39,7 +39,7 @@ TRAINING: dict[str, Any] = {
     "lengths": (2112, 4096, 8192, 16384),
     "batches": (1,),
     "heads": ((32, 8), (9, 3)),
-    "minutes": 0.4,
+    "minutes": 0.6,
 }
 QUICK: dict[str, Any] = {
     **FULL,
@@ -223,31 +223,30 @@ def _in_turn(runs: dict[str, Callable[[], float]], plan: dict[str, Any]) -> dict
     return {name: statistics.median(taken) for name, taken in samples.items()}
 
 
-@torch.no_grad()
 def _host(left_out: dict[str, str]) -> dict[str, Any]:
     """Microseconds of the host in a plain call, where the GPU is through before the next one comes."""
-    from tmx_compile.lowering.triton import hopper_launch, launch
-    from tmx_compile.lowering.triton.prepared import kind as kind_of
-    from tmx_compile.mask.geometry import Geometry
-
     qkv = _operands(1024, 1, (2, 1), 64, "bfloat16", False)
-    geometry, scale = Geometry(4, 32, 64), 0.125
+    times = {}
+    with torch.no_grad():
+        runs = _stages(qkv)
+        times |= _host_times(runs, left_out)
+    leaves = [x.detach().requires_grad_() for x in qkv]
+    grad = torch.randn_like(qkv[0])
 
     def dense() -> Tensor:
-        return F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True)
+        return F.scaled_dot_product_attention(*leaves, is_causal=True, enable_gqa=True)
 
-    runs: Runs = {
-        "operator": functools.partial(_sparse, qkv, geometry.counts, False),
-        "launch": lambda: launch.attend(*qkv, None, None, geometry, scale),
-        "without last rows": functools.partial(_sparse, qkv, (4, 32, 0), False),
-        "training operator": functools.partial(_sparse, qkv, geometry.counts, True),
-        **{f"dense {name}": _under(kind, dense) for name, kind in _BACKENDS.items()},
-        "empty": lambda: torch.empty(16, device="cuda"),
+    both: Runs = {
+        "training": lambda: torch.autograd.grad(_sparse(leaves, (4, 32, 64), True), leaves, grad),
+        **{
+            f"dense training {name}": _under(kind, lambda: torch.autograd.grad(dense(), leaves, grad))
+            for name, kind in _BACKENDS.items()
+        },
     }
-    kinds = tuple(map(kind_of, qkv))
-    if hopper_launch.takes(*kinds):
-        prepared = hopper_launch.Launch(*kinds, None, geometry, scale, None)
-        runs["hopper launch"] = lambda: prepared(*qkv, None, None, None, None, None)
+    return {"host_us": times | _host_times(both, left_out)}
+
+
+def _host_times(runs: Runs, left_out: dict[str, str]) -> dict[str, float]:
     for name, run in list(runs.items()):
         try:
             run()
@@ -255,7 +254,37 @@ def _host(left_out: dict[str, str]) -> dict[str, Any]:
             left_out[f"host, {name}"] = describe(error)
             del runs[name]
     times = _in_turn({name: functools.partial(_calls, run, 0.02) for name, run in runs.items()}, {"rounds": 5})
-    return {"host_us": {name: round(1e3 * value, 1) for name, value in times.items()}}
+    return {name: round(1e3 * value, 1) for name, value in times.items()}
+
+
+def _stages(qkv: list[Tensor]) -> Runs:
+    """The operator, what it calls in turn, and dense attention."""
+    from tmx_compile.lowering.triton import hopper_launch, launch
+    from tmx_compile.lowering.triton.prepared import kind as kind_of
+    from tmx_compile.lowering.triton.prepared import scratch_memory
+    from tmx_compile.mask.geometry import Geometry
+
+    geometry, scale = Geometry(4, 32, 64), 0.125
+
+    def dense() -> Tensor:
+        return F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True)
+
+    kinds = tuple(map(kind_of, qkv))
+    general = launch.prepare(*kinds, None, None, geometry, scale, False, None)
+    runs: Runs = {
+        "operator": functools.partial(_sparse, qkv, geometry.counts, False),
+        "launch": lambda: launch.attend(*qkv, None, None, geometry, scale),
+        "prepared launch": lambda: general(*qkv, None, None),
+        "scratch memory": lambda: scratch_memory(qkv[0], 1 << 18),
+        "without last rows": functools.partial(_sparse, qkv, (4, 32, 0), False),
+        "training operator": functools.partial(_sparse, qkv, geometry.counts, True),
+        **{f"dense {name}": _under(kind, dense) for name, kind in _BACKENDS.items()},
+        "empty": lambda: torch.empty(16, device="cuda"),
+    }
+    if hopper_launch.takes(*kinds):
+        prepared = hopper_launch.Launch(*kinds, None, geometry, scale, None)
+        runs["hopper launch"] = lambda: prepared(*qkv, None, None, None, None, None)
+    return runs
 
 
 CASE = Case("short_prompts", "short_prompts.json", measure, COLUMNS, needs_cuda=True, quick_anywhere=False)

@@ -42,10 +42,12 @@ SEED = 20261127
 # (method, stride, block)
 WAYS = [("pooled", 16, 64), ("pooled", 64, 64), ("antidiagonal", 16, 64), ("pooled", 16, 128)]
 SHARES = [0.8, 0.9, 0.95]
+PEAK_SHARES = [0.5, 0.6, 0.7, 0.8, 0.9]
+"""Of lists from exact scores."""
 # A CPU has time for the first way, one share and few texts.
 FULL: dict[str, Any] = {
     "smollm2": [[2048, 2], [4096, 2]],
-    "recall": [],
+    "recall": [[8192, 3]],
     "triangle": 15,
     "layers": 30,
     "shares": [0.9],
@@ -64,7 +66,7 @@ CUDA: dict[str, Any] = {
     "calibrated": {"calibration": [4096, 3], "shares": [0.9, 0.8, 0.95], "counts": [6, 8, 10],
                    "evaluation": [[4096, 8], [7680, 4]]},
 }  # fmt: skip
-QUICK: dict[str, Any] = FULL | {"smollm2": [[256, 1]], "triangle": 2, "layers": 4, "counts": [1],
+QUICK: dict[str, Any] = FULL | {"smollm2": [[256, 1]], "recall": [], "triangle": 2, "layers": 4, "counts": [1],
                                 "calibration": [256, 1],
                                 "calibrated": {"calibration": [256, 1], "shares": [0.9, 0.8], "counts": [1],
                                                "evaluation": [[256, 2]]}}  # fmt: skip
@@ -284,11 +286,31 @@ class Recall:
         for way in ways(CUDA):
             sets += [("all others", Layers(triangle, rest, way)), ("alone", Layers((), tuple(range(self.depth)), way))]
         sets += [("one layer", Layers((), (layer,), MIDDLE)) for layer in range(self.depth)]
+        for share in PEAK_SHARES:
+            way = replace(MIDDLE, share=share)
+            sets += [("all others", Layers(triangle, rest, way, peaks=True))]
+            sets += [("alone", Layers((), tuple(range(self.depth)), way, peaks=True))]
+        for share in SHARES:
+            way = replace(MIDDLE, share=share)
+            sets += [
+                ("without layer 1", Layers(triangle, (0, 2), way)),
+                ("without layer 1, alone", Layers((), (0, 2, *triangle), way)),
+            ]
+        tasks = TASKS
+        if device().type == "cpu":
+            # It has time for the hardest task, and for few choices.
+            tasks = {"2 hops": TASKS["2 hops"]}
+            sets = [
+                (policy, layers)
+                for policy, layers in sets
+                if policy in ("dense", "deepest")
+                or (policy in ("all others", "alone") and layers.peaks and layers.of(layers.dynamic[0]).share == 0.8)
+                or (policy in ("all others", "without layer 1") and not layers.peaks and layers.selection == MIDDLE)
+            ]
         found = []
         for policy, layers in sets:
-            note(f"stacked: recall {tokens}, {policy}, {layers.selection}")
             accuracy, density = {}, []
-            for task, hops in TASKS.items():
+            for task, hops in tasks.items():
                 generator = torch.Generator(device()).manual_seed(SEED + 10 * tokens + hops)
                 right = []
                 for _ in range(count):
@@ -313,6 +335,7 @@ class Recall:
                     "accuracy": accuracy,
                 }
             )
+            note(f"stacked: recall {tokens}, {policy}, {layers}: {share:.3f}, {accuracy}")
         return found
 
 
@@ -321,7 +344,8 @@ def _how(layers: Layers) -> dict[str, Any]:
     words: dict[str, Any] = {}
     if way is not None:
         share = list(layers.shares) if layers.shares else way.share
-        words = {"method": way.method, "stride": way.stride, "block": way.block, "share": share}
+        method, stride = ("exact peaks", 1) if layers.peaks else (way.method, way.stride)
+        words = {"method": method, "stride": stride, "block": way.block, "share": share}
     return {"triangle_layers": list(layers.triangle), "dynamic_layers": list(layers.dynamic), **words}
 
 

@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from studies.stacked_peaks import peak_lists
 from tmx_compile.mask import Geometry
 from tmx_compile.mask.selection import Selection
 from tmx_compile.operator import triangle_attention
+from tmx_compile.operator.dynamic import attend as plain_attend
 from tmx_compile.operator.dynamic import block_sparse_attention
 
 GEOMETRY = (8, 512, 128)
@@ -21,13 +23,15 @@ GEOMETRY = (8, 512, 128)
 class Layers:
     """What the layers of a model do: the triangle layers, the dynamic ones, and how those choose.
 
-    ``shares`` are those of the dynamic layers where they differ.
+    ``shares`` are those of the dynamic layers where they differ. With ``peaks`` lists come from exact scores
+    (:mod:`studies.stacked_peaks`), not by the selection's method.
     """
 
     triangle: tuple[int, ...] = ()
     dynamic: tuple[int, ...] = ()
     selection: Selection | None = None
     shares: tuple[float, ...] = ()
+    peaks: bool = False
 
     def of(self, layer: int) -> Selection:
         """How a dynamic layer chooses."""
@@ -36,25 +40,30 @@ class Layers:
 
 
 class Board:
-    """A model whose attention is switched, and what its dynamic layers visited."""
+    """A model whose attention is switched, and what its dynamic layers visited.
+
+    ``dense`` is what the other layers compute, and may be replaced.
+    """
 
     def __init__(self, model: nn.Module, name: str) -> None:
         from transformers import AttentionInterface
 
         self.model, self.name, self.layers = model, name, Layers()
         self.visited: list[Tensor] = []
+        self.dense = dense
         AttentionInterface.register(name, self.attend)
         model.set_attn_implementation(name)
 
     def attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **rest: Any) -> Any:
         layers, scale = self.layers, rest["scaling"]
         if module.layer_idx in layers.dynamic:
-            out, visited = dynamic(query, key, value, layers.of(module.layer_idx), scale)
+            form = by_peaks if layers.peaks else dynamic
+            out, visited = form(query, key, value, layers.of(module.layer_idx), scale)
             self.visited.append(visited)
         elif module.layer_idx in layers.triangle:
             out = triangle(query, key, value, scale)
         else:
-            out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
+            out = self.dense(query, key, value, scale)
         return out.transpose(1, 2).contiguous(), None
 
     def logits(self, ids: Tensor, keep: int, layers: Layers) -> tuple[Tensor, float]:
@@ -68,6 +77,11 @@ class Board:
         return out, visited / causal
 
 
+def dense(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Causal attention."""
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
+
+
 def dynamic(query: Tensor, key: Tensor, value: Tensor, selection: Selection, scale: float) -> tuple[Tensor, Tensor]:
     """Block-sparse attention by the form that is there."""
     if query.is_cuda:
@@ -76,6 +90,15 @@ def dynamic(query: Tensor, key: Tensor, value: Tensor, selection: Selection, sca
         both: tuple[Tensor, Tensor] = TRITON_BLOCK_SPARSE(query, key, value, None, *selection.arguments, scale)
         return both
     return block_sparse_attention(query, key, value, selection=selection, scale=scale)
+
+
+def by_peaks(query: Tensor, key: Tensor, value: Tensor, selection: Selection, scale: float) -> tuple[Tensor, Tensor]:
+    """The same over lists from exact scores."""
+    lists = peak_lists(query, key, selection, scale)
+    attend: Any = plain_attend
+    if query.is_cuda:
+        from tmx_compile.lowering.triton.dynamic.launch import attend
+    return attend(query, key, value, None, lists, selection.block, scale), lists.visited
 
 
 def triangle(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:

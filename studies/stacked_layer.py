@@ -8,13 +8,14 @@ selection is timed apart, on the same tensors, and added. Which densities keep a
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.common import Case, Measured, Records, free, note
+from benchmarks.common import Case, Parts, Records, device, free, note
 from tmx_compile.bench.dense import dense_variants
 from tmx_compile.bench.timing import describe, interleaved
 from tmx_compile.mask.selection import Selection
@@ -30,6 +31,8 @@ FULL: dict[str, Any] = {
     "dtype": "bfloat16",
     "methods": (("pooled", 16), ("pooled", 128), ("antidiagonal", 16)),
     "blocks": (128, 64),
+    # Block and densities.
+    "flex": (128, (0.25,)),
 }
 QUICK: dict[str, Any] = FULL | {
     "lengths": (300,),
@@ -40,11 +43,17 @@ QUICK: dict[str, Any] = FULL | {
     "dtype": "float32",
     "methods": (("pooled", 16),),
     "blocks": (64,),
+    "flex": (64, ()),
 }
 # Keys a step, warps, stages, most registers a thread may take, by block.
 SHAPES: dict[int, list[tuple[int, int, int, int | None]]] = {
-    128: [(64, 8, 3, None), (64, 8, 2, None), (128, 8, 2, None), (32, 8, 3, 128), (64, 4, 2, None), (32, 8, 4, 128)],
-    64: [(64, 4, 3, None), (64, 4, 2, None), (32, 4, 3, None), (32, 4, 4, None)],
+    128: [(128, 8, 2, None), (64, 8, 3, None)],
+    64: [(64, 4, 3, None), (64, 4, 2, None)],
+}
+# Tiles of FlexAttention's template that divide the blocks.
+FLEX: dict[str, dict[str, int]] = {
+    "default": {},
+    "64 keys, 8 warps, 3 stages": {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
 }
 TOLD = {
     "ms": "selection (select_ms) and attention (attend_ms) one after the other, medians",
@@ -53,6 +62,10 @@ TOLD = {
     "dense_ms": "F.scaled_dot_product_attention(is_causal=True) by its fastest backend",
     "density": "blocks visited over blocks of dense causal attention",
     "rate": "time that dense attention takes for its blocks over time for the visited ones, at one time a block",
+    "rate_tflops": "floating-point operations of the visited blocks, whole ones, over attend_ms",
+    "flex_ms": "FlexAttention, compiled for the length, over the same lists, its fastest of 'flex_tried'; no "
+    "measurement where 'flex_error' is not small",
+    "flex_error": "largest absolute difference of all rows from the kernel's",
     "error": "largest absolute difference of 256 rows from plain PyTorch over the same lists",
 }
 
@@ -72,43 +85,42 @@ def drawn(heads: int, rows: int, density: float, device: torch.device) -> Lists:
     return Lists(blocks[None], counts[None], visited)
 
 
-def measure(quick: bool) -> Measured:
+def names(quick: bool) -> list[str]:
     plan = QUICK if quick else FULL
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return [f"{n}/{block}" for n in reversed(plan["lengths"]) for block in plan["blocks"]]
+
+
+def settings(quick: bool) -> dict[str, Any]:
+    return {**(QUICK if quick else FULL), "figures": TOLD}
+
+
+def measure(part: str, quick: bool) -> Records:
+    plan = QUICK if quick else FULL
+    n, block = map(int, part.split("/"))
+    torch.manual_seed(n)
+    sizes = [(plan["heads"], n), (plan["kv_heads"], n), (plan["kv_heads"], n)]
+    dtype = getattr(torch, plan["dtype"])
+    # In the memory that models leave: (B, N, H, D).
+    query, key, value = (
+        torch.randn(1, n, h, plan["head_dim"], device=device(), dtype=dtype).transpose(1, 2) for h, n in sizes
+    )
+    dense, _ = dense_variants(query, key, value)
+    times = interleaved(dense, budget_s=0.5, least=3, most=10)
+    backend = min(times, key=lambda name: times[name].median)
+    chosen = _selections(query, key, block, plan["methods"])
     records: Records = []
-    for n in plan["lengths"]:
-        torch.manual_seed(n)
-        sizes = [(plan["heads"], n), (plan["kv_heads"], n), (plan["kv_heads"], n)]
-        dtype = getattr(torch, plan["dtype"])
-        # In the memory that models leave: (B, N, H, D).
-        query, key, value = (
-            torch.randn(1, n, h, plan["head_dim"], device=device, dtype=dtype).transpose(1, 2) for h, n in sizes
-        )
-        dense, _ = dense_variants(query, key, value)
-        times = interleaved(dense, budget_s=0.5, least=3, most=10)
-        backend = min(times, key=lambda name: times[name].median)
-        for block in plan["blocks"]:
-            chosen = _selections(query, key, block, plan["methods"])
-            for density in plan["densities"]:
-                note(f"stacked_layer: {n} tokens, blocks of {block}, density {density}")
-                records.append(
-                    {
-                        "n": n,
-                        "model": "one layer",
-                        "triangle_layers": [],
-                        "dynamic_layers": [0],
-                        "block": block,
-                        **_layer(query, key, value, density, block, chosen),
-                        "dense_ms": times[backend].median,
-                        "dense_backend": backend,
-                    }
-                )
-                last = records[-1]
-                last["of_dense"] = last["ms"] / last["dense_ms"]
-                last["rate"] = last["dense_ms"] * last["density"] / last["attend_ms"]
-                note(str(last))
-                free()
-    return Measured({**plan, "figures": TOLD}, records)
+    for density in plan["densities"]:
+        note(f"stacked_layer: {n} tokens, blocks of {block}, density {density}")
+        record = {"n": n, "model": "one layer", "triangle_layers": [], "dynamic_layers": [0], "block": block}
+        flex = block == plan["flex"][0] and density in plan["flex"][1]
+        record |= _layer(query, key, value, density, block, chosen, flex=flex)
+        record |= {"dense_ms": times[backend].median, "dense_backend": backend}
+        record["of_dense"] = record["ms"] / record["dense_ms"]
+        record["rate"] = record["dense_ms"] * record["density"] / record["attend_ms"]
+        records.append(record)
+        note(str(record))
+        free()
+    return records
 
 
 def _selections(query: Tensor, key: Tensor, block: int, methods: Any) -> dict[str, float]:
@@ -124,7 +136,7 @@ def _selections(query: Tensor, key: Tensor, block: int, methods: Any) -> dict[st
 
 
 def _layer(
-    query: Tensor, key: Tensor, value: Tensor, density: float, block: int, chosen: dict[str, float]
+    query: Tensor, key: Tensor, value: Tensor, density: float, block: int, chosen: dict[str, float], *, flex: bool
 ) -> dict[str, Any]:
     from tmx_compile.lowering.triton.dynamic.launch import Tuning, attend
 
@@ -141,15 +153,57 @@ def _layer(
     got = attend(query, key, value, None, lists, block, scale, shapes=shapes[best])
     first = next(iter(chosen.values()))
     visited, causal = lists.visited.tolist()
+    operations = 4.0 * visited * block**2 * query.shape[3]
     return {
         "density": visited / causal,
         "ms": tried[best] + first,
         "attend_ms": tried[best],
+        "rate_tflops": operations / tried[best] / 1e9,
+        **(_flex(query, key, value, lists, block, got) if flex else {"flex_ms": None}),
         "select_ms": chosen,
         "tuning": best,
         "tried_ms": tried,
         "error": _error(query, key, value, lists, block, scale, got),
     }
+
+
+def _flex(
+    query: Tensor, key: Tensor, value: Tensor, lists: Lists, block: int, got: Tensor
+) -> dict[str, float | dict[str, float] | None]:
+    """FlexAttention over the same lists: a row's own block, the last of its list, by a mask, the others whole."""
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+    # The template takes the strides of whole blocks' lists from those of the others: they are as wide.
+    own = torch.zeros_like(lists.blocks, dtype=torch.int32)
+    own[..., :1] = lists.blocks.gather(3, (lists.counts[..., None] - 1).long()).int()
+    mask = BlockMask.from_kv_blocks(
+        torch.ones_like(lists.counts), own, lists.counts - 1, lists.blocks.int(), block, _causal,
+        (query.shape[2], key.shape[2]), compute_q_blocks=False,
+    )  # fmt: skip
+    tried, errors = {}, {}
+    for name, options in FLEX.items():
+        try:
+            torch._dynamo.reset()
+            run = functools.partial(
+                torch.compile(flex_attention, dynamic=False), query, key, value, block_mask=mask, enable_gqa=True,
+                kernel_options=options,
+            )  # fmt: skip
+            errors[name] = float((run() - got).abs().max())
+            tried[name] = _time(run)
+        except Exception as error:
+            note(f"flex {name}: {describe(error)}")
+    best = min(tried, key=tried.__getitem__, default=None)
+    if best is None:
+        return {"flex_ms": None, "flex_error": None, "flex_tried": tried}
+    return {"flex_ms": tried[best], "flex_error": errors[best], "flex_tried": tried}
+
+
+def _causal(batch: Tensor, head: Tensor, row: Tensor, key: Tensor) -> Tensor:
+    return key <= row
+
+
+def finish(records: Records) -> None:
+    """Every record stands for itself."""
 
 
 def _error(query: Tensor, key: Tensor, value: Tensor, lists: Lists, block: int, scale: float, got: Tensor) -> float:
@@ -175,5 +229,8 @@ def _time(run: Callable[[], Any]) -> float:
     return interleaved({"run": run}, budget_s=0.3, least=3, most=10)["run"].median
 
 
-COLUMNS = ("n", "block", "density", "ms", "attend_ms", "select_ms", "dense_ms", "of_dense", "rate", "tuning", "error")
-CASE = Case("stacked_layer", "stacked.json", measure, COLUMNS, needs_cuda=True, quick_anywhere=False)
+COLUMNS = ("n", "block", "density", "ms", "attend_ms", "flex_ms", "dense_ms", "of_dense", "rate", "tuning", "error")
+CASE = Case(
+    "stacked_layer", "stacked.json", None, COLUMNS, Parts(names, settings, measure, finish), needs_cuda=True,
+    quick_anywhere=False,
+)  # fmt: skip

@@ -166,12 +166,18 @@ def test_the_hopper_kernel(name):
     assert hopper_launch.takes(*kinds)
     extent = None if key_mask is None else extents(key_mask, case.kv_len, case.last)
     geometry = case.mask.bounded(case.kv_len, case.q_len)
-    launch = hopper_launch.Launch(*kinds, None if key_mask is None else kind(key_mask), geometry, case.scale, None)
-    out, _ = launch(*qkv, key_mask, extent, None, None, None)
+    mask_kind = None if key_mask is None else kind(key_mask)
+    launch = hopper_launch.Launch(*kinds, mask_kind, geometry, case.scale, None)
+    out, nothing = launch(*qkv, key_mask, extent, None, None, None)
+    assert nothing is None
     # Prepared by now.
     assert torch.equal(launch(*qkv, key_mask, extent, None, None, None)[0], out)
-    want, _ = oracle(*(x.cpu() for x in qkv), None if key_mask is None else key_mask.cpu(), *case.arguments)
+    training = hopper_launch.Launch(*kinds, mask_kind, geometry, case.scale, None, with_lse=True)
+    same, lse = training(*qkv, key_mask, extent, None, None, None)
+    assert torch.equal(same, out)
+    want, want_lse = oracle(*(x.cpu() for x in qkv), None if key_mask is None else key_mask.cpu(), *case.arguments)
     torch.testing.assert_close(out.cpu().double(), want, atol=allowed(case.dtype), rtol=0)
+    torch.testing.assert_close(lse.cpu().double(), want_lse, atol=allowed(case.dtype), rtol=0)
 
 
 @pytest.mark.parametrize("name", ["prime length", "left padding", "holes", "padding and a reach"])

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from tmx_compile.analysis.judge.intervals import interval
 from tools.pages.blocks import filled
 from tools.pages.markdown import Fields, ms, spans, table
 from tools.pages.results import load, origin
 
 PAGE = "dynamic.md"
 LAYER, RECALL, MODEL = "stacked.json", "stacked_quality_cuda.json", "stacked_quality.json"
+FRONTIER, WHOLE = "stacked_frontier.json", "stacked_model.json"
+SKIP, SKIP_MODEL = "softmax_skip.json", "softmax_skip_model.json"
+_WHICH = {"all others": "0-2", "without layer 1": "0, 2", "alone": "all", "without layer 1, alone": "all but 1"}
 _POLICIES = {"all others": "all others", "chosen": "by gradient", "calibrated": "calibrated"}
 
 
@@ -22,36 +29,45 @@ def generate(results: Path, docs: Path) -> str | None:
     """
     if not (results / LAYER).is_file():
         return None
-    layer, recall, model = (load(results / name) for name in (LAYER, RECALL, MODEL))
+    layer, recall, model, frontier, whole, skip, skip_model = (
+        load(results / name) for name in (LAYER, RECALL, MODEL, FRONTIER, WHOLE, SKIP, SKIP_MODEL)
+    )
     return filled(
         docs / PAGE,
         {
             "recall": f"{_recall(recall)}\n\n<sub>{origin(recall, RECALL)}</sub>",
+            "recall_long": f"{_recall(model)}\n\n<sub>{origin(model, MODEL)}</sub>",
             "model": f"{_model(model)}\n\n{_layers(model)}<sub>{origin(model, MODEL)}</sub>",
+            "frontier": f"{_frontier(frontier)}\n\n<sub>{origin(frontier, FRONTIER)}</sub>",
             "layer": f"{_layer(layer)}\n\n<sub>{origin(layer, LAYER)}</sub>",
+            "whole": f"{_whole(whole)}\n\n<sub>{origin(whole, WHOLE)}</sub>",
+            "skip": f"{_skip(skip)}\n\n<sub>{origin(skip, SKIP)}</sub>",
+            "skip_model": f"{_skip_model(skip_model)}\n\n<sub>{origin(skip_model, SKIP_MODEL)}</sub>",
         },
     )
 
 
 def _recall(result: Fields) -> str:
-    """The recall model with every layer dynamic that is no triangle layer, by method and share."""
+    """The recall model by which layers are dynamic, method and share, at the greatest length."""
+    records = [r for r in result["records"] if r["model"] == "recall"]
+    longest = max(r["n"] for r in records)
     rows = []
-    for r in result["records"]:
-        if r["model"] == "recall" and r["policy"] == "all others":
-            way = f"{r['method']}, {r['stride']}, {r['block']}"
+    for r in records:
+        if r["n"] == longest and r["policy"] in _WHICH and (r["policy"] != "alone" or r["stride"] == 1):
+            way = f"{_WHICH[r['policy']]}: {r['method']}, {r['stride']}, {r['block']}"
             right = r["accuracy"]
             cells = [f"{share:.1%}" for share in (r["density_outside"], *(right[task] for task in right))]
             rows.append([way, f"{r['share']:g}", *cells])
-    tasks = next(r["accuracy"] for r in result["records"] if r["model"] == "recall")
+    tasks = records[0]["accuracy"]
     names = [name.replace("_", " ").replace("hops", "names away") for name in tasks]
-    return table(["method, groups, blocks", "share", "density", *names], rows)
+    return table(["layers: method, groups, blocks", "share", "density", *names], rows)
 
 
 def _model(result: Fields) -> str:
     """SmolLM2 with dynamic layers beside its triangle layers: perplexity over that of the triangle layers alone."""
     rows = []
     for r in sorted(result["records"], key=lambda r: r["n"]):
-        if r["policy"] in _POLICIES:
+        if r["policy"] in _POLICIES and r["model"] != "recall":
             mean, lower, upper = r["ppl_over_triangle"]
             cells = [f"{r['n']:,}", f"{r['texts']}", f"{len(r['dynamic_layers'])}: {_POLICIES[r['policy']]}"]
             cells += [f"{r['density']:.1%}", f"{r['density_outside']:.1%}"]
@@ -88,7 +104,96 @@ def _listed(layers: Sequence[int]) -> str:
 def _layer(result: Fields) -> str:
     """One layer by length, block and density: milliseconds, and over the best dense attention."""
     rows = []
-    for r in result["records"]:
+    for r in sorted(result["records"], key=lambda r: (r["n"], -r["block"])):
         cells = [f"{r['n']:,}", f"{r['block']}", f"{r['density']:.1%}", ms(r["ms"]), ms(r["dense_ms"])]
         rows.append([*cells, f"{r['of_dense']:.2f}", f"{r['rate']:.2f}"])
     return table(["tokens", "block", "density", "ms", "dense ms", "of dense", "a block"], rows)
+
+
+def _frontier(result: Fields) -> str:
+    """Choices over all texts of a length that were measured with them, from the fewest blocks."""
+    found: dict[tuple[int, str], list[Fields]] = {}
+    alone: dict[tuple[int, int, str], float] = {}
+    for r in result["records"]:
+        which = r["part"].partition("-")[0]
+        if which == "search":
+            continue
+        if not r["dynamic_layers"]:
+            alone[r["n"], r["text"], which] = r["nll"]
+        else:
+            found.setdefault((r["n"], r["choice"]), []).append(r)
+    rows = []
+    for (n, choice), records in found.items():
+        changes = [r["nll"] - alone[n, r["text"], r["part"].partition("-")[0]] for r in records]
+        density, kl = (statistics.fmean(r[name] for r in records) for name in ("density_outside", "kl"))
+        told = f"{math.expm1(changes[0]):+.1%}"
+        if len(changes) > 1:
+            mean, lower, upper = interval(changes, exponent=True).as_list()
+            told = f"{mean:+.1%} ({lower:+.1%} to {upper:+.1%})"
+        rows.append((n, density, [f"{n:,}", f"{len(records)}", choice, f"{density:.1%}", told, f"{kl:.4f}"]))
+    head = [
+        "tokens",
+        "texts",
+        "dynamic layers",
+        "density",
+        "perplexity over triangle alone, 95%",
+        "divergence from dense",
+    ]
+    return table(head, [row for _, _, row in sorted(rows, key=lambda row: row[:2])])
+
+
+def _whole(result: Fields) -> str:
+    """Whole models by form, length and variant; what was saved beside what ``advise`` would have told."""
+    rows = []
+    for r in sorted(result["records"], key=lambda r: (r["form"], r["n"])):
+        saved, told = r["saved_ms"], r.get("told_ms")
+        density = "-" if r["density"] is None else f"{r['density']:.1%}"
+        name = r["variant"].replace("dense-causal", "dense").partition("-")[0]
+        rows.append(
+            [
+                f"{r['n']:,}",
+                r["form"],
+                name,
+                density,
+                ms(r["ms"]),
+                "-" if r["of_dense"] is None else f"{r['of_dense']:.2f}",
+            ]
+            + ["-" if x is None or name == "dense" else ms(x) for x in (saved, told)]
+        )
+    return table(["tokens", "form", "layers", "density", "ms", "of dense", "saved ms", "told ms"], rows)
+
+
+def _skip(result: Fields) -> str:
+    """What the kernel skips and takes, over the same kernel that skips nothing."""
+    timed = [r for r in result["records"] if "ms" in r]
+    plain = {(r["n"], r["data"]): r["ms"] for r in timed if r["threshold"] is None}
+    rows = []
+    most = max(r["threshold"] or 0.0 for r in timed)
+    for r in timed:
+        if not r["skipped"] and r["threshold"] not in (None, most):
+            # As the greatest threshold, which skips nothing either.
+            continue
+        before = plain[r["n"], r["data"]]
+        told = "none" if r["threshold"] is None else f"{r['threshold']:g}, {'near' if r['near_first'] else 'far'} first"
+        cells = [f"{r['n']:,}", r["data"], told, f"{r['skipped']:.1%}", ms(r["ms"]), f"{r['ms'] / before:.2f}"]
+        rows.append([*cells, f"{r['ms'] / r['dense_ms']:.2f}", f"{r['error']:.1e}"])
+    head = ["tokens", "tensors", "threshold", "skipped", "ms", "of itself", "of the best dense", "error"]
+    return table(head, rows)
+
+
+def _skip_model(result: Fields) -> str:
+    """What real weights skip."""
+    rows = []
+    found: dict[tuple[Any, ...], list[Fields]] = {}
+    for r in result["records"]:
+        found.setdefault((r["data"], r["n"], r["threshold"], r["near_first"]), []).append(r)
+    for (data, n, threshold, near_first), records in found.items():
+        told = "none" if threshold is None else f"{threshold:g}, {'near' if near_first else 'far'} first"
+        skipped = statistics.fmean(r["skipped"] for r in records)
+        cost = (
+            f"{records[0]['accuracy']['2 hops']:.1%}"
+            if "accuracy" in records[0]
+            else (f"{statistics.fmean(r['kl'] for r in records):.4f}")
+        )
+        rows.append([data, f"{n:,}", told, f"{skipped:.1%}", cost])
+    return table(["model", "tokens", "threshold", "skipped", "divergence, or right two names away"], rows)

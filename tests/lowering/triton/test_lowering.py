@@ -107,6 +107,11 @@ def test_the_memory_of_partial_results_is_bounded():
             assert splits >= 1
             assert splits == 1 or tiles * splits * rows <= 132 * 128
     assert tuning.splits(1, 300, 128, 132) == 1
+    # No more tiles than there are counters, however large the GPU.
+    assert tuning.splits(tuning.COUNTERS, 1 << 30, 16, 10**6) > 1
+    assert tuning.splits(tuning.COUNTERS + 1, 1 << 30, 16, 10**6) == 1
+    assert tuning.sink_splits(tuning.COUNTERS, 1 << 30, 10**6) > 1
+    assert tuning.sink_splits(tuning.COUNTERS + 1, 1 << 30, 10**6) == 1
 
 
 def test_padded_keys_may_hold_anything():

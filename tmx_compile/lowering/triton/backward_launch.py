@@ -13,7 +13,7 @@ from tmx_compile.lowering.triton.backward_keys import key_kernel
 from tmx_compile.lowering.triton.backward_queries import query_kernel
 from tmx_compile.lowering.triton.devices import multiprocessors
 from tmx_compile.lowering.triton.launch import INTERPRETED, heads_per_tile, row_grid
-from tmx_compile.lowering.triton.prepared import Kind, Prepared, kind
+from tmx_compile.lowering.triton.prepared import Kind, Prepared, empty, kind, scratch_memory
 from tmx_compile.lowering.triton.tuning import BackwardTuning
 from tmx_compile.mask.geometry import Geometry
 from tmx_compile.operator.layout import strides_by_tokens
@@ -98,7 +98,8 @@ class _Launches:
         sink, window, last = geometry.counts
         block_d, block_dv = (max(16, triton.next_power_of_2(x)) for x in (dim, v_dim))
         shapes = shapes or tuning.choose_backward(query.dtype.itemsize, max(block_d, block_dv))
-        self._results = [(x.shape, strides_by_tokens(*x.shape[1:])) for x in (query, key, value)]
+        self._results = [(tuple(x.shape), strides_by_tokens(*x.shape[1:])) for x in (query, key, value)]
+        self._lse = (batch, heads, q_len), (heads * q_len, q_len, 1)
         of_query, of_key, of_value = (strides[:3] for _, strides in self._results)
 
         grid = row_grid(query, key, last, shapes.queries)
@@ -109,14 +110,10 @@ class _Launches:
         key_group = heads_per_tile(group, min(shapes.sinks.rows, shapes.keys.rows))
         all_tiles = batch * kv_heads * sink_tiles
         splits = tuning.sink_splits(all_tiles, q_len * group, multiprocessors(query.device)) if sink else 1
-        # Numbers of float32: partial results of the last rows, and of the sinks for keys and values.
-        self._part = grid.last_programs * shapes.queries.rows * dim if grid.splits > 1 else 0
-        self._sink_part, self._sink_part_value = (
-            all_tiles * splits * sink_keys * x if splits > 1 else 0 for x in (dim, v_dim)
-        )
-        # A multiple of 16 bytes: Triton compiles a kernel again for a pointer that is none.
-        self._last_items = triton.cdiv(grid.last_items, 4) * 4
-        self._items = self._last_items + all_tiles if grid.splits > 1 or splits > 1 else 0
+        # Partial results of the last rows, and afterwards of the sinks for keys and values.
+        parts = grid.last_programs * shapes.queries.rows * dim if grid.splits > 1 else 0
+        sink_parts = all_tiles * splits * sink_keys * (dim + v_dim) if splits > 1 else 0
+        self._scratch = tuning.COUNTERS + max(parts, sink_parts) if parts or sink_parts else 0
 
         strides = [y for x in (query, key, value) for y in x.stride[:3]]
         mask_batch = 0 if key_mask is None else key_mask.stride[0]
@@ -168,26 +165,25 @@ class _Launches:
         out: Tensor,
         lse: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        grad_query, grad_key, grad_value = (query.new_empty_strided(*x) for x in self._results)
-        row_lse, delta = torch.empty_like(lse), torch.empty_like(lse)
-        part = sink_part = sink_part_value = arrived = sinks_arrived = delta
-        if self._part:
-            part = delta.new_empty(self._part)
-        if self._sink_part:
-            sink_part = delta.new_empty(self._sink_part + self._sink_part_value)
-            sink_part_value = sink_part[self._sink_part :]
-        if self._items:
-            arrived = delta.new_zeros(self._items, dtype=torch.int32)
-            sinks_arrived = arrived[self._last_items :] if self._sink_part else arrived
-        mask = delta if key_mask is None else key_mask
-        extent = delta if key_mask is None else extent
+        grad_query, grad_key, grad_value = (empty(query, *x) for x in self._results)
+        row_lse, delta = (empty(lse, *self._lse) for _ in range(2))
+        scratch = scratch_memory(delta, self._scratch) if self._scratch else None
         self._query_launch(
-            query, key, value, out, grad_out, lse, delta if grad_lse is None else grad_lse,
-            mask, extent, grad_query, row_lse, delta, part, arrived,
-        )  # fmt: skip
+            delta,
+            query,
+            key,
+            value,
+            out,
+            grad_out,
+            lse,
+            grad_lse,
+            key_mask,
+            extent,
+            grad_query,
+            row_lse,
+            delta,
+            scratch,
+        )
         for launch in self._key_launches:
-            launch(
-                query, key, value, grad_out, row_lse, delta, mask, extent, grad_key, grad_value,
-                sink_part, sink_part_value, sinks_arrived,
-            )  # fmt: skip
+            launch(delta, query, key, value, grad_out, row_lse, delta, key_mask, extent, grad_key, grad_value, scratch)
         return grad_query, grad_key, grad_value

@@ -18,10 +18,12 @@ import triton
 import triton.language as tl
 
 from tmx_compile.lowering.triton.tiles import (
+    COUNTERS,
     LOG2_E,
     arrived,
     bent,
     blocks_of,
+    counter,
     load_rows,
     masked_keys,
     stack,
@@ -72,8 +74,7 @@ def query_kernel(
     grad_query_ptr,
     row_lse_ptr,  # (B, H / KEY_GROUP, Sq, KEY_GROUP) float32, written here: base 2, infinity for rows without keys
     delta_ptr,  # the same shape, written here: rowsum(dO * O) - dLSE
-    part_ptr,  # (last tiles of all heads, splits, BLOCK_M, DIM) float32
-    arrived_ptr,  # (last tiles of all heads) int32, zeros
+    scratch_ptr,  # float32: COUNTERS zeros, as left behind, then parts (last tiles of all heads, splits, BLOCK_M, DIM)
     q_batch,
     q_head,
     q_row,
@@ -183,11 +184,13 @@ def query_kernel(
     if is_last:
         if splits > 1:
             item = (batch64 * HEAD_BLOCKS + head_block) * last_tiles + tile
-            parts = part_ptr + item * splits * BLOCK_M * DIM
+            parts = scratch_ptr + COUNTERS + item * splits * BLOCK_M * DIM
             store_part(parts, acc, split, DIM, BLOCK_M, BLOCK_D)
-            if arrived(arrived_ptr + item) != splits - 1:
+            if arrived(scratch_ptr, item) != splits - 1:
                 mine = mine & False
             else:
+                # For the launch of the sinks, which counts in the same memory.
+                tl.store(counter(scratch_ptr, item), 0)
                 acc = sum_parts(parts, splits, DIM, BLOCK_M, BLOCK_D)
     else:
         mine = exists & ((position < last_low) | (position >= end))

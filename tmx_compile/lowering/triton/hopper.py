@@ -22,13 +22,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from tmx_compile.lowering.triton import tuning
 from tmx_compile.lowering.triton.hopper_walk import Counts, item, layout_slots, schedule
+from tmx_compile.lowering.triton.tiles import counter
 from tmx_compile.lowering.triton.walk import seen
 
 # Of the threads of one group. Triton 3.6 calls it thread_barrier.
 _barrier = getattr(gl, "thread_barrier", None) or gl.barrier
 
 _NO_MAXIMUM = gl.constexpr(-3.0e38)
+# The head of the scratch memory: how many splits of a computing group's last rows arrived; all 0 before the launch.
+COUNTERS = gl.constexpr(tuning.COUNTERS)
 # Computing groups of a CTA: they share every key block, so that half as many keys go through the caches.
 CONSUMERS = gl.constexpr(2)
 
@@ -51,11 +55,10 @@ class Common(NamedTuple):
     v_bufs: Any
     counts: Any
     extent_ptr: Any
-    part_ptr: Any
-    part_lse_ptr: Any
-    arrived_ptr: Any
+    scratch_ptr: Any
     mask_ptr: Any
     out_ptr: Any
+    lse_ptr: Any
     o_batch: Any
     o_head: Any
     o_row: Any
@@ -118,18 +121,9 @@ def _produce(
             mbarrier.expect(k_full.index(slot), k_desc.block_type.nbytes)
             if first_slot < far:
                 _copy_pieces(
-                    common.piece_k,
-                    first_slot,
-                    far,
-                    work.sink_low,
-                    shift,
-                    work.batch,
-                    kv_head,
-                    k_full.index(slot),
-                    k_bufs.index(slot),
-                    BLOCK_N,
-                    BLOCK_D,
-                )
+                    common.piece_k, first_slot, far, work.sink_low, shift, work.batch, kv_head,
+                    k_full.index(slot), k_bufs.index(slot), BLOCK_N, BLOCK_D,
+                )  # fmt: skip
             else:
                 tma.async_copy_global_to_shared(
                     k_desc, [work.batch, kv_head, first_slot + shift, 0], k_full.index(slot), k_bufs.index(slot)
@@ -137,18 +131,9 @@ def _produce(
             mbarrier.expect(v_full.index(slot), v_desc.block_type.nbytes)
             if first_slot < far:
                 _copy_pieces(
-                    common.piece_v,
-                    first_slot,
-                    far,
-                    work.sink_low,
-                    shift,
-                    work.batch,
-                    kv_head,
-                    v_full.index(slot),
-                    v_bufs.index(slot),
-                    BLOCK_N,
-                    BLOCK_D,
-                )
+                    common.piece_v, first_slot, far, work.sink_low, shift, work.batch, kv_head,
+                    v_full.index(slot), v_bufs.index(slot), BLOCK_N, BLOCK_D,
+                )  # fmt: skip
             else:
                 tma.async_copy_global_to_shared(
                     v_desc, [work.batch, kv_head, first_slot + shift, 0], v_full.index(slot), v_bufs.index(slot)
@@ -191,7 +176,7 @@ def _consume(
     c, common,
     GROUP: gl.constexpr, HEADS: gl.constexpr, KV_HEADS: gl.constexpr, HEAD_BOX: gl.constexpr,
     DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, PADDED: gl.constexpr, REACH: gl.constexpr,
+    STAGES: gl.constexpr, PADDED: gl.constexpr, REACH: gl.constexpr, WRITE_LSE: gl.constexpr,
 ):  # fmt: skip
     """A computing group of four warps: 64 stacked rows of every tile, number ``c`` of the CTA's groups."""
     q_full, q_empty, k_full, v_full = common.q_full, common.q_empty, common.k_full, common.v_full
@@ -280,13 +265,16 @@ def _consume(
             o_r = gl.arange(0, 64, layout=gl.SliceLayout(1, OUT))
             o_c = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, OUT))
             inner = gl.expand_dims(o_r * BLOCK_D, 1) + gl.expand_dims(o_c, 0)
-            part_at = common.part_ptr + number.to(gl.int64) * splits * (64 * BLOCK_D)
-            lse_at = common.part_lse_ptr + number.to(gl.int64) * splits * 64
+            part_ptr = common.scratch_ptr + COUNTERS
+            part_at = part_ptr + number.to(gl.int64) * splits * (64 * BLOCK_D)
+            # The log-sum-exps, base 2, lie behind the parts of all last-row items.
+            lse_at = part_ptr + counts.last_items.to(gl.int64) * (CONSUMERS * 64 * BLOCK_D)
+            lse_at += number.to(gl.int64) * splits * 64
             gl.store(part_at + work.split * (64 * BLOCK_D) + inner, acc)
             gl.store(lse_at + work.split * 64 + row, lse)
             # Every thread's stores before the one thread's release.
             _barrier()
-            before = gl.atomic_add(common.arrived_ptr + number, 1, sem="acq_rel")
+            before = gl.atomic_add(counter(common.scratch_ptr, number), 1, sem="acq_rel")
             _barrier()
             wrote = (before == splits - 1).to(gl.int32)
             if before == splits - 1:
@@ -305,7 +293,19 @@ def _consume(
                     total = total * shrink + weight
                     maximum = new_maximum
                 divisor = gl.where(total > 0, total, 1.0)
+                lse = gl.where(total > 0, maximum + gl.log2(divisor), float("-inf"))
                 acc = acc / gl.expand_dims(gl.convert_layout(divisor, gl.SliceLayout(1, OUT)), 1)
+
+        if WRITE_LSE:
+            # To the natural logarithm, (B, H, Sq).
+            lse_row = mine_first + row % POSITIONS
+            lse_head = row // POSITIONS
+            keep_lse = (lse_head < GROUP) & (lse_row < work.stop) & (wrote != 0)
+            if work.is_last == 0:
+                keep_lse = keep_lse & ((lse_row < work.last_low) | (lse_row >= work.end))
+            first_head = work.batch.to(gl.int64) * HEADS + work.head_block * GROUP
+            lse_pointers = common.lse_ptr + (first_head + lse_head) * counts.q_len + (lse_row - offset)
+            gl.store(lse_pointers, lse * 0.6931471805599453, mask=keep_lse)
 
         # Through the query's own buffer, which nobody needs any more, to rows that threads can store whole.
         q_buf = q_bufs.index(q_slot * CONSUMERS + c).reshape([64, BLOCK_D])
@@ -339,13 +339,13 @@ def _consume(
 )  # fmt: skip
 def hopper_kernel(
     q_desc, k_desc, v_desc, piece_k, piece_v,
-    out_ptr, mask_ptr, extent_ptr, part_ptr, part_lse_ptr, arrived_ptr,
+    out_ptr, lse_ptr, mask_ptr, extent_ptr, scratch_ptr,
     o_batch, o_head, o_row, mask_batch,
     q_len, kv_len, sink, window, last, reach, scale,
     last_items, last_tiles, splits, split_keys, tiles, stream_items, head_start,
     HEADS: gl.constexpr, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_BOX: gl.constexpr, DIM: gl.constexpr,
     BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, PADDED: gl.constexpr, REACH: gl.constexpr,
+    STAGES: gl.constexpr, PADDED: gl.constexpr, REACH: gl.constexpr, WRITE_LSE: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """See the module. Strides are in elements."""
@@ -373,13 +373,18 @@ def hopper_kernel(
     )  # fmt: skip
     common = Common(
         q_desc, k_desc, v_desc, piece_k, piece_v, q_full, q_empty, k_full, v_full, kv_empty, q_bufs, k_bufs, v_bufs,
-        counts, extent_ptr, part_ptr, part_lse_ptr, arrived_ptr, mask_ptr, out_ptr, o_batch, o_head, o_row, scale,
-        mask_batch,
+        counts, extent_ptr, scratch_ptr, mask_ptr, out_ptr, lse_ptr, o_batch, o_head, o_row, scale, mask_batch,
     )  # fmt: skip
     gl.warp_specialize(
         [
-            (_consume, (0, common, GROUP, HEADS, KV_HEADS, HEAD_BOX, DIM, BLOCK_D, BLOCK_N, STAGES, PADDED, REACH)),
-            (_consume, (1, common, GROUP, HEADS, KV_HEADS, HEAD_BOX, DIM, BLOCK_D, BLOCK_N, STAGES, PADDED, REACH)),
+            (
+                _consume,
+                (0, common, GROUP, HEADS, KV_HEADS, HEAD_BOX, DIM, BLOCK_D, BLOCK_N, STAGES, PADDED, REACH, WRITE_LSE),
+            ),
+            (
+                _consume,
+                (1, common, GROUP, HEADS, KV_HEADS, HEAD_BOX, DIM, BLOCK_D, BLOCK_N, STAGES, PADDED, REACH, WRITE_LSE),
+            ),
             (_produce, (common, GROUP, HEADS, KV_HEADS, HEAD_BOX, DIM, BLOCK_D, BLOCK_N, STAGES, PADDED, REACH)),
         ],
         [4, 1], [CONSUMER_REGISTERS, PRODUCER_REGISTERS],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import triton
@@ -15,7 +15,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from tmx_compile.lowering.triton import tuning
 from tmx_compile.lowering.triton.devices import is_hopper, multiprocessors
 from tmx_compile.lowering.triton.hopper import hopper_kernel
-from tmx_compile.lowering.triton.prepared import Kind, Prepared
+from tmx_compile.lowering.triton.prepared import Kind, Prepared, empty, scratch_memory
 from tmx_compile.mask.geometry import Geometry
 from tmx_compile.operator.layout import strides_by_tokens
 
@@ -60,6 +60,7 @@ class Launch:
         geometry: Geometry,
         scale: float,
         out: Kind | None,
+        with_lse: bool = False,
     ) -> None:
         batch, heads, q_len, dim = query.shape
         sink, window, last = geometry.counts
@@ -81,13 +82,10 @@ class Launch:
         head_start = split_keys // KEYS // tile_blocks if last else 0
         self._shape = batch, heads, q_len, dim
         self._strides = strides_by_tokens(heads, q_len, dim) if out is None else out.stride
-        self._groups = all_heads * last_tiles * _GROUPS if last and splits > 1 else 0
-        self._part, self._part_lse = (self._groups * splits * _GROUP_ROWS * x for x in (block_d, 1))
-        self._descriptors = (
-            _Descriptor(query, head_box, positions, block_d),
-            *(_Descriptor(x, 1, KEYS, block_d) for x in (key, value)),
-            *(_Descriptor(x, 1, 16, 64) for x in (key, value)),
-        )
+        self._with_lse, self._lse_strides = with_lse, (heads * q_len, q_len, 1)
+        # Partial results and their log-sum-exps, of each computing group.
+        parts = last_items * _GROUPS * _GROUP_ROWS * (block_d + 1)
+        self._scratch = tuning.COUNTERS + parts if splits > 1 else 0
         self._launch = Prepared(
             hopper_kernel,
             min(ctas, stream_items + last_items),
@@ -96,9 +94,15 @@ class Launch:
                 q_len, kv_len, sink, window, last, geometry.reach_within(kv_len), scale * math.log2(math.e),
                 last_items, last_tiles, splits, split_keys, tiles, stream_items, head_start,
             ),
+            (
+                _describe(query, head_box, positions, block_d),
+                *(_describe(x, 1, KEYS, block_d) for x in (key, value)),
+                *(_describe(x, 1, 16, 64) for x in (key, value)),
+            ),
             HEADS=heads, KV_HEADS=kv_heads, GROUP=group, HEAD_BOX=head_box, DIM=dim, BLOCK_D=block_d,
             BLOCK_N=KEYS, STAGES=STAGES, PADDED=key_mask is not None, REACH=geometry.reach is not None,
-            CONSUMER_REGISTERS=REGISTERS[1], PRODUCER_REGISTERS=REGISTERS[2], num_warps=4, maxnreg=REGISTERS[0],
+            WRITE_LSE=with_lse, CONSUMER_REGISTERS=REGISTERS[1], PRODUCER_REGISTERS=REGISTERS[2],
+            num_warps=4, maxnreg=REGISTERS[0],
         )  # fmt: skip
 
     def __call__(
@@ -111,39 +115,22 @@ class Launch:
         _done: None,
         _sink_logits: None,
         out: Tensor | None,
-    ) -> tuple[Tensor, None]:
+    ) -> tuple[Tensor, Tensor | None]:
         """Launch it."""
-        out = query.new_empty_strided(self._shape, self._strides) if out is None else out
-        part = part_lse = arrived = out
-        if self._groups:
-            part = query.new_empty(self._part + self._part_lse, dtype=torch.float32)
-            part_lse = part[self._part :]
-            arrived = query.new_zeros(self._groups, dtype=torch.int32)
-        of_query, of_key, of_value, tail_of_key, tail_of_value = self._descriptors
-        padded = key_mask is not None
-        self._launch(
-            of_query(query), of_key(key), of_value(value), tail_of_key(key), tail_of_value(value),
-            out, key_mask if padded else out, extent if padded else out, part, part_lse, arrived,
-        )  # fmt: skip
-        return out, None
+        out = empty(query, self._shape, self._strides) if out is None else out
+        lse = None
+        if self._with_lse:
+            lse = empty(query, self._shape[:3], self._lse_strides, torch.float32)
+        scratch = scratch_memory(out, self._scratch) if self._scratch else None
+        self._launch(out, query, key, value, key, value, out, lse, key_mask, extent, scratch)
+        return out, lse
 
 
-class _Descriptor:
-    """Makes descriptors of tensors of one kind; the first is checked, and the others differ in their address alone."""
-
-    def __init__(self, x: Kind, heads: int, rows: int, block_dim: int) -> None:
-        shape = [1, heads, rows, block_dim]
-        self._numbers = list(x.shape), list(x.stride), shape, _layout(tuple(shape), x.dtype)
-        self._fields: dict[str, Any] | None = None
-
-    def __call__(self, x: Tensor) -> TensorDescriptor:
-        if self._fields is None:
-            made = TensorDescriptor(x, *self._numbers)
-            self._fields = {name: value for name, value in vars(made).items() if name != "base"}
-            return made
-        made = TensorDescriptor.__new__(TensorDescriptor)
-        vars(made).update(self._fields, base=x)
-        return made
+def _describe(x: Kind, heads: int, rows: int, block_dim: int) -> Callable[[Tensor], TensorDescriptor]:
+    """What makes a descriptor of a tensor of this kind, for blocks of ``heads`` x ``rows`` x ``block_dim``."""
+    block = [1, heads, rows, block_dim]
+    layout = _layout(tuple(block), x.dtype)
+    return lambda tensor: TensorDescriptor(tensor, list(x.shape), list(x.stride), block, layout)
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from torch import Tensor
 from tmx_compile.lowering.triton import tuning
 from tmx_compile.lowering.triton.devices import multiprocessors
 from tmx_compile.lowering.triton.kernel import triangle_kernel
-from tmx_compile.lowering.triton.prepared import TRIED_VERSION, Kind, Prepared, kind
+from tmx_compile.lowering.triton.prepared import TRIED_VERSION, Kind, Prepared, empty, kind, scratch_memory
 from tmx_compile.lowering.triton.tuning import Tuning
 from tmx_compile.mask.geometry import Geometry
 from tmx_compile.operator.layout import strides_by_tokens
@@ -43,10 +43,10 @@ def attend(
     extent: Tensor | None,
     geometry: Geometry,
     scale: float,
-    *,
     sink_logits: Tensor | None = None,
     softcap: float | None = None,
     with_lse: bool = False,
+    *,
     shapes: Tuning | None = None,
     out: Tensor | None = None,
     done: tuple[Tensor, Tensor] | None = None,
@@ -72,23 +72,26 @@ def attend(
     Raises:
         ValueError: ``out`` is no such memory.
     """
-    if query.stride(3) != 1 or key.stride(3) != 1 or value.stride(3) != 1:
-        query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
     if key_mask is not None and key_mask.stride(1) != 1:
         key_mask = key_mask.contiguous()
     if out is not None:
         _check_out(out, query, value)
-    dtype = query.dtype
-    if INTERPRETED and dtype == torch.bfloat16:
-        # The interpreter multiplies bfloat16 as if it were integers.
-        query, key, value = query.float(), key.float(), value.float()
-    into = out if query.dtype == dtype else None
     if sink_logits is not None:
         sink_logits = sink_logits.float().contiguous() if INTERPRETED else sink_logits.contiguous()
+    if INTERPRETED and query.dtype == torch.bfloat16:
+        # The interpreter multiplies bfloat16 as if it were integers.
+        exact = query.float(), key.float(), value.float()
+        scores: dict[str, Any] = {"sink_logits": sink_logits, "softcap": softcap}
+        made, lse = attend(
+            *exact, key_mask, extent, geometry, scale, **scores, with_lse=with_lse, shapes=shapes, done=done
+        )
+        return (made.to(query.dtype) if out is None else out.copy_(made)), lse
+    kinds = kind(query), kind(key), kind(value)
+    if kinds[0].stride[3] != 1 or kinds[1].stride[3] != 1 or kinds[2].stride[3] != 1:
+        query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
+        kinds = kind(query), kind(key), kind(value)
     launch = prepare(
-        kind(query),
-        kind(key),
-        kind(value),
+        *kinds,
         None if key_mask is None else kind(key_mask),
         None if extent is None else kind(extent),
         geometry,
@@ -98,12 +101,9 @@ def attend(
         None if done is None else (kind(done[0]), kind(done[1])),
         None if sink_logits is None else kind(sink_logits),
         softcap,
-        None if into is None else kind(into),
+        None if out is None else kind(out),
     )
-    made, lse = launch(query, key, value, key_mask, extent, done, sink_logits, into)
-    if out is not None:
-        return (made if made is out else out.copy_(made)), lse
-    return (made if made.dtype == dtype else made.to(dtype)), lse
+    return launch(query, key, value, key_mask, extent, done, sink_logits, out)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -132,11 +132,11 @@ def prepare(
     # Where many rows read all keys, those decide the block shapes.
     slots = sink + window if 4 * last < q_len else key.shape[2]
     size = batch * heads * q_len, multiprocessors(query.device)
-    general = shapes is not None or with_lse or done is not None or tuning.one_block(slots)
+    general = shapes is not None or done is not None or tuning.one_block(slots)
     # The Hopper kernel has neither learned sinks nor a softcap.
     general = general or sink_logits is not None or softcap is not None
     if not general and tuning.enough_for_hopper(*size) and HOPPER is not None and HOPPER.takes(query, key, value):
-        return HOPPER.Launch(query, key, value, key_mask, geometry, scale, out)  # type: ignore[no-any-return]
+        return HOPPER.Launch(query, key, value, key_mask, geometry, scale, out, with_lse)  # type: ignore[no-any-return]
     if shapes is None:
         dim = max(query.shape[3], value.shape[3])
         shapes = tuning.choose(query.dtype.itemsize, _padded(dim), slots, *size)
@@ -176,10 +176,10 @@ class _General:
         grid = row_grid(query, key, last, shapes)
         self._shape = batch, heads, q_len, v_dim
         self._strides = strides_by_tokens(heads, q_len, v_dim) if out is None else out.stride
-        self._lse_shape = query.shape[:3] if with_lse else None
-        # Of the partial results and their log-sum-exps, if there are several.
-        self._splits, self._items = grid.splits, grid.last_items
-        self._part, self._part_lse = grid.last_programs * shapes.rows * v_dim, grid.last_programs * shapes.rows
+        self._with_lse, self._lse_strides = with_lse, (heads * q_len, q_len, 1)
+        # Partial results and their log-sum-exps, if there are several.
+        parts = grid.last_programs * shapes.rows * (v_dim + 1)
+        self._scratch = tuning.COUNTERS + parts if grid.splits > 1 else 0
         self._launch = Prepared(
             triangle_kernel,
             grid.programs,
@@ -209,23 +209,16 @@ class _General:
         sink_logits: Tensor | None = None,
         out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        there = query
+        there = None
         if done is not None:
             out, there = done
         elif out is None:
-            out = query.new_empty_strided(self._shape, self._strides)
-        lse = None if self._lse_shape is None else query.new_empty(self._lse_shape, dtype=torch.float32)
-        part = part_lse = arrived = out
-        if self._splits > 1:
-            part = query.new_empty(self._part + self._part_lse, dtype=torch.float32)
-            part_lse = part[self._part :]
-            arrived = query.new_zeros(self._items, dtype=torch.int32)
-        padded = key_mask is not None
-        self._launch(
-            query, key, value, out, out if lse is None else lse,
-            key_mask if padded else out, extent if padded else out, there, part, part_lse, arrived,
-            out if sink_logits is None else sink_logits,
-        )  # fmt: skip
+            out = empty(query, self._shape, self._strides)
+        lse = None
+        if self._with_lse:
+            lse = empty(query, self._shape[:3], self._lse_strides, torch.float32)
+        scratch = scratch_memory(query, self._scratch) if self._scratch else None
+        self._launch(out, query, key, value, out, lse, key_mask, extent, there, scratch, sink_logits)
         return out, lse
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +25,15 @@ from tmx_compile.operator.triangle import COUNTS
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? key_mask, Tensor? extent"
 _SCORES = "Tensor? sink_logits=None, float? softcap=None"
 _LIBRARY: Any = torch.library.Library("tmx", "FRAGMENT")  # type: ignore[no-untyped-call]
-_BACKENDS = (DispatchKey.CUDA, DispatchKey.CPU)
+
+# Of arguments that are tensors and nothing else: no subclass, mode or transform watches, and autograd may.
+_PLAIN = frozenset(
+    (DispatchKeySet(backend) | DispatchKeySet(autograd)).raw_repr()
+    for backend, autograd in (
+        (DispatchKey.CUDA, DispatchKey.AutogradCUDA),
+        (DispatchKey.CPU, DispatchKey.AutogradCPU),
+    )
+)
 
 
 def _define(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
@@ -36,20 +45,21 @@ def _define(name: str, schema: str, run: Callable[..., Any], fake: Callable[...,
 
 
 def _differentiate(operator: Any, run: Callable[..., Any], function: Any) -> None:
-    """Let ``function`` compute ``operator`` where a gradient is wanted; its first argument is how to go on."""
+    """Let ``function`` compute ``operator`` where a gradient is wanted; its first argument computes it without one."""
 
     def with_keys(keys: DispatchKeySet, *args: Any) -> Any:
-        below = keys & torch._C._after_autograd_keyset
-        # Tensors and nothing that watches them: the next kernel is ours, and needs no dispatcher to be found.
-        plain = below.highestPriorityTypeId() in _BACKENDS
+        # The next kernel is ours, and needs no dispatcher to be found.
+        below = run
+        if keys.raw_repr() not in _PLAIN:
+            below = functools.partial(_below_autograd, operator, keys & torch._C._after_autograd_keyset)
         if torch.is_grad_enabled() and any(x.requires_grad for x in (*args[:3], *_sink_logits(args))):
             return function.apply(below, *args)
-        return run(*args) if plain else _below_autograd(operator, below, args)
+        return below(*args)
 
     _LIBRARY.impl(operator._schema.name.split("::")[1], with_keys, "Autograd", with_keyset=True)
 
 
-def _below_autograd(operator: Any, below: DispatchKeySet, args: tuple[Any, ...]) -> Any:
+def _below_autograd(operator: Any, below: DispatchKeySet, *args: Any) -> Any:
     with torch._C._AutoDispatchBelowAutograd():
         return operator.redispatch(below, *args)
 
@@ -57,15 +67,28 @@ def _below_autograd(operator: Any, below: DispatchKeySet, args: tuple[Any, ...])
 _geometry = functools.lru_cache(maxsize=1024)(Geometry)
 
 
+_NOTHING: Any = contextlib.nullcontext()
+
+
 def on_device_of(x: Tensor) -> Any:
     """Triton launches on the current device, which need not be the tensors'."""
     if not x.is_cuda or x.device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
+        return _NOTHING
     return torch.cuda.device(x.device)
 
 
-def _run(
-    with_lse: bool,
+# The modules that need Triton: an import statement would cost every call as much as the dispatcher.
+@functools.cache
+def _launch() -> Any:
+    return importlib.import_module("tmx_compile.lowering.triton.launch")
+
+
+@functools.cache
+def _backward_launch() -> Any:
+    return importlib.import_module("tmx_compile.lowering.triton.backward_launch")
+
+
+def _run_training(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -78,21 +101,19 @@ def _run(
     reach: int | None = None,
     sink_logits: Tensor | None = None,
     softcap: float | None = None,
+    *,
+    with_lse: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    from tmx_compile.lowering.triton.launch import attend
-
-    geometry = _geometry(sink, window, last, reach)
-    operands = (query, key, value, key_mask, extent)
+    attend, geometry = _launch().attend, _geometry(sink, window, last, reach)
     with on_device_of(query):
-        return attend(*operands, geometry, scale, sink_logits=sink_logits, softcap=softcap, with_lse=with_lse)
+        made: tuple[Tensor, Tensor | None] = attend(
+            query, key, value, key_mask, extent, geometry, scale, sink_logits, softcap, with_lse
+        )
+    return made
 
 
 def _run_forward(*arguments: Any) -> Tensor:
-    return _run(False, *arguments)[0]
-
-
-def _run_training(*arguments: Any) -> tuple[Tensor, Tensor | None]:
-    return _run(True, *arguments)
+    return _run_training(*arguments, with_lse=False)[0]
 
 
 def attend_into(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry, scale: float, out: Tensor) -> None:
@@ -103,10 +124,8 @@ def attend_into(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry, s
         geometry: the mask.
         out: (B, H, Sq, Dv) of query's dtype: the memory to write into.
     """
-    from tmx_compile.lowering.triton.launch import attend
-
     with on_device_of(query):
-        attend(query, key, value, None, None, geometry, scale, out=out)
+        _launch().attend(query, key, value, None, None, geometry, scale, out=out)
 
 
 def _run_backward(
@@ -126,13 +145,12 @@ def _run_backward(
     reach: int | None = None,
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from tmx_compile.lowering.triton.backward_launch import gradients
-
-    geometry = _geometry(sink, window, last, reach)
+    gradients, geometry = _backward_launch().gradients, _geometry(sink, window, last, reach)
     with on_device_of(query):
-        return gradients(
+        made: tuple[Tensor, Tensor, Tensor] = gradients(
             grad_out, grad_lse, query, key, value, key_mask, extent, out, lse, geometry, scale, softcap=softcap
         )
+    return made
 
 
 def _fake_forward(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
@@ -205,8 +223,8 @@ class _Training(torch.autograd.Function):
     """The gradients of :data:`TRAINING_OPERATOR`, from its results."""
 
     @staticmethod
-    def forward(ctx: Any, below: DispatchKeySet, *inputs: Any) -> Any:
-        out, lse = _below_autograd(TRAINING_OPERATOR, below, inputs)
+    def forward(ctx: Any, below: Callable[..., Any], *inputs: Any) -> Any:
+        out, lse = below(*inputs)
         _saved(ctx, inputs, out, lse)
         # The log-sum-exp has no gradient unless somebody uses it.
         ctx.set_materialize_grads(False)
@@ -224,9 +242,9 @@ class _Forward(torch.autograd.Function):
     """Those of :data:`TRITON_OPERATOR`, where nobody foresaw a gradient: it runs again for its log-sum-exp."""
 
     @staticmethod
-    def forward(ctx: Any, below: DispatchKeySet, *inputs: Any) -> Any:
+    def forward(ctx: Any, below: Callable[..., Any], *inputs: Any) -> Any:
         _saved(ctx, inputs)
-        return _below_autograd(TRITON_OPERATOR, below, inputs)
+        return below(*inputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:

@@ -66,6 +66,9 @@ BACKWARD_LARGE_HEADS = BackwardTuning(Tuning(64, 16, 8, 2), Tuning(16, 64, 8, 2)
 BACKWARD_FLOAT32 = BackwardTuning(Tuning(32, 32, 8, 1), Tuning(32, 32, 8, 1), Tuning(32, 32, 8, 1))
 BACKWARD_FLOAT32_LARGE_HEADS = BackwardTuning(Tuning(16, 16, 4, 1), Tuning(16, 16, 8, 1), Tuning(16, 16, 8, 1))
 
+COUNTERS = 1024
+"""Tiles whose splits can be counted in one launch."""
+
 LEAST_SPLIT = 256
 """Keys that one part of the last rows walks at least, or rows that one part of the sinks does: less would cost more in
 the merge than it saves."""
@@ -117,6 +120,8 @@ def splits(tiles: int, kv_len: int, rows: int, multiprocessors: int) -> int:
     Partial results take ``multiprocessors x 128`` rows at most: on an H100 8.7 MB at head dim 128, under 1% of the
     result at 131,072 tokens and 32 heads.
     """
+    if tiles > COUNTERS:
+        return 1
     return max(1, min(multiprocessors * 128 // rows // tiles, kv_len // LEAST_SPLIT))
 
 
@@ -125,4 +130,6 @@ def sink_splits(tiles: int, rows: int, multiprocessors: int) -> int:
 
     Two programs for every multiprocessor, none with less than :data:`LEAST_SPLIT` rows.
     """
+    if tiles > COUNTERS:
+        return 1
     return max(1, min(2 * multiprocessors // tiles, rows // LEAST_SPLIT))

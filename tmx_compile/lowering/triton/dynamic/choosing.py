@@ -1,4 +1,4 @@
-"""The kernels that choose blocks: scores between groups of tokens, and the lists that follow from them.
+"""The kernels that choose blocks: means of groups of tokens, scores between groups, and the lists that follow.
 
 They compute what :mod:`tmx_compile.operator.dynamic.estimate` and :mod:`~tmx_compile.operator.dynamic.choice` do. The
 scores are never stored: of each group of rows the log-sum-exp over each block of keys is.
@@ -12,6 +12,45 @@ import triton
 import triton.language as tl
 
 from tmx_compile.lowering.triton.tiles import load_rows
+
+
+@triton.jit(do_not_specialize=["front", "length", "groups"])
+def mean_kernel(
+    x_ptr,  # (B, H, N, DIM), rows or keys
+    mask_ptr,  # (B, N) bool, with PADDED
+    mean_ptr,  # (B, H, groups, DIM): what is computed, contiguous
+    count_ptr,  # (B, groups) int32: how many of a group exist, contiguous
+    x_batch,
+    x_head,
+    x_row,
+    mask_batch,
+    front,  # positions of the first group before the first of x
+    length,  # N
+    groups,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    STRIDE: tl.constexpr,
+    GROUPS: tl.constexpr,  # of a program
+    PADDED: tl.constexpr,
+):
+    """Means of groups of one head; 0 of a group of which nothing exists."""
+    program = tl.program_id(1).to(tl.int64)
+    head = program % HEADS
+    batch = program // HEADS
+    place = tl.program_id(0) * GROUPS * STRIDE + tl.arange(0, GROUPS * STRIDE) - front
+    exists = (place >= 0) & (place < length)
+    if PADDED:
+        exists = exists & (tl.load(mask_ptr + batch * mask_batch + place, mask=exists, other=0) != 0)
+    x = load_rows(x_ptr + batch * x_batch + head * x_head, place.to(tl.int64) * x_row, 1, DIM, BLOCK_D, exists)
+    sums = tl.sum(tl.reshape(x.to(tl.float32), [GROUPS, STRIDE, BLOCK_D]), 1)
+    count = tl.sum(tl.reshape(exists.to(tl.int32), [GROUPS, STRIDE]), 1)
+    group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
+    column = tl.arange(0, BLOCK_D)
+    mean = sums / tl.maximum(count, 1).to(tl.float32)[:, None]
+    at = mean_ptr + (program * groups + group[:, None]) * DIM + column[None, :]
+    tl.store(at, mean.to(mean_ptr.dtype.element_ty), mask=(group < groups)[:, None] & (column < DIM)[None, :])
+    tl.store(count_ptr + batch * groups + group, count, mask=(group < groups) & (head == 0))
 
 
 @triton.jit(do_not_specialize=["first_group", "groups", "q_offset", "q_len", "kv_len", "key_groups", "columns",
@@ -96,13 +135,17 @@ def estimate_kernel(
     tl.store(at, local, mask=(number < groups)[:, None] & (column < columns)[None, :])
 
 
-@triton.jit(do_not_specialize=["first_block", "first_row", "rows", "groups", "columns", "row_offset", "row_end"])
+@triton.jit(do_not_specialize=["start", "end", "sink_end", "last_low", "first_block", "first_row", "rows", "groups",
+                               "columns", "row_offset", "row_end"])  # fmt: skip
 def choose_kernel(
     local_ptr,  # (B, H, groups, columns) float32 of some rows of blocks
-    bounds_ptr,  # (B or 1, 4) int32: start, end, sink_end, last_low, in blocks
+    bounds_ptr,  # (B, 4) int32: start, end, sink_end, last_low, in blocks; with PADDED
     blocks_ptr,  # (B, H, rows, columns) int16
     counts_ptr,  # (B, H, rows) int32
-    bounds_batch,
+    start,  # those bounds of every sequence, without
+    end,
+    sink_end,
+    last_low,
     first_block,  # the block of the first row of blocks here
     first_row,  # its place among all rows of blocks
     rows,
@@ -116,14 +159,16 @@ def choose_kernel(
     OF_BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,  # a power of two
     WHOLE: tl.constexpr,  # whether everything possible is kept
+    PADDED: tl.constexpr,
 ):
     """The list of one row of blocks of one head."""
     here = tl.program_id(0)
     place = tl.program_id(1).to(tl.int64)
     own = first_block + here
-    bounds = bounds_ptr + place // HEADS * bounds_batch
-    start, end = tl.load(bounds), tl.load(bounds + 1)
-    sink_end, last_low = tl.load(bounds + 2), tl.load(bounds + 3)
+    if PADDED:
+        bounds = bounds_ptr + place // HEADS * 4
+        start, end = tl.load(bounds), tl.load(bounds + 1)
+        sink_end, last_low = tl.load(bounds + 2), tl.load(bounds + 3)
     column = tl.arange(0, COLUMNS)
     possible = (column <= own) & (column >= start) & (column < end)
     always = possible & ((column >= own - 1) | (column < sink_end))

@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from tmx_compile.lowering.triton.dynamic.choosing import choose_kernel, estimate_kernel
+from tmx_compile.lowering.triton.dynamic.choosing import choose_kernel, estimate_kernel, mean_kernel
 from tmx_compile.lowering.triton.dynamic.kernel import block_sparse_kernel
 from tmx_compile.lowering.triton.launch import INTERPRETED
 from tmx_compile.mask.selection import Selection
@@ -20,6 +20,7 @@ from tmx_compile.operator.layout import empty_by_tokens
 
 WORKSPACE = 1 << 25
 """Log-sum-exps that are kept at once (4 bytes each), unless one row of blocks has more."""
+_MEAN_ROWS = 64  # of a program that computes means
 _TILE = 64  # groups of rows, and at least of keys, of a program that estimates
 
 
@@ -49,23 +50,30 @@ def select(query: Tensor, key: Tensor, key_mask: Tensor | None, selection: Selec
     batch, heads, _, dim = query.shape
     of_block = grid.block // selection.stride
     device = query.device
-    bounds = Bounds.of(grid, key_mask, selection, device)
-    packed = torch.stack([bounds.start, bounds.end, bounds.sink_end, bounds.last_low], 1).to(torch.int32)
+    # Without padding they are known here: nothing small is computed on the device.
+    bounds = Bounds.of(grid, key_mask, selection, torch.device("cpu") if key_mask is None else device)
+    ends = [bounds.start, bounds.end, bounds.sink_end, bounds.last_low]
+    known = [int(x) for x in ends] if key_mask is None else [0] * 4
     blocks = torch.empty(batch, heads, grid.rows, grid.columns, dtype=torch.int16, device=device)
     counts = torch.empty(batch, heads, grid.rows, dtype=torch.int32, device=device)
     pooled = selection.method == "pooled"
-    keys_of = groups_of(grid.existing_keys(key_mask, device), selection.stride, 1).sum(2, dtype=torch.int32)
     if INTERPRETED and query.dtype == torch.bfloat16:
         # The interpreter multiplies bfloat16 as if it were integers.
         query, key = query.float(), key.float()
+    query, key = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key))
+    key_mask = key_mask if key_mask is None or key_mask.stride(1) == 1 else key_mask.contiguous()
     if pooled:
-        rows, keys = _means(query, key, key_mask, keys_of, grid, selection.stride)
+        front = grid.offset - grid.first * grid.block
+        rows, _ = _means(query, None, front, grid.rows * of_block, selection.stride)
+        keys, keys_of = _means(key, key_mask, 0, grid.columns * of_block, selection.stride)
         steps, q_offset = 1, grid.first * of_block
     else:
-        rows, keys = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key))
+        rows, keys = query, key
+        keys_of = groups_of(grid.existing_keys(key_mask, device), selection.stride, 1).sum(2, dtype=torch.int32)
         steps, q_offset = selection.stride, grid.offset
     padded = key_mask is not None and not pooled
-    mask = key_mask.contiguous() if key_mask is not None else keys_of
+    mask = keys_of if key_mask is None else key_mask
+    packed = counts if key_mask is None else torch.stack(ends, 1).to(torch.int32)
     together = max(1, WORKSPACE // (batch * heads * of_block * grid.columns))
     local = torch.empty(
         batch * heads * min(together, grid.rows) * of_block * grid.columns, dtype=torch.float32, device=device
@@ -88,33 +96,44 @@ def select(query: Tensor, key: Tensor, key_mask: Tensor | None, selection: Selec
                 FLOAT32=rows.dtype == torch.float32, num_warps=4, num_stages=3 if steps > 1 else 1,
             )  # fmt: skip
         choose_kernel[(stop - first, batch * heads)](
-            local, packed, blocks, counts, packed.stride(0) if packed.shape[0] > 1 else 0,
-            grid.first + first, first, grid.rows, groups, grid.columns, grid.offset, grid.kv_len, selection.share,
+            local, packed, blocks, counts, *known, grid.first + first, first, grid.rows, groups, grid.columns,
+            grid.offset, grid.kv_len, selection.share,
             HEADS=heads, STRIDE=selection.stride, OF_BLOCK=of_block, COLUMNS=triton.next_power_of_2(grid.columns),
-            WHOLE=whole, num_warps=4 if grid.columns <= 2048 else 8,
+            WHOLE=whole, PADDED=key_mask is not None, num_warps=4 if grid.columns <= 2048 else 8,
         )  # fmt: skip
     return Lists(blocks, counts, _visited(grid, bounds, counts))
 
 
-def _means(
-    query: Tensor, key: Tensor, key_mask: Tensor | None, keys_of: Tensor, grid: Grid, stride: int
-) -> tuple[Tensor, Tensor]:
-    """The mean query and key of every group, in their dtype."""
-    keys = grid.padded_keys(key)
-    if key_mask is not None:
-        # Hidden keys may hold anything.
-        keys = keys.masked_fill(~grid.existing_keys(key_mask, key.device)[:, None, :, None], 0.0)
-    rows_of = grid.existing_rows(query.device).view(-1, stride).sum(1).clamp(min=1)
-    rows = groups_of(grid.padded_rows(query), stride).sum(3, dtype=torch.float32) / rows_of[:, None]
-    keys = groups_of(keys, stride).sum(3, dtype=torch.float32) / keys_of.clamp(min=1)[:, None, :, None]
-    return rows.to(query.dtype), keys.to(key.dtype)
+def _means(x: Tensor, mask: Tensor | None, front: int, groups: int, stride: int) -> tuple[Tensor, Tensor]:
+    """The means of groups (B, H, groups, D) in x's dtype, and how many of each exist (B, groups) int32.
+
+    Args:
+        x: (B, H, N, D).
+        mask: (B, N) bool, or None: all exist.
+        front: positions of the first group that come before the first of x.
+        groups: how many.
+        stride: of how many positions.
+    """
+    batch, heads, length, dim = x.shape
+    means = torch.empty(batch, heads, groups, dim, dtype=x.dtype, device=x.device)
+    counts = torch.empty(batch, groups, dtype=torch.int32, device=x.device)
+    of_program = max(1, _MEAN_ROWS // stride)
+    mean_kernel[(triton.cdiv(groups, of_program), batch * heads)](
+        x, counts if mask is None else mask, means, counts, *x.stride()[:3], 0 if mask is None else mask.stride(0),
+        front, length, groups, HEADS=heads, DIM=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)), STRIDE=stride,
+        GROUPS=of_program, PADDED=mask is not None, num_warps=4,
+    )  # fmt: skip
+    return means, counts
 
 
 def _visited(grid: Grid, bounds: Bounds, counts: Tensor) -> Tensor:
-    row = torch.arange(grid.first, grid.columns, device=counts.device)
+    row = torch.arange(grid.first, grid.columns, device=bounds.end.device)
     possible = torch.minimum(row + 1, bounds.end[:, None]) - bounds.start[:, None]
     repeats = counts.shape[0] * counts.shape[1] // bounds.start.shape[0]
-    return torch.stack([counts.sum(dtype=torch.int64), possible.clamp(min=0).sum() * repeats])
+    whole = possible.clamp(min=0).sum() * repeats
+    if whole.device != counts.device:
+        whole = torch.full((), int(whole), dtype=torch.int64, device=counts.device)
+    return torch.stack([counts.sum(dtype=torch.int64), whole])
 
 
 def attend(
