@@ -10,8 +10,8 @@ from typing import Any
 from benchmarks.common import RESULTS, Case, Parts
 
 PROGRAMS = (
-    *("transformers_generate", "transformers_compile_config", "transformers_images", "accelerate_offload"),
-    *("peft_lora", "trl_sft", "torchao_int8", "bitsandbytes_int8"),
+    *("transformers_generate", "transformers_compile_config", "transformers_images", "transformers_serve"),
+    *("accelerate_offload", "peft_lora", "trl_sft", "torchao_int8", "bitsandbytes_int8"),
     *("lm_eval_hflm", "litgpt_model", "x_transformers_decoder", "nanogpt_form", "gpt_fast_form"),
 )
 

@@ -1,4 +1,4 @@
-"""Transformers' server, in this process and asked by OpenAI's client: its command takes no attention but its own list."""
+"""Transformers' server, in this process and asked by OpenAI's client: its command takes none but its own attention."""
 
 from __future__ import annotations
 
