@@ -69,10 +69,13 @@ def completion(client: OpenAI, name: str) -> str:
     raise TimeoutError("the server does not answer")
 
 
+# Else its cache takes most of the memory there is.
+SMALL = dict(cb_num_blocks=32, cb_max_batch_tokens=512)
+
 WAYS = {
     "its server, switched": partial(served, lambda attention, model: model.set_attn_implementation(attention.name)),
     "its server, continuous batching, switched": partial(
-        served, TriangleAttention.batch_continuously, continuous_batching=True, cb_use_cuda_graph=False
+        served, TriangleAttention.batch_continuously, continuous_batching=True, cb_use_cuda_graph=False, **SMALL
     ),
 }
 
