@@ -1,29 +1,36 @@
 """Five hundred mixed prompts through one model, compiled and switched: graphs, memory, and every answer.
 
-Inductor alone takes the same prompts, for the number of its graphs. The graphs that would go to Inductor run as they
-are: its code is no part of this. Once under Dynamo's own recompile limit, past which the compiled model goes on
+Inductor alone takes the same prompts, for the number of its graphs. Most prompts run the graphs that would go to
+Inductor as they are; fewer run its code. Once under Dynamo's own recompile limit, past which the compiled model goes on
 uncompiled and the attention implementation keeps it sparse, and once under a limit that no load of this kind reaches.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import random
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import Case, Measured, note
+from benchmarks.common import Case, Parts, Records, cold_compiles, note
 from studies.processes import resident_mib
 from tests.support.generation import answered, living_tensors
 from tmx_compile import TriangleMixConfig, tmx_backend
 
-FULL: dict[str, Any] = {"prompts": 500, "block": 50, "shortest": 20, "longest": 1500, "min_seq_len": 512}
-QUICK: dict[str, Any] = {"prompts": 4, "block": 2, "shortest": 20, "longest": 90, "min_seq_len": 48}
+GRAPHS, CODE = "graphs as left", "Inductor's code"
+PARTS = (GRAPHS, CODE)
+_SIZES: dict[str, Any] = {"shortest": 20, "longest": 1500, "min_seq_len": 512}
+FULL: dict[str, dict[str, Any]] = {
+    GRAPHS: {"prompts": 500, "block": 50, **_SIZES},
+    CODE: {"prompts": 60, "block": 15, **_SIZES},
+}
+QUICK = {part: {"prompts": 4, "block": 2, "shortest": 20, "longest": 90, "min_seq_len": 48} for part in PARTS}
 GEOMETRY = {"num_sink_tokens": 4, "sliding_window_size": 32, "num_last_tokens": 16}
 LAYERS, ANSWERED, SEED = 2, 2, 0
 SHAPE: dict[str, Any] = {
@@ -44,25 +51,16 @@ SHAPE: dict[str, Any] = {
 # Dynamo's own, and one that is not reached.
 LIMITS = (8, 64)
 OURS = ("uncompiled_dense", "uncompiled_sparse", "largest_difference", "other_tokens")
-COLUMNS = ("recompile_limit", "compiler", "prompts", "graphs", "limit_reached", "resident_mib", "tensors", *OURS)
+HELD = ("graphs", "limit_reached", "resident_mib", "tensors")
+COLUMNS = ("part", "recompile_limit", "compiler", "prompts", *HELD, *OURS)
 
 
-@mock.patch("torch._inductor.compile_fx.compile_fx", lambda gm, *args, **kwargs: gm.forward)
-def measure(quick: bool) -> Measured:
-    plan = QUICK if quick else FULL
-    config = TriangleMixConfig.deepest(1, num_layers=LAYERS, min_seq_len=plan["min_seq_len"], **GEOMETRY)
-    records = []
-    for limit in LIMITS:
-        with torch._dynamo.config.patch(recompile_limit=limit):
-            for load in (alone(plan), ours(plan, config)):
-                for found in load:
-                    records.append({"recompile_limit": limit, **found})
-                    note(f"soak: {records[-1]}")
-    settings = {
-        **plan,
+def _settings(quick: bool) -> dict[str, Any]:
+    return {
+        **(QUICK if quick else FULL),
         **GEOMETRY,
         "model": f"Llama, random weights: {SHAPE}",
-        "triangle_layers": config.layers(),
+        "triangle_layers": _config(QUICK[GRAPHS] if quick else FULL[GRAPHS]).layers(),
         "batch": "1 to 3",
         "padding": "on the left of seven prompts in ten, up to half of each sequence",
         "compiled": {
@@ -70,7 +68,10 @@ def measure(quick: bool) -> Measured:
             "tmx": "model.compile(backend=tmx_backend(config, model=model)) and set_attn_implementation; "
             "model.generate, greedy",
         },
-        "compiler": "none: the graphs that would go to Inductor run as Dynamo or the pass leaves them",
+        "compiler": {
+            GRAPHS: "none: the graphs that would go to Inductor run as Dynamo or the pass leaves them",
+            CODE: "Inductor, one thread, caches off",
+        },
         "answered_tokens": ANSWERED,
         "graphs": "so far, as Dynamo counts them",
         "oracle": "the model in float64, uncompiled, under masks written out; rows of the answer see every key",
@@ -78,7 +79,41 @@ def measure(quick: bool) -> Measured:
         "other_tokens": "answered tokens so far whose most likely token is another than the oracle's",
         "tensors": "tensors alive, after a collection",
     }
-    return Measured(settings, records)
+
+
+def _measure(part: str, quick: bool) -> Records:
+    plan = (QUICK if quick else FULL)[part]
+    records: Records = []
+    with _compiler(part):
+        for limit in LIMITS:
+            with torch._dynamo.config.patch(recompile_limit=limit):
+                for load in (alone(plan), ours(plan, _config(plan))):
+                    for found in load:
+                        records.append({"recompile_limit": limit, **found})
+                        note(f"soak: {records[-1]}")
+    return records
+
+
+def _config(plan: dict[str, Any]) -> TriangleMixConfig:
+    return TriangleMixConfig.deepest(1, num_layers=LAYERS, min_seq_len=plan["min_seq_len"], **GEOMETRY)
+
+
+@contextlib.contextmanager
+def _compiler(part: str) -> Iterator[None]:
+    if part == CODE:
+        with torch._inductor.config.patch(compile_threads=1), cold_compiles():
+            yield
+    else:
+        with mock.patch("torch._inductor.compile_fx.compile_fx", lambda gm, *args, **kwargs: gm.forward):
+            yield
+
+
+def _names(quick: bool) -> Sequence[str]:
+    return PARTS
+
+
+def _finish(records: Records) -> None:
+    """Every record stands for itself."""
 
 
 def fresh() -> Any:
@@ -191,4 +226,4 @@ def _under(mask: Tensor) -> Callable[..., Any]:
     return before
 
 
-CASE = Case("soak", "soak.json", measure, COLUMNS)
+CASE = Case("soak", "soak.json", None, COLUMNS, Parts(_names, _settings, _measure, _finish))

@@ -4,13 +4,14 @@
 
 Needs vLLM's CPU build; so it is no case of ``studies.run``. Triangle: streaming rows by this package's blocked
 lowering, last rows by vLLM's kernel. One thread, and its processor time, which other work on the machine lengthens
-least; the fastest of some rounds, taken in turns.
+least; medians of rounds that are taken in turns.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -28,6 +29,7 @@ LENGTHS = (2048, 6144, 16384)
 GEOMETRIES = (Geometry(8, 256, 128), Geometry(8, 512, 128))
 SHAPES = {"SmolLM2-135M": (9, 3, 64), "Llama-3.1-8B, a quarter of the heads": (8, 2, 128)}
 DTYPES = (torch.bfloat16, torch.float32)
+ROUNDS = 5
 
 
 class Layer:
@@ -117,12 +119,13 @@ def measure(quick: bool) -> list[dict[str, Any]]:
                 None: partial(layer.dense, n, layer.metadata(n)),
                 **{of: partial(layer.triangle, of, layer.metadata(of.last)) for of in geometries},
             }
-            times = taken(calls, 2 if quick else 3)
+            times = taken(calls, 2 if quick else ROUNDS)
             for geometry in geometries:
                 found = {"what": "one layer", "shape": name, "dtype": str(dtype).removeprefix("torch."), "n": n}
                 found |= {"isa": layer.isa, "geometry": list(geometry.counts), "share": share(geometry, n)}
-                found |= {"dense_ms": min(times[None]), "ms": min(times[geometry])}
-                found["speedup"] = found["dense_ms"] / found["ms"]
+                for prefix, took in (("dense_", times[None]), ("", times[geometry])):
+                    found |= {f"{prefix}ms": statistics.median(took), f"{prefix}range_ms": [min(took), max(took)]}
+                found |= {"rounds": len(times[None]), "speedup": found["dense_ms"] / found["ms"]}
                 if n <= 2048:
                     for what, of in (("off", geometry), ("dense_off", None)):
                         calls[of]()

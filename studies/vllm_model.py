@@ -1,18 +1,18 @@
-"""A Llama of the 8B shape with random weights for vLLM, and the same model in plain PyTorch with its masks written out.
-
-vLLM's own dummy weights make a chaotic model, of which nothing can be compared: :func:`calm` gives others.
-"""
+"""Llamas with random weights for vLLM, and the same models in plain PyTorch with their masks written out."""
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor
 
 THETA = 500000.0
@@ -31,8 +31,10 @@ class Shape:
     vocabulary: int = 128256
     positions: int = 131200
 
-    def write(self, folder: Path) -> None:
-        """Write what vLLM and Transformers read of a model without weights."""
+    def write(
+        self, folder: Path, weights: dict[str, Tensor] | None = None, dtype: torch.dtype = torch.bfloat16
+    ) -> None:
+        """Write what vLLM reads of a model; without weights it makes some up."""
         config = {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
@@ -46,7 +48,7 @@ class Shape:
             "max_position_embeddings": self.positions,
             "rms_norm_eps": 1e-5,
             "rope_theta": THETA,
-            "torch_dtype": "bfloat16",
+            "torch_dtype": str(dtype).removeprefix("torch."),
             "hidden_act": "silu",
             "tie_word_embeddings": False,
             "bos_token_id": 1,
@@ -54,18 +56,60 @@ class Shape:
         }
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        if weights is not None:
+            save_file({name: weight.cpu() for name, weight in weights.items()}, folder / "model.safetensors")
+
+
+def spread(name: str, inputs: int) -> float:
+    """The standard deviation of a weight under which small differences stay small, and attention is far from even.
+
+    Args:
+        name: of the weight.
+        inputs: its columns.
+    """
+    if "embed" in name:
+        return 1.0
+    of_attention = any(part in name for part in ("q_proj", "k_proj", "v_proj", "qkv"))
+    return (1.6 if of_attention else 0.6 if "down" in name else 1.28) / inputs**0.5
 
 
 def calm(parameters: dict[str, Tensor]) -> None:
-    """Random weights under which small differences stay small, and attention is far from even."""
+    """Random weights in the place of vLLM's dummies, which make a chaotic model."""
     device = next(iter(parameters.values())).device
     generator = torch.Generator(device=device).manual_seed(1)
     for name, weight in parameters.items():
         if "norm" in name:
             weight.data.fill_(1)
-            continue
-        spread = 1.0 if "embed" in name else 0.025 if "qkv" in name else 0.005 if "down" in name else 0.02
-        weight.data.normal_(0, spread, generator=generator)
+        elif weight.numel():
+            weight.data.normal_(0, spread(name, weight.shape[1]), generator=generator)
+
+
+def random_weights(shape: Shape, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+    """Weights by the names that a checkpoint gives them."""
+    generator = torch.Generator(device=device).manual_seed(1)
+    hidden, wide = shape.hidden, shape.heads * shape.head_dim
+    keys = shape.kv_heads * shape.head_dim
+    layer = {
+        "self_attn.q_proj": (wide, hidden),
+        "self_attn.k_proj": (keys, hidden),
+        "self_attn.v_proj": (keys, hidden),
+        "self_attn.o_proj": (hidden, wide),
+        "mlp.gate_proj": (shape.intermediate, hidden),
+        "mlp.up_proj": (shape.intermediate, hidden),
+        "mlp.down_proj": (hidden, shape.intermediate),
+        "input_layernorm": (hidden,),
+        "post_attention_layernorm": (hidden,),
+    }
+    sizes: dict[str, tuple[int, ...]] = {"model.embed_tokens": (shape.vocabulary, hidden), "model.norm": (hidden,)}
+    sizes |= {f"model.layers.{i}.{name}": size for i in range(shape.layers) for name, size in layer.items()}
+    sizes["lm_head"] = (shape.vocabulary, hidden)
+    weights = {}
+    for name, size in sizes.items():
+        weight = torch.ones(size, dtype=dtype, device=device)
+        if "norm" not in name:
+            weight.normal_(0, spread(name, size[1]), generator=generator)
+        weights[f"{name}.weight"] = weight
+    return weights
 
 
 @torch.inference_mode()
@@ -80,7 +124,7 @@ def log_probabilities(
     """Logarithms of probabilities (rows, vocabulary) behind the prompt's last token and every later one, in float32.
 
     Args:
-        weights: vLLM's own, by name, with its merged projections.
+        weights: as :func:`random_weights` makes them.
         shape: of the model.
         tokens: the prompt and what was generated.
         prompt: how many of them are the prompt.
@@ -90,10 +134,8 @@ def log_probabilities(
     device = weights["model.embed_tokens.weight"].device
     n, dim = len(tokens), shape.head_dim
     hidden = F.embedding(torch.tensor(list(tokens), device=device), weights["model.embed_tokens.weight"]).float()
-    place = torch.arange(n, device=device)
-    causal = place[None] <= place[:, None]
+    place = torch.arange(n, device=device, dtype=torch.int32)
     sink, window, last = geometry
-    seen = (place[None] < sink) | (place[:, None] - place[None] <= window) | (place[:, None] >= prompt - last)
     frequency = 1.0 / THETA ** (torch.arange(0, dim, 2, device=device).float() / dim)
     angle = place[:, None].float() * frequency
     cosine, sine = angle.cos()[:, None], angle.sin()[:, None]
@@ -102,33 +144,36 @@ def log_probabilities(
         one, other = x.chunk(2, -1)
         return torch.cat([one * cosine - other * sine, other * cosine + one * sine], -1)
 
+    def allowed(rows: slice, sparse: bool) -> Tensor:
+        row, key = place[rows, None], place[None]
+        causal = key <= row
+        return causal & ((key < sink) | (row - key <= window) | (row >= prompt - last)) if sparse else causal
+
     for layer in range(shape.layers):
 
         def times(x: Tensor, name: str, layer: int = layer) -> Tensor:
             return x @ weights[f"model.layers.{layer}.{name}.weight"].float().T
 
         x = F.rms_norm(hidden, (shape.hidden,), eps=1e-5)
-        sizes = [shape.heads * dim, shape.kv_heads * dim, shape.kv_heads * dim]
-        q, k, v = (part.view(n, -1, dim) for part in times(x, "self_attn.qkv_proj").split(sizes, -1))
-        q, k = turned(q), turned(k)
-        mask = causal & seen if layer in triangle else causal
-        hidden = hidden + times(_attention(q, k, v, mask), "self_attn.o_proj")
+        q, k, v = (times(x, f"self_attn.{name}_proj").view(n, -1, dim) for name in "qkv")
+        mask = functools.partial(allowed, sparse=layer in triangle)
+        hidden = hidden + times(_attention(turned(q), turned(k), v, mask), "self_attn.o_proj")
         x = F.rms_norm(hidden, (shape.hidden,), eps=1e-5)
-        gate, up = times(x, "mlp.gate_up_proj").chunk(2, -1)
-        hidden = hidden + times(F.silu(gate) * up, "mlp.down_proj")
+        inner = F.silu(times(x, "mlp.gate_proj")) * times(x, "mlp.up_proj")
+        hidden = hidden + times(inner, "mlp.down_proj")
     x = F.rms_norm(hidden[prompt - 1 :], (shape.hidden,), eps=1e-5)
     return (x @ weights["lm_head.weight"].float().T).log_softmax(-1)
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """(n, H, D) rows over (n, Hkv, D) keys: (n, H D), one key head after another, so that scores stay few."""
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Callable[[slice], Tensor], rows: int = 2048) -> Tensor:
+    """(n, H, D) rows over (n, Hkv, D) keys: (n, H D); a key head and some rows at a time, so that scores stay few."""
     group = q.shape[1] // k.shape[1]
     out = torch.empty_like(q)
-    for head in range(k.shape[1]):
-        heads = slice(head * group, head * group + group)
-        scores = torch.einsum("qhd,kd->hqk", q[:, heads], k[:, head]) * q.shape[-1] ** -0.5
-        weights = scores.masked_fill_(~mask, float("-inf")).softmax(-1)
-        out[:, heads] = torch.einsum("hqk,kd->qhd", weights, v[:, head])
+    for head, first in itertools.product(range(k.shape[1]), range(0, q.shape[0], rows)):
+        heads, some = slice(head * group, head * group + group), slice(first, first + rows)
+        scores = torch.einsum("qhd,kd->hqk", q[some, heads], k[:, head]) * q.shape[-1] ** -0.5
+        weights = scores.masked_fill_(~mask(some), float("-inf")).softmax(-1)
+        out[some, heads] = torch.einsum("hqk,kd->qhd", weights, v[:, head])
     return out.flatten(1)
 
 

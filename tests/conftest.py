@@ -41,7 +41,9 @@ def eager(monkeypatch):
 @pytest.fixture
 def sparse_from_min_seq_len(monkeypatch):
     """Also where ``auto`` would leave a prompt dense for its speed: on a GPU nearly all prompts of the tests."""
-    monkeypatch.setattr("tmx_compile.passes.judge.least_length", lambda lowering, device, least, *rest: least)
+    for judge in ("passes.judge", "integrations.transformers.judge"):
+        monkeypatch.setattr(f"tmx_compile.{judge}.least_length", lambda lowering, device, least, *rest: least)
+    monkeypatch.setattr("tmx_compile.integrations.transformers.judge.least_for_width", lambda *sizes: 0)
 
 
 def pytest_terminal_summary(terminalreporter):

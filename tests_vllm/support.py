@@ -9,7 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 VOCABULARY, LAYERS = 512, 4
 GEOMETRY = {"num_sink_tokens": 4, "sliding_window_size": 16, "num_last_tokens": 24}
@@ -35,6 +42,7 @@ SIZES: dict[str, Any] = dict(
     eos_token_id=1,
 )
 NEW_TOKENS, TOP = 8, 10
+TOWER = {"": "eager", "vision_config": "eager"}  # how towers for pictures attend
 BLOCK = 32  # tokens of a block of the cache
 TOLERANCE = 5e-4  # float32 against float64
 SHOWS = 1.0  # what the wrong mask makes of the same log-probabilities, at least
@@ -93,13 +101,29 @@ class Answer:
 
 
 class Oracle:
-    """The model in float64 under its masks, one row of the mask for every row of the prompt."""
+    """The model in float64 under its masks, one row of the mask for every row of the prompt.
 
-    def __init__(self, folder: str) -> None:
+    Args:
+        folder: the model's.
+        settings: the plugin's.
+        dtype: of the model.
+        pictures: what a model with a tower for pictures gets beside every prompt.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        settings: dict[str, Any] = SETTINGS,
+        dtype: torch.dtype = torch.float64,
+        pictures: dict[str, Any] | None = None,
+    ) -> None:
         # A name for each, since the interface is one for all models of a process.
         name = f"masks_of_{id(self)}"
         AttentionInterface.register(name, self._attend)
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation=name).eval()
+        kind: Any = AutoModelForCausalLM if pictures is None else AutoModelForImageTextToText
+        attention: Any = name if pictures is None else TOWER | {"text_config": name}
+        self.model = kind.from_pretrained(folder, dtype=dtype, attn_implementation=attention).eval()
+        self.settings, self.pictures = settings, pictures or {}
         self._prompt, self._layers = 0, ()
         self._known: dict[Any, Answer] = {}
 
@@ -109,8 +133,8 @@ class Oracle:
         rows, keys = query.shape[2], key.shape[2]
         row, column = torch.arange(keys - rows, keys)[:, None], torch.arange(keys)[None, :]
         allowed = column <= row
-        if module.layer_idx in self._layers and self._prompt > SETTINGS["min_seq_len"]:
-            sink, window, last = GEOMETRY.values()
+        if module.layer_idx in self._layers and self._prompt > self.settings["min_seq_len"]:
+            sink, window, last = (self.settings[name] for name in GEOMETRY)
             allowed &= (column < sink) | (row - column <= window) | (row >= self._prompt - last)
         own = getattr(module, "sliding_window", None)
         if own is not None:
@@ -122,7 +146,7 @@ class Oracle:
 
     def answer(self, prompt: list[int], layers: tuple[int, ...] | None = None, new_tokens: int = NEW_TOKENS) -> Answer:
         """Greedy decoding; ``layers`` are the triangle layers, those of the settings by default."""
-        layers = tuple(SETTINGS["triangle_layer_indices"]) if layers is None else layers
+        layers = tuple(self.settings["triangle_layer_indices"]) if layers is None else layers
         known = (tuple(prompt), layers, new_tokens)
         if known not in self._known:
             self._known[known] = self._compute(prompt, layers, new_tokens)
@@ -131,7 +155,7 @@ class Oracle:
     @torch.no_grad()
     def _compute(self, prompt: list[int], layers: tuple[int, ...], new_tokens: int) -> Answer:
         self._prompt, self._layers = len(prompt), layers
-        out = self.model(torch.tensor([prompt]), use_cache=True)
+        out = self.model(torch.tensor([prompt]), use_cache=True, **self.pictures)
         logs = out.logits[0].log_softmax(-1)
         answer = Answer([], [], logs[:-1].gather(1, torch.tensor(prompt[1:])[:, None])[:, 0].tolist())
         last = logs[-1]
@@ -198,9 +222,9 @@ class Engine:
         return getattr(runner.vllm_config.compilation_config, "trianglemix", None)
 
     def ask(
-        self, asked: list[list[int]], *, prompt: bool = False, new_tokens: int = NEW_TOKENS, **sampling: Any
+        self, asked: list[Any], *, prompt: bool = False, new_tokens: int = NEW_TOKENS, **sampling: Any
     ) -> tuple[list[Answer], list[int]]:
-        """The answers, and how many tokens of each prompt came from the prefix cache."""
+        """The answers to lists of tokens, or vLLM's own forms; how many of each one's tokens came from the cache."""
         from vllm import SamplingParams
 
         plain: dict[str, Any] = dict(
@@ -212,7 +236,7 @@ class Engine:
             detokenize=False,
         )
         parameters = SamplingParams(**plain | sampling)
-        requests = [{"prompt_token_ids": tokens} for tokens in asked]
+        requests = [each if isinstance(each, dict) else {"prompt_token_ids": each} for each in asked]
         answers, cached = [], []
         for tokens, result in zip(asked, self.llm.generate(requests, parameters, use_tqdm=False), strict=True):
             for output in result.outputs:

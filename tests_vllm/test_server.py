@@ -77,14 +77,14 @@ def test_clients_that_go_away_take_nothing_with_them(server: Server, oracle: Ora
 
 
 def counted(server: Server) -> dict[str, float]:
-    """By kind, the tokens of prompts that the metrics endpoint tells."""
+    """What the metrics endpoint tells: by kind the tokens of prompts, by outcome the requests."""
     with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics", timeout=10) as answer:
         lines = answer.read().decode().splitlines()
-    found = [re.match(r'trianglemix:prompt_tokens_total\{.*kind="(\w+)".*\} (\S+)', line) for line in lines]
-    return {match[1]: float(match[2]) for match in found if match}
+    counter = re.compile(r'trianglemix:(prompt_tokens|requests)_total\{.*(?:kind|outcome)="(\w+)".*\} (\S+)')
+    return {f"{match[1]} {match[2]}": float(match[3]) for match in map(counter.match, lines) if match}
 
 
-def test_the_metrics_endpoint_counts_tokens(server: Server) -> None:
+def test_the_metrics_endpoint_counts_tokens_and_requests(server: Server) -> None:
     before = counted(server)
     tokens = [*range(20, 220)]
     complete(server.client(), tokens)
@@ -93,7 +93,8 @@ def test_the_metrics_endpoint_counts_tokens(server: Server) -> None:
     after = counted(server)
     # Of 200 tokens the last 24 are dense; the second time 160 come from the cache. 40 are a short prompt.
     assert {kind: after[kind] - before[kind] for kind in after} == {
-        "triangle": 176 + 16, "dense": 24 + 24 + 40, "cached": 160,
+        "prompt_tokens triangle": 176 + 16, "prompt_tokens dense": 24 + 24 + 40, "prompt_tokens cached": 160,
+        "requests triangle": 2, "requests SHORT_PROMPT": 1, "requests NOT_FASTER": 0,
     }  # fmt: skip
 
 

@@ -81,17 +81,16 @@ class TmxBackend:
         if self.request.target == "ascend":
             torchair.check_config(self.request.compiler_config)
         self.report = Report() if report is None else report
-        config_in_use = self.request.config
+        in_use = self.request.config
         # A model that was handed over tells of each call by itself, and may be sparse in it.
         self._limit = RecompileLimit(self.report, self.request.strict and model is None)
-        longest = 0 if config_in_use is None else config_in_use.min_seq_len
-        self._watch = Watch(self.report, longest, self.request.strict, self._limit)
-        if model is not None and config_in_use is not None and config_in_use.dynamic_layers():
+        self._watch = Watch(self.report, 0 if in_use is None else in_use.min_seq_len, self.request.strict, self._limit)
+        if model is not None and in_use is not None and in_use.dynamic_layers():
             raise ValueError(
-                f"model cannot be handed over together with dynamic_layer_indices={config_in_use.dynamic_layer_indices}"
+                f"model cannot be handed over together with dynamic_layer_indices={in_use.dynamic_layer_indices}"
             )
-        if model is not None and config_in_use is not None:
-            hand_over(model, config_in_use, self._watch)
+        if model is not None and in_use is not None:
+            hand_over(model, in_use, self._watch)
             self.request = replace(self.request, handed_over=True)
         warn_of(self.request, config, stacklevel=5)
 
@@ -137,6 +136,7 @@ class TmxBackend:
         compiled, plan = self._compile(gm, host, compiler, example_inputs)
         # Only now: Dynamo may abandon a compilation half way and start again.
         self.report.add_graph(records(plan, self.report.graphs), plan.notes, plan.visited)
+        self._watch.compiled(item.layer for item in plan.sites if item.is_sparse)
         warn_if_dense(plan, self.report)
         return compiled if one_row is None else one_row.beside(compiled)
 

@@ -5,15 +5,17 @@ break, a layer's graph says ``L['self'].self_attn``, and Dynamo lets layers shar
 model that is handed over carries a :class:`~tmx_compile.graph.layer.Mark`, and its ``forward`` reads it: Dynamo guards
 on it, and writes it beside every node of the module. The mark tells the *kind* of a layer, not its number, so that
 graphs are shared by all layers that are to be alike. (A graph break inside the module itself undoes this: Dynamo then
-runs it in pieces that know nothing of the module.)
+runs it in pieces that know nothing of the module, unless an attention implementation gets it handed: see
+:func:`marked`.)
 """
 
 from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
 
@@ -40,6 +42,8 @@ class Watch:
         strict: raise instead of warning.
         limit: whether Dynamo goes on compiling.
         off: whether nothing is said any more.
+        asked: uncompiled calls that the attention implementation has judged and left dense.
+        pieces: layers that Python runs, but whose attention is compiled, and sparse.
     """
 
     report: Report
@@ -47,6 +51,14 @@ class Watch:
     strict: bool
     limit: RecompileLimit
     off: bool = False
+    asked: int = 0
+    pieces: set[int] = field(default_factory=set)
+
+    def compiled(self, layers: Iterable[LayerPath]) -> None:
+        """A graph was compiled in which attention of these layers is sparse."""
+        for layer in layers:
+            if layer.is_piece and layer.mark is not None:
+                self.pieces.update(layer.mark.layers)
 
     def ran(self, layer: int, tokens: int) -> None:
         """A triangle layer was called with so many rows by Python, not by a compiled graph."""
@@ -91,15 +103,15 @@ def hand_over(model: nn.Module, config: TriangleMixConfig, watch: Watch) -> None
     wanted = frozenset(config.layers())
     plan = plan_of(config)
     kinds = {sparse: tuple(sorted(n for n in present if (n in wanted) == sparse)) for sparse in (True, False)}
-    marked: Any
-    for marked, layer in found.items():
+    each: Any
+    for each, layer in found.items():
         sparse = layer in wanted
-        put = marked.__dict__.get("forward")
-        if not _is_ours(put, marked):
+        put = each.__dict__.get("forward")
+        if not _is_ours(put, each):
             # Over the class's own, or over what somebody put there, as accelerate does.
-            marked.forward = MethodType(forward if _is_own(put, marked) else Over(put), marked)
-        marked._tmx_mark = str(Mark(plan, sparse, kinds[sparse]))
-        marked._tmx_watch = (watch, layer) if sparse else None
+            each.forward = MethodType(forward if _is_own(put, each) else Over(put), each)
+        each._tmx_mark = str(Mark(plan, sparse, kinds[sparse]))
+        each._tmx_watch = (watch, layer) if sparse else None
 
 
 def plan_of(config: TriangleMixConfig) -> str:
@@ -127,18 +139,27 @@ class Over:
 
 def _run(module: Any, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if torch.compiler.is_compiling():
-        with annotate({MARK: module._tmx_mark}):
+        with marked(module):
             return run(*args, **kwargs)
     if module._tmx_watch is None:
         return run(*args, **kwargs)
     watch, layer = module._tmx_watch
-    before = watch.report.switched
+    before, asked = watch.report.switched, watch.asked
     out = run(*args, **kwargs)
-    if watch.report.switched == before:
+    in_piece = layer in watch.pieces and watch.asked == asked
+    if watch.report.switched == before and not in_piece:
         given = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim() > 1), None)
         # Whichever dimension holds the tokens: (B, S, E), (S, B, E) and (B, H, S, D) are all in use.
         watch.ran(layer, 0 if given is None else max(given.shape[:-1]))
     return out
+
+
+def marked(module: Any) -> AbstractContextManager[Any]:
+    """Nodes that Dynamo traces inside bear the mark of a module that was handed over.
+
+    The module itself is read, and so guarded on: after a graph break the pieces of its forward are told apart by this.
+    """
+    return annotate({MARK: module._tmx_mark})
 
 
 def is_handed_over(module: nn.Module) -> bool:
@@ -151,6 +172,13 @@ def went_sparse(module: nn.Module) -> None:
     told = getattr(module, "_tmx_watch", None)
     if told is not None:
         told[0].report.switched += 1
+
+
+def stayed_dense(module: nn.Module) -> None:
+    """Likewise, of one that was not."""
+    told = getattr(module, "_tmx_watch", None)
+    if told is not None:
+        told[0].asked += 1
 
 
 def _is_ours(put: Any, module: nn.Module) -> bool:

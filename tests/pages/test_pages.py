@@ -80,6 +80,9 @@ def test_both_pages_on_vllm_have_the_same_tables(tmp_path):
         record | {"what": "ttft", "ms": 503.0},
         record | {"what": "short prompts", "n": 256, "batch": 32, "new_tokens": 128, "dense_ms": 1000.0, "ms": 1004.0},
         record | {"what": page_vllm.MIXED, "dense_ms": 3000.0, "ms": 2500.0},
+        record
+        | {"what": page_vllm.MIXED, "layers": 32, "triangle_layers": 16, "dense_ms": 6000.0, "ms": 5000.0}
+        | {"dense_decode_tokens_per_s": 100.4, "decode_tokens_per_s": 120.0},
         record | {"what": "waits, dense"},
     ]
     hardware = {"gpu": "A card", "gpu_memory_gib": 79.2, "cpu": "A CPU", "cores": 16, "memory_gib": 125.9, "flags": []}
@@ -97,17 +100,44 @@ def test_both_pages_on_vllm_have_the_same_tables(tmp_path):
         "settings": {"vllm": "0.32.0"},
     }
     (tmp_path / page_vllm.CPU_FILE).write_text(json.dumps(on_cpu), encoding="utf-8")
-    (begin, end), (begin_cpu, end_cpu) = blocks.marks("vllm"), blocks.marks("vllm_cpu")
+    answer = {"runner": "V2 compiled", "gpus": 1, "n": 3000}
+    near, far = {"mean": 0.0161}, {"mean": 0.144}
+    answers = [
+        answer | {"what": "oracle: whole", "to_triangle": near, "to_dense": far},
+        answer | {"what": "oracle: whole", "n": 8192, "to_triangle": {"mean": 0.02}, "to_dense": {"mean": 0.2}},
+        answer | {"what": "oracle: dense", "to_triangle": far, "to_dense": near},
+        answer | {"what": "oracle: of a batch", "n": 700, "to_triangle": near, "to_dense": near},
+        answer | {"what": "ttft", "dense_ms": 1.0, "ms": 1.0},
+    ]
+    of_answers = content | {"command": "python -m studies.vllm_oracle --quick", "records": answers}
+    (tmp_path / page_vllm.ORACLE_FILE).write_text(json.dumps(of_answers), encoding="utf-8")
+    engine = {
+        "n": 3000,
+        "load_average": 6.3,
+        "dense_processor_ms": 8000.0,
+        "processor_ms": 4000.0,
+        "dense_ms": 9000.0,
+        "ms": 6000.0,
+    }
+    whole = on_cpu | {"command": "python -m studies.vllm_cpu_ttft", "records": [engine]}
+    whole["settings"] = settings | {"model": "A model", "dtype": "bfloat16", "layers": 30, "triangle_layers": 15}
+    (tmp_path / page_vllm.ENGINE_FILE).write_text(json.dumps(whole), encoding="utf-8")
+    empty = "\n".join("\n".join(blocks.marks(name)) for name in ("vllm", "vllm_oracle", "vllm_cpu", "vllm_cpu_ttft"))
     for page in page_vllm.PAGES:
-        text = f"before\n{begin}\n{end}\nbetween\n{begin_cpu}\n{end_cpu}\nbehind\n"
-        (tmp_path / page).write_text(text, encoding="utf-8")
+        (tmp_path / page).write_text(f"before\n{empty}\nbehind\n", encoding="utf-8")
     english, chinese = page_vllm.generate(tmp_path, tmp_path).values()
-    for text in (english, chinese):
-        assert "| 32,768 | 8,192 | V2 compiled | 611 | 503 | 1.21x |" in text
-        assert "| 32 x 256 | 128 | V2 compiled | 1,000 | 1,004 | 1.00x |" in text
-        assert "Llama-3.1-8B x 16, 8 x 8/512/128; vLLM 0.26.0, A card" in text
-        assert "| 32,768 | 8,192 | V2 compiled | 3,000 | 2,500 | 1.20x |" in text
+    for text, of, whole in ((english, "of", "whole"), (chinese, "/", "整个提示词")):
+        assert f"| 32,768 | 8,192 | 8 {of} 16 | V2 compiled | 611 | 503 | 1.21x |" in text
+        assert f"| 32 x 256 | 128 | 8 {of} 16 | V2 compiled | 1,000 | 1,004 | 1.00x |" in text
+        assert "Llama-3.1-8B, 8/512/128; vLLM 0.26.0, A card" in text
+        assert f"| 32,768 | 8,192 | 8 {of} 16 | V2 compiled | 3,000 | 2,500 | 1.20x |  |  |" in text
+        assert f"| 32,768 | 8,192 | 16 {of} 32 | V2 compiled | 6,000 | 5,000 | 1.20x | 100 | 120 |" in text
+        assert f"| {whole} | 8,192 | V2 compiled | 1 | 0.020 | 0.144 |" in text
+        assert "| 3,000 | V2 compiled | 1 | 0.016 | 0.144 |" in text
+        assert f"A model, bfloat16, 15 {of} 30 x 8/512/128; vLLM 0.26.0, A CPU" in text
+        assert "load average 6 to 6" in text
+        assert "| 3,000 | 8,000 | 4,000 | 2.00x | 9,000 | 6,000 | 1.50x |" in text
         assert "| A model | float32 | 6,144 | 552 | 124 | 4.45x |" in text
         assert "8/256/128; vLLM 0.32.0, A CPU" in text
-        assert text.count("\n| ") == 12
+        assert text.count("\n| ") == 20
     assert page_vllm.generate(tmp_path / "zh", tmp_path) == {}

@@ -5,20 +5,22 @@ import json
 import pytest
 
 from benchmarks.common import RESULTS
-from studies.soak import CASE, COLUMNS, FULL, LIMITS
+from studies.soak import CASE, COLUMNS, FULL, LIMITS, PARTS
 
 RESULT = json.loads((RESULTS / CASE.file_name).read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("limit", LIMITS)
-def test_the_stored_soak(limit):
+@pytest.mark.parametrize("part", PARTS)
+def test_the_stored_soak(part, limit):
     assert not RESULT["quick"]
     assert all(record.keys() == set(COLUMNS) for record in RESULT["records"])
     alone, ours = (
-        [r for r in RESULT["records"] if (r["recompile_limit"], r["compiler"]) == (limit, compiler)]
+        [r for r in RESULT["records"] if (r["part"], r["recompile_limit"], r["compiler"]) == (part, limit, compiler)]
         for compiler in ("inductor", "tmx")
     )
-    blocks = list(range(FULL["block"], FULL["prompts"] + 1, FULL["block"]))
+    plan = FULL[part]
+    blocks = list(range(plan["block"], plan["prompts"] + 1, plan["block"]))
     assert [r["prompts"] for r in alone] == [r["prompts"] for r in ours] == blocks
     assert ours[-1]["graphs"] <= alone[-1]["graphs"]
     assert ours[-1]["limit_reached"] == alone[-1]["limit_reached"] == (limit == LIMITS[0])

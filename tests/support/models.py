@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from tests.support.oracle import attended
 
@@ -29,6 +29,12 @@ def tiny_qwen3(layers=2, impl="sdpa", seed=0, **changes):
 
 
 LAYERS = 3
+
+
+def tiny_llama():
+    """A random Llama of three layers, of other weights in each call."""
+    shape = dict(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, vocab_size=128)
+    return LlamaForCausalLM(LlamaConfig(num_hidden_layers=LAYERS, initializer_range=0.2, **shape)).eval()
 
 
 def stored_model():

@@ -1,10 +1,9 @@
-"""What two processes check of attention that is split over them; each function runs in both (support/processes.py)."""
+"""What two processes check of operators and modules that are split over them; each function runs in both
+(support/processes.py)."""
 
 from __future__ import annotations
 
 import copy
-import tempfile
-from unittest import mock
 
 import pytest
 import torch
@@ -12,13 +11,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.support.models import masked, masked_oracle
-from tests.support.oracle import attended, oracle
+from tests.support.oracle import oracle
 from tmx_compile import TriangleMixConfig, tmx_backend, triangle_attention
 from tmx_compile.lowering.chunk import CHUNK
 from tmx_compile.lowering.triton.lowering import extents
@@ -192,81 +188,6 @@ def parallel_compiled():
         assert [site.layer for site in backend.report.triangle()] == [1, 2], backend.report
 
 
-# Models --------------------------------------------------------------------------------------------------------------
-
-
-def llama():
-    shape = dict(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, vocab_size=128)
-    return LlamaForCausalLM(LlamaConfig(num_hidden_layers=3, initializer_range=0.2, **shape)).eval()
-
-
-def as_written(gm, inputs, *args, **kwargs):
-    return gm.forward
-
-
-def triangle_layers(report):
-    return {layer for site in report.triangle() for layer in site.layers}
-
-
-def tp_plan():
-    plain = llama()
-    with tempfile.TemporaryDirectory() as folder:
-        paths = [folder]
-        dist.broadcast_object_list(paths)
-        if dist.get_rank() == 0:
-            plain.save_pretrained(folder)
-        dist.barrier()
-        model = LlamaForCausalLM.from_pretrained(paths[0], tp_plan="auto").eval()
-        dist.barrier()
-    weight = model.model.layers[0].self_attn.q_proj.weight
-    assert (weight.to_local() if isinstance(weight, DTensor) else weight).shape == (32, 64)
-    ids = torch.randint(0, 128, (2, N))
-    backend = tmx_backend(CONFIG, strict=True)
-    model.compile(backend=backend)
-    with torch.no_grad(), mock.patch("torch._inductor.compile_fx.compile_fx", as_written):
-        logits = model(ids).logits
-    close(logits, masked_oracle(plain, CONFIG, ids), 2e-4)
-    assert triangle_layers(backend.report) == {1, 2}, backend.report
-
-
-def trained(wrap):
-    """Loss and gradients of a wrapped model whose processes have a half of the batch each; what compiled it."""
-    plain = llama().train()
-    model = copy.deepcopy(plain)
-    ids = torch.randint(0, 128, (2, N))
-    own = ids[dist.get_rank() :][:1]
-    wrapped = wrap(model)
-    backend = tmx_backend(CONFIG, model=model, assume_causal=True)
-    with mock.patch("torch._inductor.compile_fx.compile_fx", as_written):
-        wrapped.compile(backend=backend)
-        loss = wrapped(input_ids=own, labels=own, use_cache=False).loss
-        loss.backward()
-    sparse = attended(N, N, None, *CONFIG.geometry.counts)
-    reference = masked(plain, 1, N, dict.fromkeys(CONFIG.layers(), sparse))
-    losses = [reference(input_ids=each[None], labels=each[None], use_cache=False).loss for each in ids]
-    (sum(losses) / len(losses)).backward()
-    close(loss, losses[dist.get_rank()].detach(), 2e-4)
-    for (name, a), b in zip(model.named_parameters(), reference.parameters(), strict=True):
-        assert a.grad is not None, name
-        close(a.grad, b.grad, 5e-4)
-    assert triangle_layers(backend.report) == {1, 2}, backend.report
-
-
-def fsdp():
-    def wrap(model):
-        for layer in model.model.layers:
-            fully_shard(layer, mesh=mesh())
-        return fully_shard(model, mesh=mesh())
-
-    trained(wrap)
-
-
-def ddp():
-    # Buckets so small that Dynamo cuts the graph between layers, as it does with models of usual size.
-    with mock.patch("torch.distributed._DEFAULT_FIRST_BUCKET_BYTES", 1 << 16):
-        trained(lambda model: nn.parallel.DistributedDataParallel(model, bucket_cap_mb=0.0625))
-
-
 CHECKS = {
     each.__name__: each
     for each in (
@@ -276,8 +197,5 @@ CHECKS = {
         parallel_modules,
         nine_heads,
         parallel_compiled,
-        tp_plan,
-        fsdp,
-        ddp,
     )
 }

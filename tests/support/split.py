@@ -154,7 +154,7 @@ def as_written():
 def llama(size):
     """Prompts of many lengths, with padding and without, above and below min_seq_len: two graphs for each."""
     from tests.support.models import masked_oracle
-    from tests.support.sharded import llama as made
+    from tests.support.models import tiny_llama as made
 
     mesh = mesh_of(size)
     if dist.get_rank() >= size:

@@ -78,7 +78,7 @@ def padded(n, side):
 
 def answers(size, prompts):
     """Greedy decoding over split caches, then over gathered ones: the logits of one process, at every step."""
-    from tests.support.sharded import llama as made
+    from tests.support.models import tiny_llama as made
     from tmx_compile.integrations.transformers import SplitPrompt
 
     mesh = mesh_of(size)

@@ -9,23 +9,53 @@ from tools.pages.markdown import Fields, ms, slashed, table, times
 from tools.pages.results import load, machine_and_versions
 
 PAGES = ("vllm.md", "zh/vllm.md")
-FILE, CPU_FILE = "vllm.json", "vllm_cpu.json"
+FILE, CPU_FILE, ORACLE_FILE, ENGINE_FILE = "vllm.json", "vllm_cpu.json", "vllm_oracle.json", "vllm_cpu_ttft.json"
 MIXED = "8 requests that decode, 3 long prompts"
 _ENGLISH = {
-    "first": ("tokens", "rows of a step", "runner", "dense, ms", "triangle, ms", "dense / triangle"),
-    "others": ("prompts x tokens", "new tokens", "runner", "dense, ms", "triangle, ms", "dense / triangle"),
+    "first": ("tokens", "rows of a step", "triangle layers", "runner", "dense, ms", "triangle, ms", "dense / triangle"),
+    "others": (
+        *("prompts x tokens", "new tokens", "triangle layers", "runner", "dense, ms", "triangle, ms"),
+        "dense / triangle",
+    ),
+    "decoding": ("decode dense, tokens/s", "triangle"),
     "layer": ("model", "dtype", "tokens", "dense, ms", "triangle, ms", "dense / triangle"),
+    "engine": ("tokens", "dense, ms", "triangle, ms", "dense / triangle", "passed, dense, ms", "triangle", "ratio"),
+    "oracle": ("what", "tokens", "runner", "GPUs", "off", "off from the wrong mask"),
     "to first": "Time to the first token:",
     "of others": "All answers to short prompts at once, whose rows are dense in both:",
     "of mixed": "All answers where 8 short prompts decode while 3 long ones come:",
+    "of": "of",
+    "what": {},
 }
 _CHINESE = {
-    "first": ("token 数", "每步行数", "运行器", "稠密，毫秒", "三角，毫秒", "稠密 / 三角"),
-    "others": ("提示词数 x token 数", "新 token", "运行器", "稠密，毫秒", "三角，毫秒", "稠密 / 三角"),
+    "first": ("token 数", "每步行数", "三角层", "运行器", "稠密，毫秒", "三角，毫秒", "稠密 / 三角"),
+    "others": ("提示词数 x token 数", "新 token", "三角层", "运行器", "稠密，毫秒", "三角，毫秒", "稠密 / 三角"),
+    "decoding": ("稠密时解码，token/秒", "三角"),
     "layer": ("模型", "dtype", "token 数", "稠密，毫秒", "三角，毫秒", "稠密 / 三角"),
+    "engine": ("token 数", "稠密，毫秒", "三角，毫秒", "稠密 / 三角", "经过时间：稠密，毫秒", "三角", "比值"),
+    "oracle": ("情形", "token 数", "运行器", "GPU 数", "偏差", "与错误掩码的偏差"),
     "to first": "首个 token 的时间：",
     "of others": "同时回答若干短提示词所用的时间，两种情况下它们的行都是稠密的：",
     "of mixed": "8 个短提示词正在解码时来了 3 个长提示词，全部回答所用的时间：",
+    "of": "/",
+    "what": {
+        "whole": "整个提示词",
+        "whole, last rows apart": "整个提示词，末尾行单独计算",
+        "dense": "稠密",
+        "chunks": "分块",
+        "of a batch": "混合批次",
+        "chunks of one row": "只有一行的块",
+        "chunks of one row while 3 decode": "只有一行的块，同时有 3 个请求解码",
+        "chunks of one row while 3 decode, taken for decode steps": "同上（3 个请求），当作解码步（反例）",
+        "prefix cache, first": "前缀缓存，首次",
+        "prefix cache, again": "前缀缓存，再次",
+        "prefix cache, a beginning of it": "前缀缓存，其开头",
+        "prefix cache, another end": "前缀缓存，另一结尾",
+        "prefix cache, hits not capped": "前缀缓存，命中不设上限（反例）",
+        "preempted": "被抢占",
+        "long": "长提示词",
+        "n-gram drafts": "n-gram 草稿",
+    },
 }
 
 
@@ -35,7 +65,12 @@ def generate(results: Path, docs: Path) -> dict[Path, str]:
     Raises:
         ValueError: a page is missing or lacks the marks, or the result file lacks a field.
     """
-    parts = {"vllm": (FILE, section), "vllm_cpu": (CPU_FILE, cpu_section)}
+    parts = {
+        "vllm": (FILE, section),
+        "vllm_oracle": (ORACLE_FILE, oracle_section),
+        "vllm_cpu": (CPU_FILE, cpu_section),
+        "vllm_cpu_ttft": (ENGINE_FILE, engine_section),
+    }
     known = {name: (load(results / file), write) for name, (file, write) in parts.items() if (results / file).is_file()}
     if not known:
         return {}
@@ -50,17 +85,56 @@ def section(result: Fields, words: dict) -> str:
     settings = result["settings"]
     machine, _ = machine_and_versions(result)
     first, others, mixed = (_of(result, what) for what in ("ttft", "short prompts", MIXED))
-    total, triangle = first[0]["layers"], first[0]["triangle_layers"]
     about = (
-        f"Llama-3.1-8B x {total}, {triangle} x {slashed(settings['geometry'])}; vLLM {settings['vllm']}, {machine} "
-        f"(`{' '.join(result['command'].split()[:3])}`, `benchmarks/results/{FILE}`)."
+        f"Llama-3.1-8B, {slashed(settings['geometry'])}; vLLM {settings['vllm']}, {machine} {_made_by(result, FILE)}"
     )
-    parts = [words["to first"], table(words["first"], [_first(record) for record in first])]
+    of = words["of"]
+    parts = [words["to first"], table(words["first"], [_first(record, of) for record in first])]
     if others:
-        parts += [words["of others"], table(words["others"], [_other(record) for record in others])]
+        parts += [words["of others"], table(words["others"], [_other(record, of) for record in others])]
     if mixed:
-        parts += [words["of mixed"], table(words["first"], [_first(record) for record in mixed])]
+        rows = [[*_first(record, of), *_decoding(record)] for record in mixed]
+        parts += [words["of mixed"], table((*words["first"], *words["decoding"]), rows)]
     return "\n\n".join([*parts, about])
+
+
+def oracle_section(result: Fields, words: dict) -> str:
+    """The largest mean difference of each kind, and the smallest from the model with the wrong mask."""
+    groups: dict[tuple[str, str, int], list[Fields]] = {}
+    for record in result["records"]:
+        what = record["what"].removeprefix("oracle: ")
+        # Where both masks are one there is nothing to tell; so it is with short prompts.
+        if "to_dense" in record and record["to_triangle"] != record["to_dense"]:
+            groups.setdefault((what, record["runner"], record["gpus"]), []).append(record)
+    rows = []
+    for (what, runner, gpus), records in groups.items():
+        right, wrong = ("to_dense", "to_triangle") if what == "dense" else ("to_triangle", "to_dense")
+        off = max(record[right]["mean"] for record in records)
+        other = min(record[wrong]["mean"] for record in records)
+        longest = max(record["n"] for record in records)
+        rows.append([words["what"].get(what, what), f"{longest:,}", runner, str(gpus), f"{off:.3f}", f"{other:.3f}"])
+    machine, _ = machine_and_versions(result)
+    about = f"{slashed(result['settings']['geometry'])}; vLLM {result['settings']['vllm']}, {machine} "
+    return "\n\n".join([table(words["oracle"], rows), about + _made_by(result, ORACLE_FILE)])
+
+
+def engine_section(result: Fields, words: dict) -> str:
+    """Whole engine: processor time, then the time that passed."""
+    machine, _ = machine_and_versions(result)
+    settings, rows = result["settings"], []
+    loads = [record["load_average"] for record in result["records"]]
+    for record in result["records"]:
+        processor = record["dense_processor_ms"], record["processor_ms"]
+        passed = record["dense_ms"], record["ms"]
+        rows.append([f"{record['n']:,}"])
+        for dense, triangle in (processor, passed):
+            rows[-1] += [ms(dense), ms(triangle), times(dense / triangle)]
+    about = (
+        f"{settings['model']}, {settings['dtype']}, {settings['triangle_layers']} {words['of']} {settings['layers']} x "
+        f"{slashed(settings['geometry'])}; vLLM {settings['vllm']}, {machine}, load average {min(loads):.0f} to "
+        f"{max(loads):.0f} {_made_by(result, ENGINE_FILE)}"
+    )
+    return "\n\n".join([table(words["engine"], rows), about])
 
 
 def cpu_section(result: Fields, words: dict) -> str:
@@ -72,24 +146,35 @@ def cpu_section(result: Fields, words: dict) -> str:
         for record in result["records"]
         if record["geometry"] == geometry
     ]
-    about = (
-        f"{slashed(geometry)}; vLLM {result['settings']['vllm']}, {machine} "
-        f"(`{' '.join(result['command'].split()[:3])}`, `benchmarks/results/{CPU_FILE}`)."
-    )
+    about = f"{slashed(geometry)}; vLLM {result['settings']['vllm']}, {machine} {_made_by(result, CPU_FILE)}"
     return "\n\n".join([table(words["layer"], rows), about])
+
+
+def _made_by(result: Fields, file: str) -> str:
+    return f"(`{' '.join(result['command'].split()[:3])}`, `benchmarks/results/{file}`)."
 
 
 def _of(result: Fields, what: str) -> list[Fields]:
     found = [record for record in result["records"] if record["what"] == what and "ms" in record]
-    return sorted(found, key=lambda record: (record["n"], record["chunk"]))
+    return sorted(found, key=lambda record: (record["layers"], record["n"], record["chunk"]))
 
 
-def _first(record: Fields) -> list[str]:
-    return [f"{record['n']:,}", f"{min(record['chunk'], record['n']):,}", *_times(record)]
+def _layers(record: Fields, of: str) -> str:
+    return f"{record['triangle_layers']} {of} {record['layers']}"
 
 
-def _other(record: Fields) -> list[str]:
-    return [f"{record['batch']} x {record['n']:,}", f"{record['new_tokens']}", *_times(record)]
+def _first(record: Fields, of: str) -> list[str]:
+    return [f"{record['n']:,}", f"{min(record['chunk'], record['n']):,}", _layers(record, of), *_times(record)]
+
+
+def _other(record: Fields, of: str) -> list[str]:
+    prompts = f"{record['batch']} x {record['n']:,}"
+    return [prompts, f"{record['new_tokens']}", _layers(record, of), *_times(record)]
+
+
+def _decoding(record: Fields) -> list[str]:
+    found = (record.get(f"{prefix}decode_tokens_per_s") for prefix in ("dense_", ""))
+    return ["" if each is None else f"{each:.0f}" for each in found]
 
 
 def _times(record: Fields) -> list[str]:

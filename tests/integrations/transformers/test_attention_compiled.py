@@ -1,5 +1,7 @@
 """The switch inside of models that are compiled by whatever backend: one node a layer, no graph break."""
 
+import warnings
+
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
@@ -139,3 +141,50 @@ def test_under_the_backend_of_this_package(attention):
         got = model(ids, attention_mask=mask, use_cache=False).logits
     close(got, plan_oracle("Llama", CONFIG, ids, mask), mask)
     assert not backend.report.triangle()
+
+
+class _Broken(torch.nn.Module):
+    """Breaks the graph inside attention, as a quantised cache or an int8 matrix product does."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        torch._dynamo.graph_break()
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("sides", [None, ((0, 0), (33, 0))], ids=["no padding", "padding"])
+def test_a_break_inside_attention_under_the_backend_of_this_package(attention, eager, sides):
+    """The switch is handed the module, and so says in the piece that is left which layer it is; nothing is warned."""
+    ids, mask = prompt(), None if sides is None else padded(sides)
+    model = switched_model()
+    for layer in model.model.layers:
+        layer.self_attn.v_proj = _Broken(layer.self_attn.v_proj)
+    backend = tmx_backend(CONFIG, model=model, strict=True)
+    model.compile(backend=backend)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        got = model(ids, attention_mask=mask).logits
+        short = model(ids[:, :20], attention_mask=None if mask is None else mask[:, 80:]).logits
+    close(got, plan_oracle("Llama", CONFIG, ids, mask), torch.ones(2, 100) if mask is None else mask)
+    assert short.isfinite().all()
+    assert {layer for site in backend.report.triangle() for layer in site.layers} == {1, 2}
+    assert backend.report.uncompiled == 0
+
+
+def test_what_the_switch_leaves_dense_outside_of_graphs_is_told_there(attention, eager):
+    """A mask of one's own, after the same layers were sparse in pieces."""
+    model = switched_model()
+    for layer in model.model.layers:
+        layer.self_attn.v_proj = _Broken(layer.self_attn.v_proj)
+    backend = tmx_backend(CONFIG, model=model)
+    model.compile(backend=backend)
+    ids, mask = prompt(), torch.ones(2, 1, 100, 100, dtype=torch.bool).tril()
+    with torch.no_grad():
+        model(ids)
+        assert backend.report.uncompiled == 0
+        with torch.compiler.set_stance("force_eager"), pytest.warns(UserWarning, match="ran uncompiled, dense"):
+            model(ids, attention_mask=mask)
+    assert backend.report.uncompiled == 2

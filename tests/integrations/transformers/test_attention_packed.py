@@ -1,7 +1,11 @@
 """Packed sequences under the switch, and prompts that a graph cannot tell from them: without a mask and a cache."""
 
+import sys
+
 import pytest
 import torch
+from torch._dynamo import symbolic_convert
+from torch._dynamo.side_effects import SideEffects
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.masking_utils import (
     and_masks,
@@ -12,6 +16,7 @@ from transformers.masking_utils import (
 )
 
 from tests.support.switched import CONFIG, decisions, plan_oracle, prompt, registered, switched_model
+from tmx_compile.integrations.transformers import packed
 from tmx_compile.integrations.transformers.causal_mask import CausalMask
 from tmx_compile.integrations.transformers.judge import Judge
 from tmx_compile.integrations.transformers.packed import is_packed, numbers_of
@@ -113,6 +118,41 @@ def test_a_compiled_function_that_comes_from_outside():
     asked = torch.compile(lambda x, function: x + (1 if is_packed(function) else 0), backend="eager", fullgraph=True)
     assert asked(torch.zeros(1), function).item() == 0
     assert is_packed(function)
+
+
+def _gone(*args, **kwargs):
+    raise RuntimeError("this Dynamo has another one")
+
+
+INSIDES = {
+    "its module": lambda patch: patch.setitem(sys.modules, "torch._dynamo.symbolic_convert", None),
+    "a class": lambda patch: patch.delattr(symbolic_convert, "InstructionTranslator"),
+    "the translator at work": lambda patch: patch.delattr(symbolic_convert.InstructionTranslator, "current_tx"),
+    "cells": lambda patch: patch.delattr(SideEffects, "load_cell"),
+    "cells that raise": lambda patch: patch.setattr(SideEffects, "load_cell", _gone),
+    "cells with more arguments": lambda patch: patch.setattr(SideEffects, "load_cell", lambda self, tx, cell: _gone()),
+}
+
+
+@pytest.mark.parametrize("missing", INSIDES)
+def test_a_dynamo_with_other_insides_leaves_dense_layers_and_a_reason(attention, missing, monkeypatch):
+    """What is read of Dynamo is no interface: without a piece of it nothing breaks, and no result changes."""
+    ids = prompt(2, 100)
+    model = torch.compile(switched_model(), backend="eager", fullgraph=True)
+    read = packed.is_local_packed
+
+    def elsewhere(name):
+        # Dynamo itself cannot do without them: they are missing while we read.
+        with monkeypatch.context() as patch:
+            INSIDES[missing](patch)
+            return read(name)
+
+    monkeypatch.setattr(packed, "is_local_packed", elsewhere)
+    with torch.no_grad():
+        got = model(ids, position_ids=POSITIONS, use_cache=False).logits
+    dense = CONFIG.replace(triangle_layer_indices=[7])
+    close(got, torch.cat([plan_oracle("Llama", dense, part) for part in ids.split(LENGTHS, 1)], 1))
+    assert {decisions(attention.report)[layer] for layer in (1, 2)} == {("dense", "MASK_UNKNOWN")}
 
 
 def test_numbers():

@@ -12,6 +12,7 @@ from tests.support.models import tiny_qwen3
 from tests.support.oracle import tolerance
 from tests.support.serving import CONFIG, SETTINGS, check_generated, left_padded, oracle_logits, prompt
 from tests.support.streaming_caches import HELD, KINDS, static
+from tests.support.switched import registered
 from tmx_compile import TriangleMixConfig, prefill, tmx_backend
 from tmx_compile.integrations.transformers import StreamingCache
 
@@ -135,3 +136,57 @@ def test_memory_is_freed():
     freed = full - sum(cache.memory_bytes())
     assert freed > 0.6 * full
     assert held - torch.cuda.memory_allocated() > 0.9 * freed
+
+
+PADDED = pytest.mark.parametrize("starts", [None, (0, 40)])
+
+
+def offloaded(model, starts, cache, **settings):
+    """``generate`` as Transformers' documentation writes it: ids, mask, what came back."""
+    ids, mask = prompt(2), None if starts is None else left_padded(starts)
+    out = generated(model, ids, mask, cache_implementation=cache, max_new_tokens=6, **settings)
+    # Layers of keys wait on the CPU.
+    assert not all(layer.keys.is_cuda for layer in out.past_key_values.layers)
+    return ids, mask, out
+
+
+def layers_sparse(report):
+    return {layer for site in report.triangle() for layer in site.layers or (site.layer,)}
+
+
+@PADDED
+@pytest.mark.parametrize("cache", ["offloaded", "offloaded_static", "offloaded_hybrid"])
+def test_offloaded_caches_switched(cache, starts):
+    """Of static ones ``generate`` compiles the steps by itself into CUDA graphs, which crashes with keys on the CPU."""
+    model, same = on_gpu()
+    with registered(CONFIG, strict=True) as attention:
+        model.set_attn_implementation(attention.name)
+        ids, mask, out = offloaded(model, starts, cache, disable_compile=cache != "offloaded")
+    check_generated(same, CONFIG, ids, mask, out, atol=ALLOWED, prompt=None, triangle=[(0, 100)])
+    assert unlike_dense(out, same, ids, mask)
+    assert layers_sparse(attention.report) == {1, 2}
+
+
+@PADDED
+def test_an_offloaded_cache_compiled_and_switched(eager, starts):
+    """The cache's streams break the graph inside attention."""
+    model, same = on_gpu()
+    with registered(CONFIG) as attention:
+        model.set_attn_implementation(attention.name)
+        backend = tmx_backend(CONFIG, model=model)
+        model.compile(backend=backend)
+        ids, mask, out = offloaded(model, starts, "offloaded")
+    check_generated(same, CONFIG, ids, mask, out, atol=ALLOWED, prompt=None, triangle=[(0, 100)])
+    assert layers_sparse(attention.report) | layers_sparse(backend.report) == {1, 2}
+    assert backend.report.uncompiled == 0
+
+
+@PADDED
+def test_an_offloaded_cache_compiled_alone_is_told(eager, starts):
+    model, same = on_gpu()
+    backend = tmx_backend(CONFIG, model=model)
+    model.compile(backend=backend)
+    with pytest.warns(UserWarning, match="LAYER_UNKNOWN|ran uncompiled"):
+        ids, mask, out = offloaded(model, starts, "offloaded")
+    check_generated(same, CONFIG, ids, mask, out, atol=ALLOWED, prompt=None)
+    assert not backend.report.triangle()

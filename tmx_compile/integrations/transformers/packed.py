@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._dynamo.symbolic_convert import InstructionTranslator
 from transformers import masking_utils
 from transformers.masking_utils import and_masks, causal_mask_function, packed_sequence_mask_function
 
@@ -71,6 +70,18 @@ def _function_parts(function: Any) -> _Parts | None:
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
 def _is_traced_packed() -> bool:
     """Run by Dynamo while it traces :func:`is_packed`, whose local it looks into: traced code could not."""
+    try:
+        return is_local_packed("mask_function")
+    except Exception:
+        # The insides of Dynamo are read, as torch 2.13 has them. One that has others may miss any of them, and say so
+        # in any way: not understood, and so the mask is written out, and the layers stay dense with that as the reason.
+        return False
+
+
+def is_local_packed(name: str) -> bool:
+    """Whether a local variable of the function that Dynamo traces is the mask function of packed sequences."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
     here: Any = InstructionTranslator.current_tx().output.current_tx
 
     def parts_of(function: Any) -> _Parts | None:
@@ -85,8 +96,4 @@ def _is_traced_packed() -> bool:
         found = [here.output.side_effects.load_cell(cell).realize() for cell in cells.items]
         return function.code.as_python_constant(), tuple(getattr(x, "items", x) for x in found)
 
-    try:
-        return _is_written(parts_of(here.symbolic_locals["mask_function"]), parts_of)
-    except (AttributeError, KeyError, NotImplementedError):
-        # A Dynamo with other insides: not understood, and so dense.
-        return False
+    return _is_written(parts_of(here.symbolic_locals[name]), parts_of)

@@ -86,8 +86,7 @@ def active(config: Any, device: torch.device) -> Active | None:
     if settings is None:
         return None
     # One for the process: draft models get copies of the configuration, but the same layers.
-    compilation = config.compilation_config
-    found: Active | None = getattr(compilation, _PLAN, None)
+    found = known(config)
     if found is None or found.settings != settings:
         lowering = settings.lowering
         if lowering == "auto":
@@ -98,7 +97,13 @@ def active(config: Any, device: torch.device) -> Active | None:
         layers = [facts_of(name, layer, config, device, geometry, lowering) for name, layer in attention_layers(config)]
         found.counts.layers(layers, lowering, whole_model=config.parallel_config.pipeline_parallel_size == 1)
         found.sparse = frozenset(site.path for site in found.counts.report.triangle())
-        setattr(compilation, _PLAN, found)
+        setattr(config.compilation_config, _PLAN, found)
+    return found
+
+
+def known(config: Any) -> Active | None:
+    """What :func:`active` has found for an engine's configuration; None: nothing, or nobody has asked yet."""
+    found: Active | None = getattr(config.compilation_config, _PLAN, None)
     return found
 
 
@@ -139,8 +144,8 @@ def why_not(impl: Any, dtype: torch.dtype, device: torch.device, geometry: Geome
     query = torch.empty(1, impl.num_heads, 1, impl.head_size, dtype=dtype, device=device)
     key = torch.empty(1, impl.num_kv_heads, 1, impl.head_size, dtype=dtype, device=device)
     call = AttentionCall(query, key, key, None, dataclasses.replace(geometry, last=0), impl.scale, False)
-    known: dict[str, Lowering] = {Triton.name: Triton(), Blocked.name: Blocked()}
-    answer = known[lowering].supports(call) if lowering in known else None
+    lowerings: dict[str, Lowering] = {Triton.name: Triton(), Blocked.name: Blocked()}
+    answer = lowerings[lowering].supports(call) if lowering in lowerings else None
     return answer if isinstance(answer, Rejected) else None
 
 
@@ -311,8 +316,8 @@ def of_dense_rows(common: Any, found: Split) -> tuple[Any, Any]:
              "_seq_lens_cpu", "_num_computed_tokens_cpu", "logits_indices_padded", "num_logits_indices")
         ),
     )  # fmt: skip
-    known = {each.name for each in dataclasses.fields(common)}
-    return common.replace(**{name: value for name, value in changes.items() if name in known}), rows
+    fields = {each.name for each in dataclasses.fields(common)}
+    return common.replace(**{name: value for name, value in changes.items() if name in fields}), rows
 
 
 def _rows(parts: tuple[Dense, ...], device: torch.device) -> Any:

@@ -35,6 +35,10 @@ _V1_STEP = (
     "self num_tokens num_reqs max_query_len num_tokens_padded num_reqs_padded ubatch_slices logits_indices "
     "use_spec_decode for_cudagraph_capture num_scheduled_tokens slot_mappings"
 )
+_V1_CHOICE = (
+    "self num_tokens num_reqs num_scheduled_tokens_np max_num_scheduled_tokens use_cascade_attn allow_microbatching "
+    "force_eager force_uniform_decode force_has_lora force_num_active_loras num_encoder_reqs"
+)
 _V2_STEP = "self input_batch cudagraph_mode block_tables slot_mappings attn_groups kv_cache_config for_capture"
 
 
@@ -116,6 +120,12 @@ HOOKS = (
     ),
     Hook(
         f"{_WORKER}.gpu_model_runner",
+        "GPUModelRunner._determine_batch_execution_and_padding",
+        _V1_CHOICE,
+        devices=("cuda",),
+    ),
+    Hook(
+        f"{_WORKER}.gpu_model_runner",
         "GPUModelRunner.initialize_kv_cache",
         "self kv_cache_config is_profiling",
         (("0.32", "kv_cache_allocation_context"),),
@@ -134,6 +144,13 @@ HOOKS = (
     Hook(f"{_ATTENTION}.backends.flash_attn", "FlashAttentionImpl.forward", _FORWARD, devices=("cuda",)),
     Hook(f"{_ATTENTION}.backends.flash_attn", "FlashAttentionMetadataBuilder.__init__", _BUILDER, devices=("cuda",)),
     Hook(f"{_ATTENTION}.backends.flash_attn", "FlashAttentionMetadataBuilder.build", _BUILD, devices=("cuda",)),
+    Hook(f"{_WORKER}.gpu.model_runner", "GPUModelRunner.update_requests", "self scheduler_output", devices=("cuda",)),
+    Hook(
+        f"{_WORKER}.gpu.cudagraph_utils",
+        "CudaGraphManager.dispatch",
+        "self num_reqs num_tokens uniform_token_count num_active_loras",
+        devices=("cuda",),
+    ),
     Hook(
         f"{_WORKER}.gpu.model_runner",
         "GPUModelRunner.prepare_inputs",

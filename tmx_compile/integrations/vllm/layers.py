@@ -14,8 +14,8 @@ from tmx_compile.report import Accepted, Reason, Rejected
 # Whole names, so that draft models (draft_model.model.layers.0...), multi-token predictors and towers for pictures and
 # sound stay out.
 _NAME = re.compile(
-    r"(?:language_model\.)?"
-    r"(?:model|model\.decoder|transformer|gpt_neox)\.(?:layers|h)\.([0-9]+)\."
+    r"(?:language_model\.|llm\.)?"
+    r"(?:model|model\.decoder|model\.text_model|transformer|gpt_neox)\.(?:layers|h)\.([0-9]+)\."
     r"(?:self_attn|self_attention|attention|attn)\.attn"
 )
 _PLAIN_CACHES = ("auto", "bfloat16", "float16", "float32")

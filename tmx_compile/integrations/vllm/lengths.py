@@ -1,4 +1,8 @@
-"""The worker's side: how long the prompts of a step are, which the runner knows and tells no attention backend."""
+"""The worker's side: how long the prompts of a step are, which the runner knows and tells no attention backend.
+
+And which steps may be replayed as a CUDA graph of decode steps. Runners take any step for one whose requests have one
+row each, which a chunk of one row is too; its row would attend to every key, whatever this step's plan says.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,11 @@ import contextlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from tmx_compile.integrations.vllm.backend import TriangleBuilder, active
+from tmx_compile.integrations.vllm.backend import Active, TriangleBuilder, active, known
 from tmx_compile.integrations.vllm.settings import handed_over
 from tmx_compile.integrations.vllm.wrap import wrap
 
-_PROMPTS = "trianglemix_prompts"
+_PROMPTS, _STREAMS = "trianglemix_prompts", "trianglemix_streams"
 
 
 def install(device: str) -> None:
@@ -21,9 +25,13 @@ def install(device: str) -> None:
     wrap(GPUModelRunner, "initialize_kv_cache", _with_report)
     if device != "cuda":
         return
+    from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner as SecondRunner
     from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
+    wrap(GPUModelRunner, "_determine_batch_execution_and_padding", first_runners_choice)
+    wrap(SecondRunner, "update_requests", looking_ahead)
+    wrap(CudaGraphManager, "dispatch", second_runners_choice)
     wrap(SecondRunner, "prepare_inputs", _remembering)
     wrap(SecondRunner, "initialize_kv_cache", _with_report)
     wrap(DefaultModelState, "prepare_attn", _second_runner)
@@ -77,6 +85,61 @@ def _second_runner(plain: Any) -> Any:
             return plain(self, batch, mode, tables, slots, groups, *args, **kwargs)
 
     return prepare_attn
+
+
+def any_streams(on: Active | None, prompts: Any, computed: Any) -> bool:
+    """Whether the next row of some request streams.
+
+    Args:
+        on: what is on; None: nothing.
+        prompts: (requests,) array of integers, tokens of each request's prompt.
+        computed: (requests,) how many tokens each has in the cache before the step.
+    """
+    if on is None:
+        return False
+    return bool(((prompts > on.limit) & (computed < prompts - on.geometry.last)).any())
+
+
+def first_runners_choice(plain: Any) -> Any:
+    """Of how a step is run, in the first runner: a step with streaming rows is no decode step."""
+
+    def _determine_batch_execution_and_padding(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # Where it is told, this is no step of the scheduler.
+        if kwargs.get("force_uniform_decode") is None:
+            batch, requests = self.input_batch, slice(kwargs["num_reqs"])
+            prompts, computed = batch.num_prompt_tokens[requests], batch.num_computed_tokens_cpu[requests]
+            if any_streams(known(self.vllm_config), prompts, computed):
+                kwargs["force_uniform_decode"] = False
+        return plain(self, *args, **kwargs)
+
+    return _determine_batch_execution_and_padding
+
+
+def looking_ahead(plain: Any) -> Any:
+    """In the second runner, before it picks a graph: note whether the step has streaming rows."""
+
+    def update_requests(self: Any, scheduler_output: Any) -> Any:
+        result = plain(self, scheduler_output)
+        states, on = self.req_states, known(self.vllm_config)
+        if on is not None and self.cudagraph_manager is not None:
+            at = [states.req_id_to_index[name] for name in scheduler_output.num_scheduled_tokens]
+            streams = any_streams(on, states.prompt_len.np[at], states.num_computed_tokens_np[at])
+            setattr(self.cudagraph_manager, _STREAMS, streams)
+        return result
+
+    return update_requests
+
+
+def second_runners_choice(plain: Any) -> Any:
+    """Of a graph, in the second runner: a step with streaming rows is no decode step."""
+
+    def dispatch(
+        self: Any, num_reqs: int, num_tokens: int, uniform_token_count: int | None, *args: Any, **kwargs: Any
+    ) -> Any:
+        count = None if getattr(self, _STREAMS, False) else uniform_token_count
+        return plain(self, num_reqs, num_tokens, count, *args, **kwargs)
+
+    return dispatch
 
 
 def _with_report(plain: Any) -> Any:
