@@ -28,7 +28,7 @@ def calibrated(folder):
 
 def test_from_shares_to_a_profile(folder, calibrated, tmp_path, capsys, monkeypatch):
     found = json.loads(calibrated.read_text())["calibration"]["dynamic"]
-    assert (found["method"], found["block"]) == ("pooled", 16)
+    assert (found["method"], found["block"], found["group"]) == ("pooled", 16, 16)
     assert [x["share"] for x in found["shares"]] == [0.4, 0.9]
     assert all(set(x["density"]) == {"0", "1", "2"} for x in found["shares"])
 
@@ -78,6 +78,7 @@ def test_from_shares_to_a_profile(folder, calibrated, tmp_path, capsys, monkeypa
         ({"dynamic_shares": "0.5,1.5"}, "shares[1] must be above 0 and at most 1, got 1.5"),
         ({"dynamic_method": "best"}, "argument --dynamic-method: invalid choice: 'best'"),
         ({"dynamic_block": 7}, "argument --dynamic-block: invalid choice: 7"),
+        ({"dynamic_block": 32, "dynamic_group": 64}, "dynamic_group must be one of 16, 32 in blocks of 32, got 64"),
     ],
 )
 def test_bad_input_of_calibrate_is_refused(folder, tmp_path, capsys, changes, message):

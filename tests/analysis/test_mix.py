@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,13 @@ def test_a_layer_that_costs_too_much_comes_last():
     assert mixes({"mine": Scores(GEOMETRY, {0: 0.4})}, num_layers=3, counts=[1], tokens=TOKENS) == {}
 
 
+def test_the_groups_of_an_estimate_stay_with_it():
+    scores = replace(scored({0: 0.4}, (0.9, {0: 0.001}, [0.3])), group=32)
+    (choice,) = mixes({"mine": scores}, num_layers=1, counts=[1], tokens=TOKENS, times=TIMES).values()
+    config = choice.config()
+    assert (config.dynamic_group, Choice.of(config)) == (32, choice)
+
+
 def test_refused():
     scores = {"mine": scored({5: 0.0}, (0.9, {5: 0.1}, [0.3] * 6))}
     with pytest.raises(ValueError, match="triangle_layer_indices must be less than num_layers=3, got 5"):
@@ -98,6 +106,7 @@ def test_refused():
     [
         ({"method": "best"}, "method must be one of pooled, antidiagonal, got 'best'"),
         ({"block": 7}, "block must be one of 16, 32, 64, 128, got 7"),
+        ({"group": 128}, "group must be one of 16, 32, 64 in blocks of 64, got 128"),
         ({"shares": [{"share": 0.5}]}, "it lacks 'divergence'"),
         ({"shares": [{"share": 2, "divergence": {}, "density": {}}]}, "share must be above 0 and at most 1, got 2"),
         ({"shares": [{"share": 0.5, "divergence": {"1": 0}, "density": {}}]}, "must be of the same layers"),

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from tests.support.blocks import listed_oracle
 from tmx_compile import StrictModeError, TriangleMixConfig, explain, rewrite, tmx_backend
+from tmx_compile.mask.selection import Selection
 from tmx_compile.operator.dynamic import select
 
 CONFIG = TriangleMixConfig(
@@ -27,14 +28,15 @@ def three(**changes):
     return torch.nn.Sequential(Layer(), Layer(**changes), Layer())
 
 
-def one_layer_oracle(x):
+def one_layer_oracle(x, group):
     keys = x[:, ::2]
-    lists = select(x, keys, None, CONFIG.selection(0), 0.25)
+    lists = select(x, keys, None, Selection("pooled", 0.5, 32, group, 4, 20), 0.25)
     return listed_oracle(x, keys, keys, None, lists, 32, 0.25), lists.visited
 
 
-def test_one_graph_for_all_lengths_counts_its_blocks():
-    config = CONFIG.replace(dynamic_layer_indices=[0], triangle_layer_indices=[])
+@pytest.mark.parametrize("group", [16, 32])
+def test_one_graph_for_all_lengths_counts_its_blocks(group):
+    config = CONFIG.replace(dynamic_layer_indices=[0], triangle_layer_indices=[], dynamic_group=group)
     backend = tmx_backend(config, strict=True)
     compiled = torch.compile(torch.nn.Sequential(Layer(), torch.nn.Identity()), backend=backend)
     for tokens in (300, 777, 391):
@@ -42,7 +44,7 @@ def test_one_graph_for_all_lengths_counts_its_blocks():
         torch._dynamo.mark_dynamic(x, 2)
         with torch.no_grad():
             out = compiled(x)
-        want, visited = one_layer_oracle(x)
+        want, visited = one_layer_oracle(x, group)
         torch.testing.assert_close(out.double(), want, atol=2e-5, rtol=0)
         (site,) = backend.report
         assert backend.report.density(site) == visited[0] / visited[1]

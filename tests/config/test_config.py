@@ -52,6 +52,7 @@ def test_defaults_and_order() -> None:
         ("dynamic_share", 0.9),
         ("dynamic_method", "pooled"),
         ("dynamic_block", 128),
+        ("dynamic_group", 16),
     ]
     assert list(dataclasses.asdict(TriangleMixInferenceConfig()).items()) == [
         ("enable_trianglemix", False),
@@ -225,6 +226,7 @@ def test_fingerprint_changes_with_every_field() -> None:
         "dynamic_share": 0.5,
         "dynamic_method": "antidiagonal",
         "dynamic_block": 64,
+        "dynamic_group": 64,
     }
     assert set(changes) == {field.name for field in dataclasses.fields(config)}
     prints = {config.replace(**{name: value}).fingerprint() for name, value in changes.items()}

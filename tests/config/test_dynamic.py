@@ -23,6 +23,9 @@ CONFIG = TriangleMixConfig(
         ({"dynamic_share": [0.5, 2]}, r"dynamic_share\[1\] must be above 0 and at most 1, got 2"),
         ({"dynamic_method": "best"}, "dynamic_method must be one of pooled, antidiagonal, got 'best'"),
         ({"dynamic_block": 100}, "dynamic_block must be one of 16, 32, 64, 128, got 100"),
+        ({"dynamic_group": 8}, "dynamic_group must be one of 16, 32, 64 in blocks of 64, got 8"),
+        ({"dynamic_group": 128}, "dynamic_group must be one of 16, 32, 64 in blocks of 64, got 128"),
+        ({"dynamic_group": True}, "dynamic_group must be one of 16, 32, 64 in blocks of 64, got True"),
     ],
 )
 def test_refused(changes, words):
@@ -57,9 +60,23 @@ def test_shares_are_in_the_order_of_the_layers_given():
         config.selection(4)
 
 
+def test_groups_of_the_estimate():
+    assert CONFIG.selection(0).stride == 16
+    assert CONFIG.replace(dynamic_group=64).selection(0).stride == 64
+
+
+def test_a_profile_from_before_there_were_groups(tmp_path):
+    path = tmp_path / "profile.json"
+    CONFIG.replace(dynamic_group=32).to_profile(path, num_layers=6)
+    saved = json.loads(path.read_text())
+    del saved["dynamic"]["dynamic_group"]
+    path.write_text(json.dumps(saved))
+    assert TriangleMixConfig.from_profile(path, num_layers=6) == CONFIG
+
+
 @pytest.mark.parametrize("shares", [0.8, [0.8, 0.95]])
 def test_a_profile_keeps_them(tmp_path, shares):
-    path, config = tmp_path / "profile.json", CONFIG.replace(dynamic_share=shares)
+    path, config = tmp_path / "profile.json", CONFIG.replace(dynamic_share=shares, dynamic_group=32)
     config.to_profile(path, num_layers=6)
     assert TriangleMixConfig.from_profile(path, num_layers=6) == config
     saved = json.loads(path.read_text())

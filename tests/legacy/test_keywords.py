@@ -87,6 +87,7 @@ CALLS = {
             "dynamic_share": 0.5,
             "dynamic_method": "antidiagonal",
             "dynamic_block": 64,
+            "dynamic_group": 64,
         },
         {},
     ),

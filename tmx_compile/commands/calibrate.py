@@ -44,6 +44,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--dynamic-shares", type=numbers, default=(), metavar="S,S,...", help=shares_help)
     add("--dynamic-method", choices=METHODS, default=Selection.method, help="how those choose")
     add("--dynamic-block", type=int, choices=BLOCKS, default=Selection.block, help="side of their blocks")
+    group_help = "tokens that their estimate takes together, at most a block"
+    add("--dynamic-group", type=int, choices=BLOCKS, default=Selection.stride, help=group_help)
     add("--resume", type=Path, metavar="FILE", help="remember what is measured here, and go on from it")
 
 
@@ -60,10 +62,10 @@ def model_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Calibrate, write the profile, show the layers; exits with 2 on bad arguments."""
     console = Console(stderr=True)
-    words = {"dynamic_method": options.dynamic_method, "dynamic_block": options.dynamic_block}
-    config = TriangleMixConfig(*options.geometry.counts, **words)
+    words = {name: getattr(options, name) for name in ("dynamic_method", "dynamic_block", "dynamic_group")}
     keep = 1 if options.estimator == "gradient" else max(1, min(64, options.geometry.last))
     try:
+        config = TriangleMixConfig(*options.geometry.counts, **words)
         check_folders(out=options.out, resume=options.resume)
         if options.dynamic_shares and options.estimator != "direct":
             raise ValueError(f"dynamic-shares need the estimator direct, got {options.estimator}")

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tmx_compile.config.values import as_layer_indices
-from tmx_compile.mask.selection import Selection, checked_block, checked_method, checked_share
+from tmx_compile.mask.selection import Selection, checked_block, checked_group, checked_method, checked_share
 
-DYNAMIC = ("dynamic_layer_indices", "dynamic_share", "dynamic_method", "dynamic_block")
+DYNAMIC = ("dynamic_layer_indices", "dynamic_share", "dynamic_method", "dynamic_block", "dynamic_group")
 """The parameters of dynamic layers, in order."""
 
 
@@ -21,11 +21,13 @@ def checked(values: Mapping[str, Any], triangle: Sequence[int]) -> dict[str, Any
     both = [layer for layer in indices or () if layer in triangle]
     if both:
         raise ValueError(f"dynamic_layer_indices must name no triangle layer, got {', '.join(map(str, both))}")
+    block = checked_block("dynamic_block", values["dynamic_block"])
     return {
         "dynamic_layer_indices": indices,
         "dynamic_share": _shares(values["dynamic_share"], given or ()),
         "dynamic_method": checked_method("dynamic_method", values["dynamic_method"]),
-        "dynamic_block": checked_block("dynamic_block", values["dynamic_block"]),
+        "dynamic_block": block,
+        "dynamic_group": checked_group("dynamic_group", values["dynamic_group"], block),
     }
 
 
@@ -55,6 +57,9 @@ def from_profile_section(profile: Mapping[str, Any]) -> dict[str, Any]:
     if "dynamic" not in profile:
         return {}
     section = profile["dynamic"]
+    if isinstance(section, dict):
+        # Profiles have it since there is a choice.
+        section = {"dynamic_group": Selection.stride, **section}
     if not isinstance(section, dict) or set(section) != set(DYNAMIC):
         raise ValueError(f"dynamic must hold {', '.join(DYNAMIC)} and no more, got {section!r}")
     return section

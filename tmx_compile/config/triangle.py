@@ -73,6 +73,8 @@ class TriangleMixConfig:
             list of one for each of these layers, in their order.
         dynamic_method: how it is estimated: "pooled" or "antidiagonal".
         dynamic_block: rows and keys of a block: 16, 32, 64 or 128 (tokens).
+        dynamic_group: tokens that the estimate takes together, 16 to ``dynamic_block``: larger groups are chosen from
+            faster, and know less.
 
     Raises:
         ValueError: a count that is negative, no integer or not below 2**31, a layer that is negative,
@@ -98,6 +100,7 @@ class TriangleMixConfig:
     dynamic_share: float | Sequence[float] = 0.9
     dynamic_method: str = "pooled"
     dynamic_block: int = 128
+    dynamic_group: int = 16
 
     def __post_init__(self) -> None:
         for name in _OVERRIDABLE:
@@ -286,7 +289,7 @@ class TriangleMixConfig:
         return tuple(self.dynamic_layer_indices or ())
 
     def selection(self, layer: int) -> Selection:
-        """How the dynamic ``layer`` chooses its blocks, by groups of 16 tokens; ``ValueError`` for one that is none.
+        """How the dynamic ``layer`` chooses its blocks; ``ValueError`` for one that is none.
 
         >>> from tmx_compile import TriangleMixConfig
         >>> TriangleMixConfig(dynamic_layer_indices=[4, 2], dynamic_share=[0.8, 0.95]).selection(2).share
@@ -296,8 +299,8 @@ class TriangleMixConfig:
         if layer not in layers:
             raise ValueError(f"layer must be one of dynamic_layer_indices={layers}, got {layer!r}")
         share = share[layers.index(layer)] if isinstance(share, Sequence) else share
-        words = self.dynamic_method, share, self.dynamic_block
-        return Selection(*words, Selection.stride, self.num_sink_tokens, self.num_last_tokens)
+        words = self.dynamic_method, share, self.dynamic_block, self.dynamic_group
+        return Selection(*words, self.num_sink_tokens, self.num_last_tokens)
 
     @property
     def _named(self) -> Sequence[int]:

@@ -32,6 +32,14 @@ def checked_block(name: str, value: Any) -> int:
     return int(value)
 
 
+def checked_group(name: str, value: Any, block: int) -> int:
+    """The tokens of a group in blocks of ``block``, likewise."""
+    if isinstance(value, bool) or value not in BLOCKS or value > block:
+        known = ", ".join(str(size) for size in BLOCKS if size <= block)
+        raise ValueError(f"{name} must be one of {known} in blocks of {block}, got {value!r}")
+    return int(value)
+
+
 @dataclass(frozen=True)
 class Selection:
     """What a row of blocks keeps of the blocks before it: see :func:`tmx_compile.operator.block_sparse_attention`.

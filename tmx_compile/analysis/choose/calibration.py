@@ -134,6 +134,7 @@ class Calibration:
             profile["calibration"]["dynamic"] = {
                 "method": self.config.dynamic_method,
                 "block": self.config.dynamic_block,
+                "group": self.config.dynamic_group,
                 "shares": [
                     {"share": x.share, "divergence": _written(x.divergence), "density": _written(x.density)}
                     for x in self.dynamic

@@ -70,8 +70,8 @@ def calibrate(
         shortlist: for "direct", how many layers each of these rounds tries.
         positions: for "direct", how many last positions are compared; None: as many as are last rows, at most 64.
         shares: for "direct", also measure every layer with blocks chosen while it runs (docs/dynamic.md), alone, at
-            each of these shares; ``dynamic_method`` and ``dynamic_block`` of ``config`` tell how. It takes as long
-            again as the divergences of the layers for each share.
+            each of these shares; ``dynamic_method``, ``dynamic_block`` and ``dynamic_group`` of ``config`` tell how. It
+            takes as long again as the divergences of the layers for each share.
         num_layers: layers of the model; None: one more than the deepest layer with attention.
         assume_causal: as in :func:`tmx_compile.tmx_backend`.
         resume: a file that remembers what is measured. With it an interrupted calibration goes on where it stopped,

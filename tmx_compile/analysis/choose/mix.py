@@ -24,7 +24,7 @@ from tmx_compile.bench.dynamic_times import DynamicTimes
 from tmx_compile.config import TriangleMixConfig, as_count
 from tmx_compile.mask.geometry import Geometry
 from tmx_compile.mask.intervals import pair_counts
-from tmx_compile.mask.selection import Selection, checked_block, checked_method, checked_share
+from tmx_compile.mask.selection import Selection, checked_block, checked_group, checked_method, checked_share
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Scores:
         dynamic: by share, that of dynamic layers, and their densities.
         method: how these choose.
         block: side of their blocks (tokens).
+        group: tokens that the estimate takes together.
 
     >>> from tmx_compile.analysis import Scores
     >>> from tmx_compile.mask import Geometry
@@ -50,6 +51,7 @@ class Scores:
     dynamic: tuple[ShareScores, ...] = ()
     method: str = Selection.method
     block: int = Selection.block
+    group: int = Selection.stride
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ def mixes(
 def _choice(scores: Scores, ways: Mapping[int, _Option]) -> Choice:
     triangle = tuple(sorted(layer for layer, option in ways.items() if option.share is None))
     shares = {layer: x.share for layer, x in sorted(ways.items()) if x.share is not None}
-    dynamic = DynamicLayers(tuple(shares), tuple(shares.values()), scores.method, scores.block)
+    dynamic = DynamicLayers(tuple(shares), tuple(shares.values()), scores.method, scores.block, scores.group)
     return Choice(scores.geometry, triangle, dynamic=dynamic if shares else DynamicLayers())
 
 
@@ -216,7 +218,8 @@ def read_scores(path: str | os.PathLike[str], *, num_layers: int, model: nn.Modu
         if any(x.divergence.keys() != x.density.keys() for x in shares):
             raise ValueError("divergence and density must be of the same layers")
         method, block = checked_method("method", section["method"]), checked_block("block", section["block"])
-        return Scores(config.geometry, _layers(content["scores"]["divergence"]), shares, method, block)
+        group = checked_group("group", section.get("group", Selection.stride), block)
+        return Scores(config.geometry, _layers(content["scores"]["divergence"]), shares, method, block, group)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         why = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"cannot use profile {os.fspath(path)}: calibration of dynamic layers: {why}") from error

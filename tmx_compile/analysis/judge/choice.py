@@ -19,6 +19,7 @@ class DynamicLayers:
         shares: of each, in order: how much of the estimated attention it keeps.
         method: how it is estimated: "pooled" or "antidiagonal".
         block: rows and keys of a block (tokens).
+        group: tokens that the estimate takes together.
 
     >>> from tmx_compile.analysis import Choice, DynamicLayers
     >>> from tmx_compile.mask import Geometry
@@ -30,6 +31,7 @@ class DynamicLayers:
     shares: tuple[float, ...] = ()
     method: str = Selection.method
     block: int = Selection.block
+    group: int = Selection.stride
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,9 @@ class Choice:
         """
         layers = config.dynamic_layers()
         shares = tuple(config.selection(layer).share for layer in layers)
-        dynamic = DynamicLayers(layers, shares, config.dynamic_method, config.dynamic_block) if layers else None
-        return cls(config.geometry, config.layers(), streaming, dynamic or DynamicLayers())
+        words = config.dynamic_method, config.dynamic_block, config.dynamic_group
+        dynamic = DynamicLayers(layers, shares, *words) if layers else DynamicLayers()
+        return cls(config.geometry, config.layers(), streaming, dynamic)
 
     def config(self) -> TriangleMixConfig:
         """The configuration that makes this choice; ``ValueError`` for layers or shares that none can have."""
@@ -88,6 +91,7 @@ class Choice:
             "dynamic_share": x.shares,
             "dynamic_method": x.method,
             "dynamic_block": x.block,
+            "dynamic_group": x.group,
         }
         return TriangleMixConfig(
             *self.geometry.counts, triangle_layer_indices=self.layers, **(words if x.layers or x.shares else {})

@@ -207,7 +207,8 @@ def _dynamic_data(record: Record) -> dict[str, Any]:
     x = record.choice.dynamic
     densities = [found.as_list() for found in record.densities]
     layers, shares = list(x.layers), list(x.shares)
-    return {"layers": layers, "shares": shares, "method": x.method, "block": x.block, "densities": densities}
+    how = {"method": x.method, "block": x.block, "group": x.group}
+    return {"layers": layers, "shares": shares, **how, "densities": densities}
 
 
 def _record(data: Mapping[str, Any], num_layers: int) -> Record:
