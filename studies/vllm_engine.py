@@ -39,6 +39,18 @@ class Answer:
     decoding: float
 
 
+@contextlib.contextmanager
+def few_blocks(llm: Any, count: int) -> Iterator[None]:
+    """Leave the cache of a ``vllm.LLM`` in this process so many blocks, with nothing in them."""
+    assert llm.reset_prefix_cache()
+    pool = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
+    taken = pool.get_new_blocks(pool.get_num_free_blocks() - count)
+    try:
+        yield
+    finally:
+        pool.free_blocks(taken)
+
+
 class Engine:
     """An engine with TriangleMix on, and what studies do with it.
 
@@ -116,16 +128,9 @@ class Engine:
         finally:
             self.llm.collective_rpc(_look_ahead, args=(True,))
 
-    @contextlib.contextmanager
-    def blocks(self, count: int) -> Iterator[None]:
+    def blocks(self, count: int) -> contextlib.AbstractContextManager[None]:
         """Leave the cache so many blocks, with nothing in them."""
-        assert self.llm.reset_prefix_cache()
-        pool = self.core.scheduler.kv_cache_manager.block_pool
-        taken = pool.get_new_blocks(pool.get_num_free_blocks() - count)
-        try:
-            yield
-        finally:
-            pool.free_blocks(taken)
+        return few_blocks(self.llm, count)
 
     @property
     def block(self) -> int:

@@ -18,6 +18,8 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from studies.vllm_engine import few_blocks
+
 VOCABULARY, LAYERS = 512, 4
 GEOMETRY = {"num_sink_tokens": 4, "sliding_window_size": 16, "num_last_tokens": 24}
 SETTINGS: dict[str, Any] = GEOMETRY | {
@@ -259,16 +261,9 @@ class Engine:
         finally:
             scheduler.max_num_scheduled_tokens = before
 
-    @contextlib.contextmanager
-    def blocks(self, count: int) -> Iterator[None]:
+    def blocks(self, count: int) -> contextlib.AbstractContextManager[None]:
         """Leave the cache so many blocks, with nothing in them."""
-        assert self.llm.reset_prefix_cache()
-        pool = self.core.scheduler.kv_cache_manager.block_pool
-        taken = pool.get_new_blocks(pool.get_num_free_blocks() - count)
-        try:
-            yield
-        finally:
-            pool.free_blocks(taken)
+        return few_blocks(self.llm, count)
 
     def close(self) -> None:
         """Let go of the model and the cache."""

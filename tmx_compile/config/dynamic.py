@@ -57,9 +57,7 @@ def from_profile_section(profile: Mapping[str, Any]) -> dict[str, Any]:
     if "dynamic" not in profile:
         return {}
     section = profile["dynamic"]
-    if isinstance(section, dict):
-        # Profiles have it since there is a choice.
-        section = {"dynamic_group": Selection.stride, **section}
-    if not isinstance(section, dict) or set(section) != set(DYNAMIC):
+    # Profiles from before there was a choice lack the group, and had its default.
+    if not isinstance(section, dict) or {*section, "dynamic_group"} != set(DYNAMIC):
         raise ValueError(f"dynamic must hold {', '.join(DYNAMIC)} and no more, got {section!r}")
     return section

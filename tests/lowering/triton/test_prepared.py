@@ -91,20 +91,17 @@ def test_what_the_driver_does_not_do_triton_does(repeated, monkeypatch):
     assert len(kernel.calls) == 2
 
 
-def test_a_kernel_that_is_not_known_is_always_launched_by_triton(repeated, monkeypatch):
-    def unknown(*_):
-        raise driver.Unknown
-
-    monkeypatch.setattr(driver, "Launch", unknown)
-    kernel, x = Kernel(), torch.randn(8)
-    launch = launch_of(kernel)
-    for _ in range(3):
-        launch(x, x, x)
-    assert len(kernel.calls) == 3
+def _unknown(*_):
+    raise driver.Unknown
 
 
-def test_an_untried_version_is_always_launched_by_triton(repeated, monkeypatch):
-    monkeypatch.setattr(prepared, "TRIED_VERSION", False)
+@pytest.mark.parametrize(
+    ("where", "name", "other"),
+    [(driver, "Launch", _unknown), (prepared, "TRIED_VERSION", False)],
+    ids=["a kernel that is not known", "an untried version"],
+)
+def test_always_launched_by_triton(where, name, other, repeated, monkeypatch):
+    monkeypatch.setattr(where, name, other)
     kernel, x = Kernel(), torch.randn(8)
     launch = launch_of(kernel)
     for _ in range(3):
