@@ -174,11 +174,15 @@ def _skip(result: Fields) -> str:
             # As the greatest threshold, which skips nothing either.
             continue
         before = plain[r["n"], r["data"]]
-        told = "none" if r["threshold"] is None else f"{r['threshold']:g}, {'near' if r['near_first'] else 'far'} first"
+        told = _threshold(r["threshold"], r["near_first"])
         cells = [f"{r['n']:,}", r["data"], told, f"{r['skipped']:.1%}", ms(r["ms"]), f"{r['ms'] / before:.2f}"]
         rows.append([*cells, f"{r['ms'] / r['dense_ms']:.2f}", f"{r['error']:.1e}"])
     head = ["tokens", "tensors", "threshold", "skipped", "ms", "of itself", "of the best dense", "error"]
     return table(head, rows)
+
+
+def _threshold(nats: float | None, near_first: bool) -> str:
+    return "none" if nats is None else f"{nats:g}, {'near' if near_first else 'far'} first"
 
 
 def _skip_model(result: Fields) -> str:
@@ -188,7 +192,7 @@ def _skip_model(result: Fields) -> str:
     for r in result["records"]:
         found.setdefault((r["data"], r["n"], r["threshold"], r["near_first"]), []).append(r)
     for (data, n, threshold, near_first), records in found.items():
-        told = "none" if threshold is None else f"{threshold:g}, {'near' if near_first else 'far'} first"
+        told = _threshold(threshold, near_first)
         skipped = statistics.fmean(r["skipped"] for r in records)
         cost = (
             f"{records[0]['accuracy']['2 hops']:.1%}"
