@@ -331,17 +331,50 @@ def test_pairs_compiled_one_by_one():
     assert [site.layers for site in backend.report] == [(0,), (1, 2)]
 
 
-def test_a_break_inside_attention_is_told(ids):
-    model = qwen3()
-    backend = tmx_backend(CONFIG, model=model)
+def broken(model):
+    """Of every layer's attention the graph breaks before, between and behind the products."""
     for layer in model.model.layers:
         layer.self_attn.q_proj.forward = torch._dynamo.disable(layer.self_attn.q_proj.forward)
-    with torch.no_grad(), pytest.warns(UserWarning, match="uncompiled") as told:
+        layer.self_attn.o_proj.forward = torch._dynamo.disable(layer.self_attn.o_proj.forward)
+    return model
+
+
+def test_a_break_inside_attention(ids):
+    """Pieces of attention modules are placed too, by two kinds of graphs."""
+    model = qwen3()
+    plain = copy.deepcopy(model)
+    backend = tmx_backend(CONFIG, model=model, strict=True, assume_causal=True)
+    with torch.no_grad():
+        logits = compiled(broken(model), False, backend)(ids, use_cache=False).logits
+    assert [(site.layers, site.decision) for site in backend.report] == [
+        (DENSE, "dense"),
+        (CONFIG.layers(), "triangle"),
+    ]
+    assert backend.report.uncompiled == 0
+    assert_oracle(plain, ids, logits)
+
+
+def test_a_break_inside_attention_whose_mask_comes_from_another_graph_is_told(ids):
+    model = broken(qwen3())
+    backend = tmx_backend(CONFIG, model=model)
+    with torch.no_grad(), pytest.warns(UserWarning, match="MASK_UNKNOWN") as told:
         compiled(model, False, backend)(ids, use_cache=False)
-    texts = "\n".join(str(warning.message) for warning in told)
-    assert "LAYER_UNKNOWN: docs/reasons.md); a graph break inside the attention module?" in texts
-    assert "layer 2 ran uncompiled" in texts
-    assert backend.report.uncompiled == 4
+    # Once: they were compiled, and judged.
+    assert (
+        len([warning for warning in told if "dense" in str(warning.message) or "sparse" in str(warning.message)]) == 1
+    )
+    assert backend.report.uncompiled == 0
+
+
+def test_layers_past_the_limit_are_told_though_others_like_them_were_sparse(ids):
+    model = broken(qwen3())
+    backend = tmx_backend(CONFIG, model=model, assume_causal=True)
+    with torch.no_grad():
+        compiled(model, False, backend)(ids, use_cache=False)
+        assert backend.report.uncompiled == 0
+        with torch.compiler.set_stance("force_eager"), pytest.warns(UserWarning, match="ran uncompiled, dense"):
+            model(ids, use_cache=False)
+    assert backend.report.uncompiled == len(CONFIG.layers())
 
 
 SMALL = dict(vocab_size=64, hidden_size=32, intermediate_size=32, num_attention_heads=2, num_hidden_layers=3)

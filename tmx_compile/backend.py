@@ -136,7 +136,7 @@ class TmxBackend:
         compiled, plan = self._compile(gm, host, compiler, example_inputs)
         # Only now: Dynamo may abandon a compilation half way and start again.
         self.report.add_graph(records(plan, self.report.graphs), plan.notes, plan.visited)
-        self._watch.compiled(item.layer for item in plan.sites if item.is_sparse)
+        compiled = self._watch.compiled(compiled, [item.layer for item in plan.sites])
         warn_if_dense(plan, self.report)
         return compiled if one_row is None else one_row.beside(compiled)
 

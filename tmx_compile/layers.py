@@ -4,9 +4,9 @@ A traced path names a layer only in a graph of the whole model. Compiled one by 
 break, a layer's graph says ``L['self'].self_attn``, and Dynamo lets layers share it. So each attention module of a
 model that is handed over carries a :class:`~tmx_compile.graph.layer.Mark`, and its ``forward`` reads it: Dynamo guards
 on it, and writes it beside every node of the module. The mark tells the *kind* of a layer, not its number, so that
-graphs are shared by all layers that are to be alike. (A graph break inside the module itself undoes this: Dynamo then
-runs it in pieces that know nothing of the module, unless an attention implementation gets it handed: see
-:func:`marked`.)
+graphs are shared by all layers that are to be alike. After a graph break inside the module itself Dynamo runs it in
+pieces that know nothing of the module. Then a torch function mode around them tells each which module it is a part of:
+see :class:`Pieces`.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx.traceback import annotate
+from torch.overrides import TorchFunctionMode
 
 from tmx_compile.config import TriangleMixConfig
 from tmx_compile.errors import StrictModeError
@@ -42,8 +42,7 @@ class Watch:
         strict: raise instead of warning.
         limit: whether Dynamo goes on compiling.
         off: whether nothing is said any more.
-        asked: uncompiled calls that the attention implementation has judged and left dense.
-        pieces: layers that Python runs, but whose attention is compiled, and sparse.
+        judged: calls of compiled graphs with attention of layers that are to go sparse. The report tells of each.
     """
 
     report: Report
@@ -51,14 +50,18 @@ class Watch:
     strict: bool
     limit: RecompileLimit
     off: bool = False
-    asked: int = 0
-    pieces: set[int] = field(default_factory=set)
+    judged: int = 0
 
-    def compiled(self, layers: Iterable[LayerPath]) -> None:
-        """A graph was compiled in which attention of these layers is sparse."""
-        for layer in layers:
-            if layer.is_piece and layer.mark is not None:
-                self.pieces.update(layer.mark.layers)
+    def compiled(self, run: Callable[..., Any], layers: Iterable[LayerPath]) -> Callable[..., Any]:
+        """A compiled graph that counts its calls, if there is a layer in it that is marked to go sparse."""
+        if not any(layer.mark is not None and layer.mark.sparse for layer in layers):
+            return run
+
+        def counted(*args: Any) -> Any:
+            self.judged += 1
+            return run(*args)
+
+        return counted
 
     def ran(self, layer: int, tokens: int) -> None:
         """A triangle layer was called with so many rows by Python, not by a compiled graph."""
@@ -111,6 +114,7 @@ def hand_over(model: nn.Module, config: TriangleMixConfig, watch: Watch) -> None
             # Over the class's own, or over what somebody put there, as accelerate does.
             each.forward = MethodType(forward if _is_own(put, each) else Over(put), each)
         each._tmx_mark = str(Mark(plan, sparse, kinds[sparse]))
+        each._tmx_pieces = Pieces(each._tmx_mark)
         each._tmx_watch = (watch, layer) if sparse else None
 
 
@@ -139,27 +143,44 @@ class Over:
 
 def _run(module: Any, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if torch.compiler.is_compiling():
-        with marked(module):
+        with annotate({MARK: module._tmx_mark}):
             return run(*args, **kwargs)
+    with module._tmx_pieces:
+        return _watched(module, run, *args, **kwargs)
+
+
+# Its own frame is not worth a graph, and would get one for every layer.
+@torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call, untyped-decorator]
+def _watched(module: Any, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The forward of a module that Python runs, whole or in compiled pieces."""
     if module._tmx_watch is None:
         return run(*args, **kwargs)
     watch, layer = module._tmx_watch
-    before, asked = watch.report.switched, watch.asked
+    before = watch.report.switched + watch.judged
     out = run(*args, **kwargs)
-    in_piece = layer in watch.pieces and watch.asked == asked
-    if watch.report.switched == before and not in_piece:
+    if watch.report.switched + watch.judged == before:
         given = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim() > 1), None)
         # Whichever dimension holds the tokens: (B, S, E), (S, B, E) and (B, H, S, D) are all in use.
         watch.ran(layer, 0 if given is None else max(given.shape[:-1]))
     return out
 
 
-def marked(module: Any) -> AbstractContextManager[Any]:
-    """Nodes that Dynamo traces inside bear the mark of a module that was handed over.
+class Pieces(TorchFunctionMode):
+    """Nodes of the graphs that Dynamo makes of pieces of a module bear its mark: it traces what the mode does.
 
-    The module itself is read, and so guarded on: after a graph break the pieces of its forward are told apart by this.
+    Dynamo guards on the modes that are active, and on the mark. Where nothing is compiled, the mode changes nothing.
     """
-    return annotate({MARK: module._tmx_mark})
+
+    def __init__(self, mark: str) -> None:
+        super().__init__()
+        self.mark = mark
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call ``func``; while Dynamo traces, under the mark."""
+        if torch.compiler.is_compiling():
+            with annotate({MARK: self.mark}):
+                return func(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
 
 
 def is_handed_over(module: nn.Module) -> bool:
@@ -172,13 +193,6 @@ def went_sparse(module: nn.Module) -> None:
     told = getattr(module, "_tmx_watch", None)
     if told is not None:
         told[0].report.switched += 1
-
-
-def stayed_dense(module: nn.Module) -> None:
-    """Likewise, of one that was not."""
-    told = getattr(module, "_tmx_watch", None)
-    if told is not None:
-        told[0].asked += 1
 
 
 def _is_ours(put: Any, module: nn.Module) -> bool:

@@ -67,7 +67,6 @@ class LayerPath:
         mark: what the site's module carries, where the model was handed over.
         is_shared: whether that was lost, as other layers run the same traced body.
         outside: why it is no layer of the model that was handed over, "" where it may be one.
-        is_piece: whether the graph begins inside of the marked module: the attention implementation has marked it.
     """
 
     path: str
@@ -77,7 +76,6 @@ class LayerPath:
     mark: Mark | None = None
     is_shared: bool = False
     outside: str = ""
-    is_piece: bool = False
 
     @property
     def is_known(self) -> bool:
@@ -147,7 +145,7 @@ def _marked(layer: LayerPath, node: Node | None) -> LayerPath:
         return layer
     if text == _SHARED:
         return replace(layer, is_shared=True)
-    return replace(layer, mark=Mark.read(text), is_piece=not node.meta.get("nn_module_stack"))
+    return replace(layer, mark=Mark.read(text))
 
 
 def _parts(node: Node | None) -> tuple[str, ...]:

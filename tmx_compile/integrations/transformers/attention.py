@@ -24,7 +24,7 @@ from tmx_compile.integrations.transformers.dense import dense_attention
 from tmx_compile.integrations.transformers.judge import Judge, layer_of
 from tmx_compile.integrations.transformers.paged import no_mask, paged_attention
 from tmx_compile.integrations.transformers.records import Records
-from tmx_compile.layers import is_handed_over, marked, stayed_dense, went_sparse
+from tmx_compile.layers import is_handed_over, went_sparse
 from tmx_compile.legacy.inference import TriangleMixInferenceConfig
 from tmx_compile.lowering.base import AttentionCall, immediate
 from tmx_compile.lowering.block_sparse import BlockSparse
@@ -99,10 +99,8 @@ class TriangleAttention:
         if self._judge is None:
             return dense_attention(module, query, key, value, attention_mask, scaling=scaling, **settings)
         if torch.compiler.is_dynamo_compiling() and is_handed_over(module):
-            # The backend that has the model does more with plain attention than one node: see tmx_backend. After a
-            # graph break inside the module only this says which layer it is.
-            with marked(module):
-                return dense_attention(module, query, key, value, attention_mask, scaling=scaling, **settings)
+            # The backend that has the model does more with plain attention than one node: see tmx_backend.
+            return dense_attention(module, query, key, value, attention_mask, scaling=scaling, **settings)
         call = self._judge.call(module, query, key, value, attention_mask, scaling, settings)
         selection = self._judge.selection(module)
         done = call if isinstance(call, Rejected) else self._attend(call, selection)
@@ -116,8 +114,6 @@ class TriangleAttention:
                 self.records.visited(type(module).__name__, layer_of(module), lowering, visited)
             return out.transpose(1, 2).contiguous(), None
         assert isinstance(done, Rejected)
-        if not torch.compiler.is_compiling():
-            stayed_dense(module)
         self.record(module, query, key, value, attention_mask, done)
         told = self.request.strict or not torch.compiler.is_compiling()
         if told and self._judge.is_missed(module, done, settings):
