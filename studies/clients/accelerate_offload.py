@@ -1,6 +1,6 @@
 """accelerate: weights on the CPU's side of a device map or on disk, brought by hooks in every module.
 
-A hook breaks the graph inside attention: such a model is switched.
+A hook breaks the graph inside attention: compiled, it runs in pieces; switched, it compiles nothing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""bitsandbytes: a model loaded in 8 bit, switched, and compiled with the flag that it needs.
+"""bitsandbytes: a model loaded in 8 bit, switched, and compiled, with the flag that makes it one graph and without.
 
 Its search for outliers makes a tensor whose size is data: Dynamo breaks the graph there unless it may capture such.
 """
