@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 
 from tests.support.oracle import oracle
 from tmx_compile import StrictModeError, TriangleMixConfig
+from tmx_compile.integrations.vllm import backend
 from tmx_compile.integrations.vllm.backend import TriangleBuilder, TriangleImpl, active, of_dense_rows
 from tmx_compile.integrations.vllm.gather import from_packed
 from tmx_compile.integrations.vllm.rows import Dense, Split
@@ -81,7 +83,7 @@ class PlatformImpl:
 
 class Builder(TriangleBuilder, PlatformBuilder):
     def lengths(self, common):
-        return common.seq_lens.tolist()
+        return common.seq_lens
 
 
 class Impl(TriangleImpl, PlatformImpl):
@@ -137,7 +139,7 @@ class Sequences:
             starts, starts, lengths, len(chosen), int(starts[-1]), max(rows for _, _, rows in chosen),
             int(lengths.max()), self.table[requests], torch.arange(int(starts[-1])),
         )  # fmt: skip
-        builder.prompts = torch.tensor([self.prompts[request] for request in requests])
+        builder.prompts = np.array([self.prompts[request] for request in requests])
         metadata = builder.build(0, common)
         taken = [slice(first, first + rows) for _, first, rows in chosen]
         parts = [
@@ -211,12 +213,14 @@ def test_kernels_and_memory_are_ready_before_the_first_prompt():
     q, k, v = torch.randn(rows, HEADS + 2 * KV_HEADS, DIM).split([HEADS, KV_HEADS, KV_HEADS], 1)
     ran = []
     impl.stream = lambda on, query, key, value, last, out: ran.append((len(query), len(key), last))
+    impl.kernel_steps = lambda query: (31, 50)
     impl.prepare(on, q, k, v)
-    # One row, a few, and all that there are, since the Hopper kernel's number is more; at the start and later.
-    assert sorted(ran) == sorted(each for n in (1, 25, 40) for each in ((n, n, 0), (n, n, min(n, 6)), (n, n + 7, 0)))
+    # One row, a few, those from which on other kernels run, and all that there are; at the start and later.
+    counts = 1, 25, 31, 40
+    assert sorted(ran) == sorted(each for n in counts for each in ((n, n, 0), (n, n, min(n, 6)), (n, n + 7, 0)))
     taken = on.scratch.take(rows + 7, k)[0].data_ptr()
     impl.prepare(on, q, k, v)
-    assert len(ran) == 9
+    assert len(ran) == 12
     assert on.scratch.take(rows + 7, k)[0].data_ptr() == taken
 
 
@@ -243,12 +247,37 @@ def test_a_step_whose_rows_see_ahead_is_dense(change):
     """Pictures that see themselves whole, in prompts of models of several kinds of input."""
     engine = configured(CONFIG, Impl())
     builder = Builder(SimpleNamespace(block_size=SIZE), [NAME], engine, CPU)
-    builder.prompts = torch.tensor([30])
+    builder.prompts = np.array([30])
     starts, lengths = torch.tensor([0, 30], dtype=torch.int32), torch.tensor([30], dtype=torch.int32)
     common = Common(starts, starts, lengths, 1, 30, 30, 30, torch.zeros(1, 8), torch.arange(30))
     assert builder.plan(builder.active, common) is not None
     assert builder.plan(builder.active, common.replace(**change)) is None
     assert builder.active.counts.steps == {"triangle": 1, Reason.NOT_CAUSAL.name: 1}
+
+
+def test_places_of_a_graph_without_requests_are_no_prompts():
+    """What was in them before is still there: a prompt that streamed, and a place that the prompts do not have."""
+    builder = Builder(SimpleNamespace(block_size=SIZE), [NAME], configured(CONFIG, Impl()), CPU)
+    starts = torch.tensor([0, 1, 1, 1], dtype=torch.int32)
+    common = Common(starts, starts, torch.tensor([6, 0, 0], dtype=torch.int32), 3, 1, 1, 6, None, None)
+    builder.prompts = np.array([5, 30])
+    assert builder.plan(builder.active, common) is None
+    assert builder.active.counts.steps == {Reason.SHORT_PROMPT.name: 1}
+
+
+def test_most_steps_are_told_dense_without_a_look_at_their_rows(monkeypatch):
+    """Decode steps and short prompts, whatever their number."""
+    monkeypatch.setattr(backend, "split", None)
+    builder = Builder(SimpleNamespace(block_size=SIZE), [NAME], configured(CONFIG, Impl()), CPU)
+    starts = torch.arange(4, dtype=torch.int32)
+    # The last row of a prompt, the first of the last rows, and a decode step.
+    common = Common(starts, starts, torch.tensor([30, 25, 40], dtype=torch.int32), 3, 3, 1, 40, None, None)
+    builder.prompts = np.array([30, 30, 30])
+    assert builder.plan(builder.active, common) is None
+    assert builder.active.counts.steps == {"decode": 1}
+    common.seq_lens[1] = 24
+    with pytest.raises(TypeError):
+        builder.plan(builder.active, common)
 
 
 def test_a_model_whose_prefix_sees_itself_whole_is_dense():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from tmx_compile.errors import StrictModeError
@@ -122,15 +122,14 @@ class Counts:
         log.warning("TriangleMix: %s stays dense: %s", name, why)
 
 
-def why_dense(prompts: Sequence[int], min_seq_len: int, limit: int) -> Reason | None:
+def why_dense(longest: int, min_seq_len: int, limit: int) -> Reason | None:
     """Why no row of a step streams: the reason of its longest prompt; None: its rows are last rows and decode steps.
 
     Args:
-        prompts: tokens of the prompts.
+        longest: tokens of that prompt.
         min_seq_len: up to which length the configuration keeps prompts dense.
         limit: up to which length they stay dense here.
     """
-    longest = max(prompts, default=0)
     if longest > limit:
         return None
     return Reason.SHORT_PROMPT if longest <= min_seq_len else Reason.NOT_FASTER

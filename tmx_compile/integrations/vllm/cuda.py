@@ -15,6 +15,8 @@ from vllm.v1.attention.backends.flash_attn import (
 
 from tmx_compile.integrations.vllm.backend import TriangleBuilder, TriangleImpl, active
 from tmx_compile.integrations.vllm.gather import from_packed
+from tmx_compile.lowering.triton import tuning
+from tmx_compile.lowering.triton.devices import multiprocessors
 
 
 class Builder(TriangleBuilder, FlashAttentionMetadataBuilder):
@@ -28,10 +30,10 @@ class Builder(TriangleBuilder, FlashAttentionMetadataBuilder):
     # A graph of a step with chunks of prompts would repeat that step's plan; one of decode steps holds none.
     _cudagraph_support = AttentionCGSupport.UNIFORM_BATCH
 
-    def lengths(self, common: Any) -> list[int] | None:
+    def lengths(self, common: Any) -> Tensor | None:
         """See :class:`TriangleBuilder`. The bound is exact but for drafts, whose rows are dense in any case."""
         bound: Tensor | None = common.seq_lens_cpu_upper_bound
-        return None if bound is None else bound.tolist()
+        return bound
 
     def build_dense(self, common: Any) -> Any:
         """The platform's metadata for the dense rows, in memory of its own."""
@@ -71,6 +73,10 @@ class Impl(TriangleImpl, FlashAttentionImpl):
         return super().forward(
             layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
         )
+
+    def kernel_steps(self, query: Tensor) -> tuple[int, ...]:
+        """See :class:`TriangleImpl`."""
+        return tuning.row_steps(query.shape[1], multiprocessors(query.device))
 
     def tokens(self, layer: Any, kv_cache: Tensor, blocks: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
         """See :class:`TriangleImpl`."""

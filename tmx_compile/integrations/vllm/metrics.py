@@ -81,7 +81,7 @@ class Prompts(StatLoggerBase):
         if first_dense_row(prompt, self._limit, self._last):
             return "triangle"
         # One that is all last rows is short, wherever the limit is.
-        return (why_dense([prompt], self._least, self._limit) or Reason.SHORT_PROMPT).name
+        return (why_dense(prompt, self._least, self._limit) or Reason.SHORT_PROMPT).name
 
     def log_engine_initialized(self) -> None:
         """Called by vLLM; the workers have said it."""
