@@ -255,14 +255,16 @@ def test_a_step_whose_rows_see_ahead_is_dense(change):
     assert builder.active.counts.steps == {"triangle": 1, Reason.NOT_CAUSAL.name: 1}
 
 
-def test_places_of_a_graph_without_requests_are_no_prompts():
-    """What was in them before is still there: a prompt that streamed, and a place that the prompts do not have."""
+@pytest.mark.parametrize(
+    ("prompt", "length", "what"), [(5, 6, "SHORT_PROMPT"), (16, 20, "decode"), (30, 12, "triangle")]
+)
+def test_places_of_a_graph_without_requests_are_left_out(prompt, length, what):
     builder = Builder(SimpleNamespace(block_size=SIZE), [NAME], configured(CONFIG, Impl()), CPU)
-    starts = torch.tensor([0, 1, 1, 1], dtype=torch.int32)
-    common = Common(starts, starts, torch.tensor([6, 0, 0], dtype=torch.int32), 3, 1, 1, 6, None, None)
-    builder.prompts = np.array([5, 30])
-    assert builder.plan(builder.active, common) is None
-    assert builder.active.counts.steps == {Reason.SHORT_PROMPT.name: 1}
+    starts, lengths = torch.tensor([0, 1, 1, 1], dtype=torch.int32), torch.tensor([length, 0, 0], dtype=torch.int32)
+    builder.prompts = np.array([prompt])
+    builder.plan(builder.active, Common(starts, starts, lengths, 3, 1, 1, length, torch.zeros(3, 8), None))
+    assert builder.active.counts.steps == {what: 1}
+    assert builder.active.counts.tokens.total() == 1
 
 
 def test_most_steps_are_told_dense_without_a_look_at_their_rows(monkeypatch):

@@ -159,7 +159,7 @@ class TriangleBuilder:
     supports_update_block_table = False
 
     prompts: Any = None
-    """(requests,) array: lengths of the step's prompts; None: the step is no whole step of a scheduler."""
+    """(requests,) array, lengths of the step's prompts; None: the step is no whole step of a scheduler."""
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]
@@ -185,16 +185,14 @@ class TriangleBuilder:
         if common.causal is not True or common.mm_req_doc_ranges:
             on.counts.step(None, rows, Reason.NOT_CAUSAL)
             return None
-        # A step of a graph may have places for more requests than there are; those have no rows, and no prompts.
-        requests = min(len(starts) - 1, len(self.prompts))
-        counts = starts[1 : requests + 1] - starts[:requests]
-        prompts = self.prompts[:requests] * (counts > 0)
-        computed = lengths.numpy()[:requests] - counts
-        found = None
-        if any_streams(prompts, computed, on.limit, on.geometry.last):
-            some = starts.tolist(), lengths.tolist(), prompts.tolist()
-            found = split(*some, on.geometry, on.limit, whole_prompts=self.whole_prompts)
-        longest = int(prompts.max()) if requests else 0
+        longest, found = int(self.prompts.max(initial=0)), None
+        if longest > on.limit:
+            # A graph's step may have places for more requests than there are.
+            requests = len(self.prompts)
+            computed = lengths.numpy()[:requests] - (starts[1:] - starts[:-1])[:requests]
+            if any_streams(self.prompts, computed, on.limit, on.geometry.last):
+                some = starts.tolist()[: requests + 1], lengths.tolist(), self.prompts.tolist()
+                found = split(*some, on.geometry, on.limit, whole_prompts=self.whole_prompts)
         on.counts.step(found, rows, why_dense(longest, on.settings.config.min_seq_len, on.limit))
         if found is None:
             return None

@@ -62,7 +62,8 @@ def _first_runner(plain: Any) -> Any:
         # A step of the scheduler, whole: no profiling, no capture, no micro-batches.
         real = kwargs.get("num_scheduled_tokens") is not None and kwargs.get("ubatch_slices") is None
         real = real and not kwargs.get("for_cudagraph_capture")
-        with told(self.attn_groups, self.input_batch.num_prompt_tokens if real else None):
+        batch = self.input_batch
+        with told(self.attn_groups, batch.num_prompt_tokens[: batch.num_reqs] if real else None):
             return plain(self, *args, **kwargs)
 
     return _build_attention_metadata
