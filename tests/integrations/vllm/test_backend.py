@@ -81,6 +81,14 @@ class PlatformImpl:
         return output
 
 
+class Attention(SimpleNamespace):
+    """A layer, by the name of vLLM's class."""
+
+
+class ChunkedLocalAttention(Attention):
+    """One that hands its builder requests cut into chunks."""
+
+
 class Builder(TriangleBuilder, PlatformBuilder):
     def lengths(self, common):
         return common.seq_lens
@@ -95,7 +103,7 @@ def configured(config: TriangleMixConfig, impl: Any, lowering: str = "operator",
     """The configuration of an engine whose model has one layer more than is looked at."""
     asked = Settings(config, 2, lowering, **changes)
     layers = {
-        name: SimpleNamespace(impl=impl, sliding_window=None, layer_name=name)
+        name: Attention(impl=impl, sliding_window=None, layer_name=name)
         for name in ("model.layers.0.self_attn.attn", NAME)
     }
     return SimpleNamespace(
@@ -286,6 +294,19 @@ def test_a_model_whose_prefix_sees_itself_whole_is_dense():
     engine = configured(CONFIG, Impl())
     engine.model_config.is_mm_prefix_lm = True
     assert [site.reason for site in active(engine, CPU).counts.report] == ["NOT_SELECTED", Reason.NOT_CAUSAL.name]
+
+
+def test_a_layer_of_another_kind_is_dense_and_an_error_in_strict_mode():
+    impl = Impl()
+    for strict in (False, True):
+        engine = configured(CONFIG, impl, strict=strict)
+        layers = engine.compilation_config.static_forward_context
+        layers[NAME] = ChunkedLocalAttention(**vars(layers[NAME]))
+        if strict:
+            with pytest.raises(StrictModeError, match="ChunkedLocalAttention"):
+                active(engine, CPU)
+        else:
+            assert not active(engine, CPU).sparse
 
 
 def test_a_group_without_triangle_layers_is_left_alone():

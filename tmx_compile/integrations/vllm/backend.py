@@ -122,6 +122,7 @@ def facts_of(name: str, layer: Any, config: Any, device: torch.device, geometry:
     parallel = config.parallel_config
     return LayerFacts(
         name,
+        kind=type(layer).__name__,
         causal=impl.attn_type == "decoder" and not config.model_config.is_mm_prefix_lm,
         alibi=impl.alibi_slopes is not None,
         softcap=bool(impl.logits_soft_cap),
