@@ -52,6 +52,7 @@ def test_a_stage_of_a_pipeline_lacks_layers_and_that_is_no_error():
     counts = Counts(Settings(CONFIG, 4, strict=True))
     counts.layers([layer(2)], "blocked", whole_model=False)
     assert [site.decision for site in counts.report] == ["triangle"]
+    assert "triangle layers 2 of 1 in this stage, geometry" in counts.startup_line("blocked")
 
 
 @pytest.mark.parametrize(

@@ -30,12 +30,14 @@ class Counts:
         tokens: rows by what became of them in triangle layers: "triangle" or "dense" (last rows, decode, prompts that
             stay dense).
         limit: up to which length prompts stay dense here.
+        whole_model: whether all layers of the model are here; False: a stage of a pipeline.
         steps: engine steps by "triangle" (some rows streamed) or the name of the reason why none did.
     """
 
     def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
         self.settings = settings
         self.limit = settings.config.min_seq_len
+        self.whole_model = True
         self.report = Report()
         self.tokens: Counter[str] = Counter()
         self.steps: Counter[str] = Counter()
@@ -54,6 +56,7 @@ class Counts:
         Raises:
             StrictModeError: in strict mode, a triangle layer that has to stay dense, or is not there.
         """
+        self.whole_model = whole_model
         sites, numbers = [], set()
         for facts in found:
             answer = judge(facts, self.settings.config)
@@ -73,9 +76,10 @@ class Counts:
         config, sites = self.settings.config, self.report.sites
         sparse = sorted(site.layer for site in self.report.triangle() if site.layer is not None)
         dense = Counter(site.reason for site in sites if site.decision == "dense")
+        here = "" if self.whole_model else " in this stage"
         because = ", ".join(f"{count} {reason}" for reason, count in sorted(dense.items()))
         return (
-            f"TriangleMix {__version__}: triangle layers {spelled(sparse)} of {len(sites)}"
+            f"TriangleMix {__version__}: triangle layers {spelled(sparse)} of {len(sites)}{here}"
             f"{f' (dense: {because})' if because else ''}, geometry {config.geometry}, "
             f"prompts over {self.limit} tokens, computed by {lowering}"
         )
