@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import math
 import os
 import statistics
 import sys
@@ -263,11 +264,12 @@ def of_pairs(ratios: Sequence[float]) -> dict[str, Any]:
     A pair is measured one behind the other, so what changes slowly is in both.
     """
     count, ordered = len(ratios), sorted(ratios)
-    # Of the binomial distribution, by its normal approximation.
-    rank = int((count - 1.96 * count**0.5) / 2)
-    if count < 8:
+    # The median is below the (left out + 1)th with the probability that at most so many of all are below the median.
+    below = list(itertools.accumulate(math.comb(count, number) * 0.5**count for number in range(count)))
+    left_out = sum(probability <= 0.025 for probability in below) - 1
+    if left_out < 0:
         return {}
-    interval = [ordered[rank], ordered[count - 1 - rank]]
+    interval = [ordered[left_out], ordered[count - 1 - left_out]]
     return {"pairs": {"median": statistics.median(ratios), "confidence_95": interval}}
 
 
