@@ -194,16 +194,18 @@ class Engine:
         return [_answer(done[name]) for name in (mine, *others)]
 
     def both(
-        self, run: Callable[[], dict[str, float]], rounds: int, warm: int = 1
+        self, run: Callable[[], dict[str, float]], rounds: int, warm: int = 1, control: bool = False
     ) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
         """What ``run`` measures dense and with triangle layers, in turns, after ``warm`` of each that do not count.
 
-        Which of both is first changes from round to round.
+        Which of both is first changes from round to round. With ``control`` both are dense, but switched all the same.
         """
         found: tuple[list[dict[str, float]], list[dict[str, float]]] = ([], [])
         for number in range(rounds + warm):
             for triangle in (False,) if self.off else (False, True) if number % 2 else (True, False):
                 self.switch(triangle)
+                if control:
+                    self.switch(False)
                 took = run()
                 if number >= warm:
                     found[triangle].append(took)

@@ -83,10 +83,11 @@ class Bench:
         run: Callable[[], dict[str, float]],
         rounds: int,
         warm: int = 1,
+        control: bool = False,
         **more: Any,
     ) -> dict[str, Any]:
-        """A record of what ``run`` measures dense and with triangle layers."""
-        found = self.engine.both(run, rounds, warm)
+        """A record of what ``run`` measures dense and with triangle layers; with ``control``, dense twice."""
+        found = self.engine.both(run, rounds, warm, control)
         layers = {"layers": self.layers, "triangle_layers": len(self.triangle)}
         return self.engine.compared(what, found, n=n, chunk=chunk, **layers, **more)
 
@@ -125,8 +126,10 @@ class Bench:
             def run(batch: int = batch, n: int = n) -> dict[str, float]:
                 return {"ms": self.engine.ask([self.prompt(n) for _ in range(batch)])[0]}
 
-            rounds = 8 if self.quick else 40 if batch == 1 else 15
-            records.append(self.compared("short prompts", n, self.most, run, rounds, 2, batch=batch, new_tokens=1))
+            rounds = 8 if self.quick else 60 if batch == 1 else 15
+            for what in ("short prompts", "short prompts, dense twice"):
+                control = what != "short prompts"
+                records.append(self.compared(what, n, self.most, run, rounds, 2, control, batch=batch, new_tokens=1))
         return records
 
     def decode(self) -> list[dict[str, Any]]:

@@ -236,6 +236,8 @@ class TriangleImpl:
         """Attention of a step: query (rows, H, D), key and value (rows, Hkv, D), into output (rows, H, D)."""
         plan: Plan | None = getattr(attn_metadata, _PLAN, None)
         dense = super().forward  # type: ignore[misc]
+        if attn_metadata is None:
+            self.profiled(layer, query, key, value)
         if plan is None or layer.layer_name not in plan.active.sparse or output_scale is not None:
             result: Tensor = dense(
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
@@ -257,6 +259,9 @@ class TriangleImpl:
             if not isinstance(plan.rows, slice):
                 output[plan.rows] = out
         return output
+
+    def profiled(self, layer: Any, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """Called in the engine's profiling run, which has no metadata, with a layer's largest step."""
 
     def stream(self, on: Active, query: Tensor, key: Tensor, value: Tensor, last: int, out: Tensor) -> None:
         """Streaming rows (rows, H, D) over keys and values (n, Hkv, D) that end at the last row, into ``out``.

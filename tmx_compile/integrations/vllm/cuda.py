@@ -53,26 +53,11 @@ class Impl(TriangleImpl, FlashAttentionImpl):
         super().__init__(*arguments, **named)
         self.engine = get_current_vllm_config()
 
-    def forward(
-        self,
-        layer: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        kv_cache: Tensor,
-        attn_metadata: Any,
-        output: Tensor,
-        output_scale: Tensor | None = None,
-        output_block_scale: Tensor | None = None,
-    ) -> Tensor:
-        """See :class:`TriangleImpl`. In the engine's profiling run, which has no metadata, kernels are compiled."""
-        if attn_metadata is None:
-            on = active(self.engine, query.device)
-            if on is not None and layer.layer_name in on.sparse:
-                self.prepare(on, query, key, value)
-        return super().forward(
-            layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
-        )
+    def profiled(self, layer: Any, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """See :class:`TriangleImpl`. Here kernels are compiled."""
+        on = active(self.engine, query.device)
+        if on is not None and layer.layer_name in on.sparse:
+            self.prepare(on, query, key, value)
 
     def kernel_steps(self, query: Tensor) -> tuple[int, ...]:
         """See :class:`TriangleImpl`."""
