@@ -323,10 +323,12 @@ def _switch(worker: Any, triangle: bool) -> None:
     parts = [(builder, "build") for builder in _builders(worker)]
     parts += [(layer.impl, "forward") for layer in layers if hasattr(layer, "impl")]
     for part, name in parts:
-        if type(part).__module__.startswith("tmx_compile."):
-            vars(part).pop(name, None)
+        # A layer that is no triangle layer has vLLM's own in any case.
+        if type(part).__module__.startswith("tmx_compile.") and (triangle or name not in vars(part)):
             if not triangle:
                 setattr(part, name, functools.partial(getattr(type(part).__bases__[-1], name), part))
+            elif isinstance(vars(part).get(name), functools.partial):
+                delattr(part, name)
     for hook in hooks.HOOKS:
         owner_name, _, name = hook.name.rpartition(".")
         owner = getattr(sys.modules.get(hook.module), owner_name, None)

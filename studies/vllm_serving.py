@@ -17,7 +17,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,19 +93,17 @@ class Bench:
 
     # The phases
 
-    def ttft(self, n: int, chunk: int = 0) -> list[dict[str, Any]]:
+    def ttft(self, n: int, chunk: int = 0) -> Iterator[dict[str, Any]]:
         """Milliseconds to the first token of one prompt: in chunks of a given size, or in the usual ones and whole."""
         n = min(n, self.most // 2) if self.quick else n
         # A call of seconds is warm behind its first tenth; shorter ones get a round that does not count.
         rounds, warm = max(4, min(12, 200000 // n)), int(n <= 32768)
-        records = []
         for size in [chunk] if chunk else sorted({self.chunk, n}) if n > self.chunk else [n]:
 
             def run(size: int = size) -> dict[str, float]:
                 return {"ms": self.engine.ask([self.prompt(n)], chunk=size)[0]}
 
-            records.append(self.compared("ttft", n, size, run, rounds, warm))
-        return records
+            yield self.compared("ttft", n, size, run, rounds, warm)
 
     def apart(self, n: int) -> list[dict[str, Any]]:
         """The same for a whole prompt, whose last rows vLLM's backend computes."""
@@ -118,9 +116,8 @@ class Bench:
         self.engine.fused(True)
         return [found]
 
-    def short(self) -> list[dict[str, Any]]:
+    def short(self) -> Iterator[dict[str, Any]]:
         """Milliseconds to the first tokens of prompts whose rows are all dense, one alone and several at once."""
-        records = []
         for batch, n in ((1, 32), (4, 32)) if self.quick else ((1, 256), (1, 1000), (1, 2000), (8, 1000)):
 
             def run(batch: int = batch, n: int = n) -> dict[str, float]:
@@ -131,20 +128,18 @@ class Bench:
 
             rounds = 8 if self.quick else 40 if batch == 1 else 15
             about = {"batch": batch, "new_tokens": 1}
-            records.append(self.compared("short prompts", n, self.most, run, rounds, **about))
+            yield self.compared("short prompts", n, self.most, run, rounds, **about)
             if batch == 1 and n in (32, 1000):
                 # What the way of measuring alone gives.
-                records.append(self.compared("short prompts, dense twice", n, self.most, run, rounds, 1, True, **about))
-        return records
+                yield self.compared("short prompts, dense twice", n, self.most, run, rounds, 1, True, **about)
 
-    def decode(self) -> list[dict[str, Any]]:
+    def decode(self) -> Iterator[dict[str, Any]]:
         """One decode step of short requests, many at once and one alone."""
-        records, (n, pairs, steps) = [], (32, 8, 4) if self.quick else (256, 30, 16)
+        n, pairs, steps = (32, 8, 4) if self.quick else (256, 30, 16)
         for batch in (4, 1) if self.quick else (32, 1):
             found = self.engine.decoding([self.prompt(n) for _ in range(batch)], pairs, steps)
             more = {"layers": self.layers, "triangle_layers": len(self.triangle), "batch": batch, "steps": steps}
-            records.append(self.engine.compared("a decode step", found, n=n, **more))
-        return records
+            yield self.engine.compared("a decode step", found, n=n, **more)
 
     def mixed(self) -> list[dict[str, Any]]:
         """Long prompts that come to requests which decode; how fast these do."""
@@ -279,21 +274,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             continue
         name, *numbers = phase.split(":")
         try:
-            records = getattr(bench, name)(*map(int, numbers))
+            for each in getattr(bench, name)(*map(int, numbers)):
+                print(json.dumps(record.rounded(each)), flush=True)
+                old = json.loads(options.file.read_text(encoding="utf-8")) if options.file.is_file() else {}
+                measured = record.Measured(settings, [*old.get("records", []), each])
+                content = record.result("vllm", command, options.quick, before, measured)
+                run = {"command": command, "tmx_compile_sources": content["versions"]["tmx_compile_sources"]}
+                content["runs"] = old.get("runs", {}) | {
+                    f"{engine.runner}, {bench.layers} layers{' off' if options.off else ''}": run
+                }
+                record.write(content, options.file)
         except Exception:
             failed += 1
             traceback.print_exc()
             continue
-        for each in records:
-            print(json.dumps(record.rounded(each)), flush=True)
-        old = json.loads(options.file.read_text(encoding="utf-8")) if options.file.is_file() else {}
-        measured = record.Measured(settings, [*old.get("records", []), *records])
-        content = record.result("vllm", command, options.quick, before, measured)
-        run = {"command": command, "tmx_compile_sources": content["versions"]["tmx_compile_sources"]}
-        content["runs"] = old.get("runs", {}) | {
-            f"{engine.runner}, {bench.layers} layers{' off' if options.off else ''}": run
-        }
-        record.write(content, options.file)
         print(f"{phase}: {time.monotonic() - begin:.1f} s; {engine.state().get('counts', '')}", flush=True)
     return 1 if failed else 0
 

@@ -296,6 +296,24 @@ def test_a_model_whose_prefix_sees_itself_whole_is_dense():
     assert [site.reason for site in active(engine, CPU).counts.report] == ["NOT_SELECTED", Reason.NOT_CAUSAL.name]
 
 
+def test_a_layer_that_is_no_triangle_layer_has_the_platforms_own_function():
+    """So it costs the host nothing; and layers that change sides follow."""
+    layers = {}
+    for sparse in (1, 0, 1):
+        engine = configured(CONFIG.replace(triangle_layer_indices=[sparse]), Impl())
+        found = engine.compilation_config.static_forward_context
+        for name in ("model.layers.0.self_attn.attn", NAME):
+            found[name].impl = layers.setdefault(name, Impl())
+        active(engine, CPU)
+        taken = [layer.impl.forward.__func__ is Impl.forward for layer in layers_of(found)]
+        assert taken == [sparse == 0, sparse == 1]
+        assert layers_of(found)[1 - sparse].impl.forward.__func__ is PlatformImpl.forward
+
+
+def layers_of(found):
+    return [found["model.layers.0.self_attn.attn"], found[NAME]]
+
+
 def test_a_layer_of_another_kind_is_dense_and_an_error_in_strict_mode():
     impl = Impl()
     for strict in (False, True):

@@ -97,6 +97,9 @@ def active(config: Any, device: torch.device) -> Active | None:
         layers = [facts_of(name, layer, config, device, geometry, lowering) for name, layer in attention_layers(config)]
         found.counts.layers(layers, lowering, whole_model=config.parallel_config.pipeline_parallel_size == 1)
         found.sparse = frozenset(site.path for site in found.counts.report.triangle())
+        for name, layer in attention_layers(config):
+            if is_ours(layer.impl):
+                layer.impl.leave_alone(name not in found.sparse)
         setattr(config.compilation_config, _PLAN, found)
     return found
 
@@ -259,6 +262,12 @@ class TriangleImpl:
             if not isinstance(plan.rows, slice):
                 output[plan.rows] = out
         return output
+
+    def leave_alone(self, always: bool) -> None:
+        """Whether the platform's implementation computes every step, without a look at it; else those without a plan."""
+        vars(self).pop("forward", None)
+        if always:
+            self.forward = super().forward  # type: ignore[misc,method-assign]
 
     def profiled(self, layer: Any, query: Tensor, key: Tensor, value: Tensor) -> None:
         """Called in the engine's profiling run, which has no metadata, with a layer's largest step."""

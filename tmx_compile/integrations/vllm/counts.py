@@ -100,11 +100,12 @@ class Counts:
 
     def _interval(self) -> None:
         interval, now = self.settings.stats_log_interval, self._clock()
-        shown = (self.tokens["triangle"], self.tokens["dense"])
-        if not interval or now - self._told < interval or shown == self._shown:
+        if not interval or now - self._told < interval:
             return
-        self._told, self._shown = now, shown
-        log.info("%s", str(self))
+        shown = (self.tokens["triangle"], self.tokens["dense"])
+        if shown != self._shown:
+            self._told, self._shown = now, shown
+            log.info("%s", str(self))
 
     def __str__(self) -> str:
         """The counters as one line."""
