@@ -264,7 +264,7 @@ class TriangleImpl:
         return output
 
     def leave_alone(self, always: bool) -> None:
-        """Whether the platform's implementation computes every step, without a look at it; else those without a plan."""
+        """Whether the platform's implementation computes every step, without a look at it; else one without a plan."""
         vars(self).pop("forward", None)
         if always:
             self.forward = super().forward  # type: ignore[misc,method-assign]
