@@ -65,8 +65,10 @@ def test_dense_has_nothing_of_the_plugin_in_a_worker(monkeypatch: pytest.MonkeyP
         vllm_config=SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context=layers)),
     )
     worker = SimpleNamespace(model_runner=runner)
+    engine: Any = vllm_engine.Engine.__new__(vllm_engine.Engine)
+    engine.llm = SimpleNamespace(collective_rpc=lambda call, args: call(worker, *args))
     for triangle in (False, False, True, True, False, True):
-        vllm_engine._switch(worker, triangle)
+        engine.switch(triangle)
         said = builder.build(3), layers["one"].impl.forward(4), Runner().step()
         plain = "vLLM's 3", "vLLM's 4", "vLLM's step"
         assert said == (tuple(f"ours around {each}" for each in plain) if triangle else plain)
