@@ -2,40 +2,46 @@
 
 ``torchrun --nproc-per-node 2 -m studies.context_parallel [--quick] [--out FOLDER] [--minutes M]``: a decoder of the
 Llama-3.1-8B shape with random weights and fewer layers, the deeper half of them triangle layers. ``--quick`` runs tiny
-sizes on CPUs, which measures nothing. One compile a variant, for all lengths.
+sizes on CPUs, which measures nothing. One compile a variant, for all lengths. Steps over the caches that follow such a
+prompt are in :mod:`studies.context_steps`.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
+import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import DeviceType
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import common
-from studies import context_bytes
+from studies import context_bytes, context_steps
+from studies.context_timing import collectives, finish, of_all, timed
 from tmx_compile import TriangleMixConfig, tmx_backend
 from tmx_compile.bench import record
 from tmx_compile.bench.record import Measured, hardware
+from tmx_compile.lowering.context_parallel import ContextParallel, heads
 
 FULL: dict[str, Any] = {
     "lengths": [32768, 131072, 262144],
     "tensor_lengths": [8192, 32768, 131072],
     "dense_up_to": 131072,
     "profiled": [32768, 131072],
-    "layers": 8,
+    "alone": [131072],
+    "steps": 131072,
+    "layers": 4,
     "hidden": 4096,
     "intermediate": 14336,
     "heads": 32,
@@ -51,6 +57,8 @@ QUICK: dict[str, Any] = {
     "lengths": [256, 320],
     "tensor_lengths": [256],
     "profiled": [],
+    "alone": [256],
+    "steps": 256,
     "layers": 2,
     "hidden": 64,
     "intermediate": 96,
@@ -133,9 +141,7 @@ def main() -> None:
     plan = QUICK if options.quick else FULL
     kind = "cpu" if options.quick else "cuda"
     started, before = time.monotonic(), hardware()
-    dist.init_process_group("gloo" if options.quick else "nccl", timeout=datetime.timedelta(seconds=120))
-    if kind == "cuda":
-        torch.cuda.set_device(dist.get_rank())
+    start(kind)
     mesh = init_device_mesh(kind, (dist.get_world_size(),))
     command = common.command("studies.context_parallel", sys.argv[1:])
     records: list[dict[str, Any]] = []
@@ -156,9 +162,22 @@ def main() -> None:
 
 TIMING = (
     "wall time of the slowest process from a barrier to the end of its work, median of the calls after two untimed "
-    "ones; nccl_ms: kernels of collectives on the first process, waiting included; exposed_ms: of these, while no "
-    "other kernel ran; memory_gib: the peak on the first process's card in the timed calls"
+    "ones; lists are by process: card_ms: its own time; memory_gib: the peak in the timed calls; of one more call "
+    "under the profiler: nccl_ms: kernels of collectives, waiting included; exposed_ms: of these, while no other "
+    "kernel ran; work_ms: while another kernel ran; sent_ms: kernels of collectives without their wait for the other "
+    "process, the shorter of each two. Collectives run on a stream of high priority, but for 'default priority'"
 )
+
+
+def start(kind: str) -> None:
+    """Join the others; collectives get their share of a card as soon as a block of another kernel ends."""
+    patience = datetime.timedelta(seconds=120)
+    if kind == "cpu":
+        dist.init_process_group("gloo", timeout=patience)
+        return
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    high = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    dist.init_process_group("nccl", timeout=patience, pg_options=high)
 
 
 def study(plan: dict[str, Any], kind: str, mesh: DeviceMesh, late: Callable[[], bool]) -> Iterator[dict[str, Any]]:
@@ -167,12 +186,33 @@ def study(plan: dict[str, Any], kind: str, mesh: DeviceMesh, late: Callable[[], 
     one_ms: dict[tuple[str, int], float] = {}
     hidden: dict[int, Tensor] = {}
     for name, sparse in (
-        *(("one", True), ("context", True), ("tensor", True)),
-        *(("tensor", False), ("context", False), ("one", False)),
+        *(("one", True), ("context", True), ("context, in turn", True)),
+        *(("steps", True), ("tensor", True), ("tensor", False), ("context", False), ("one", False)),
+        *(("context, default priority", True), ("context, torch's order", True)),
     ):
         if agreed_late(late(), kind):
             return
+        if name == "steps":
+            yield from guarded(name, lambda: context_steps.study(plan, kind, mesh))
+            continue
         yield from guarded(name, lambda: variant(plan, kind, mesh, name, sparse, one_ms, hidden, late))  # noqa: B023
+
+
+@contextlib.contextmanager
+def otherwise(name: str) -> Iterator[None]:
+    """How a variant's collectives are written: every one waited for at once, or ordered by torch's own passes."""
+    with contextlib.ExitStack() as stack:
+        if name in ("context, in turn", "context, torch's order"):
+            # The order of Inductor, as ever.
+            stack.enter_context(mock.patch.object(ContextParallel, "inductor_options", return_value={}))
+        if name == "context, in turn":
+            stack.enter_context(mock.patch.object(heads, "MOST_GROUPS", 1))
+        if name == "context, torch's order":
+            early = "reorder_communication_preserving_peak_memory"
+            passes = [early, "sink_waits_iterative", early]
+            order = dict(reorder_for_compute_comm_overlap=True, reorder_for_compute_comm_overlap_passes=passes)
+            stack.enter_context(torch._inductor.config.patch(order))
+        yield
 
 
 def guarded(name: str, run: Callable[[], Iterator[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
@@ -204,6 +244,10 @@ def variant(
     torch._dynamo.reset()
     common.free()
     rank, ranks, dtype = mesh.get_local_rank(), mesh.size(), getattr(torch, plan["dtype"])
+    split_prompt = name.startswith("context")
+    if name == "context, default priority":
+        options = dist.ProcessGroupNCCL.Options() if kind == "cuda" else None
+        mesh = DeviceMesh.from_group(dist.new_group(pg_options=options), kind)
     split = mesh.get_group() if name == "tensor" else None
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)
@@ -216,19 +260,21 @@ def variant(
     half = range(plan["layers"] // 2, plan["layers"]) if sparse else ()
     sink, window, last = plan["geometry"]
     config = TriangleMixConfig(sink, window, last, triangle_layer_indices=half, min_seq_len=plan["min_seq_len"])
-    backend = tmx_backend(config, **({"context_parallel": mesh} if name == "context" else {}))
+    backend = tmx_backend(config, **({"context_parallel": mesh} if split_prompt else {}))
     compiled = torch.compile(model, backend=backend)
     layer = context_bytes.Layer(plan["heads"], plan["kv_heads"], plan["hidden"] // plan["heads"], dtype.itemsize)
     lengths = plan["lengths"] if sparse else [n for n in plan["lengths"] if n <= plan["dense_up_to"]]
-    if name == "tensor":
+    if "," in name:
+        lengths = plan["alone"]
+    elif name == "tensor":
         lengths = plan["tensor_lengths"]
     elif name == "one":
         lengths = sorted({*lengths, *plan["tensor_lengths"]})
     for n in lengths:
         if agreed_late(late(), kind):
             return
-        piece = n // ranks if name == "context" else n
-        first = rank * piece if name == "context" else 0
+        piece = n // ranks if split_prompt else n
+        first = rank * piece if split_prompt else 0
         # The first process's prompt for all: rows of a table, so that a piece is what it is of the whole.
         table = torch.randn(1024, plan["hidden"], generator=torch.Generator().manual_seed(1)).to(kind, dtype)
         positions = torch.arange(first, first + piece, device=kind)[None]
@@ -241,54 +287,40 @@ def variant(
                 return compiled(x, positions)  # noqa: B023
 
         begin = time.perf_counter()
-        out = call()
+        with otherwise(name):
+            out = call()
         finish(kind)
         first_s = time.perf_counter() - begin
         call()
         if kind == "cuda":
             # Only now: until the first call has compiled, what the variant before left may be there still.
             torch.cuda.reset_peak_memory_stats()
-        ms = statistics.median(timed(call, kind) for _ in range(plan["calls"] if n < 200_000 else 2))
+        times = [timed(call, kind) for _ in range(plan["calls"] if n < 200_000 else 1)]
+        ms = statistics.median(max(each) for each in times)
         form = f"{name}{'' if sparse else ', dense'}"
         item: dict[str, Any] = {"variant": form, "n": n, "ranks": 1 if name == "one" else ranks, "ms": ms}
         item["first_call_s"] = first_s
         key = ("triangle" if sparse else "dense", n)
         if name == "one":
             one_ms[key] = ms
+            item["card_ms"] = [statistics.median(each) for each in zip(*times, strict=True)]
         if key in one_ms:
             item |= {"one_ms": one_ms[key], "speedup": one_ms[key] / ms}
         if name == "one" and sparse:
             hidden[n] = out.clone()
-        if name == "context" and sparse and n in hidden:
+        if split_prompt and sparse and n in hidden:
             item["error"] = from_final(float((out.float() - hidden[n].float()).norm() / hidden[n].float().norm()), kind)
-        if name == "context":
+        if split_prompt:
             item |= {
                 "bytes_per_triangle_layer": context_bytes.triangle(layer, ranks, (sink, window, last)),
                 "bytes_per_dense_layer": context_bytes.heads(layer, ranks, n),
                 "bytes_of_gathering": context_bytes.gathered(layer, ranks, n),
             }
         if kind == "cuda":
-            item["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            item["memory_gib"] = of_all(torch.cuda.max_memory_allocated() / 2**30, kind)
             if n in plan["profiled"] and name != "one":
-                item |= collectives(call)
+                item |= collectives(call, kind)
         yield item
-
-
-def timed(call: Callable[[], Any], kind: str) -> float:
-    """Milliseconds of the slowest process."""
-    finish(kind)
-    dist.barrier()
-    begin = time.perf_counter()
-    call()
-    finish(kind)
-    spent = torch.tensor([1e3 * (time.perf_counter() - begin)], dtype=torch.float64, device=kind)
-    dist.all_reduce(spent, dist.ReduceOp.MAX)
-    return float(spent.item())
-
-
-def finish(kind: str) -> None:
-    if kind == "cuda":
-        torch.cuda.synchronize()
 
 
 def from_final(value: float, kind: str) -> float:
@@ -296,30 +328,6 @@ def from_final(value: float, kind: str) -> float:
     told = torch.tensor([value], dtype=torch.float64, device=kind)
     dist.broadcast(told, dist.get_world_size() - 1)
     return float(told.item())
-
-
-def collectives(call: Callable[[], Any]) -> dict[str, float]:
-    """Milliseconds of collectives in one call on this process, and of these where nothing else ran."""
-    with profile(activities=[ProfilerActivity.CUDA]) as found:
-        call()
-        torch.cuda.synchronize()
-    spans = [(e.time_range.start, e.time_range.end, e.name) for e in found.events() if e.device_type == DeviceType.CUDA]
-    ours = sorted((a, b) for a, b, name in spans if "nccl" in name.lower())
-    busy = sorted((a, b) for a, b, name in spans if "nccl" not in name.lower())
-    covered = sum(max(0.0, min(b, d) - max(a, c)) for a, b in ours for c, d in _joined(busy))
-    total = sum(b - a for a, b in ours)
-    first, end = min(a for a, _, _ in spans), max(b for _, b, _ in spans)
-    return {"nccl_ms": total / 1e3, "exposed_ms": (total - covered) / 1e3, "profiled_ms": (end - first) / 1e3}
-
-
-def _joined(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    joined: list[tuple[float, float]] = []
-    for a, b in spans:
-        if joined and a <= joined[-1][1]:
-            joined[-1] = (joined[-1][0], max(b, joined[-1][1]))
-        else:
-            joined.append((a, b))
-    return joined
 
 
 def messages(plan: dict[str, Any], kind: str, mesh: DeviceMesh) -> Iterator[dict[str, Any]]:
@@ -336,7 +344,7 @@ def messages(plan: dict[str, Any], kind: str, mesh: DeviceMesh) -> Iterator[dict
                 torch.ops._c10d_functional.wait_tensor(made)
 
         call()
-        ms = min(timed(call, kind) for _ in range(3)) / 10
+        ms = min(max(timed(call, kind)) for _ in range(3)) / 10
         yield {"variant": "all-to-all", "bytes": size, "ranks": ranks, "ms": ms}
 
 

@@ -54,11 +54,12 @@ def attend(
         coming.append((taken, _to_heads(write, ranks, taken)))
     key_mask = None if masks is None else masks()
     mask = None if key_mask is None else example(key_mask)
-    going, kv = [], []
+    going: list[Pending] = []
+    kv: list[Any] = []
     for taken, pending in coming:
         found = _whole(ranks, taken, pending.wait())
         kv = found[1:] or kv
-        whole = Operands(found[0], *kv, key_mask)
+        whole = Operands(found[0], kv[0], kv[1], key_mask)
         seen = replace(
             call,
             query=example(whole.query),
