@@ -175,8 +175,7 @@ class TmxBackend:
     def _compile_long(
         self, plan: Plan, gm: GraphModule, compiler: Compiler, example_inputs: Sequence[Any]
     ) -> tuple[Callable[..., Any], Plan]:
-        outcome = pipeline.rewrite(plan, gm)
-        split = self.request.context_parallel
+        outcome, split = pipeline.rewrite(plan, gm), self.request.context_parallel
         # Before compiling, which may learn more of the lengths than the rewrite knew.
         described = outcome.plan.described() if split is not None and plan.sites else None
         # Whose attention is of a piece, if the prompt is split.
@@ -239,10 +238,7 @@ class TmxBackend:
         if request.lowering == "ascend" and not ascend:
             raise LoweringError("lowering 'ascend' is for NPUs, and this graph's tensors are on none (target='ascend')")
         if ascend and (request.chunked_prefill or request.decode != "dense" or request.context_parallel is not None):
-            raise LoweringError(
-                "tensors are on an NPU, for which there is neither streaming decode nor chunked prefill yet, and no "
-                "context_parallel"
-            )
+            raise LoweringError("on NPUs there is neither streaming decode nor chunked prefill nor a split prompt")
         return TORCHAIR if ascend else INDUCTOR
 
     def __repr__(self) -> str:
