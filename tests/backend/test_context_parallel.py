@@ -226,6 +226,15 @@ def test_gradients():
             model(torch.randn(1, 2, 100, 16, requires_grad=True))
 
 
+def test_an_npu(monkeypatch):
+    """As on a machine with one: refused before torchair gets anything."""
+    monkeypatch.setattr("tmx_compile.compilers.torchair.on_npu", lambda gm, example_inputs: True)
+    with fakes(0, 2) as mesh, torch.no_grad():
+        model = torch.compile(Net(Attention()), backend=tmx_backend(CONFIG, context_parallel=mesh))
+        with pytest.raises(BackendCompilerFailed, match="LoweringError: on NPUs there is neither .* a split prompt"):
+            model(torch.randn(1, 100, 64))
+
+
 # Faults --------------------------------------------------------------------------------------------------------------
 
 
