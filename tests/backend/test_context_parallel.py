@@ -231,7 +231,7 @@ def test_an_npu(monkeypatch):
     monkeypatch.setattr("tmx_compile.compilers.torchair.on_npu", lambda gm, example_inputs: True)
     with fakes(0, 2) as mesh, torch.no_grad():
         model = torch.compile(Net(Attention()), backend=tmx_backend(CONFIG, context_parallel=mesh))
-        with pytest.raises(BackendCompilerFailed, match="LoweringError: on NPUs there is neither .* a split prompt"):
+        with pytest.raises(BackendCompilerFailed, match=r"LoweringError: on NPUs there is neither .* a split prompt"):
             model(torch.randn(1, 100, 64))
 
 

@@ -72,13 +72,11 @@ def _waits(result: Fields) -> str:
     share = min(r["bytes_per_triangle_layer"] / r["bytes_of_gathering"] for r in split if "nccl_ms" in r)
     longest = max(r["n"] for r in split if "nccl_ms" in r)
     told = " and ".join(f"{r['exposed_ms'] / r['ms']:.1%} at {r['n']:,} tokens" for r in split if "nccl_ms" in r)
-    alone = next(context_scale.of_record(result, r)["share"] for r in split if r["n"] == longest)
     return (
         f"A triangle layer sends {split[0]['bytes_per_triangle_layer'] / 1e6:.2f} MB at every length, of both cards "
         f"together: {share:.2%} of what gathering keys and values sends at {longest:,} tokens. On the first card "
         f"collectives run, or wait for the other card, while nothing else does for this share of the time: {told}. "
-        "They do not overlap. Nearly all of their bytes are those of the dense layers' all-to-alls. At the rate that "
-        f"an all-to-all reaches by itself they would take {alone:.1%} at {longest:,}; the rest is waiting."
+        "This was measured before they overlapped. Nearly all of their bytes are those of the dense layers' all-to-alls."
     )
 
 
