@@ -76,7 +76,7 @@ def _waits(result: Fields) -> str:
         f"A triangle layer sends {split[0]['bytes_per_triangle_layer'] / 1e6:.2f} MB at every length, of both cards "
         f"together: {share:.2%} of what gathering keys and values sends at {longest:,} tokens. On the first card "
         f"collectives run, or wait for the other card, while nothing else does for this share of the time: {told}. "
-        "This was measured before they overlapped. Nearly all of their bytes are those of the dense layers' all-to-alls."
+        "This was measured before they overlapped. Nearly all of their bytes are those of the dense layers."
     )
 
 
