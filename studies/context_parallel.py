@@ -9,7 +9,6 @@ prompt are in :mod:`studies.context_steps`.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import datetime
 import os
 import statistics
@@ -18,7 +17,6 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -29,10 +27,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from benchmarks import common
 from studies import context_bytes, context_steps
 from studies.context_timing import collectives, finish, of_all, timed
+from studies.context_ways import WAYS, Way
 from tmx_compile import TriangleMixConfig, tmx_backend
 from tmx_compile.bench import record
 from tmx_compile.bench.record import Measured, hardware
-from tmx_compile.lowering.context_parallel import ContextParallel, heads
 
 FULL: dict[str, Any] = {
     "lengths": [32768, 131072, 262144],
@@ -49,7 +47,7 @@ FULL: dict[str, Any] = {
     "geometry": [8, 512, 128],
     "min_seq_len": 2048,
     "messages": [2**n for n in (12, 16, 20, 21, 22, 24, 26, 28, 29)],
-    "calls": 3,
+    "calls": 5,
     "dtype": "bfloat16",
 }
 QUICK: dict[str, Any] = {
@@ -135,22 +133,24 @@ class Model(nn.Module):
 def main() -> None:
     parser = argparse.ArgumentParser(prog="studies.context_parallel", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="tiny sizes, on CPUs")
+    parser.add_argument("--ways", action="store_true", help="the ways to write and run collectives, at one length")
     parser.add_argument("--out", type=Path, help="folder for the result file")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin nothing after so long")
     options = parser.parse_args()
-    plan = QUICK if options.quick else FULL
+    plan = {**(QUICK if options.quick else FULL), "ways": options.ways}
     kind = "cpu" if options.quick else "cuda"
     started, before = time.monotonic(), hardware()
     start(kind)
     mesh = init_device_mesh(kind, (dist.get_world_size(),))
     command = common.command("studies.context_parallel", sys.argv[1:])
+    case = "context_parallel_ways" if options.ways else "context_parallel"
     records: list[dict[str, Any]] = []
 
     def store() -> None:
         if dist.get_rank() == 0 and options.out is not None:
             settings = {**plan, "ranks": dist.get_world_size(), "weights": "random", "timing": TIMING}
-            content = record.result("context_parallel", command, options.quick, before, Measured(settings, records))
-            record.write(content, options.out / "context_parallel.json")
+            content = record.result(case, command, options.quick, before, Measured(settings, records))
+            record.write(content, options.out / f"{case}.json")
 
     for item in study(plan, kind, mesh, lambda: time.monotonic() - started > 60 * options.minutes):
         records.append(item)
@@ -165,54 +165,38 @@ TIMING = (
     "ones; lists are by process: card_ms: its own time; memory_gib: the peak in the timed calls; of one more call "
     "under the profiler: nccl_ms: kernels of collectives, waiting included; exposed_ms: of these, while no other "
     "kernel ran; work_ms: while another kernel ran; sent_ms: kernels of collectives without their wait for the other "
-    "process, the shorter of each two. Collectives run on a stream of high priority, but for 'default priority'"
+    "process, the shorter of each two"
 )
 
 
 def start(kind: str) -> None:
-    """Join the others; collectives get their share of a card as soon as a block of another kernel ends."""
+    """Join the others."""
     patience = datetime.timedelta(seconds=120)
     if kind == "cpu":
         dist.init_process_group("gloo", timeout=patience)
         return
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    high = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-    dist.init_process_group("nccl", timeout=patience, pg_options=high)
+    dist.init_process_group("nccl", timeout=patience)
 
 
 def study(plan: dict[str, Any], kind: str, mesh: DeviceMesh, late: Callable[[], bool]) -> Iterator[dict[str, Any]]:
     """The records: variants in turn, the most telling first; every process takes the same way."""
-    yield from guarded("messages", lambda: messages(plan, kind, mesh))
     one_ms: dict[tuple[str, int], float] = {}
     hidden: dict[int, Tensor] = {}
-    for name, sparse in (
-        *(("one", True), ("context", True), ("context, in turn", True)),
-        *(("steps", True), ("tensor", True), ("tensor", False), ("context", False), ("one", False)),
-        *(("context, default priority", True), ("context, torch's order", True)),
-    ):
+    parts = [(name, True) for name in ("one", *WAYS, "steps")]
+    if not plan["ways"]:
+        yield from guarded("messages", lambda: messages(plan, kind, mesh))
+        parts = [
+            *(("one", True), ("context", True), ("context, in turn", True)),
+            *(("steps", True), ("tensor", True), ("tensor", False), ("context", False), ("one", False)),
+        ]
+    for name, sparse in parts:
         if agreed_late(late(), kind):
             return
         if name == "steps":
             yield from guarded(name, lambda: context_steps.study(plan, kind, mesh))
             continue
         yield from guarded(name, lambda: variant(plan, kind, mesh, name, sparse, one_ms, hidden, late))  # noqa: B023
-
-
-@contextlib.contextmanager
-def otherwise(name: str) -> Iterator[None]:
-    """How a variant's collectives are written: every one waited for at once, or ordered by torch's own passes."""
-    with contextlib.ExitStack() as stack:
-        if name in ("context, in turn", "context, torch's order"):
-            # The order of Inductor, as ever.
-            stack.enter_context(mock.patch.object(ContextParallel, "inductor_options", return_value={}))
-        if name == "context, in turn":
-            stack.enter_context(mock.patch.object(heads, "MOST_GROUPS", 1))
-        if name == "context, torch's order":
-            early = "reorder_communication_preserving_peak_memory"
-            passes = [early, "sink_waits_iterative", early]
-            order = dict(reorder_for_compute_comm_overlap=True, reorder_for_compute_comm_overlap_passes=passes)
-            stack.enter_context(torch._inductor.config.patch(order))
-        yield
 
 
 def guarded(name: str, run: Callable[[], Iterator[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
@@ -245,9 +229,9 @@ def variant(
     common.free()
     rank, ranks, dtype = mesh.get_local_rank(), mesh.size(), getattr(torch, plan["dtype"])
     split_prompt = name.startswith("context")
-    if name == "context, default priority":
-        options = dist.ProcessGroupNCCL.Options() if kind == "cuda" else None
-        mesh = DeviceMesh.from_group(dist.new_group(pg_options=options), kind)
+    way = WAYS.get(name, Way())
+    if way.options(kind) is not None:
+        mesh = DeviceMesh.from_group(dist.new_group(pg_options=way.options(kind)), kind)
     split = mesh.get_group() if name == "tensor" else None
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)
@@ -264,7 +248,7 @@ def variant(
     compiled = torch.compile(model, backend=backend)
     layer = context_bytes.Layer(plan["heads"], plan["kv_heads"], plan["hidden"] // plan["heads"], dtype.itemsize)
     lengths = plan["lengths"] if sparse else [n for n in plan["lengths"] if n <= plan["dense_up_to"]]
-    if "," in name:
+    if plan["ways"] or "," in name:
         lengths = plan["alone"]
     elif name == "tensor":
         lengths = plan["tensor_lengths"]
@@ -287,7 +271,7 @@ def variant(
                 return compiled(x, positions)  # noqa: B023
 
         begin = time.perf_counter()
-        with otherwise(name):
+        with way.written():
             out = call()
         finish(kind)
         first_s = time.perf_counter() - begin
@@ -296,10 +280,10 @@ def variant(
             # Only now: until the first call has compiled, what the variant before left may be there still.
             torch.cuda.reset_peak_memory_stats()
         times = [timed(call, kind) for _ in range(plan["calls"] if n < 200_000 else 1)]
-        ms = statistics.median(max(each) for each in times)
-        form = f"{name}{'' if sparse else ', dense'}"
+        ms = statistics.median(map(max, times))
+        form, slowest = f"{name}{'' if sparse else ', dense'}", [max(each) for each in times]
         item: dict[str, Any] = {"variant": form, "n": n, "ranks": 1 if name == "one" else ranks, "ms": ms}
-        item["first_call_s"] = first_s
+        item |= {"first_call_s": first_s, "all_ms": slowest}
         key = ("triangle" if sparse else "dense", n)
         if name == "one":
             one_ms[key] = ms
