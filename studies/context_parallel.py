@@ -27,7 +27,6 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from benchmarks import common
 from studies import context_bytes, context_steps
 from studies.context_timing import collectives, finish, of_all, timed
-from studies.context_ways import WAYS, Way
 from tmx_compile import TriangleMixConfig, tmx_backend
 from tmx_compile.bench import record
 from tmx_compile.bench.record import Measured, hardware
@@ -37,7 +36,6 @@ FULL: dict[str, Any] = {
     "tensor_lengths": [8192, 32768, 131072],
     "dense_up_to": 131072,
     "profiled": [32768, 131072],
-    "alone": [131072],
     "steps": 131072,
     "layers": 4,
     "hidden": 4096,
@@ -55,7 +53,6 @@ QUICK: dict[str, Any] = {
     "lengths": [256, 320],
     "tensor_lengths": [256],
     "profiled": [],
-    "alone": [256],
     "steps": 256,
     "layers": 2,
     "hidden": 64,
@@ -133,24 +130,22 @@ class Model(nn.Module):
 def main() -> None:
     parser = argparse.ArgumentParser(prog="studies.context_parallel", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="tiny sizes, on CPUs")
-    parser.add_argument("--ways", action="store_true", help="the ways to write and run collectives, at one length")
     parser.add_argument("--out", type=Path, help="folder for the result file")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin nothing after so long")
     options = parser.parse_args()
-    plan = {**(QUICK if options.quick else FULL), "ways": options.ways}
+    plan = QUICK if options.quick else FULL
     kind = "cpu" if options.quick else "cuda"
     started, before = time.monotonic(), hardware()
     start(kind)
     mesh = init_device_mesh(kind, (dist.get_world_size(),))
     command = common.command("studies.context_parallel", sys.argv[1:])
-    case = "context_parallel_ways" if options.ways else "context_parallel"
     records: list[dict[str, Any]] = []
 
     def store() -> None:
         if dist.get_rank() == 0 and options.out is not None:
             settings = {**plan, "ranks": dist.get_world_size(), "weights": "random", "timing": TIMING}
-            content = record.result(case, command, options.quick, before, Measured(settings, records))
-            record.write(content, options.out / f"{case}.json")
+            content = record.result("context_parallel", command, options.quick, before, Measured(settings, records))
+            record.write(content, options.out / "context_parallel.json")
 
     for item in study(plan, kind, mesh, lambda: time.monotonic() - started > 60 * options.minutes):
         records.append(item)
@@ -181,16 +176,13 @@ def start(kind: str) -> None:
 
 def study(plan: dict[str, Any], kind: str, mesh: DeviceMesh, late: Callable[[], bool]) -> Iterator[dict[str, Any]]:
     """The records: variants in turn, the most telling first; every process takes the same way."""
+    yield from guarded("messages", lambda: messages(plan, kind, mesh))
     one_ms: dict[tuple[str, int], float] = {}
     hidden: dict[int, Tensor] = {}
-    parts = [(name, True) for name in ("one", *WAYS, "steps")]
-    if not plan["ways"]:
-        yield from guarded("messages", lambda: messages(plan, kind, mesh))
-        parts = [
-            *(("one", True), ("context", True), ("context, in turn", True)),
-            *(("steps", True), ("tensor", True), ("tensor", False), ("context", False), ("one", False)),
-        ]
-    for name, sparse in parts:
+    for name, sparse in (
+        *(("one", True), ("context", True), ("steps", True), ("tensor", True)),
+        *(("tensor", False), ("context", False), ("one", False)),
+    ):
         if agreed_late(late(), kind):
             return
         if name == "steps":
@@ -228,10 +220,6 @@ def variant(
     torch._dynamo.reset()
     common.free()
     rank, ranks, dtype = mesh.get_local_rank(), mesh.size(), getattr(torch, plan["dtype"])
-    split_prompt = name.startswith("context")
-    way = WAYS.get(name, Way())
-    if way.options(kind) is not None:
-        mesh = DeviceMesh.from_group(dist.new_group(pg_options=way.options(kind)), kind)
     split = mesh.get_group() if name == "tensor" else None
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)
@@ -244,21 +232,19 @@ def variant(
     half = range(plan["layers"] // 2, plan["layers"]) if sparse else ()
     sink, window, last = plan["geometry"]
     config = TriangleMixConfig(sink, window, last, triangle_layer_indices=half, min_seq_len=plan["min_seq_len"])
-    backend = tmx_backend(config, **({"context_parallel": mesh} if split_prompt else {}))
+    backend = tmx_backend(config, **({"context_parallel": mesh} if name == "context" else {}))
     compiled = torch.compile(model, backend=backend)
     layer = context_bytes.Layer(plan["heads"], plan["kv_heads"], plan["hidden"] // plan["heads"], dtype.itemsize)
     lengths = plan["lengths"] if sparse else [n for n in plan["lengths"] if n <= plan["dense_up_to"]]
-    if plan["ways"] or "," in name:
-        lengths = plan["alone"]
-    elif name == "tensor":
+    if name == "tensor":
         lengths = plan["tensor_lengths"]
     elif name == "one":
         lengths = sorted({*lengths, *plan["tensor_lengths"]})
     for n in lengths:
         if agreed_late(late(), kind):
             return
-        piece = n // ranks if split_prompt else n
-        first = rank * piece if split_prompt else 0
+        piece = n // ranks if name == "context" else n
+        first = rank * piece if name == "context" else 0
         # The first process's prompt for all: rows of a table, so that a piece is what it is of the whole.
         table = torch.randn(1024, plan["hidden"], generator=torch.Generator().manual_seed(1)).to(kind, dtype)
         positions = torch.arange(first, first + piece, device=kind)[None]
@@ -271,8 +257,7 @@ def variant(
                 return compiled(x, positions)  # noqa: B023
 
         begin = time.perf_counter()
-        with way.written():
-            out = call()
+        out = call()
         finish(kind)
         first_s = time.perf_counter() - begin
         call()
@@ -292,9 +277,9 @@ def variant(
             item |= {"one_ms": one_ms[key], "speedup": one_ms[key] / ms}
         if name == "one" and sparse:
             hidden[n] = out.clone()
-        if split_prompt and sparse and n in hidden:
+        if name == "context" and sparse and n in hidden:
             item["error"] = from_final(float((out.float() - hidden[n].float()).norm() / hidden[n].float().norm()), kind)
-        if split_prompt:
+        if name == "context":
             item |= {
                 "bytes_per_triangle_layer": context_bytes.triangle(layer, ranks, (sink, window, last)),
                 "bytes_per_dense_layer": context_bytes.heads(layer, ranks, n),

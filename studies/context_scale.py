@@ -2,13 +2,11 @@
 
 One card's time is taken as ``fixed + linear x tokens + square x tokens^2``, fitted to its records. The square part
 is that of the dense layers, which heads split evenly; the rest is split by tokens. A collective takes a latency and its
-bytes at a rate, fitted to all-to-alls on two cards. A dense layer's run while its groups of heads are attended to: of
-them counts what nothing hides. Cards beyond one host are assumed to send at a slower rate.
+bytes at a rate, fitted to all-to-alls on two cards. Cards beyond one host are assumed to send at a slower rate.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import sys
 from collections.abc import Sequence
@@ -20,7 +18,7 @@ import torch
 
 from benchmarks.common import RESULTS
 from studies import context_bytes
-from tmx_compile.lowering.context_parallel.heads import groups, share
+from tmx_compile.lowering.context_parallel.heads import share
 
 HOST, BETWEEN_HOSTS = 8, 50e9
 """Cards of one host, and bytes a second that a card sends beyond it (assumed: 400 Gbit/s, not measured)."""
@@ -77,11 +75,10 @@ def _least_squares(points: Sequence[tuple[float, float]], terms: Any) -> list[fl
 def predicted(
     c: Constants, tokens: int, ranks: int, geometry: tuple[int, int, int], layer: context_bytes.Layer
 ) -> dict[str, float]:
-    """Milliseconds of a prompt, of its collectives that nothing hides, and bytes that a process sends in each layer."""
+    """Milliseconds of a prompt and of its collectives, and bytes that a process sends in a layer of each kind."""
     copies, more = share(layer.heads, layer.kv_heads, ranks)
     wider = (layer.kv_heads * copies + more) * (layer.heads // (layer.kv_heads * copies)) / layer.heads
-    attention = c.square * tokens * tokens * wider / ranks
-    compute = c.fixed + c.linear * tokens / ranks + attention
+    compute = c.fixed + c.linear * tokens / ranks + c.square * tokens * tokens * wider / ranks
     if ranks == 1:
         return {"ms": compute, "collectives_ms": 0.0, "triangle_bytes": 0.0, "dense_bytes": 0.0}
     rate = c.rate if ranks <= HOST else BETWEEN_HOSTS / 1e3
@@ -94,36 +91,13 @@ def predicted(
     to_all = max(sink * layer.key_bytes, last * layer.row_bytes) * (ranks - 1)
     triangle = to_all + window * layer.key_bytes + last * (layer.row_bytes + 4 * layer.heads)
     half = c.layers / 2
-    own, per_key = filled.kv_heads // ranks, filled.heads // filled.kv_heads
-    count = groups(own, per_key)
-    # Of a key head's queries that go in several groups, the first takes the key head along.
-    keys = [filled.key_bytes * (own > 1 or number == 0) / (count if own > 1 else 1) for number in range(count)]
-    token = tokens / ranks * (ranks - 1) / ranks
-    coming = [c.latency + token * (filled.row_bytes / count + each) / rate for each in keys]
-    going = c.latency + token * filled.row_bytes / count / rate
-    collectives = half * (exposed(coming, attention / half, going) + 2 * c.latency + triangle / rate)
+    collectives = half * (2 * c.latency + dense / rate + 2 * c.latency + triangle / rate)
     return {
         "ms": compute + collectives,
         "collectives_ms": collectives,
         "triangle_bytes": triangle,
         "dense_bytes": dense,
     }
-
-
-def exposed(coming: Sequence[float], attention: float, going: float) -> float:
-    """What a dense layer takes longer than its attention, whose groups come in, are computed and go back in turn.
-
-    Args:
-        coming: milliseconds of each group's way in; all start at once, on one stream.
-        attention: of all groups.
-        going: of each group's way back.
-    """
-    ready = list(itertools.accumulate(coming))
-    computed, sent = 0.0, ready[-1]
-    for each in ready:
-        computed = max(computed, each) + attention / len(ready)
-        sent = max(sent, computed) + going
-    return sent - attention
 
 
 def of_record(content: dict[str, Any], record: dict[str, Any]) -> dict[str, float]:

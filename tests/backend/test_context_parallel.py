@@ -199,18 +199,22 @@ def test_a_window_is_that_of_the_prompt(window):
 
 
 def test_what_a_step_exchanges():
-    """A step: partial results of one layer to all, and a check of the mask that all layers share."""
+    """Partial results of one layer to all, and a check of the mask that all layers share: alike in all layers."""
 
     class Layer(nn.Module):
         def forward(self, x):
             return x[:, :, -1:] + step(x, of_data(x))
 
-    with fakes(0, 3) as mesh, as_written() as graphs:
-        model = torch.compile(Net(Layer()), backend=tmx_backend(CONFIG, context_parallel=mesh), dynamic=False)
-        with contextlib.suppress(RuntimeError):
-            model(torch.randn(2, 2, 100, 16))
-    names = [str(node.target) for node in graphs[0].graph.nodes if "c10d" in str(node.target)]
-    assert [name.split(".")[1] for name in names if "wait" not in name] == ["all_reduce", "all_gather_into_tensor"]
+    codes = []
+    for config in (CONFIG, CONFIG.replace(triangle_layer_indices=[0])):
+        with fakes(0, 3) as mesh, as_written() as graphs:
+            model = torch.compile(Net(Layer()), backend=tmx_backend(config, context_parallel=mesh), dynamic=False)
+            with contextlib.suppress(RuntimeError):
+                model(torch.randn(2, 2, 100, 16))
+        names = [str(node.target) for node in graphs[0].graph.nodes if "c10d" in str(node.target)]
+        assert [name.split(".")[1] for name in names if "wait" not in name] == ["all_reduce", "all_gather_into_tensor"]
+        codes.append(graphs[0].code)
+    assert codes[0] == codes[1]
 
 
 def test_gradients():

@@ -1,22 +1,20 @@
-"""Collectives of a split prompt run while attention does: where starts and waits stand, in the graph and compiled.
+"""Collectives of a split prompt are waited for when nothing else is left to do: where waits stand in the graph.
 
 The processes that this one takes part with are torch's fake ones, which send nothing.
 """
 
 import contextlib
-import re
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch._inductor.utils import run_and_get_code
 
 from tests.support.processes import fakes
-from tests.support.split import Attention, as_written
+from tests.support.split import as_written
 from tmx_compile import TriangleMixConfig, tmx_backend
 from tmx_compile.lowering.base import AttentionCall
-from tmx_compile.lowering.context_parallel import ContextParallel, Ranks, heads
+from tmx_compile.lowering.context_parallel import ContextParallel, Ranks
 from tmx_compile.lowering.table import Role, Wish, choose
 from tmx_compile.lowering.triton.op import TRAINING_OPERATOR
 from tmx_compile.mask.geometry import ALL_ROWS, Geometry
@@ -101,20 +99,6 @@ def test_no_wait_stands_before_attention_that_needs_none(config, kind):
         assert could_go_before(written(rank, 3, config, kind)) == [], rank
 
 
-@pytest.mark.parametrize("kind", ["plain", "padded"])
-def test_all_groups_of_heads_start_before_attention_does(kind):
-    """And the first results are on their way before the last attention."""
-    nodes = list(written(0, 2, DENSE, kind).nodes)
-    sent = [at for at, node in enumerate(nodes) if "all_to_all" in str(node.target)]
-    attention = [at for at, node in enumerate(nodes) if node.target in ATTENTION]
-    assert (len(sent), len(attention)) == (8, 4)
-    assert sent[3] < attention[0]
-    assert sent[4] < attention[1]
-    assert sent[6] < attention[3]
-    waits = [at for at, node in enumerate(nodes) if node.target is WAIT]
-    assert attention[3] < waits[-4]
-
-
 def test_last_rows_are_on_their_way_while_the_others_stream():
     """On every process but the first, whose rows stream while it waits for the last ones."""
     for rank in (0, 1, 2):
@@ -131,38 +115,6 @@ def test_last_rows_are_on_their_way_while_the_others_stream():
             assert sent[0] < attention[0] < waits[0]
 
 
-def test_compiled_code_keeps_the_order():
-    """Inductor, left to itself, puts every collective right before its wait, for the least memory."""
-
-    def run():
-        with contextlib.suppress(RuntimeError):
-            model(torch.randn(1, 400, 64))
-
-    with fakes(1, 2) as mesh, torch.no_grad():
-        model = torch.compile(Net(Attention(8, 8)), backend=tmx_backend(DENSE, context_parallel=mesh))
-        codes = run_and_get_code(run)[1]
-    events, numbers = [], {}
-    for line in codes[-1].splitlines():
-        if started := re.search(r"(\w+) = torch\.ops\._c10d_functional\.all_to_all_single", line):
-            numbers[started[1]] = len(numbers)
-            events.append(f"start {numbers[started[1]]}")
-        elif waited := re.search(r"_c10d_functional\.wait_tensor\.default\((\w+)", line):
-            events.append(f"wait {numbers[waited[1]]}")
-        elif re.search(r"= .*_flash_attention_for_cpu", line):
-            events.append("attention")
-    coming = [event for n in range(4) for event in (f"wait {n}", "attention", f"start {n + 4}")]
-    expected = [*(f"start {n}" for n in range(4)), *coming, *(f"wait {n}" for n in range(4, 8))]
-    assert events[-len(expected) :] == expected
-
-
-@pytest.mark.parametrize(
-    ("kv_heads", "per_key", "expected"),
-    [(4, 4, 4), (8, 1, 4), (6, 1, 3), (2, 4, 2), (1, 4, 4), (1, 6, 3), (1, 7, 1), (1, 1, 1), (5, 2, 1), (9, 1, 3)],
-)
-def test_groups(kv_heads, per_key, expected):
-    assert heads.groups(kv_heads, per_key) == expected
-
-
 def test_settings_of_what_computes_a_share():
     """FlexAttention's template on CPUs takes no epilogue: without the setting nothing compiles."""
     with fakes(0, 2) as mesh:
@@ -170,6 +122,6 @@ def test_settings_of_what_computes_a_share():
         call = AttentionCall(x, x, x, None, Geometry(4, 128, 8), 0.3, needs_grad=False)
         lowering = choose("cpu", Role.PROMPT, call, Wish(ranks=Ranks.of(mesh)))
         assert isinstance(lowering, ContextParallel)
-        assert lowering.inductor_options(call) == {"epilogue_fusion": False, "reorder_for_peak_memory": False}
+        assert lowering.inductor_options(call) == {"epilogue_fusion": False}
         call = AttentionCall(x, x, x, None, Geometry(0, 0, ALL_ROWS), 0.3, needs_grad=False)
-        assert lowering.inductor_options(call) == {"reorder_for_peak_memory": False}
+        assert lowering.inductor_options(call) == {}

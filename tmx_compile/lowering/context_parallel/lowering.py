@@ -32,11 +32,9 @@ class ContextParallel:
     name: str = "context_parallel"
 
     def inductor_options(self, call: AttentionCall) -> Mapping[str, Any]:
-        """Nodes in the order of the graph, and what the lowering of its own share needs."""
+        """What the lowering of its own share needs."""
         lowering = self.choose(call)
-        own = {} if isinstance(lowering, Rejected) else lowering.inductor_options(call)
-        # Inductor's order for the least memory puts every collective right before its wait.
-        return {**own, "reorder_for_peak_memory": False}
+        return {} if isinstance(lowering, Rejected) else lowering.inductor_options(call)
 
     def supports(self, call: AttentionCall) -> Accepted | Rejected:
         """Whole prompts, and what follows them, for inference."""

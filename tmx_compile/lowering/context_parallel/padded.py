@@ -44,7 +44,7 @@ def attend(
     masks = whole_mask(write, ranks, key_mask)
     ends = [x[:, :, tokens - back :] for x in (k, v)]
     halo = _to_the_right(write, ranks, ends) if back > 0 else None
-    whole = masks()
+    whole = masks.wait()
     where = rows.extent(whole, tokens * ranks.size)
     # Positions of each sequence's sinks (B, sink) and last rows (B, last); a sequence may be too short for them.
     sinks, finals = where.start + arange(q, sink)[None, :], where.end - last + arange(q, last)[None, :]
