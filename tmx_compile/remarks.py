@@ -72,8 +72,6 @@ def warn_if_dense(plan: Plan, report: Report) -> None:
     )
     if why.reason is Reason.LAYER_UNKNOWN and not plan.request.handed_over:
         text += "; hand the model over: tmx_backend(config, model=model)"
-    elif why.reason is Reason.LAYER_UNKNOWN and not dense[0].layer.outside:
-        text += "; a graph break inside the attention module? TORCH_LOGS=graph_breaks"
     if text in report.notes:
         return
     # Layers of one kind have one cause: a graph for each of them is no news.

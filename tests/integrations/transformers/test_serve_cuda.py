@@ -201,14 +201,3 @@ def test_an_offloaded_cache_compiled_and_switched(streams_compile, eager, starts
     check_generated(same, CONFIG, ids, mask, out, atol=ALLOWED, prompt=None, triangle=[(0, 100)])
     assert layers_sparse(attention.report) | layers_sparse(backend.report) == {1, 2}
     assert backend.report.uncompiled == 0
-
-
-@PADDED
-def test_an_offloaded_cache_compiled_alone_is_told(streams_compile, eager, starts):
-    model, same = on_gpu()
-    backend = tmx_backend(CONFIG, model=model)
-    model.compile(backend=backend)
-    with pytest.warns(UserWarning, match="LAYER_UNKNOWN|ran uncompiled"):
-        ids, mask, out = offloaded(model, starts, "offloaded")
-    check_generated(same, CONFIG, ids, mask, out, atol=ALLOWED, prompt=None)
-    assert not backend.report.triangle()
