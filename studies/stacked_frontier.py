@@ -79,9 +79,23 @@ LONG: dict[str, Layers] = {
     "10": TEN,
     "10, exact peaks": replace(TEN, peaks=True),
 }
+# One row of each 16, against every key that it sees.
+SAMPLED_SEARCH: dict[str, Layers] = {
+    f"{name}, sampled {share}": _choice(layers, share, "sampled")
+    for name, layers, share in (
+        ("all others", tuple(range(15)), 0.9),
+        ("all others", tuple(range(15)), 0.95),
+        ("10", TEN.dynamic, 0.8),
+        ("10", TEN.dynamic, 0.9),
+        ("10", TEN.dynamic, 0.95),
+        ("8", (1, 6, *range(9, 15)), 0.8),
+        ("8", (1, 6, *range(9, 15)), 0.9),
+    )
+}
 # (text, tokens, texts, choices)
 FULL: list[tuple[str, int, int, Mapping[str, Layers]]] = [
     ("search", 4096, 1, SEARCH),
+    ("sampledsearch", 4096, 1, SAMPLED_SEARCH),
     ("frontier", 2048, 6, FRONTIER),
     ("frontier", 4096, 8, FRONTIER),
     ("frontier", 7680, 4, LONG),
@@ -125,7 +139,7 @@ def measure(part: str, quick: bool) -> Records:
     which, tokens, text = part.split("-")
     choices, texts = next((x[3], x[2]) for x in _plan(quick) if x[:2] == (which, int(tokens)))
     board, other, evaluation = _model()
-    ids = _piece(other if which == "search" else evaluation, int(tokens), texts, int(text))
+    ids = _piece(other if which.endswith("search") else evaluation, int(tokens), texts, int(text))
     dense, dense_nll, _ = _run(board, ids, Layers())
     records: Records = []
     for name, layers in {"triangle alone": Layers(TRIANGLE), **choices}.items():

@@ -29,11 +29,6 @@ FULL: dict[str, Any] = {
     "head_dim": 128,
 }
 QUICK: dict[str, Any] = FULL | {"lengths": (1024,), "densities": (0.5,), "heads": 4, "kv_heads": 2}
-# Tiles of FlexAttention's template that divide the blocks.
-FLEX: dict[str, dict[str, int]] = {
-    "flex": {},
-    "flex, 64 keys, 8 warps, 3 stages": {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
-}
 MOST_ERROR = 0.05
 """Largest absolute difference from the package's kernel that bfloat16 explains."""
 TOLD = {
@@ -117,9 +112,7 @@ def _kernels(
     errors: dict[str, float | None] = {"tmx": 0.0}
     made: dict[str, float] = {}
     ways: dict[str, Callable[[], Any]] = {
-        name: functools.partial(_flex, query, key, lists, options) for name, options in FLEX.items()
-    }
-    ways |= {
+        "flex": functools.partial(_flex, query, key, lists),
         "fa4, causal": functools.partial(_fa4, lists, causal=True),
         "fa4, mask": functools.partial(_fa4, lists, causal=False),
     }
@@ -149,7 +142,7 @@ def split_lists(lists: Lists) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return torch.ones_like(lists.counts), own, lists.counts - 1, blocks
 
 
-def _flex(query: Tensor, key: Tensor, lists: Lists, options: dict[str, int]) -> Callable[..., Tensor]:
+def _flex(query: Tensor, key: Tensor, lists: Lists) -> Callable[..., Tensor]:
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
     torch._dynamo.reset()
@@ -157,7 +150,7 @@ def _flex(query: Tensor, key: Tensor, lists: Lists, options: dict[str, int]) -> 
         *split_lists(lists), BLOCK, _causal, (query.shape[2], key.shape[2]), compute_q_blocks=False
     )
     compiled = torch.compile(flex_attention, dynamic=False)
-    return functools.partial(compiled, block_mask=mask, enable_gqa=True, kernel_options=options)
+    return functools.partial(compiled, block_mask=mask, enable_gqa=True)
 
 
 def _causal(batch: Tensor, head: Tensor, row: Tensor, key: Tensor) -> Tensor:

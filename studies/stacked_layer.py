@@ -28,7 +28,7 @@ FULL: dict[str, Any] = {
     "kv_heads": 8,
     "head_dim": 128,
     "dtype": "bfloat16",
-    "methods": (("pooled", 16), ("pooled", 128), ("antidiagonal", 16)),
+    "methods": (("pooled", 16), ("pooled", 128), ("antidiagonal", 16), ("sampled", 16), ("sampled", 32)),
     "blocks": (128, 64),
 }
 QUICK: dict[str, Any] = FULL | {

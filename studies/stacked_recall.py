@@ -2,7 +2,8 @@
 
 Dense, with its three deepest layers as triangle layers, and with dynamic layers beside those, through the attention
 implementation of Transformers: right answers by task, density by layer, and the time to the first token of a batch.
-The lists of ``exact peaks`` come from exact scores (:mod:`studies.stacked_peaks`), and are not timed.
+The lists of ``exact peaks`` come from exact scores (:mod:`studies.stacked_peaks`), others from estimates that are no
+part of the package (:mod:`studies.stacked_estimates`): these are not timed.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from studies import recall_model
 from studies.recall_model import QUESTIONS, TASKS
 from studies.recall_tasks import Batch, evaluation
 from studies.stacked_board import GEOMETRY, Board, Layers
+from studies.stacked_estimates import ESTIMATES
 from tmx_compile import TriangleMixConfig
 from tmx_compile.bench.timing import interleaved
 from tmx_compile.integrations.transformers import register_attention
@@ -28,13 +30,14 @@ from tmx_compile.mask.selection import Selection
 SEED = 20261128
 TRIANGLE = (3, 4, 5)
 # Method, tokens of a group, block.
-WAYS = (("pooled", 16, 64), ("antidiagonal", 16, 64), ("pooled", 16, 128))
+WAYS = (("sampled", 16, 64), ("pooled", 16, 64), ("sampled", 32, 64), ("sampled", 16, 128))
 FULL: dict[str, Any] = {
     "lengths": [8192, 4096],
     "sequences": 16,
     "ways": WAYS,
     "shares": [0.8, 0.9, 0.95, 0.98],
-    "peak_shares": [0.6, 0.8, 0.9],
+    "lists": ["exact peaks", *ESTIMATES],
+    "list_shares": [0.6, 0.8, 0.9],
     "dynamic": [[0, 1, 2], [0, 2]],
     "tasks": list(TASKS),
     "dtype": "bfloat16",
@@ -45,7 +48,7 @@ QUICK: dict[str, Any] = FULL | {
     "sequences": 1,
     "ways": WAYS[:1],
     "shares": [0.9],
-    "peak_shares": [0.8],
+    "list_shares": [0.8],
     "dynamic": [[0, 1, 2]],
     "dtype": "float32",
     "rounds": [0.0, 1, 1],
@@ -54,7 +57,7 @@ QUICK: dict[str, Any] = FULL | {
 
 def names(quick: bool) -> list[str]:
     plan = QUICK if quick else FULL
-    return [f"{n}/{form}" for n in plan["lengths"] for form in ("timed", "peaks")]
+    return [f"{n}/{form}" for n in plan["lengths"] for form in ("timed", "lists")]
 
 
 def settings(quick: bool) -> dict[str, Any]:
@@ -75,7 +78,7 @@ def measure(part: str, quick: bool) -> Records:
     plan = QUICK if quick else FULL
     length, form = part.split("/")
     tasks = _tasks(int(length), plan)
-    return (_timed if form == "timed" else _peaks)(int(length), tasks, plan)
+    return (_timed if form == "timed" else _by_lists)(int(length), tasks, plan)
 
 
 def _tasks(tokens: int, plan: dict[str, Any]) -> dict[str, Batch]:
@@ -171,13 +174,15 @@ def _record(
     }
 
 
-def _peaks(tokens: int, tasks: dict[str, Batch], plan: dict[str, Any]) -> Records:
-    """Lists from exact scores, one sequence at a time."""
+def _by_lists(tokens: int, tasks: dict[str, Batch], plan: dict[str, Any]) -> Records:
+    """Lists from exact scores and from estimates, one sequence at a time."""
     board = Board(_model(plan["dtype"]), "study_stacked_recall")
     records: Records = []
-    for layers in plan["dynamic"]:
-        for share in plan["peak_shares"]:
-            way = Layers(TRIANGLE, tuple(layers), Selection("pooled", share, 64, 16, *GEOMETRY[::2]), peaks=True)
+    layers = plan["dynamic"][0]
+    for name in plan["lists"]:
+        for share in plan["list_shares"]:
+            which = {"peaks": True} if name == "exact peaks" else {"estimate": name}
+            way = Layers(TRIANGLE, tuple(layers), Selection("pooled", share, 64, 16, *GEOMETRY[::2]), **which)
             accuracy, density = {}, []
             for task, batch in tasks.items():
                 right = []
@@ -190,7 +195,7 @@ def _peaks(tokens: int, tasks: dict[str, Batch], plan: dict[str, Any]) -> Record
             each = statistics.fmean(next(iter(x.values())) for x in density)
             records.append(
                 {
-                    "variant": f"{'-'.join(map(str, layers))} exact peaks 64 {share}",
+                    "variant": f"{'-'.join(map(str, layers))} {name} 64 {share}",
                     "n": tokens,
                     "model": "recall",
                     "sequences": plan["sequences"],

@@ -104,7 +104,7 @@ def test_refused():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"method": "best"}, "method must be one of pooled, antidiagonal, got 'best'"),
+        ({"method": "best"}, "method must be one of pooled, antidiagonal, sampled, got 'best'"),
         ({"block": 7}, "block must be one of 16, 32, 64, 128, got 7"),
         ({"group": 128}, "group must be one of 16, 32, 64 in blocks of 64, got 128"),
         ({"shares": [{"share": 0.5}]}, "it lacks 'divergence'"),

@@ -9,7 +9,7 @@ from tests.support.blocks import CASES, always_kept, listed_oracle, random_lists
 from tests.support.oracle import tolerance
 from tmx_compile.lowering.triton.dynamic.launch import Tuning, attend, select
 from tmx_compile.lowering.triton.dynamic.op import TRITON_BLOCK_SPARSE
-from tmx_compile.mask.selection import Selection
+from tmx_compile.mask.selection import METHODS, Selection
 from tmx_compile.operator import dynamic
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -51,7 +51,7 @@ def test_the_whole_operator_over_its_own_lists(name):
     assert torch.equal(visited, lists.visited)
 
 
-@pytest.mark.parametrize("method", ["pooled", "antidiagonal"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", SOME)
 @pytest.mark.parametrize("share", [0.5, 1.0] if DEVICE == "cuda" else [0.5])
 def test_chooses_as_the_operator_does(name, method, share):
