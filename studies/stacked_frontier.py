@@ -2,8 +2,8 @@
 
 A part is one text at one length, with all choices of dynamic layers: a run may stop after any text, and go on later.
 ``search`` parts compare ways of choosing blocks, on the text that calibrations read; ``frontier`` parts measure choices
-that were made there, on the text that quality is measured on, ``peaks`` parts lists from exact scores on the same. All
-scored positions are last rows, as in ``stacked``.
+that were made there, on the text that quality is measured on, ``peaks`` parts lists from exact scores on the same, and
+``sampled`` parts lists from sampled rows. All scored positions are last rows, as in ``stacked``.
 """
 
 from __future__ import annotations
@@ -79,27 +79,22 @@ LONG: dict[str, Layers] = {
     "10": TEN,
     "10, exact peaks": replace(TEN, peaks=True),
 }
-# One row of each 16, against every key that it sees.
-SAMPLED_SEARCH: dict[str, Layers] = {
-    f"{name}, sampled {share}": _choice(layers, share, "sampled")
-    for name, layers, share in (
-        ("all others", tuple(range(15)), 0.9),
-        ("all others", tuple(range(15)), 0.95),
-        ("10", TEN.dynamic, 0.8),
-        ("10", TEN.dynamic, 0.9),
-        ("10", TEN.dynamic, 0.95),
-        ("8", (1, 6, *range(9, 15)), 0.8),
-        ("8", (1, 6, *range(9, 15)), 0.9),
-    )
+# One row of each 16 or 32, against every key that it sees, in all layers that are no triangle layers.
+SAMPLED: dict[str, Layers] = {
+    "all others, sampled 0.9": _choice(tuple(range(15)), 0.9, "sampled"),
+    "all others, sampled 0.8": _choice(tuple(range(15)), 0.8, "sampled"),
 }
+SAMPLED_MORE = SAMPLED | {"all others, sampled by 32 0.9": _choice(tuple(range(15)), 0.9, "sampled", 32)}
 # (text, tokens, texts, choices)
 FULL: list[tuple[str, int, int, Mapping[str, Layers]]] = [
     ("search", 4096, 1, SEARCH),
-    ("sampledsearch", 4096, 1, SAMPLED_SEARCH),
     ("frontier", 2048, 6, FRONTIER),
     ("frontier", 4096, 8, FRONTIER),
     ("frontier", 7680, 4, LONG),
     ("peaks", 4096, 8, PEAKS),
+    ("sampled", 2048, 6, SAMPLED_MORE),
+    ("sampled", 4096, 8, SAMPLED_MORE),
+    ("sampled", 7680, 4, SAMPLED),
 ]
 QUICK: list[tuple[str, int, int, Mapping[str, Layers]]] = [
     ("search", 256, 2, {"pooled by 16, 0.8": _choice((1, 2), 0.8)})
@@ -139,7 +134,7 @@ def measure(part: str, quick: bool) -> Records:
     which, tokens, text = part.split("-")
     choices, texts = next((x[3], x[2]) for x in _plan(quick) if x[:2] == (which, int(tokens)))
     board, other, evaluation = _model()
-    ids = _piece(other if which.endswith("search") else evaluation, int(tokens), texts, int(text))
+    ids = _piece(other if which == "search" else evaluation, int(tokens), texts, int(text))
     dense, dense_nll, _ = _run(board, ids, Layers())
     records: Records = []
     for name, layers in {"triangle alone": Layers(TRIANGLE), **choices}.items():

@@ -71,7 +71,7 @@ class TriangleMixConfig:
             (docs/dynamic.md); from any iterable of integers, none of them a triangle layer. None: no layer.
         dynamic_share: how much of the estimated attention of a block of rows these keep, above 0 and at most 1; or a
             list of one for each of these layers, in their order.
-        dynamic_method: how it is estimated: "pooled" or "antidiagonal".
+        dynamic_method: how it is estimated: "pooled", "antidiagonal" or "sampled".
         dynamic_block: rows and keys of a block: 16, 32, 64 or 128 (tokens).
         dynamic_group: tokens that the estimate takes together, 16 to ``dynamic_block``: larger groups are chosen from
             faster, and know less.

@@ -16,6 +16,7 @@ from tools.pages.results import load, origin
 PAGE = "dynamic.md"
 LAYER, RECALL, MODEL = "stacked.json", "stacked_quality_cuda.json", "stacked_quality.json"
 FRONTIER, WHOLE = "stacked_frontier.json", "stacked_model.json"
+KERNELS, TIMED = "stacked_kernels.json", "stacked_recall.json"
 SKIP, SKIP_MODEL = "softmax_skip.json", "softmax_skip_model.json"
 _WHICH = {"all others": "0-2", "without layer 1": "0, 2", "alone": "all", "without layer 1, alone": "all but 1"}
 _POLICIES = {"all others": "all others", "chosen": "by gradient", "calibrated": "calibrated"}
@@ -29,8 +30,8 @@ def generate(results: Path, docs: Path) -> str | None:
     """
     if not (results / LAYER).is_file():
         return None
-    layer, recall, model, frontier, whole, skip, skip_model = (
-        load(results / name) for name in (LAYER, RECALL, MODEL, FRONTIER, WHOLE, SKIP, SKIP_MODEL)
+    layer, recall, model, frontier, whole, skip, skip_model, kernels, timed = (
+        load(results / name) for name in (LAYER, RECALL, MODEL, FRONTIER, WHOLE, SKIP, SKIP_MODEL, KERNELS, TIMED)
     )
     return filled(
         docs / PAGE,
@@ -39,6 +40,8 @@ def generate(results: Path, docs: Path) -> str | None:
             "recall_long": f"{_recall(model)}\n\n<sub>{origin(model, MODEL)}</sub>",
             "model": f"{_model(model)}\n\n{_layers(model)}<sub>{origin(model, MODEL)}</sub>",
             "frontier": f"{_frontier(frontier)}\n\n<sub>{origin(frontier, FRONTIER)}</sub>",
+            "timed": f"{_timed(timed)}\n\n<sub>{origin(timed, TIMED)}</sub>",
+            "kernels": f"{_kernels(kernels)}\n\n<sub>{origin(kernels, KERNELS)}</sub>",
             "layer": f"{_layer(layer)}\n\n<sub>{origin(layer, LAYER)}</sub>",
             "whole": f"{_whole(whole)}\n\n<sub>{origin(whole, WHOLE)}</sub>",
             "skip": f"{_skip(skip)}\n\n<sub>{origin(skip, SKIP)}</sub>",
@@ -140,6 +143,31 @@ def _frontier(result: Fields) -> str:
         "divergence from dense",
     ]
     return table(head, [row for _, _, row in sorted(rows, key=lambda row: row[:2])])
+
+
+def _kernels(result: Fields) -> str:
+    """The kernels over the same lists by length and density; one that does not agree has no time."""
+    rows = []
+    for r in sorted(result["records"], key=lambda r: (r["n"], r["density"])):
+        cells = [f"{r['n']:,}", f"{r['density']:.1%}", r["kernel"]]
+        if r["ms"] is None:
+            rows.append([*cells, "-", "-", "-", "-"])
+            continue
+        rows.append([*cells, ms(r["ms"]), f"{r['of_dense']:.2f}", f"{r['rate']:.2f}", f"{r['rate_tflops']:.0f}"])
+    return table(["tokens", "density", "kernel", "ms", "of dense", "a block", "TFLOP/s"], rows)
+
+
+def _timed(result: Fields) -> str:
+    """The recall model by its layers: answers, density of each dynamic layer, time to the first token."""
+    rows = []
+    for r in result["records"]:
+        each = r.get("density_by_layer") or []
+        told = ", ".join(f"{x:.0%}" for x in each) or ("-" if r["density"] is None else f"{r['density']:.0%}")
+        right = [f"{share:.1%}" for share in r["accuracy"].values()]
+        times = ["-", "-"] if r["ms"] is None else [ms(r["ms"]), f"{r['of_dense']:.2f}"]
+        rows.append([f"{r['n']:,}", r["variant"], told, *right, *times])
+    names = [name.replace("hops", "names away") for name in result["records"][0]["accuracy"]]
+    return table(["tokens", "dynamic layers", "density by layer", *names, "ms", "of dense"], rows)
 
 
 def _whole(result: Fields) -> str:

@@ -17,7 +17,7 @@ class DynamicLayers:
     Attributes:
         layers: counted from 0.
         shares: of each, in order: how much of the estimated attention it keeps.
-        method: how it is estimated: "pooled" or "antidiagonal".
+        method: how it is estimated: "pooled", "antidiagonal" or "sampled".
         block: rows and keys of a block (tokens).
         group: tokens that the estimate takes together.
 
