@@ -79,12 +79,11 @@ LONG: dict[str, Layers] = {
     "10": TEN,
     "10, exact peaks": replace(TEN, peaks=True),
 }
-# One row of each 16 or 32, against every key that it sees, in all layers that are no triangle layers.
+# One row of each 16, against every key that it sees, in all layers that are no triangle layers.
 SAMPLED: dict[str, Layers] = {
-    "all others, sampled 0.9": _choice(tuple(range(15)), 0.9, "sampled"),
-    "all others, sampled 0.8": _choice(tuple(range(15)), 0.8, "sampled"),
+    f"all others, sampled {share}": _choice(tuple(range(15)), share, "sampled") for share in (0.95, 0.9)
 }
-SAMPLED_MORE = SAMPLED | {"all others, sampled by 32 0.9": _choice(tuple(range(15)), 0.9, "sampled", 32)}
+SAMPLED_MORE = SAMPLED | {"all others, sampled 0.98": _choice(tuple(range(15)), 0.98, "sampled")}
 # (text, tokens, texts, choices)
 FULL: list[tuple[str, int, int, Mapping[str, Layers]]] = [
     ("search", 4096, 1, SEARCH),
