@@ -32,12 +32,16 @@ EIGHT = (1, 3, 9, 10, 11, 12, 13, 14)
 
 
 def _choice(
-    layers: Sequence[int], share: float | Mapping[int, float], method: str = "pooled", stride: int = 16
+    layers: Sequence[int],
+    share: float | Mapping[int, float],
+    method: str = "pooled",
+    stride: int = 16,
+    block: int = 64,
 ) -> Layers:
     """Dynamic layers beside the triangle layers; ``share`` for all, or by layer."""
     shares = tuple(share[layer] for layer in layers) if isinstance(share, Mapping) else ()
     least = min(shares) if shares else float(share)  # type: ignore[arg-type]
-    return Layers(TRIANGLE, tuple(layers), Selection(method, least, 64, stride, GEOMETRY[0], GEOMETRY[2]), shares)
+    return Layers(TRIANGLE, tuple(layers), Selection(method, least, block, stride, GEOMETRY[0], GEOMETRY[2]), shares)
 
 
 SEARCH: dict[str, Layers] = {
@@ -79,9 +83,11 @@ LONG: dict[str, Layers] = {
     "10": TEN,
     "10, exact peaks": replace(TEN, peaks=True),
 }
-# One row of each 16, against every key that it sees, in all layers that are no triangle layers.
+# One row of each 16 or 32, against every key that it sees, in all layers that are no triangle layers.
 SAMPLED: dict[str, Layers] = {
-    f"all others, sampled {share}": _choice(tuple(range(15)), share, "sampled") for share in (0.95, 0.9)
+    **{f"all others, sampled {share}": _choice(tuple(range(15)), share, "sampled") for share in (0.95, 0.9)},
+    "all others, sampled by 32 0.95": _choice(tuple(range(15)), 0.95, "sampled", 32),
+    "all others, sampled by 32 0.95, blocks of 128": _choice(tuple(range(15)), 0.95, "sampled", 32, 128),
 }
 SAMPLED_MORE = SAMPLED | {"all others, sampled 0.98": _choice(tuple(range(15)), 0.98, "sampled")}
 # (text, tokens, texts, choices)

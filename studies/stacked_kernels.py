@@ -132,18 +132,9 @@ def _kernels(
         if math.isfinite(error) and error <= MOST_ERROR:
             runs[name] = run
             if name in ("flex", "fa4, causal"):
-                split = {"lists": lambda: split_lists(lists)}
+                split = {"lists": lambda: fa4_lists.split(lists)}
                 made[name] = interleaved(split, budget_s=0.1, least=3, most=10)["lists"].median
     return runs, errors, made
-
-
-def split_lists(lists: Lists) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Counts (B, H, R) and blocks (B, H, R, C) int32 of those that need the mask, and of the whole ones."""
-    blocks = lists.blocks.int()
-    # FlexAttention's template takes the strides of whole blocks' lists from those of the others: they are as wide.
-    own = torch.zeros_like(blocks)
-    own[..., :1] = blocks.gather(3, (lists.counts[..., None] - 1).long())
-    return torch.ones_like(lists.counts), own, lists.counts - 1, blocks
 
 
 def _flex(query: Tensor, key: Tensor, lists: Lists) -> Callable[..., Tensor]:
@@ -151,7 +142,7 @@ def _flex(query: Tensor, key: Tensor, lists: Lists) -> Callable[..., Tensor]:
 
     torch._dynamo.reset()
     mask = BlockMask.from_kv_blocks(
-        *split_lists(lists), BLOCK, _causal, (query.shape[2], key.shape[2]), compute_q_blocks=False
+        *fa4_lists.split(lists), BLOCK, _causal, (query.shape[2], key.shape[2]), compute_q_blocks=False
     )
     compiled = torch.compile(flex_attention, dynamic=False)
     return functools.partial(compiled, block_mask=mask, enable_gqa=True)
@@ -166,7 +157,7 @@ def _fa4(lists: Lists, *, causal: bool) -> Callable[..., Tensor]:
     from flash_attn.cute import flash_attn_func
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
 
-    tensors = BlockSparseTensorsTorch(*split_lists(lists), block_size=(BLOCK, BLOCK))
+    tensors = BlockSparseTensorsTorch(*fa4_lists.split(lists), block_size=(BLOCK, BLOCK))
     words: dict[str, Any] = {"causal": True} if causal else {"mask_mod": _cute_causal()}
 
     def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ QUICK: dict[str, Any] = FULL | {
 }
 # Keys a step, warps, stages, most registers a thread may take, by block.
 SHAPES: dict[int, list[tuple[int, int, int, int | None]]] = {
-    128: [(128, 8, 2, None), (64, 8, 3, None)],
+    128: [(128, 8, 2, None)],
     64: [(64, 4, 3, None), (64, 4, 2, None)],
 }
 TOLD = {

@@ -30,15 +30,15 @@ from tmx_compile.mask.selection import Selection
 SEED = 20261128
 TRIANGLE = (3, 4, 5)
 # Method, tokens of a group, block.
-WAYS = (("sampled", 16, 64), ("pooled", 16, 64), ("sampled", 32, 64), ("sampled", 16, 128))
+WAYS = (("sampled", 16, 64), ("pooled", 16, 64), ("sampled", 32, 128))
 FULL: dict[str, Any] = {
-    "lengths": [8192, 4096],
+    "lengths": [8192],
     "sequences": 16,
     "ways": WAYS,
-    "shares": [0.8, 0.9, 0.95, 0.98],
+    "shares": [0.9, 0.95, 0.98],
     "lists": ["exact peaks", *ESTIMATES],
     "list_shares": [0.6, 0.8, 0.9],
-    "dynamic": [[0, 1, 2], [0, 2]],
+    "dynamic": [[0, 1, 2], [0, 2], [0]],
     "tasks": list(TASKS),
     "dtype": "bfloat16",
     "rounds": [2.0, 5, 20],

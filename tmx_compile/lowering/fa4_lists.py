@@ -42,13 +42,22 @@ def attend(query: Tensor, key: Tensor, value: Tensor, lists: Lists, scale: float
     by_tokens = [x.transpose(1, 2) for x in (query, key, value)]
     # Whole tokens may be far apart; the elements of one head are not.
     by_tokens = [x if x.stride(3) == 1 else x.contiguous() for x in by_tokens]
-    own = torch.arange(lists.blocks.shape[2], dtype=torch.int32, device=query.device)[None, None, :, None]
-    both = tensors(
-        torch.ones_like(own[..., 0]), own, lists.counts - 1, lists.blocks.to(torch.int32), block_size=(BLOCK, BLOCK)
-    )
+    both = tensors(*split(lists), block_size=(BLOCK, BLOCK))
     made = dense(*by_tokens, softmax_scale=scale, causal=True, block_sparse_tensors=both)
     # Alone in some versions, with the log-sum-exp in others.
     return cast("Tensor", made[0] if isinstance(made, tuple) else made).transpose(1, 2)
+
+
+def split(lists: Lists) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Counts (B, H, R) and blocks (B, H, R, C), int32: of those that need the mask, and of the others.
+
+    Both lists are as wide: FlexAttention's template takes the strides of one from the other, and FlashAttention-4 reads
+    wrong blocks where heads share one.
+    """
+    blocks = lists.blocks.to(torch.int32)
+    own = torch.zeros_like(blocks)
+    own[..., 0] = torch.arange(blocks.shape[2], dtype=torch.int32, device=blocks.device)
+    return torch.ones_like(lists.counts), own, lists.counts - 1, blocks
 
 
 def functions() -> tuple[Callable[..., Any], Callable[..., Any]]:

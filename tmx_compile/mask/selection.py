@@ -57,8 +57,8 @@ class Selection:
         ValueError: a value outside of these, naming it.
     """
 
-    method: str = "pooled"
-    share: float = 0.9
+    method: str = "sampled"
+    share: float = 0.95
     block: int = 128
     stride: int = 16
     sink: int = 4

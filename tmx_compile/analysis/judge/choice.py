@@ -75,7 +75,7 @@ class Choice:
         >>> from tmx_compile import TriangleMixConfig
         >>> from tmx_compile.analysis import Choice
         >>> Choice.of(TriangleMixConfig(triangle_layer_indices=[3], dynamic_layer_indices=[1, 2])).dynamic.shares
-        (0.9, 0.9)
+        (0.95, 0.95)
         """
         layers = config.dynamic_layers()
         shares = tuple(config.selection(layer).share for layer in layers)

@@ -26,9 +26,12 @@ def package(q, k, v, *, softmax_scale, causal, block_sparse_tensors):
     assert {x.dtype for x in block_sparse_tensors[:4]} == {torch.int32}
     assert {x.stride(-1) for x in (q, k, v)} == {1}
     batch, heads, rows = full_cnt.shape
-    # Both broadcast over heads; each row's own block is the one that needs a mask.
-    assert mask_cnt.expand(full_cnt.shape).eq(1).all()
-    own = mask_idx.expand(batch, heads, rows, 1)
+    # Each row's own block is the one that needs a mask.
+    assert mask_cnt.shape == full_cnt.shape
+    assert mask_cnt.eq(1).all()
+    assert mask_idx.shape == full_idx.shape == (batch, heads, rows, rows)
+    assert all(x.is_contiguous() for x in block_sparse_tensors[:4])
+    own = mask_idx[..., :1]
     assert (own.squeeze(3) == torch.arange(rows, device=own.device)).all()
     place = torch.arange(full_idx.shape[3], device=own.device).expand(full_idx.shape)
     blocks = torch.where(place == full_cnt[..., None], own, full_idx)

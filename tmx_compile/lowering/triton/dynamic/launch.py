@@ -24,7 +24,7 @@ WORKSPACE = 1 << 25
 """Log-sum-exps that are kept at once (4 bytes each), unless one row of blocks has more."""
 _MEAN_ROWS = 64  # of a program that computes means
 _TILE = 64  # groups of rows, and at least of keys, of a program that estimates
-_SPAN = 8  # blocks of keys that a program looks at with its sampled rows
+_SAMPLED = (128, 8, 2, 8)  # rows, warps, stages, and blocks of keys of a program that looks at sampled rows
 
 
 @dataclass(frozen=True)
@@ -128,17 +128,20 @@ def _sampling(
     batch, heads, _, dim = query.shape
     of_block = grid.block // selection.stride
     mask = query if key_mask is None else key_mask
+    tile, warps, stages, span = _SAMPLED
+    if query.dtype == torch.float32 or dim > 128:
+        tile, warps = _TILE, 4
 
     def estimate(local: Tensor, first: int, stop: int) -> None:
         groups = (stop - first) * of_block
-        spans = triton.cdiv(grid.first + stop, _SPAN)
-        sampled_kernel[(triton.cdiv(groups, _TILE), spans, batch * heads)](
+        spans = triton.cdiv(grid.first + stop, span)
+        sampled_kernel[(triton.cdiv(groups, tile), spans, batch * heads)](
             query, key, mask, local, *query.stride()[:3], *key.stride()[:3],
             0 if key_mask is None else key_mask.stride(0),
             (grid.first + first) * of_block, groups, grid.kv_len, grid.columns, grid.offset, scale * math.log2(math.e),
             HEADS=heads, KV_HEADS=key.shape[1], DIM=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)),
-            STRIDE=selection.stride, BLOCK=grid.block, ROWS=_TILE, SPAN=_SPAN, PADDED=key_mask is not None,
-            FLOAT32=query.dtype == torch.float32, STAGES=2, num_warps=4,
+            STRIDE=selection.stride, BLOCK=grid.block, ROWS=tile, SPAN=span, PADDED=key_mask is not None,
+            FLOAT32=query.dtype == torch.float32, STAGES=stages, num_warps=warps,
         )  # fmt: skip
 
     return estimate
