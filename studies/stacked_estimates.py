@@ -16,7 +16,7 @@ from torch import Tensor
 from tmx_compile.mask.selection import Selection
 from tmx_compile.operator.dynamic import Lists
 from tmx_compile.operator.dynamic.choice import choose, grid_of
-from tmx_compile.operator.dynamic.grid import Bounds, groups_of
+from tmx_compile.operator.dynamic.grid import Bounds, Grid, groups_of
 from tmx_compile.operator.dynamic.sampled import Sampled
 
 ESTIMATES = ("two keys", "box", "two keys + sampled")
@@ -31,26 +31,32 @@ def estimated_lists(name: str, query: Tensor, key: Tensor, selection: Selection,
     if query.shape[2] % block or grid.offset:
         raise ValueError(f"query must have as many rows as keys, a multiple of {block}, got {query.shape[2]}")
     bounds = Bounds.of(grid, None, selection, query.device)
-    sampled = Sampled(query, key, None, grid, selection, scale) if "sampled" in name else None
-    keys = groups_of(key.float().repeat_interleave(heads // key.shape[1], 1), block)
     column = torch.arange(grid.columns, device=query.device)
     together = max(1, SCORE_BUDGET // (heads * block * grid.columns * 2))
     chosen_parts, possible_blocks = [], 0
     for first in range(0, grid.rows, together):
         stop = min(grid.rows, first + together)
-        row = torch.arange(first, stop, device=query.device)
-        rows = query[:, :, first * block : stop * block].float() * scale
-        scores = _box(rows, keys) if name == "box" else _two_keys(rows, keys)
-        own = torch.arange(first * block, stop * block, device=query.device) // block
-        shares = torch.softmax(scores.masked_fill(column > own[:, None], float("-inf")), -1)
-        masses = groups_of(shares, block).amax(3)
-        if sampled is not None:
-            masses = torch.maximum(masses, sampled.masses(first, stop))
-        possible, always = bounds.kept(row, column)
+        masses = block_masses(name, query, key, grid, first, stop, scale)
+        possible, always = bounds.kept(torch.arange(first, stop, device=query.device), column)
         masses = masses / masses.sum(-1, keepdim=True)
         chosen_parts.append(choose(masses, possible[:, None], always[:, None], selection.share))
         possible_blocks += int(possible.sum())
     return lists_of(torch.cat(chosen_parts, 2), possible_blocks)
+
+
+def block_masses(name: str, query: Tensor, key: Tensor, grid: Grid, first: int, stop: int, scale: float) -> Tensor:
+    """The masses (1, H, stop - first, C) of blocks of rows, not normalised."""
+    block = grid.block
+    keys = groups_of(key.float().repeat_interleave(query.shape[1] // key.shape[1], 1), block)
+    rows = query[:, :, first * block : stop * block].float() * scale
+    scores = _box(rows, keys) if name == "box" else _two_keys(rows, keys)
+    own = torch.arange(first * block, stop * block, device=query.device) // block
+    later = torch.arange(grid.columns, device=query.device) > own[:, None]
+    masses = groups_of(torch.softmax(scores.masked_fill(later, float("-inf")), -1), block).amax(3)
+    if "sampled" not in name:
+        return masses
+    sampled = Sampled(query, key, None, grid, Selection("sampled", block=block), scale)
+    return torch.maximum(masses, sampled.masses(first, stop))
 
 
 def lists_of(chosen: Tensor, possible_blocks: int) -> Lists:

@@ -171,6 +171,12 @@ def evaluation_pieces(tokens: int, texts: int) -> tuple[Board, list[Tensor]]:
     return board, [_piece(evaluation, tokens, texts, text) for text in range(texts)]
 
 
+def calibration_piece(tokens: int) -> tuple[Board, Tensor]:
+    """The model and a piece (1, tokens + 1) of the text that calibrations read."""
+    board, other, _ = _model()
+    return board, _piece(other, tokens, 1, 0)
+
+
 def _piece(stream: Tensor, tokens: int, texts: int, text: int) -> Tensor:
     """(1, tokens + 1): of as many pieces as there are ``texts``, spread evenly without overlap."""
     whole = stream.shape[0] // (tokens + 1)
