@@ -70,6 +70,19 @@ def test_chooses_as_the_operator_does(name, method, share):
     assert got.visited[1] == want.visited[1]
 
 
+@pytest.mark.parametrize("form", [select, dynamic.select])
+def test_a_block_weighs_as_much_as_the_sampled_row_that_pays_it_most(form):
+    query, key = torch.zeros(1, 1, 256, 16, device=DEVICE), torch.zeros(1, 1, 256, 16, device=DEVICE)
+    key[0, 0, (70, 100, 192), (0, 1, 2)] = 1.0
+    # In the block of rows 6 one sampled row looks at block 2 alone; three share themselves between 3 and their own.
+    query[0, 0, 192:200, 0] = 40.0
+    query[0, 0, 200:224, 1:3] = 20.0 + torch.tensor([0.6, 0.4], device=DEVICE).log()
+    lists = form(query, key, None, Selection("sampled", 0.55, 32, 8, sink=0, last=0), 1.0)
+    cells = _cells(on_cpu(lists))
+    # By the sum over the rows it would be 3, 5 and 6.
+    assert cells[0, 0, 6].nonzero().flatten().tolist() == [2, 5, 6]
+
+
 def test_few_rows_at_a_time_choose_the_same(monkeypatch):
     case = KERNEL_CASES["odd length"]
     query, key, _, _ = (None if x is None else x.to(DEVICE) for x in case.tensors())
