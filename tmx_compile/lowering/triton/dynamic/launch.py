@@ -130,7 +130,8 @@ def _sampling(
     mask = query if key_mask is None else key_mask
     tile, warps, stages, span = _SAMPLED
     if query.dtype == torch.float32 or dim > 128:
-        tile, warps = _TILE, 4
+        # What fits into shared memory at a head dim of 256 and in blocks of 128.
+        tile, warps, stages = _TILE, 4, 1
 
     def estimate(local: Tensor, first: int, stop: int) -> None:
         groups = (stop - first) * of_block
