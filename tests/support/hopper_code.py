@@ -152,8 +152,10 @@ def main(settings):
         cubin.write_bytes(kernel.asm["cubin"])
         assembled = subprocess.run(
             [TOOLS / "ptxas", "-v", "--gpu-name", "sm_90a", ptx, "-o", Path(folder, "again.cubin")],
-            capture_output=True, text=True, check=True,
+            capture_output=True, text=True,
         )  # fmt: skip
+        if assembled.returncode:
+            raise RuntimeError(f"ptxas: {assembled.returncode}: {assembled.stderr}{assembled.stdout}")
         sass = subprocess.run([TOOLS / "nvdisasm", "-c", cubin], capture_output=True, text=True, check=True).stdout
     messages = assembled.stderr + assembled.stdout
     return {

@@ -3,6 +3,9 @@
 On a GPU: ``python -m pytest tests/integrations/transformers/test_serve_cuda.py -n 8``.
 """
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
@@ -167,8 +170,27 @@ def test_offloaded_caches_switched(cache, starts):
     assert layers_sparse(attention.report) == {1, 2}
 
 
+PLAIN = """
+import torch
+from tests.support.models import tiny_qwen3
+model = tiny_qwen3(3).cuda()
+model.compile(backend="eager")
+ids = torch.randint(1, 128, (2, 100)).cuda()
+model.generate(ids, cache_implementation="offloaded", max_new_tokens=6, do_sample=False, pad_token_id=0)
+"""
+
+
+@pytest.fixture(scope="module")
+def streams_compile():
+    """Skips where Dynamo itself does not survive the streams of an offloaded cache, whatever the backend."""
+    done = subprocess.run([sys.executable, "-c", PLAIN], capture_output=True, text=True, timeout=300)
+    if done.returncode < 0:
+        pytest.skip(f"torch {torch.__version__} ends by signal {-done.returncode} here with backend='eager' too")
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 @PADDED
-def test_an_offloaded_cache_compiled_and_switched(eager, starts):
+def test_an_offloaded_cache_compiled_and_switched(streams_compile, eager, starts):
     """The cache's streams break the graph inside attention."""
     model, same = on_gpu()
     with registered(CONFIG) as attention:
@@ -182,7 +204,7 @@ def test_an_offloaded_cache_compiled_and_switched(eager, starts):
 
 
 @PADDED
-def test_an_offloaded_cache_compiled_alone_is_told(eager, starts):
+def test_an_offloaded_cache_compiled_alone_is_told(streams_compile, eager, starts):
     model, same = on_gpu()
     backend = tmx_backend(CONFIG, model=model)
     model.compile(backend=backend)
