@@ -2,13 +2,15 @@
 
 ``torchrun --nproc-per-node 2 -m studies.context_parallel [--quick] [--out FOLDER] [--minutes M]``: a decoder of the
 Llama-3.1-8B shape with random weights and fewer layers, the deeper half of them triangle layers. ``--quick`` runs tiny
-sizes on CPUs, which measures nothing. One compile a variant, for all lengths.
+sizes on CPUs, which measures nothing. One compile a variant, for all lengths. Steps over the caches that follow such a
+prompt are in :mod:`studies.context_steps`.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import os
 import statistics
 import sys
 import time
@@ -20,12 +22,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import DeviceType
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import common
-from studies import context_bytes
+from studies import context_bytes, context_steps
+from studies.context_timing import collectives, finish, of_all, timed
 from tmx_compile import TriangleMixConfig, tmx_backend
 from tmx_compile.bench import record
 from tmx_compile.bench.record import Measured, hardware
@@ -35,7 +36,8 @@ FULL: dict[str, Any] = {
     "tensor_lengths": [8192, 32768, 131072],
     "dense_up_to": 131072,
     "profiled": [32768, 131072],
-    "layers": 8,
+    "steps": 131072,
+    "layers": 4,
     "hidden": 4096,
     "intermediate": 14336,
     "heads": 32,
@@ -43,7 +45,7 @@ FULL: dict[str, Any] = {
     "geometry": [8, 512, 128],
     "min_seq_len": 2048,
     "messages": [2**n for n in (12, 16, 20, 21, 22, 24, 26, 28, 29)],
-    "calls": 3,
+    "calls": 5,
     "dtype": "bfloat16",
 }
 QUICK: dict[str, Any] = {
@@ -51,6 +53,7 @@ QUICK: dict[str, Any] = {
     "lengths": [256, 320],
     "tensor_lengths": [256],
     "profiled": [],
+    "steps": 256,
     "layers": 2,
     "hidden": 64,
     "intermediate": 96,
@@ -133,9 +136,7 @@ def main() -> None:
     plan = QUICK if options.quick else FULL
     kind = "cpu" if options.quick else "cuda"
     started, before = time.monotonic(), hardware()
-    dist.init_process_group("gloo" if options.quick else "nccl", timeout=datetime.timedelta(seconds=120))
-    if kind == "cuda":
-        torch.cuda.set_device(dist.get_rank())
+    start(kind)
     mesh = init_device_mesh(kind, (dist.get_world_size(),))
     command = common.command("studies.context_parallel", sys.argv[1:])
     records: list[dict[str, Any]] = []
@@ -156,9 +157,21 @@ def main() -> None:
 
 TIMING = (
     "wall time of the slowest process from a barrier to the end of its work, median of the calls after two untimed "
-    "ones; nccl_ms: kernels of collectives on the first process, waiting included; exposed_ms: of these, while no "
-    "other kernel ran; memory_gib: the peak on the first process's card in the timed calls"
+    "ones; lists are by process: card_ms: its own time; memory_gib: the peak in the timed calls; of one more call "
+    "under the profiler: nccl_ms: kernels of collectives, waiting included; exposed_ms: of these, while no other "
+    "kernel ran; work_ms: while another kernel ran; sent_ms: kernels of collectives without their wait for the other "
+    "process, the shorter of each two"
 )
+
+
+def start(kind: str) -> None:
+    """Join the others."""
+    patience = datetime.timedelta(seconds=120)
+    if kind == "cpu":
+        dist.init_process_group("gloo", timeout=patience)
+        return
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl", timeout=patience)
 
 
 def study(plan: dict[str, Any], kind: str, mesh: DeviceMesh, late: Callable[[], bool]) -> Iterator[dict[str, Any]]:
@@ -167,11 +180,14 @@ def study(plan: dict[str, Any], kind: str, mesh: DeviceMesh, late: Callable[[], 
     one_ms: dict[tuple[str, int], float] = {}
     hidden: dict[int, Tensor] = {}
     for name, sparse in (
-        *(("one", True), ("context", True), ("tensor", True)),
+        *(("one", True), ("context", True), ("steps", True), ("tensor", True)),
         *(("tensor", False), ("context", False), ("one", False)),
     ):
         if agreed_late(late(), kind):
             return
+        if name == "steps":
+            yield from guarded(name, lambda: context_steps.study(plan, kind, mesh))
+            continue
         yield from guarded(name, lambda: variant(plan, kind, mesh, name, sparse, one_ms, hidden, late))  # noqa: B023
 
 
@@ -248,13 +264,15 @@ def variant(
         if kind == "cuda":
             # Only now: until the first call has compiled, what the variant before left may be there still.
             torch.cuda.reset_peak_memory_stats()
-        ms = statistics.median(timed(call, kind) for _ in range(plan["calls"] if n < 200_000 else 2))
-        form = f"{name}{'' if sparse else ', dense'}"
+        times = [timed(call, kind) for _ in range(plan["calls"] if n < 200_000 else 1)]
+        ms = statistics.median(map(max, times))
+        form, slowest = f"{name}{'' if sparse else ', dense'}", [max(each) for each in times]
         item: dict[str, Any] = {"variant": form, "n": n, "ranks": 1 if name == "one" else ranks, "ms": ms}
-        item["first_call_s"] = first_s
+        item |= {"first_call_s": first_s, "all_ms": slowest}
         key = ("triangle" if sparse else "dense", n)
         if name == "one":
             one_ms[key] = ms
+            item["card_ms"] = [statistics.median(each) for each in zip(*times, strict=True)]
         if key in one_ms:
             item |= {"one_ms": one_ms[key], "speedup": one_ms[key] / ms}
         if name == "one" and sparse:
@@ -268,27 +286,10 @@ def variant(
                 "bytes_of_gathering": context_bytes.gathered(layer, ranks, n),
             }
         if kind == "cuda":
-            item["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            item["memory_gib"] = of_all(torch.cuda.max_memory_allocated() / 2**30, kind)
             if n in plan["profiled"] and name != "one":
-                item |= collectives(call)
+                item |= collectives(call, kind)
         yield item
-
-
-def timed(call: Callable[[], Any], kind: str) -> float:
-    """Milliseconds of the slowest process."""
-    finish(kind)
-    dist.barrier()
-    begin = time.perf_counter()
-    call()
-    finish(kind)
-    spent = torch.tensor([1e3 * (time.perf_counter() - begin)], dtype=torch.float64, device=kind)
-    dist.all_reduce(spent, dist.ReduceOp.MAX)
-    return float(spent.item())
-
-
-def finish(kind: str) -> None:
-    if kind == "cuda":
-        torch.cuda.synchronize()
 
 
 def from_final(value: float, kind: str) -> float:
@@ -296,30 +297,6 @@ def from_final(value: float, kind: str) -> float:
     told = torch.tensor([value], dtype=torch.float64, device=kind)
     dist.broadcast(told, dist.get_world_size() - 1)
     return float(told.item())
-
-
-def collectives(call: Callable[[], Any]) -> dict[str, float]:
-    """Milliseconds of collectives in one call on this process, and of these where nothing else ran."""
-    with profile(activities=[ProfilerActivity.CUDA]) as found:
-        call()
-        torch.cuda.synchronize()
-    spans = [(e.time_range.start, e.time_range.end, e.name) for e in found.events() if e.device_type == DeviceType.CUDA]
-    ours = sorted((a, b) for a, b, name in spans if "nccl" in name.lower())
-    busy = sorted((a, b) for a, b, name in spans if "nccl" not in name.lower())
-    covered = sum(max(0.0, min(b, d) - max(a, c)) for a, b in ours for c, d in _joined(busy))
-    total = sum(b - a for a, b in ours)
-    first, end = min(a for a, _, _ in spans), max(b for _, b, _ in spans)
-    return {"nccl_ms": total / 1e3, "exposed_ms": (total - covered) / 1e3, "profiled_ms": (end - first) / 1e3}
-
-
-def _joined(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    joined: list[tuple[float, float]] = []
-    for a, b in spans:
-        if joined and a <= joined[-1][1]:
-            joined[-1] = (joined[-1][0], max(b, joined[-1][1]))
-        else:
-            joined.append((a, b))
-    return joined
 
 
 def messages(plan: dict[str, Any], kind: str, mesh: DeviceMesh) -> Iterator[dict[str, Any]]:
@@ -336,7 +313,7 @@ def messages(plan: dict[str, Any], kind: str, mesh: DeviceMesh) -> Iterator[dict
                 torch.ops._c10d_functional.wait_tensor(made)
 
         call()
-        ms = min(timed(call, kind) for _ in range(3)) / 10
+        ms = min(max(timed(call, kind)) for _ in range(3)) / 10
         yield {"variant": "all-to-all", "bytes": size, "ranks": ranks, "ms": ms}
 
 

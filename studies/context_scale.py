@@ -91,7 +91,7 @@ def predicted(
     to_all = max(sink * layer.key_bytes, last * layer.row_bytes) * (ranks - 1)
     triangle = to_all + window * layer.key_bytes + last * (layer.row_bytes + 4 * layer.heads)
     half = c.layers / 2
-    collectives = half * (4 * c.latency + dense / rate + 2 * c.latency + triangle / rate)
+    collectives = half * (2 * c.latency + dense / rate + 2 * c.latency + triangle / rate)
     return {
         "ms": compute + collectives,
         "collectives_ms": collectives,

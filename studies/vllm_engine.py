@@ -7,9 +7,12 @@ this module.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
+import math
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -94,16 +97,20 @@ class Engine:
         self._names = itertools.count()
 
     def state(self) -> dict[str, Any]:
-        """What the plugin says in the first worker, and which runner this has."""
-        found: dict[str, Any] = self.llm.collective_rpc(_state)[0]
-        return found
+        """What the plugin says in a worker, and which runner this has: of a pipeline, a stage with triangle layers."""
+        found: list[dict[str, Any]] = self.llm.collective_rpc(_state)
+        return max(found, key=len)
+
+    def connect(self) -> None:
+        """Take the memory between a pipeline's stages: vLLM does in a run that eager engines on a CPU leave out."""
+        self.llm.collective_rpc(_connect)
 
     def calm(self) -> None:
         """Random weights in the place of vLLM's dummies."""
         self.llm.collective_rpc(_calm)
 
     def switch(self, triangle: bool) -> None:
-        """Serve with the triangle layers, or as vLLM alone does."""
+        """Serve with the triangle layers, or as vLLM alone does: then nothing of the plugin's runs in a worker."""
         self.llm.collective_rpc(_switch, args=(triangle,))
 
     def fused(self, whole_prompts: bool) -> None:
@@ -113,7 +120,7 @@ class Engine:
     @contextlib.contextmanager
     def last_rows(self, count: int) -> Iterator[None]:
         """Another number of last rows."""
-        before = self.llm.collective_rpc(_last, args=(count,))[0]
+        before = max(self.llm.collective_rpc(_last, args=(count,)))
         try:
             yield
         finally:
@@ -187,20 +194,57 @@ class Engine:
         return [_answer(done[name]) for name in (mine, *others)]
 
     def both(
-        self, run: Callable[[], dict[str, float]], rounds: int, warm: int = 1
+        self, run: Callable[[], dict[str, float]], rounds: int, warm: int = 1, control: bool = False
     ) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
-        """What ``run`` measures dense and with triangle layers, in turns, after ``warm`` of each that do not count."""
+        """What ``run`` measures dense and with triangle layers, in turns, after ``warm`` of each that do not count.
+
+        Which of both is first changes from round to round. With ``control`` both are dense, but switched all the same.
+        """
         found: tuple[list[dict[str, float]], list[dict[str, float]]] = ([], [])
         for number in range(rounds + warm):
-            for triangle in (False,) if self.off else (False, True):
+            for triangle in (False,) if self.off else (False, True) if number % 2 else (True, False):
                 self.switch(triangle)
+                if control:
+                    self.switch(False)
                 took = run()
                 if number >= warm:
                     found[triangle].append(took)
         return found
 
+    def decoding(
+        self, prompts: Sequence[list[int]], pairs: int, steps: int
+    ) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
+        """Milliseconds of a decode step of one batch, dense and with triangle layers: blocks of steps, in turns.
+
+        Args:
+            prompts: of the requests, which decode all the time.
+            pairs: blocks of each kind.
+            steps: of a block; a quarter as many before them do not count.
+        """
+        engine, before = self.llm.llm_engine, max(2, steps // 4)
+        self.core.scheduler.max_num_scheduled_tokens = self.chunk
+        names = [f"study-{next(self._names)}" for _ in prompts]
+        most = 8 + 2 * pairs * (steps + before)
+        for name, tokens in zip(names, prompts, strict=True):
+            engine.add_request(name, {"prompt_token_ids": tokens}, _sampling(most + 8, None))
+        for _ in range(8):
+            engine.step()
+        found: tuple[list[dict[str, float]], list[dict[str, float]]] = ([], [])
+        for number in range(pairs):
+            for triangle in (False, True) if number % 2 else (True, False):
+                self.switch(triangle)
+                for _ in range(before):
+                    engine.step()
+                started = time.perf_counter()
+                for _ in range(steps):
+                    engine.step()
+                found[triangle].append({"ms": (time.perf_counter() - started) * 1e3 / steps})
+        while engine.has_unfinished_requests():
+            engine.step()
+        return found
+
     def compared(self, what: str, found: tuple[list[dict[str, float]], list[dict[str, float]]], **more: Any) -> dict:
-        """A record of :meth:`both`: medians, and the range of the time ``ms``."""
+        """A record of :meth:`both`: medians, the range of the time ``ms``, and the ratios of pairs."""
         dense, triangle = found
         record = {"what": what, "runner": self.runner + (" without the plugin" if self.off else ""), **more}
         record |= {"rounds": len(dense)}
@@ -212,7 +256,23 @@ class Engine:
             record[f"{prefix}range_ms"] = [min(times), max(times)]
         if triangle:
             record["speedup"] = record["dense_ms"] / record["ms"]
+            record |= of_pairs([one["ms"] / other["ms"] for one, other in zip(dense, triangle, strict=True)])
         return record
+
+
+def of_pairs(ratios: Sequence[float]) -> dict[str, Any]:
+    """The median of the ratios of pairs, and where it lies with 95% confidence, by order statistics; few: nothing.
+
+    A pair is measured one behind the other, so what changes slowly is in both.
+    """
+    count, ordered = len(ratios), sorted(ratios)
+    # The median is below the (left out + 1)th with the probability that at most so many of all are below the median.
+    below = list(itertools.accumulate(math.comb(count, number) * 0.5**count for number in range(count)))
+    left_out = sum(probability <= 0.025 for probability in below) - 1
+    if left_out < 0:
+        return {}
+    interval = [ordered[left_out], ordered[count - 1 - left_out]]
+    return {"pairs": {"median": statistics.median(ratios), "confidence_95": interval}}
 
 
 def _sampling(new_tokens: int, tops: int | None) -> Any:
@@ -235,6 +295,10 @@ def _runner(worker: Any) -> Any:
     return worker.model_runner
 
 
+def _connect(worker: Any) -> None:
+    _runner(worker).profile_run()
+
+
 def _builders(worker: Any) -> list[Any]:
     groups = itertools.chain.from_iterable(_runner(worker).attn_groups)
     return [builder for group in groups for builder in group.metadata_builders]
@@ -252,10 +316,27 @@ def _state(worker: Any) -> dict[str, Any]:
 
 
 def _switch(worker: Any, triangle: bool) -> None:
-    for builder in _builders(worker):
-        if not hasattr(builder, _KEPT):
-            setattr(builder, _KEPT, getattr(builder, "active", None))
-        builder.active = getattr(builder, _KEPT) if triangle else None
+    """Put the plugin's methods and functions in place, or vLLM's own: what is between them is all that differs."""
+    from tmx_compile.integrations.vllm import hooks
+
+    layers = _runner(worker).vllm_config.compilation_config.static_forward_context.values()
+    parts = [(builder, "build") for builder in _builders(worker)]
+    parts += [(layer.impl, "forward") for layer in layers if hasattr(layer, "impl")]
+    for part, name in parts:
+        # A layer that is no triangle layer has vLLM's own in any case.
+        if type(part).__module__.startswith("tmx_compile.") and (triangle or name not in vars(part)):
+            if not triangle:
+                setattr(part, name, functools.partial(getattr(type(part).__bases__[-1], name), part))
+            elif isinstance(vars(part).get(name), functools.partial):
+                delattr(part, name)
+    for hook in hooks.HOOKS:
+        owner_name, _, name = hook.name.rpartition(".")
+        owner = getattr(sys.modules.get(hook.module), owner_name, None)
+        kept = f"{_KEPT}_{name}"
+        ours = getattr(owner, kept, None) or getattr(owner, name, None)
+        if hook.module.startswith("vllm.v1.worker.") and hasattr(ours, "trianglemix_wraps"):
+            setattr(owner, kept, ours)
+            setattr(owner, name, ours if triangle else ours.trianglemix_wraps)
 
 
 def _fuse(worker: Any, whole_prompts: bool) -> None:
@@ -267,13 +348,13 @@ def _fuse(worker: Any, whole_prompts: bool) -> None:
 def _look_ahead(worker: Any, on: bool) -> None:
     from tmx_compile.integrations.vllm import lengths
 
-    kept = getattr(lengths.any_streams, _KEPT, lengths.any_streams)
+    kept = getattr(lengths.some_streams, _KEPT, lengths.some_streams)
 
     def never(*_: Any) -> bool:
         return False
 
     setattr(never, _KEPT, kept)
-    lengths.any_streams = kept if on else never  # type: ignore[assignment]
+    lengths.some_streams = kept if on else never  # type: ignore[assignment]
 
 
 def _calm(worker: Any) -> None:

@@ -1,6 +1,6 @@
 """vLLM's answers with TriangleMix, whatever its scheduler does to a prompt, against the model in float32.
 
-    python -m studies.vllm_oracle OUT/vllm_oracle.json [--cases long,cache] [--ranks 2] [--drafts] [--eager] [--quick]
+    python -m studies.vllm_oracle OUT/vllm_oracle.json [--cases long,cache] [--ranks 2] [--drafts ngram] [--eager]
 
 A Llama with random weights, in bfloat16 on a GPU. Of every answer the 20 best log-probabilities of each token are
 compared with the model's in plain PyTorch on the same tokens: with its triangle mask, and with the wrong, dense one.
@@ -37,7 +37,8 @@ class Checks:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.quick: bool = options.quick
-        self.gpus: int = options.ranks
+        self.gpus: int = options.ranks * options.stages
+        self.stages: int = options.stages
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.geometry = QUICK_GEOMETRY if self.quick else GEOMETRY
         # A tenth of the prompts' lengths on a GPU.
@@ -58,6 +59,7 @@ class Checks:
             "max_model_len": 4096 if self.quick else 33000,
             "max_num_seqs": 8,
             "tensor_parallel_size": options.ranks,
+            "pipeline_parallel_size": options.stages,
             "enable_prefix_caching": not options.drafts,
             "max_logprobs": TOPS,
         }
@@ -77,12 +79,19 @@ class Checks:
             arguments["compilation_config"] = {"cudagraph_capture_sizes": [1, 2, 4, 8]}
         if options.ranks > 1:
             arguments["disable_custom_all_reduce"] = True
-        if options.drafts:
+        self.drafter: str = options.drafts
+        if self.drafter == "ngram":
             method = "ngram" if self.device == "cpu" else "ngram_gpu"
             lookup = {"prompt_lookup_min": 1, "prompt_lookup_max": 2}
             arguments["speculative_config"] = {"method": method, "num_speculative_tokens": 3} | lookup
+        elif self.drafter == "model":
+            # The model drafts for itself, densely: many of its drafts are right, not all.
+            drafter = {"method": "draft_model", "model": str(folder)}
+            arguments["speculative_config"] = drafter | {"num_speculative_tokens": 3}
         most = 4096 if self.quick else 32768
         self.engine = Engine(folder, self.geometry, sorted(self.triangle), most, more, **arguments)
+        if self.device == "cpu" and options.stages > 1:
+            self.engine.connect()
         self._known: dict[Any, torch.Tensor] = {}
 
     def prompt(self, tokens: int) -> list[int]:
@@ -112,6 +121,8 @@ class Checks:
                 self._known[known] = log_probabilities(self.weights, self.shape, *known)
             gaps[f"to_{name}"] = gap(answer.tops, self._known[known])
         about = {"what": f"oracle: {what}", "runner": self.engine.runner, "gpus": self.gpus, "n": len(asked)}
+        if self.stages > 1:
+            about["stages"] = self.stages
         return about | more | gaps
 
     # The cases
@@ -154,7 +165,9 @@ class Checks:
     def rows(self) -> list[dict[str, Any]]:
         """Chunks of one row, alone and while others decode: without last rows, the answer comes from such a chunk."""
         records = []
-        for others, control in ((0, False), (3, False), (3, True)):
+        # In eager mode there are no graphs, and the control would show nothing.
+        eager = self.engine.runner.endswith("eager")
+        for others, control in ((0, False), (3, False)) if eager else ((0, False), (3, False), (3, True)):
             asked, running = self.prompt(3000), [self.prompt(200) for _ in range(others)]
             self.engine.llm.reset_prefix_cache()
             with self.engine.last_rows(0), self.engine.one_row_is_decode(control):
@@ -162,7 +175,6 @@ class Checks:
                 answer, *rest = self.engine.step_by_step(running, asked, chunks, 4, TOPS)
             what = f"chunks of one row while {others} decode" if others else "chunks of one row"
             if control:
-                # In eager mode there are no graphs, and nothing shows.
                 what += ", taken for decode steps"
             records.append(self.record(what, asked, answer, last=0, chunk=1))
             short = zip(running, rest, strict=True)
@@ -213,7 +225,8 @@ class Checks:
         return records
 
     def drafts(self) -> list[dict[str, Any]]:
-        """Drafts by n-grams, verified several rows at a time."""
+        """Drafts by n-grams or by a model, verified several rows at a time."""
+        what = {"ngram": "n-gram drafts", "model": "drafts of a model"}[self.drafter]
         several, new_tokens = [self.prompt(n) for n in (3000, 1800, 700)], 48
         names = ("drafts", "draft_tokens", "accepted_tokens")
         before = [self.engine.total(f"vllm:spec_decode_num_{name}") for name in names]
@@ -223,7 +236,7 @@ class Checks:
             for name, count in zip(names, before, strict=True)
         }
         return [
-            self.record("n-gram drafts", asked, answer, new_tokens=new_tokens, **made)
+            self.record(what, asked, answer, new_tokens=new_tokens, **made)
             for asked, answer in zip(several, answers, strict=True)
         ]
 
@@ -237,7 +250,7 @@ class Checks:
 
             sizes = {"n": 32768 // self.scale, "chunk": chunk, "layers": self.shape.layers}
             sizes["triangle_layers"] = len(self.triangle)
-            records.append(self.engine.compared("ttft", self.engine.both(run, 3), **sizes))
+            records.append(self.engine.compared("ttft", self.engine.both(run, 8), gpus=self.gpus, **sizes))
         self.engine.switch(True)
         return records
 
@@ -248,10 +261,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("file", type=Path, help="the result file")
     parser.add_argument("--cases", help=f"by default {','.join(CASES[:-1])}")
     parser.add_argument("--ranks", type=int, default=1, help="GPUs")
-    parser.add_argument("--drafts", action="store_true", help="an engine with speculation by n-grams")
+    parser.add_argument("--stages", type=int, default=1, help="of a pipeline, each with its own GPUs")
+    parser.add_argument("--drafts", choices=("ngram", "model"), default="", help="an engine with speculation")
     parser.add_argument("--eager", action="store_true", help="without torch.compile and CUDA graphs")
     parser.add_argument("--large", action="store_true", help="8 layers of the 8B shape")
     parser.add_argument("--cache", type=int, default=2, help="GiB of the KV cache on a GPU")
+    parser.add_argument("--after", type=Path, help="measure when this file is there: engines may be side by side")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, on a CPU too: shows that it works")
     options = parser.parse_args(arguments)
     cases = options.cases.split(",") if options.cases else WITH_DRAFTS if options.drafts else CASES[:-1]
@@ -265,6 +280,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     old = json.loads(options.file.read_text(encoding="utf-8")) if options.file.is_file() else {}
     failed, records = 0, list(old.get("records", []))
     for case in cases:
+        while case == "ttft" and options.after and not options.after.exists():
+            time.sleep(0.2)
         begin = time.monotonic()
         try:
             found = getattr(checks, case)()
@@ -279,7 +296,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         content = record.result("vllm_oracle", command, options.quick, before, measured)
         run = {"command": command, "shape": vars(checks.shape)}
         run["tmx_compile_sources"] = content["versions"]["tmx_compile_sources"]
-        name = f"{checks.engine.runner}, {options.ranks} GPU{', drafts' if options.drafts else ''}"
+        name = f"{checks.engine.runner}, {checks.gpus} GPU{', stages' if options.stages > 1 else ''}"
+        name += f", drafts by {options.drafts}" if options.drafts else ""
         content["runs"] = old.get("runs", {}) | {name: run}
         record.write(content, options.file)
         print(f"{case}: {time.monotonic() - begin:.1f} s", flush=True)

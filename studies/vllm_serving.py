@@ -1,9 +1,9 @@
 """vLLM serves a Llama of the 8B shape, dense and with TriangleMix: time to first token, decoding, mixed load, waiting.
 
-    python -m studies.vllm_serving OUT/vllm.json [--phases ttft:65536,decode] [--layers 32] [--eager] [--quick]
+    python -m studies.vllm_serving OUT/vllm.json [--phases ttft:65536,ttft:8192:2048] [--layers 32] [--eager] [--quick]
 
 Needs vLLM, which is in neither of the project's environments for GPUs; so it is no case of ``studies.run``. One engine
-serves both: for dense, the builders' plans are switched off, and what is left is vLLM's own backend. With ``--off`` the
+serves both: for dense, vLLM's own backend and functions are put back in place. With ``--off`` the
 plugin is not switched on at all. Records of earlier calls stay in the file; each is printed and stored as it comes.
 VLLM_USE_V2_MODEL_RUNNER=0 picks the first model runner. That the answers are right, :mod:`studies.vllm_oracle` shows.
 """
@@ -17,7 +17,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from tmx_compile.bench import record
 
 GEOMETRY = (8, 512, 128)
 CHUNK = 8192
-PHASES = ("ttft:32768", "ttft:65536", "waiting", "ttft:8192", "decode", "kernels", "ttft:131072", "mixed")
+PHASES = ("ttft:32768", "ttft:65536", "waiting", "ttft:8192", "short", "decode", "kernels", "ttft:131072", "mixed")
 
 
 class Bench:
@@ -41,7 +41,7 @@ class Bench:
         self.geometry = (4, 32, 24) if self.quick else GEOMETRY
         self.layers = self.shape.layers
         self.triangle = [] if options.off else list(range(self.layers // 2, self.layers))
-        self.most = 2048 if self.quick else 131072
+        self.most = 2048 if self.quick else options.most
         self.chunk = 256 if self.quick else CHUNK
         folder = Path(tempfile.mkdtemp()) / "model"
         self.shape.write(folder)
@@ -83,28 +83,27 @@ class Bench:
         run: Callable[[], dict[str, float]],
         rounds: int,
         warm: int = 1,
+        control: bool = False,
         **more: Any,
     ) -> dict[str, Any]:
-        """A record of what ``run`` measures dense and with triangle layers."""
-        found = self.engine.both(run, rounds, warm)
+        """A record of what ``run`` measures dense and with triangle layers; with ``control``, dense twice."""
+        found = self.engine.both(run, rounds, warm, control)
         layers = {"layers": self.layers, "triangle_layers": len(self.triangle)}
         return self.engine.compared(what, found, n=n, chunk=chunk, **layers, **more)
 
     # The phases
 
-    def ttft(self, n: int) -> list[dict[str, Any]]:
-        """Milliseconds to the first token of one prompt, whole and in chunks."""
+    def ttft(self, n: int, chunk: int = 0) -> Iterator[dict[str, Any]]:
+        """Milliseconds to the first token of one prompt: in chunks of a given size, or in the usual ones and whole."""
         n = min(n, self.most // 2) if self.quick else n
         # A call of seconds is warm behind its first tenth; shorter ones get a round that does not count.
-        rounds, warm = (3, 1) if n <= 32768 else (2, 0)
-        records = []
-        for chunk in (self.chunk, n) if n > self.chunk else (n,):
+        rounds, warm = max(4, min(12, 200000 // n)), int(n <= 32768)
+        for size in [chunk] if chunk else sorted({self.chunk, n}) if n > self.chunk else [n]:
 
-            def run(chunk: int = chunk) -> dict[str, float]:
-                return {"ms": self.engine.ask([self.prompt(n)], chunk=chunk)[0]}
+            def run(size: int = size) -> dict[str, float]:
+                return {"ms": self.engine.ask([self.prompt(n)], chunk=size)[0]}
 
-            records.append(self.compared("ttft", n, chunk, run, rounds, warm))
-        return records
+            yield self.compared("ttft", n, size, run, rounds, warm)
 
     def apart(self, n: int) -> list[dict[str, Any]]:
         """The same for a whole prompt, whose last rows vLLM's backend computes."""
@@ -117,17 +116,30 @@ class Bench:
         self.engine.fused(True)
         return [found]
 
-    def decode(self) -> list[dict[str, Any]]:
-        """Short prompts and their answers, many at once and one alone."""
-        records = []
-        for batch, n, new in ((4, 32, 8), (1, 32, 8)) if self.quick else ((32, 256, 128), (1, 256, 128), (32, 1024, 1)):
-            prompts = [self.prompt(n) for _ in range(batch)]
+    def short(self) -> Iterator[dict[str, Any]]:
+        """Milliseconds to the first tokens of prompts whose rows are all dense, one alone and several at once."""
+        for batch, n in ((1, 32), (4, 32)) if self.quick else ((1, 256), (1, 1000), (1, 2000), (8, 1000)):
 
-            def run(prompts: list[list[int]] = prompts, new: int = new) -> dict[str, float]:
-                return {"ms": self.engine.ask(prompts, new)[0]}
+            def run(batch: int = batch, n: int = n) -> dict[str, float]:
+                # Behind a switch Python's own caches are cold, which no server's are.
+                for _ in range(2):
+                    took, _answers = self.engine.ask([self.prompt(n) for _ in range(batch)])
+                return {"ms": took}
 
-            records.append(self.compared("short prompts", n, self.most, run, 3, batch=batch, new_tokens=new))
-        return records
+            rounds = 8 if self.quick else 40 if batch == 1 else 15
+            about = {"batch": batch, "new_tokens": 1}
+            yield self.compared("short prompts", n, self.most, run, rounds, **about)
+            if batch == 1 and n in (32, 1000):
+                # What the way of measuring alone gives.
+                yield self.compared("short prompts, dense twice", n, self.most, run, rounds, 1, True, **about)
+
+    def decode(self) -> Iterator[dict[str, Any]]:
+        """One decode step of short requests, many at once and one alone."""
+        n, pairs, steps = (32, 8, 4) if self.quick else (256, 30, 16)
+        for batch in (4, 1) if self.quick else (32, 1):
+            found = self.engine.decoding([self.prompt(n) for _ in range(batch)], pairs, steps)
+            more = {"layers": self.layers, "triangle_layers": len(self.triangle), "batch": batch, "steps": steps}
+            yield self.engine.compared("a decode step", found, n=n, **more)
 
     def mixed(self) -> list[dict[str, Any]]:
         """Long prompts that come to requests which decode; how fast these do."""
@@ -237,6 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="tiny sizes, on a CPU too: shows that it works")
     parser.add_argument("--layers", type=int, default=16, help="of the model; half of them are triangle layers")
     parser.add_argument("--cache", type=int, default=0, help="GiB of the KV cache; by default what is left")
+    parser.add_argument("--most", type=int, default=131072, help="tokens of the longest prompt")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no further phase after so long")
     parser.add_argument("--after", type=Path, help="measure when this file is there: engines may start side by side")
     options = parser.parse_args(arguments)
@@ -259,23 +272,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if begin - started > options.seconds:
             print(f"{phase}: no time left", flush=True)
             continue
-        name, _, number = phase.partition(":")
+        name, *numbers = phase.split(":")
         try:
-            records = getattr(bench, name)(*[int(number)] if number else [])
+            for each in getattr(bench, name)(*map(int, numbers)):
+                print(json.dumps(record.rounded(each)), flush=True)
+                old = json.loads(options.file.read_text(encoding="utf-8")) if options.file.is_file() else {}
+                measured = record.Measured(settings, [*old.get("records", []), each])
+                content = record.result("vllm", command, options.quick, before, measured)
+                run = {"command": command, "tmx_compile_sources": content["versions"]["tmx_compile_sources"]}
+                content["runs"] = old.get("runs", {}) | {
+                    f"{engine.runner}, {bench.layers} layers{' off' if options.off else ''}": run
+                }
+                record.write(content, options.file)
         except Exception:
             failed += 1
             traceback.print_exc()
             continue
-        for each in records:
-            print(json.dumps(record.rounded(each)), flush=True)
-        old = json.loads(options.file.read_text(encoding="utf-8")) if options.file.is_file() else {}
-        measured = record.Measured(settings, [*old.get("records", []), *records])
-        content = record.result("vllm", command, options.quick, before, measured)
-        run = {"command": command, "tmx_compile_sources": content["versions"]["tmx_compile_sources"]}
-        content["runs"] = old.get("runs", {}) | {
-            f"{engine.runner}, {bench.layers} layers{' off' if options.off else ''}": run
-        }
-        record.write(content, options.file)
         print(f"{phase}: {time.monotonic() - begin:.1f} s; {engine.state().get('counts', '')}", flush=True)
     return 1 if failed else 0
 

@@ -100,6 +100,11 @@ def test_where_vllm_has_amx_it_stays_dense_unless_told_otherwise(
             {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
             "kv_transfer_config.kv_connector='ExampleConnector'",
         ),
+        (
+            SETTINGS,
+            {"scheduler_cls": "vllm.v1.core.sched.interface.SchedulerInterface"},
+            "scheduler_cls=SchedulerInterface does not derive",
+        ),
     ],
 )
 def test_bad_values_stop_the_process_of_the_user(

@@ -175,16 +175,18 @@ class TmxBackend:
     def _compile_long(
         self, plan: Plan, gm: GraphModule, compiler: Compiler, example_inputs: Sequence[Any]
     ) -> tuple[Callable[..., Any], Plan]:
-        outcome = pipeline.rewrite(plan, gm)
+        outcome, split = pipeline.rewrite(plan, gm), self.request.context_parallel
+        # Before compiling, which may learn more of the lengths than the rewrite knew.
+        described = outcome.plan.described() if split is not None and plan.sites else None
         # Whose attention is of a piece, if the prompt is split.
-        right = not self.request.strict and self.request.context_parallel is None
+        right = not self.request.strict and split is None
         as_written = copy_graph(gm).forward if plan.known and right else None
         with _cache_tag(plan.config):
             compiled = compiler.compile(outcome.graph, example_inputs, outcome.needs)
         if outcome.plan.visited is not None:
             compiled = counted(compiled, outcome.plan.visited)
-        if self.request.context_parallel is not None and plan.sites:
-            compiled = agreed(compiled, self.request.context_parallel, *outcome.plan.described())
+        if described is not None:
+            compiled = agreed(compiled, split, *described)
         # Here, so that no form of a graph is run without asking for what its own proofs rest on.
         return watched(compiled, plan.known, as_written), outcome.plan
 
@@ -235,10 +237,8 @@ class TmxBackend:
         ascend = request.target == "ascend" or (request.target == "auto" and torchair.on_npu(gm, example_inputs))
         if request.lowering == "ascend" and not ascend:
             raise LoweringError("lowering 'ascend' is for NPUs, and this graph's tensors are on none (target='ascend')")
-        if ascend and (request.chunked_prefill or request.decode != "dense"):
-            raise LoweringError(
-                "tensors are on an NPU, for which there is neither streaming decode nor chunked prefill yet"
-            )
+        if ascend and (request.chunked_prefill or request.decode != "dense" or request.context_parallel is not None):
+            raise LoweringError("on NPUs there is neither streaming decode nor chunked prefill nor a split prompt")
         return TORCHAIR if ascend else INDUCTOR
 
     def __repr__(self) -> str:

@@ -199,18 +199,22 @@ def test_a_window_is_that_of_the_prompt(window):
 
 
 def test_what_a_step_exchanges():
-    """A step: partial results of one layer to all, and a check of the mask that all layers share."""
+    """Partial results of one layer to all, and a check of the mask that all layers share: alike in all layers."""
 
     class Layer(nn.Module):
         def forward(self, x):
             return x[:, :, -1:] + step(x, of_data(x))
 
-    with fakes(0, 3) as mesh, as_written() as graphs:
-        model = torch.compile(Net(Layer()), backend=tmx_backend(CONFIG, context_parallel=mesh), dynamic=False)
-        with contextlib.suppress(RuntimeError):
-            model(torch.randn(2, 2, 100, 16))
-    names = [str(node.target) for node in graphs[0].graph.nodes if "c10d" in str(node.target)]
-    assert [name.split(".")[1] for name in names if "wait" not in name] == ["all_reduce", "all_gather_into_tensor"]
+    codes = []
+    for config in (CONFIG, CONFIG.replace(triangle_layer_indices=[0])):
+        with fakes(0, 3) as mesh, as_written() as graphs:
+            model = torch.compile(Net(Layer()), backend=tmx_backend(config, context_parallel=mesh), dynamic=False)
+            with contextlib.suppress(RuntimeError):
+                model(torch.randn(2, 2, 100, 16))
+        names = [str(node.target) for node in graphs[0].graph.nodes if "c10d" in str(node.target)]
+        assert [name.split(".")[1] for name in names if "wait" not in name] == ["all_reduce", "all_gather_into_tensor"]
+        codes.append(graphs[0].code)
+    assert codes[0] == codes[1]
 
 
 def test_gradients():
@@ -224,6 +228,15 @@ def test_gradients():
             BackendCompilerFailed, match=r"LoweringError: .*inference only, and a gradient is asked for"
         ):
             model(torch.randn(1, 2, 100, 16, requires_grad=True))
+
+
+def test_an_npu(monkeypatch):
+    """As on a machine with one: refused before torchair gets anything."""
+    monkeypatch.setattr("tmx_compile.compilers.torchair.on_npu", lambda gm, example_inputs: True)
+    with fakes(0, 2) as mesh, torch.no_grad():
+        model = torch.compile(Net(Attention()), backend=tmx_backend(CONFIG, context_parallel=mesh))
+        with pytest.raises(BackendCompilerFailed, match=r"LoweringError: on NPUs there is neither .* a split prompt"):
+            model(torch.randn(1, 100, 64))
 
 
 # Faults --------------------------------------------------------------------------------------------------------------

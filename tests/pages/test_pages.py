@@ -79,7 +79,10 @@ def test_both_pages_on_vllm_have_the_same_tables(tmp_path):
     records = [
         record | {"what": "ttft", "ms": 503.0},
         record | {"what": "short prompts", "n": 256, "batch": 32, "new_tokens": 128, "dense_ms": 1000.0, "ms": 1004.0},
-        record | {"what": page_vllm.MIXED, "dense_ms": 3000.0, "ms": 2500.0},
+        record
+        | {"what": "a decode step", "n": 256, "batch": 1, "dense_ms": 6.8, "ms": 6.812}
+        | {"pairs": {"median": 0.99812, "confidence_95": [0.9961, 1.0004]}},
+        record | {"what": page_vllm.MIXED, "gpus": 2, "dense_ms": 3000.0, "ms": 2500.0},
         record
         | {"what": page_vllm.MIXED, "layers": 32, "triangle_layers": 16, "dense_ms": 6000.0, "ms": 5000.0}
         | {"dense_decode_tokens_per_s": 100.4, "decode_tokens_per_s": 120.0},
@@ -105,6 +108,7 @@ def test_both_pages_on_vllm_have_the_same_tables(tmp_path):
     answers = [
         answer | {"what": "oracle: whole", "to_triangle": near, "to_dense": far},
         answer | {"what": "oracle: whole", "n": 8192, "to_triangle": {"mean": 0.02}, "to_dense": {"mean": 0.2}},
+        answer | {"what": "oracle: whole", "gpus": 2, "stages": 2, "to_triangle": near, "to_dense": far},
         answer | {"what": "oracle: dense", "to_triangle": far, "to_dense": near},
         answer | {"what": "oracle: of a batch", "n": 700, "to_triangle": near, "to_dense": near},
         answer | {"what": "ttft", "dense_ms": 1.0, "ms": 1.0},
@@ -126,18 +130,23 @@ def test_both_pages_on_vllm_have_the_same_tables(tmp_path):
     for page in page_vllm.PAGES:
         (tmp_path / page).write_text(f"before\n{empty}\nbehind\n", encoding="utf-8")
     english, chinese = page_vllm.generate(tmp_path, tmp_path).values()
-    for text, of, whole in ((english, "of", "whole"), (chinese, "/", "整个提示词")):
+    for text, of, whole, stages in (
+        (english, "of", "whole", ", pipeline"),
+        (chinese, "/", "整个提示词", "，流水线"),
+    ):
         assert f"| 32,768 | 8,192 | 8 {of} 16 | V2 compiled | 611 | 503 | 1.21x |" in text
-        assert f"| 32 x 256 | 128 | 8 {of} 16 | V2 compiled | 1,000 | 1,004 | 1.00x |" in text
+        assert f"| 32 x 256 | 128 | 8 {of} 16 | V2 compiled | 1,000 | 1,004 | 1.00x |  |" in text
+        assert f"| 1 x 256 | 8 {of} 16 | V2 compiled | 6.8 | 6.81 | 1.00x | 0.998 (0.996 - 1.000) |" in text
         assert "Llama-3.1-8B, 8/512/128; vLLM 0.26.0, A card" in text
-        assert f"| 32,768 | 8,192 | 8 {of} 16 | V2 compiled | 3,000 | 2,500 | 1.20x |  |  |" in text
+        assert f"| 32,768 | 8,192 | 8 {of} 16 | V2 compiled, 2 GPUs | 3,000 | 2,500 | 1.20x |  |  |" in text
         assert f"| 32,768 | 8,192 | 16 {of} 32 | V2 compiled | 6,000 | 5,000 | 1.20x | 100 | 120 |" in text
         assert f"| {whole} | 8,192 | V2 compiled | 1 | 0.020 | 0.144 |" in text
+        assert f"| {whole}{stages} | 3,000 | V2 compiled | 2 | 0.016 | 0.144 |" in text
         assert "| 3,000 | V2 compiled | 1 | 0.016 | 0.144 |" in text
         assert f"A model, bfloat16, 15 {of} 30 x 8/512/128; vLLM 0.26.0, A CPU" in text
         assert "load average 6 to 6" in text
         assert "| 3,000 | 8,000 | 4,000 | 2.00x | 9,000 | 6,000 | 1.50x |" in text
         assert "| A model | float32 | 6,144 | 552 | 124 | 4.45x |" in text
         assert "8/256/128; vLLM 0.32.0, A CPU" in text
-        assert text.count("\n| ") == 20
+        assert text.count("\n| ") == 24
     assert page_vllm.generate(tmp_path / "zh", tmp_path) == {}

@@ -239,6 +239,12 @@ def disagreement():
         )
         with pytest.raises(TriangleMixError, match=r"configuration differ between process 0 and 3; .*num_sink_tokens"):
             compiled(torch.randn(1, 80, 64))
+        # One lets its graph take pieces that are too short for a halo, and would exchange heads.
+        torch._dynamo.reset()
+        compiled, x = torch.compile(model, backend=tmx_backend(CONFIG, context_parallel=mesh)), torch.randn(1, 80, 64)
+        torch._dynamo.mark_dynamic(x, 1, min=33 if rank == 2 else 36, max=512)
+        with pytest.raises(TriangleMixError, match=r"attention or its .* differ between process 0 and 2; .*, by h"):
+            compiled(x)
 
 
 CHECKS = {

@@ -16,6 +16,7 @@ from tmx_compile.graph.nodes import value_of
 from tmx_compile.graph.sizes import SizeInput
 from tmx_compile.graph.storages import Storages
 from tmx_compile.lowering.base import AttentionCall, Lowering
+from tmx_compile.lowering.context_parallel import ContextParallel
 from tmx_compile.lowering.table import Role
 from tmx_compile.mask.geometry import Geometry
 from tmx_compile.mask.selection import Selection
@@ -194,5 +195,9 @@ class Plan:
         """A graph of a split prompt: its name, and what the other processes' has to have in common with it."""
         names = [item.layer.path or item.node.name for item in self.sites]
         name = f"the graph of {names[0]}" + (f" to {names[-1]}" if len(names) > 1 else "")
-        decisions = [f"{layer}: {item.why or 'triangle'}" for layer, item in zip(names, self.sites, strict=True)]
+        decisions = []
+        for layer, item in zip(names, self.sites, strict=True):
+            assert isinstance(item.lowering, ContextParallel)
+            assert item.call is not None
+            decisions.append(f"{layer}: {item.why or 'triangle'}, by {item.lowering.form(item.call)}")
         return name, f"{self.config!r}, lowering={self.request.lowering!r}, {'; '.join(decisions)}"

@@ -12,10 +12,13 @@ from tools.pages.markdown import Fields, ms, slashed, table
 from tools.pages.pictures import Picture
 from tools.pages.results import load, origin
 
-PAGE, FILE = "distributed.md", "context_parallel.json"
+PAGE, FILE, OVERLAP = "distributed.md", "context_parallel.json", "context_parallel_overlap.json"
 TIME, SHARE = "distributed-time.svg", "distributed-share.svg"
 LAYERS = 32
 """Of the model that is told: those of the Llama-3.1-8B."""
+
+_WAYS = {"context": "in four groups", "context, in turn": "at once"}
+"""Of variants in the run that compares them, how a dense layer's heads travel."""
 
 _ByCards: TypeAlias = "dict[int, dict[int, dict[str, float]]]"
 
@@ -26,13 +29,14 @@ def generate(results: Path, docs: Path) -> tuple[str, list[Picture]] | None:
     Raises:
         ValueError: the page is missing or lacks the marks, or the result file lacks a field.
     """
-    if not (results / FILE).is_file():
+    if not all((results / name).is_file() for name in (FILE, OVERLAP)):
         return None
-    result = load(results / FILE)
+    result, overlap = load(results / FILE), load(results / OVERLAP)
     found = context_scale.by_cards(result, LAYERS)
     blocks = {
         "measured": f"{_measured(result)}\n\n<sub>{origin(result, FILE)}</sub>",
-        "waits": _waits(result),
+        "waits": _waits(result, overlap),
+        "steps": _steps(overlap),
         "check": _check(result),
         "scale": _scale(found),
     }
@@ -66,19 +70,37 @@ def _measured(result: Fields) -> str:
     )
 
 
-def _waits(result: Fields) -> str:
-    """What a triangle layer sends, and what collectives take of the time."""
-    split = [r for r in result["records"] if r["variant"] == "context"]
-    share = min(r["bytes_per_triangle_layer"] / r["bytes_of_gathering"] for r in split if "nccl_ms" in r)
-    longest = max(r["n"] for r in split if "nccl_ms" in r)
-    told = " and ".join(f"{r['exposed_ms'] / r['ms']:.1%} at {r['n']:,} tokens" for r in split if "nccl_ms" in r)
-    alone = next(context_scale.of_record(result, r)["share"] for r in split if r["n"] == longest)
+def _waits(result: Fields, overlap: Fields) -> str:
+    """What a triangle layer sends, and what collectives take of the time, one after the other and overlapped."""
+    split = [r for r in result["records"] if r["variant"] == "context" and "nccl_ms" in r]
+    longest = max(split, key=lambda r: int(r["n"]))
+    share = longest["bytes_per_triangle_layer"] / longest["bytes_of_gathering"]
+    rows = []
+    for r in (r for r in overlap["records"] if r["variant"] in _WAYS):
+        alone = " / ".join(f"{x / r['ms']:.1%}" for x in r.get("exposed_ms", ()))
+        memory = " / ".join(f"{x:.2f}" for x in r["memory_gib"])
+        rows.append([f"{r['n']:,}", _WAYS[r["variant"]], f"{ms(r['ms'])} ({r['speedup']:.2f}x)", alone, memory])
     return (
-        f"A triangle layer sends {split[0]['bytes_per_triangle_layer'] / 1e6:.2f} MB at every length, of both cards "
-        f"together: {share:.2%} of what gathering keys and values sends at {longest:,} tokens. On the first card "
-        f"collectives run, or wait for the other card, while nothing else does for this share of the time: {told}. "
-        "They do not overlap. Nearly all of their bytes are those of the dense layers' all-to-alls. At the rate that "
-        f"an all-to-all reaches by itself they would take {alone:.1%} at {longest:,}; the rest is waiting."
+        f"A triangle layer sends {longest['bytes_per_triangle_layer'] / 1e6:.2f} MB at every length, of both cards "
+        f"together: {share:.2%} of what gathering keys and values sends at {longest['n']:,} tokens.\n\n"
+        "In a later run, of half the layers, a dense layer's queries, keys and values travel in one message, as they "
+        "do now, or heads travel in four groups, one of which is attended to while the next comes in. NCCL's stream "
+        'has a high priority. "Alone" is the share of the time in which a collective runs, or waits for the other '
+        "card, and nothing else does, by the profiler, on each card (in the run above, with three messages for one, on "
+        f"the first card: {longest['exposed_ms'] / longest['ms']:.1%} at {longest['n']:,} tokens):\n\n"
+        + table(["tokens", "heads travel", "ms", "alone", "peak GiB, by card"], rows)
+    )
+
+
+def _steps(overlap: Fields) -> str:
+    """A step over the cache of a long prompt, twice: every layer is dense in it, whatever the configuration."""
+    steps = [r for r in overlap["records"] if r["variant"].startswith("step, context")]
+    memory = " / ".join(f"{x:.2f}" for x in steps[0]["memory_gib"])
+    told = " and ".join(ms(r["ms"]) for r in steps)
+    return (
+        f"{told} milliseconds behind {steps[0]['n']:,} tokens on {steps[0]['ranks']} cards, for a configuration with "
+        f"triangle layers and for one without. Both run the same graph, so that is how far measurements are apart. "
+        f"Peak GiB by card: {memory}.\n\n<sub>{origin(overlap, OVERLAP)}</sub>"
     )
 
 

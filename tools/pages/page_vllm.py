@@ -15,7 +15,11 @@ _ENGLISH = {
     "first": ("tokens", "rows of a step", "triangle layers", "runner", "dense, ms", "triangle, ms", "dense / triangle"),
     "others": (
         *("prompts x tokens", "new tokens", "triangle layers", "runner", "dense, ms", "triangle, ms"),
-        "dense / triangle",
+        *("dense / triangle", "of pairs: median, 95%"),
+    ),
+    "steps": (
+        *("requests x tokens", "triangle layers", "runner", "dense, ms", "triangle, ms"),
+        *("dense / triangle", "of pairs: median, 95%"),
     ),
     "decoding": ("decode dense, tokens/s", "triangle"),
     "layer": ("model", "dtype", "tokens", "dense, ms", "triangle, ms", "dense / triangle"),
@@ -23,21 +27,32 @@ _ENGLISH = {
     "oracle": ("what", "tokens", "runner", "GPUs", "off", "off from the wrong mask"),
     "to first": "Time to the first token:",
     "of others": "All answers to short prompts at once, whose rows are dense in both:",
+    "of steps": "One decode step:",
     "of mixed": "All answers where 8 short prompts decode while 3 long ones come:",
     "of": "of",
+    "stages": ", pipeline",
     "what": {},
 }
 _CHINESE = {
     "first": ("token 数", "每步行数", "三角层", "运行器", "稠密，毫秒", "三角，毫秒", "稠密 / 三角"),
-    "others": ("提示词数 x token 数", "新 token", "三角层", "运行器", "稠密，毫秒", "三角，毫秒", "稠密 / 三角"),
+    "others": (
+        *("提示词数 x token 数", "新 token", "三角层", "运行器", "稠密，毫秒", "三角，毫秒"),
+        *("稠密 / 三角", "成对之比：中位数，95%"),
+    ),
+    "steps": (
+        *("请求数 x token 数", "三角层", "运行器", "稠密，毫秒", "三角，毫秒"),
+        *("稠密 / 三角", "成对之比：中位数，95%"),
+    ),
     "decoding": ("稠密时解码，token/秒", "三角"),
     "layer": ("模型", "dtype", "token 数", "稠密，毫秒", "三角，毫秒", "稠密 / 三角"),
     "engine": ("token 数", "稠密，毫秒", "三角，毫秒", "稠密 / 三角", "经过时间：稠密，毫秒", "三角", "比值"),
     "oracle": ("情形", "token 数", "运行器", "GPU 数", "偏差", "与错误掩码的偏差"),
     "to first": "首个 token 的时间：",
     "of others": "同时回答若干短提示词所用的时间，两种情况下它们的行都是稠密的：",
+    "of steps": "一个解码步：",
     "of mixed": "8 个短提示词正在解码时来了 3 个长提示词，全部回答所用的时间：",
     "of": "/",
+    "stages": "，流水线",
     "what": {
         "whole": "整个提示词",
         "whole, last rows apart": "整个提示词，末尾行单独计算",
@@ -55,6 +70,7 @@ _CHINESE = {
         "preempted": "被抢占",
         "long": "长提示词",
         "n-gram drafts": "n-gram 草稿",
+        "drafts of a model": "草稿模型的草稿",
     },
 }
 
@@ -84,7 +100,7 @@ def section(result: Fields, words: dict) -> str:
     """Times to the first token, then short prompts."""
     settings = result["settings"]
     machine, _ = machine_and_versions(result)
-    first, others, mixed = (_of(result, what) for what in ("ttft", "short prompts", MIXED))
+    first, others, steps, mixed = (_of(result, what) for what in ("ttft", "short prompts", "a decode step", MIXED))
     about = (
         f"Llama-3.1-8B, {slashed(settings['geometry'])}; vLLM {settings['vllm']}, {machine} {_made_by(result, FILE)}"
     )
@@ -92,6 +108,8 @@ def section(result: Fields, words: dict) -> str:
     parts = [words["to first"], table(words["first"], [_first(record, of) for record in first])]
     if others:
         parts += [words["of others"], table(words["others"], [_other(record, of) for record in others])]
+    if steps:
+        parts += [words["of steps"], table(words["steps"], [_step(record, of) for record in steps])]
     if mixed:
         rows = [[*_first(record, of), *_decoding(record)] for record in mixed]
         parts += [words["of mixed"], table((*words["first"], *words["decoding"]), rows)]
@@ -100,19 +118,21 @@ def section(result: Fields, words: dict) -> str:
 
 def oracle_section(result: Fields, words: dict) -> str:
     """The largest mean difference of each kind, and the smallest from the model with the wrong mask."""
-    groups: dict[tuple[str, str, int], list[Fields]] = {}
+    groups: dict[tuple[str, str, int, bool], list[Fields]] = {}
     for record in result["records"]:
         what = record["what"].removeprefix("oracle: ")
         # Where both masks are one there is nothing to tell; so it is with short prompts.
         if "to_dense" in record and record["to_triangle"] != record["to_dense"]:
-            groups.setdefault((what, record["runner"], record["gpus"]), []).append(record)
+            group = what, record["runner"], record["gpus"], "stages" in record
+            groups.setdefault(group, []).append(record)
     rows = []
-    for (what, runner, gpus), records in groups.items():
+    for (what, runner, gpus, stages), records in groups.items():
         right, wrong = ("to_dense", "to_triangle") if what == "dense" else ("to_triangle", "to_dense")
         off = max(record[right]["mean"] for record in records)
         other = min(record[wrong]["mean"] for record in records)
         longest = max(record["n"] for record in records)
-        rows.append([words["what"].get(what, what), f"{longest:,}", runner, str(gpus), f"{off:.3f}", f"{other:.3f}"])
+        name = words["what"].get(what, what) + (words["stages"] if stages else "")
+        rows.append([name, f"{longest:,}", runner, str(gpus), f"{off:.3f}", f"{other:.3f}"])
     machine, _ = machine_and_versions(result)
     about = f"{slashed(result['settings']['geometry'])}; vLLM {result['settings']['vllm']}, {machine} "
     return "\n\n".join([table(words["oracle"], rows), about + _made_by(result, ORACLE_FILE)])
@@ -156,7 +176,7 @@ def _made_by(result: Fields, file: str) -> str:
 
 def _of(result: Fields, what: str) -> list[Fields]:
     found = [record for record in result["records"] if record["what"] == what and "ms" in record]
-    return sorted(found, key=lambda record: (record["layers"], record["n"], record["chunk"]))
+    return sorted(found, key=lambda record: (record.get("gpus", 1), record["layers"], record["n"], record.get("chunk")))
 
 
 def _layers(record: Fields, of: str) -> str:
@@ -169,7 +189,17 @@ def _first(record: Fields, of: str) -> list[str]:
 
 def _other(record: Fields, of: str) -> list[str]:
     prompts = f"{record['batch']} x {record['n']:,}"
-    return [prompts, f"{record['new_tokens']}", _layers(record, of), *_times(record)]
+    return [prompts, f"{record['new_tokens']}", _layers(record, of), *_times(record), _of_pairs(record)]
+
+
+def _step(record: Fields, of: str) -> list[str]:
+    requests = f"{record['batch']} x {record['n']:,}"
+    return [requests, _layers(record, of), *_times(record), _of_pairs(record)]
+
+
+def _of_pairs(record: Fields) -> str:
+    pairs = record.get("pairs")
+    return "" if pairs is None else f"{pairs['median']:.3f} ({' - '.join(f'{x:.3f}' for x in pairs['confidence_95'])})"
 
 
 def _decoding(record: Fields) -> list[str]:
@@ -178,7 +208,8 @@ def _decoding(record: Fields) -> list[str]:
 
 
 def _times(record: Fields) -> list[str]:
-    return [record["runner"], *_pair(record)]
+    gpus = record.get("gpus", 1)
+    return [record["runner"] + (f", {gpus} GPUs" if gpus > 1 else ""), *_pair(record)]
 
 
 def _pair(record: Fields) -> list[str]:

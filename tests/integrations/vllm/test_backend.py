@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 
 from tests.support.oracle import oracle
 from tmx_compile import StrictModeError, TriangleMixConfig
+from tmx_compile.integrations.vllm import backend
 from tmx_compile.integrations.vllm.backend import TriangleBuilder, TriangleImpl, active, of_dense_rows
 from tmx_compile.integrations.vllm.gather import from_packed
 from tmx_compile.integrations.vllm.rows import Dense, Split
@@ -79,9 +81,17 @@ class PlatformImpl:
         return output
 
 
+class Attention(SimpleNamespace):
+    """A layer, by the name of vLLM's class."""
+
+
+class ChunkedLocalAttention(Attention):
+    """One that hands its builder requests cut into chunks."""
+
+
 class Builder(TriangleBuilder, PlatformBuilder):
     def lengths(self, common):
-        return common.seq_lens.tolist()
+        return common.seq_lens
 
 
 class Impl(TriangleImpl, PlatformImpl):
@@ -93,7 +103,7 @@ def configured(config: TriangleMixConfig, impl: Any, lowering: str = "operator",
     """The configuration of an engine whose model has one layer more than is looked at."""
     asked = Settings(config, 2, lowering, **changes)
     layers = {
-        name: SimpleNamespace(impl=impl, sliding_window=None, layer_name=name)
+        name: Attention(impl=impl, sliding_window=None, layer_name=name)
         for name in ("model.layers.0.self_attn.attn", NAME)
     }
     return SimpleNamespace(
@@ -137,7 +147,7 @@ class Sequences:
             starts, starts, lengths, len(chosen), int(starts[-1]), max(rows for _, _, rows in chosen),
             int(lengths.max()), self.table[requests], torch.arange(int(starts[-1])),
         )  # fmt: skip
-        builder.prompts = torch.tensor([self.prompts[request] for request in requests])
+        builder.prompts = np.array([self.prompts[request] for request in requests])
         metadata = builder.build(0, common)
         taken = [slice(first, first + rows) for _, first, rows in chosen]
         parts = [
@@ -211,12 +221,14 @@ def test_kernels_and_memory_are_ready_before_the_first_prompt():
     q, k, v = torch.randn(rows, HEADS + 2 * KV_HEADS, DIM).split([HEADS, KV_HEADS, KV_HEADS], 1)
     ran = []
     impl.stream = lambda on, query, key, value, last, out: ran.append((len(query), len(key), last))
+    impl.kernel_steps = lambda query: (31, 50)
     impl.prepare(on, q, k, v)
-    # One row, a few, and all that there are, since the Hopper kernel's number is more; at the start and later.
-    assert sorted(ran) == sorted(each for n in (1, 25, 40) for each in ((n, n, 0), (n, n, min(n, 6)), (n, n + 7, 0)))
+    # One row, a few, those from which on other kernels run, and all that there are; at the start and later.
+    counts = 1, 25, 31, 40
+    assert sorted(ran) == sorted(each for n in counts for each in ((n, n, 0), (n, n, min(n, 6)), (n, n + 7, 0)))
     taken = on.scratch.take(rows + 7, k)[0].data_ptr()
     impl.prepare(on, q, k, v)
-    assert len(ran) == 9
+    assert len(ran) == 12
     assert on.scratch.take(rows + 7, k)[0].data_ptr() == taken
 
 
@@ -243,7 +255,7 @@ def test_a_step_whose_rows_see_ahead_is_dense(change):
     """Pictures that see themselves whole, in prompts of models of several kinds of input."""
     engine = configured(CONFIG, Impl())
     builder = Builder(SimpleNamespace(block_size=SIZE), [NAME], engine, CPU)
-    builder.prompts = torch.tensor([30])
+    builder.prompts = np.array([30])
     starts, lengths = torch.tensor([0, 30], dtype=torch.int32), torch.tensor([30], dtype=torch.int32)
     common = Common(starts, starts, lengths, 1, 30, 30, 30, torch.zeros(1, 8), torch.arange(30))
     assert builder.plan(builder.active, common) is not None
@@ -251,10 +263,68 @@ def test_a_step_whose_rows_see_ahead_is_dense(change):
     assert builder.active.counts.steps == {"triangle": 1, Reason.NOT_CAUSAL.name: 1}
 
 
+@pytest.mark.parametrize(
+    ("prompt", "length", "what"), [(5, 6, "SHORT_PROMPT"), (16, 20, "decode"), (30, 12, "triangle")]
+)
+def test_places_of_a_graph_without_requests_are_left_out(prompt, length, what):
+    builder = Builder(SimpleNamespace(block_size=SIZE), [NAME], configured(CONFIG, Impl()), CPU)
+    starts, lengths = torch.tensor([0, 1, 1, 1], dtype=torch.int32), torch.tensor([length, 0, 0], dtype=torch.int32)
+    builder.prompts = np.array([prompt])
+    builder.plan(builder.active, Common(starts, starts, lengths, 3, 1, 1, length, torch.zeros(3, 8), None))
+    assert builder.active.counts.steps == {what: 1}
+    assert builder.active.counts.tokens.total() == 1
+
+
+def test_most_steps_are_told_dense_without_a_look_at_their_rows(monkeypatch):
+    """Decode steps and short prompts, whatever their number."""
+    monkeypatch.setattr(backend, "split", None)
+    builder = Builder(SimpleNamespace(block_size=SIZE), [NAME], configured(CONFIG, Impl()), CPU)
+    starts = torch.arange(4, dtype=torch.int32)
+    # The last row of a prompt, the first of the last rows, and a decode step.
+    common = Common(starts, starts, torch.tensor([30, 25, 40], dtype=torch.int32), 3, 3, 1, 40, None, None)
+    builder.prompts = np.array([30, 30, 30])
+    assert builder.plan(builder.active, common) is None
+    assert builder.active.counts.steps == {"decode": 1}
+    common.seq_lens[1] = 24
+    with pytest.raises(TypeError):
+        builder.plan(builder.active, common)
+
+
 def test_a_model_whose_prefix_sees_itself_whole_is_dense():
     engine = configured(CONFIG, Impl())
     engine.model_config.is_mm_prefix_lm = True
     assert [site.reason for site in active(engine, CPU).counts.report] == ["NOT_SELECTED", Reason.NOT_CAUSAL.name]
+
+
+def test_a_layer_that_is_no_triangle_layer_has_the_platforms_own_function():
+    """So it costs the host nothing; and layers that change sides follow."""
+    layers = {}
+    for sparse in (1, 0, 1):
+        engine = configured(CONFIG.replace(triangle_layer_indices=[sparse]), Impl())
+        found = engine.compilation_config.static_forward_context
+        for name in ("model.layers.0.self_attn.attn", NAME):
+            found[name].impl = layers.setdefault(name, Impl())
+        active(engine, CPU)
+        taken = [layer.impl.forward.__func__ is Impl.forward for layer in layers_of(found)]
+        assert taken == [sparse == 0, sparse == 1]
+        assert layers_of(found)[1 - sparse].impl.forward.__func__ is PlatformImpl.forward
+
+
+def layers_of(found):
+    return [found["model.layers.0.self_attn.attn"], found[NAME]]
+
+
+def test_a_layer_of_another_kind_is_dense_and_an_error_in_strict_mode():
+    impl = Impl()
+    for strict in (False, True):
+        engine = configured(CONFIG, impl, strict=strict)
+        layers = engine.compilation_config.static_forward_context
+        layers[NAME] = ChunkedLocalAttention(**vars(layers[NAME]))
+        if strict:
+            with pytest.raises(StrictModeError, match="ChunkedLocalAttention"):
+                active(engine, CPU)
+        else:
+            assert not active(engine, CPU).sparse
 
 
 def test_a_group_without_triangle_layers_is_left_alone():

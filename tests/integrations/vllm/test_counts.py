@@ -52,6 +52,7 @@ def test_a_stage_of_a_pipeline_lacks_layers_and_that_is_no_error():
     counts = Counts(Settings(CONFIG, 4, strict=True))
     counts.layers([layer(2)], "blocked", whole_model=False)
     assert [site.decision for site in counts.report] == ["triangle"]
+    assert "triangle layers 2 of 1 in this stage, geometry" in counts.startup_line("blocked")
 
 
 @pytest.mark.parametrize(
@@ -102,11 +103,11 @@ def test_no_interval_no_line(caplog):
 
 
 @pytest.mark.parametrize(
-    ("prompts", "reason"),
-    [([], Reason.SHORT_PROMPT), ([100, 3], Reason.SHORT_PROMPT), ([3, 101], Reason.NOT_FASTER), ([151, 3], None)],
+    ("longest", "reason"),
+    [(0, Reason.SHORT_PROMPT), (100, Reason.SHORT_PROMPT), (101, Reason.NOT_FASTER), (151, None)],
 )
-def test_why_no_row_of_a_step_streams(prompts, reason):
-    assert why_dense(prompts, 100, 150) is reason
+def test_why_no_row_of_a_step_streams(longest, reason):
+    assert why_dense(longest, 100, 150) is reason
 
 
 @pytest.mark.parametrize(("numbers", "text"), [([], "none"), ([3], "3"), ([0, 16, 17, 18, 20], "0,16-18,20")])

@@ -51,6 +51,7 @@ def test_a_plain_layer_that_was_chosen_goes_sparse():
         (LayerFacts(NAME, softcap=True), Reason.SCORE_CHANGED, "softcap"),
         (LayerFacts(NAME, learned_sinks=True), Reason.SCORE_CHANGED, "learned sinks"),
         (LayerFacts(NAME, window=127), Reason.WINDOWED, "128 keys"),
+        (LayerFacts(NAME, kind="ChunkedLocalAttention"), Reason.NO_LOWERING, "ChunkedLocalAttention is a kind"),
         (LayerFacts(NAME, shared_cache="model.layers.0"), Reason.KV_CACHE, "model.layers.0"),
         (LayerFacts(NAME, cache_dtype="fp8_e4m3"), Reason.KV_CACHE, "fp8_e4m3"),
         (LayerFacts(NAME, split_context=True), Reason.KV_CACHE, "several devices"),

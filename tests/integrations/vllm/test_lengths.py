@@ -34,8 +34,8 @@ def config(on: Any = ON) -> Any:
     ],
 )
 def test_a_request_whose_next_row_streams(prompts: list[int], computed: list[int], streams: bool) -> None:
-    assert lengths.any_streams(ON, np.array(prompts), np.array(computed)) is streams
-    assert not lengths.any_streams(None, np.array(prompts), np.array(computed))
+    assert lengths.some_streams(ON, np.array(prompts), np.array(computed)) is streams
+    assert not lengths.some_streams(None, np.array(prompts), np.array(computed))
 
 
 class FirstRunner:

@@ -225,3 +225,15 @@ def test_dense_layers_with_padding_take_it_on_cuda(monkeypatch):
 def test_dense_through_the_kernel():
     (out, _), (want, _) = run(Case(300, 300, 0, 0, ALL_ROWS, batch=2, valid=((40, 300), (0, 200)), holes=True))
     torch.testing.assert_close(out, want, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("heads", "multiprocessors"), [(32, 132), (9, 108), (16, 7)])
+def test_from_which_rows_on_another_kernel_runs(heads, multiprocessors):
+    """An engine compiles one prompt of each; the numbers are where the table's answer changes, and nowhere else."""
+
+    def chosen(rows):
+        stacked = heads * rows, multiprocessors
+        return tuning.enough_for_hopper(*stacked), tuning.choose(2, 128, 4096, *stacked)
+
+    steps = tuning.row_steps(heads, multiprocessors)
+    assert [rows for rows in range(2, 2 * steps[-1]) if chosen(rows) != chosen(rows - 1)] == list(steps)

@@ -111,7 +111,7 @@ class SplitPrompt:
         held = (at >= 0) & (at < self._piece_tokens)
         at = at.clamp(0, self._piece_tokens - 1) if rows > 1 else at * 0
         own = logits[torch.arange(len(at), device=logits.device), at]
-        found: Tensor = ranks.sum(Immediate(), torch.where(held[:, None], own, 0.0))
+        found: Tensor = ranks.sum(Immediate(), torch.where(held[:, None], own, 0.0)).wait()
         return found
 
     def step(self, tokens: Tensor) -> dict[str, Any]:
@@ -126,7 +126,7 @@ class SplitPrompt:
         if tokens.dim() != 2 or tokens.shape[0] != batch or tokens.shape[1] == 0:
             raise ValueError(f"tokens must be ({batch}, new tokens), got {tuple(tokens.shape)}")
         # Each process may have drawn others.
-        told = self._ranks.all_gather(Immediate(), tokens.to(self._input_ids.dtype).contiguous())[-batch:]
+        told = self._ranks.all_gather(Immediate(), tokens.to(self._input_ids.dtype).contiguous()).wait()[-batch:]
         self._input_ids = torch.cat([self._input_ids, told], 1)
         self._mask = torch.cat([self._mask, torch.ones_like(told)], 1)
         answer = self._mask[:, self._prompt_tokens :]
@@ -173,7 +173,8 @@ class SplitPrompt:
 
     def _whole(self, x: Tensor) -> Tensor:
         """(B, h, N + t, D) from every process's (B, h, P + t, D)."""
-        pieces = self._ranks.all_gather(Immediate(), x[:, :, : self._piece_tokens].permute(2, 0, 1, 3).contiguous())
+        own = x[:, :, : self._piece_tokens].permute(2, 0, 1, 3).contiguous()
+        pieces = self._ranks.all_gather(Immediate(), own).wait()
         return torch.cat([pieces[self._added :].permute(1, 2, 0, 3), x[:, :, self._piece_tokens :]], 2)
 
 

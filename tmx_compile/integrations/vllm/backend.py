@@ -18,7 +18,7 @@ from torch import Tensor
 from tmx_compile.integrations.vllm.counts import Counts, why_dense
 from tmx_compile.integrations.vllm.gather import Places, Scratch, places, seen
 from tmx_compile.integrations.vllm.layers import LayerFacts
-from tmx_compile.integrations.vllm.rows import Dense, Split, Streaming, split
+from tmx_compile.integrations.vllm.rows import Dense, Split, Streaming, any_streams, split
 from tmx_compile.integrations.vllm.settings import Settings, handed_over
 from tmx_compile.lowering.base import AttentionCall, Lowering
 from tmx_compile.lowering.blocked import Blocked
@@ -97,6 +97,9 @@ def active(config: Any, device: torch.device) -> Active | None:
         layers = [facts_of(name, layer, config, device, geometry, lowering) for name, layer in attention_layers(config)]
         found.counts.layers(layers, lowering, whole_model=config.parallel_config.pipeline_parallel_size == 1)
         found.sparse = frozenset(site.path for site in found.counts.report.triangle())
+        for name, layer in attention_layers(config):
+            if is_ours(layer.impl):
+                layer.impl.leave_alone(name not in found.sparse)
         setattr(config.compilation_config, _PLAN, found)
     return found
 
@@ -122,6 +125,7 @@ def facts_of(name: str, layer: Any, config: Any, device: torch.device, geometry:
     parallel = config.parallel_config
     return LayerFacts(
         name,
+        kind=type(layer).__name__,
         causal=impl.attn_type == "decoder" and not config.model_config.is_mm_prefix_lm,
         alibi=impl.alibi_slopes is not None,
         softcap=bool(impl.logits_soft_cap),
@@ -159,7 +163,7 @@ class TriangleBuilder:
     supports_update_block_table = False
 
     prompts: Any = None
-    """(requests,) lengths of the step's prompts on the host; None: the step is no whole step of a scheduler."""
+    """(requests,) array, lengths of the step's prompts; None: the step is no whole step of a scheduler."""
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]
@@ -180,14 +184,20 @@ class TriangleBuilder:
         if lengths is None:
             on.counts.step(None, 0, Reason.LENGTH_UNKNOWN)
             return None
-        starts = common.query_start_loc_cpu.tolist()
-        rows = starts[-1]
+        starts = common.query_start_loc_cpu.numpy()
+        rows = int(starts[-1])
         if common.causal is not True or common.mm_req_doc_ranges:
             on.counts.step(None, rows, Reason.NOT_CAUSAL)
             return None
-        prompts = self.prompts[: len(starts) - 1].tolist()
-        found = split(starts, lengths, prompts, on.geometry, on.limit, whole_prompts=self.whole_prompts)
-        on.counts.step(found, rows, why_dense(prompts, on.settings.config.min_seq_len, on.limit))
+        longest, found = int(self.prompts.max(initial=0)), None
+        if longest > on.limit:
+            # A graph's step may have places for more requests than there are.
+            requests = len(self.prompts)
+            computed = lengths.numpy()[:requests] - (starts[1:] - starts[:-1])[:requests]
+            if any_streams(self.prompts, computed, on.limit, on.geometry.last):
+                some = starts.tolist()[: requests + 1], lengths.tolist(), self.prompts.tolist()
+                found = split(*some, on.geometry, on.limit, whole_prompts=self.whole_prompts)
+        on.counts.step(found, rows, why_dense(longest, on.settings.config.min_seq_len, on.limit))
         if found is None:
             return None
         tables = common.block_table_tensor
@@ -199,8 +209,11 @@ class TriangleBuilder:
         part, rows_of_it = of_dense_rows(common, found)
         return Plan(on, streaming, rows_of_it, self.build_dense(part))
 
-    def lengths(self, common: Any) -> list[int] | None:
-        """Tokens of each request in the cache after the step, without waiting for a device; None: it is not told."""
+    def lengths(self, common: Any) -> Tensor | None:
+        """(requests,) on the host: each one's tokens in the cache after the step, without waiting for a device.
+
+        None: it is not told.
+        """
         raise NotImplementedError
 
     def build_dense(self, common: Any) -> Any:
@@ -226,6 +239,8 @@ class TriangleImpl:
         """Attention of a step: query (rows, H, D), key and value (rows, Hkv, D), into output (rows, H, D)."""
         plan: Plan | None = getattr(attn_metadata, _PLAN, None)
         dense = super().forward  # type: ignore[misc]
+        if attn_metadata is None:
+            self.profiled(layer, query, key, value)
         if plan is None or layer.layer_name not in plan.active.sparse or output_scale is not None:
             result: Tensor = dense(
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
@@ -247,6 +262,15 @@ class TriangleImpl:
             if not isinstance(plan.rows, slice):
                 output[plan.rows] = out
         return output
+
+    def leave_alone(self, always: bool) -> None:
+        """Whether the platform's implementation computes every step, without a look at it; else one without a plan."""
+        vars(self).pop("forward", None)
+        if always:
+            self.forward = super().forward  # type: ignore[misc,method-assign]
+
+    def profiled(self, layer: Any, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """Called in the engine's profiling run, which has no metadata, with a layer's largest step."""
 
     def stream(self, on: Active, query: Tensor, key: Tensor, value: Tensor, last: int, out: Tensor) -> None:
         """Streaming rows (rows, H, D) over keys and values (n, Hkv, D) that end at the last row, into ``out``.
@@ -280,11 +304,16 @@ class TriangleImpl:
         rows, earlier, last = query.shape[0], on.geometry.sink + on.geometry.window, on.geometry.last
         keys, values = on.scratch.take(rows + earlier, key)
         # Kernels differ by the number of rows, and by whether last rows, of which there may be none, are many of them.
-        for count in {min(rows, count) for count in (1, 4 * last + 1, rows)}:
+        steps = (1, 4 * last + 1, *self.kernel_steps(query), rows)
+        for count in {min(rows, count) for count in steps}:
             q = query[:count]
             for part in {0, min(last, count)}:
                 self.stream(on, q, key[:count], value[:count], part, torch.empty_like(q))
             self.stream(on, q, keys[: count + earlier], values[: count + earlier], 0, torch.empty_like(q))
+
+    def kernel_steps(self, query: Tensor) -> tuple[int, ...]:
+        """Numbers of rows (of ``query`` (rows, H, D)) from which on other kernels run than with fewer."""
+        return ()
 
     def tokens(self, layer: Any, kv_cache: Tensor, blocks: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (n, Hkv, D) of cached tokens: their blocks (n,), and their slots (n,) in these."""

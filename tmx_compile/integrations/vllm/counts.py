@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from tmx_compile.errors import StrictModeError
@@ -30,12 +30,14 @@ class Counts:
         tokens: rows by what became of them in triangle layers: "triangle" or "dense" (last rows, decode, prompts that
             stay dense).
         limit: up to which length prompts stay dense here.
+        whole_model: whether all layers of the model are here; False: a stage of a pipeline.
         steps: engine steps by "triangle" (some rows streamed) or the name of the reason why none did.
     """
 
     def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
         self.settings = settings
         self.limit = settings.config.min_seq_len
+        self.whole_model = True
         self.report = Report()
         self.tokens: Counter[str] = Counter()
         self.steps: Counter[str] = Counter()
@@ -54,6 +56,7 @@ class Counts:
         Raises:
             StrictModeError: in strict mode, a triangle layer that has to stay dense, or is not there.
         """
+        self.whole_model = whole_model
         sites, numbers = [], set()
         for facts in found:
             answer = judge(facts, self.settings.config)
@@ -73,9 +76,10 @@ class Counts:
         config, sites = self.settings.config, self.report.sites
         sparse = sorted(site.layer for site in self.report.triangle() if site.layer is not None)
         dense = Counter(site.reason for site in sites if site.decision == "dense")
+        here = "" if self.whole_model else " in this stage"
         because = ", ".join(f"{count} {reason}" for reason, count in sorted(dense.items()))
         return (
-            f"TriangleMix {__version__}: triangle layers {spelled(sparse)} of {len(sites)}"
+            f"TriangleMix {__version__}: triangle layers {spelled(sparse)} of {len(sites)}{here}"
             f"{f' (dense: {because})' if because else ''}, geometry {config.geometry}, "
             f"prompts over {self.limit} tokens, computed by {lowering}"
         )
@@ -96,11 +100,12 @@ class Counts:
 
     def _interval(self) -> None:
         interval, now = self.settings.stats_log_interval, self._clock()
-        shown = (self.tokens["triangle"], self.tokens["dense"])
-        if not interval or now - self._told < interval or shown == self._shown:
+        if not interval or now - self._told < interval:
             return
-        self._told, self._shown = now, shown
-        log.info("%s", str(self))
+        shown = (self.tokens["triangle"], self.tokens["dense"])
+        if shown != self._shown:
+            self._told, self._shown = now, shown
+            log.info("%s", str(self))
 
     def __str__(self) -> str:
         """The counters as one line."""
@@ -122,15 +127,14 @@ class Counts:
         log.warning("TriangleMix: %s stays dense: %s", name, why)
 
 
-def why_dense(prompts: Sequence[int], min_seq_len: int, limit: int) -> Reason | None:
+def why_dense(longest: int, min_seq_len: int, limit: int) -> Reason | None:
     """Why no row of a step streams: the reason of its longest prompt; None: its rows are last rows and decode steps.
 
     Args:
-        prompts: tokens of the prompts.
+        longest: tokens of that prompt.
         min_seq_len: up to which length the configuration keeps prompts dense.
         limit: up to which length they stay dense here.
     """
-    longest = max(prompts, default=0)
     if longest > limit:
         return None
     return Reason.SHORT_PROMPT if longest <= min_seq_len else Reason.NOT_FASTER

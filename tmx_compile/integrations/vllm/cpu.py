@@ -20,9 +20,9 @@ from tmx_compile.integrations.vllm.backend import TriangleBuilder, TriangleImpl
 class Builder(TriangleBuilder, CPUAttentionMetadataBuilder):
     """Adds the plan of a step."""
 
-    def lengths(self, common: Any) -> list[int] | None:
+    def lengths(self, common: Any) -> Tensor | None:
         """See :class:`TriangleBuilder`; everything is on the host."""
-        lengths: list[int] = common.seq_lens.tolist()
+        lengths: Tensor = common.seq_lens
         return lengths
 
 

@@ -15,6 +15,8 @@ from vllm.v1.attention.backends.flash_attn import (
 
 from tmx_compile.integrations.vllm.backend import TriangleBuilder, TriangleImpl, active
 from tmx_compile.integrations.vllm.gather import from_packed
+from tmx_compile.lowering.triton import tuning
+from tmx_compile.lowering.triton.devices import multiprocessors
 
 
 class Builder(TriangleBuilder, FlashAttentionMetadataBuilder):
@@ -28,10 +30,10 @@ class Builder(TriangleBuilder, FlashAttentionMetadataBuilder):
     # A graph of a step with chunks of prompts would repeat that step's plan; one of decode steps holds none.
     _cudagraph_support = AttentionCGSupport.UNIFORM_BATCH
 
-    def lengths(self, common: Any) -> list[int] | None:
+    def lengths(self, common: Any) -> Tensor | None:
         """See :class:`TriangleBuilder`. The bound is exact but for drafts, whose rows are dense in any case."""
         bound: Tensor | None = common.seq_lens_cpu_upper_bound
-        return None if bound is None else bound.tolist()
+        return bound
 
     def build_dense(self, common: Any) -> Any:
         """The platform's metadata for the dense rows, in memory of its own."""
@@ -51,26 +53,15 @@ class Impl(TriangleImpl, FlashAttentionImpl):
         super().__init__(*arguments, **named)
         self.engine = get_current_vllm_config()
 
-    def forward(
-        self,
-        layer: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        kv_cache: Tensor,
-        attn_metadata: Any,
-        output: Tensor,
-        output_scale: Tensor | None = None,
-        output_block_scale: Tensor | None = None,
-    ) -> Tensor:
-        """See :class:`TriangleImpl`. In the engine's profiling run, which has no metadata, kernels are compiled."""
-        if attn_metadata is None:
-            on = active(self.engine, query.device)
-            if on is not None and layer.layer_name in on.sparse:
-                self.prepare(on, query, key, value)
-        return super().forward(
-            layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
-        )
+    def profiled(self, layer: Any, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """See :class:`TriangleImpl`. Here kernels are compiled."""
+        on = active(self.engine, query.device)
+        if on is not None and layer.layer_name in on.sparse:
+            self.prepare(on, query, key, value)
+
+    def kernel_steps(self, query: Tensor) -> tuple[int, ...]:
+        """See :class:`TriangleImpl`."""
+        return tuning.row_steps(query.shape[1], multiprocessors(query.device))
 
     def tokens(self, layer: Any, kv_cache: Tensor, blocks: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
         """See :class:`TriangleImpl`."""

@@ -37,6 +37,7 @@ class LayerFacts:
 
     Attributes:
         name: its full name in the model.
+        kind: its class; another one than vLLM's plain attention changes the mask, the cache or the rows of a step.
         causal: whether it is a decoder's attention to its own sequence, with a prefix that is causal too.
         alibi: whether distances are added to the scores.
         softcap: whether scores are capped.
@@ -49,6 +50,7 @@ class LayerFacts:
     """
 
     name: str
+    kind: str = "Attention"
     causal: bool = True
     alibi: bool = False
     softcap: bool = False
@@ -75,6 +77,8 @@ def judge(facts: LayerFacts, config: TriangleMixConfig) -> Accepted | Rejected:
         return Rejected(Reason.SCORE_CHANGED, "a softcap" if facts.softcap else "learned sinks")
     if facts.window is not None:
         return Rejected(Reason.WINDOWED, f"a sliding window of {facts.window + 1} keys")
+    if facts.kind != "Attention":
+        return Rejected(Reason.NO_LOWERING, f"{facts.kind} is a kind of attention of its own")
     if facts.shared_cache is not None:
         return Rejected(Reason.KV_CACHE, f"it reads the cache of {facts.shared_cache}")
     if facts.cache_dtype not in _PLAIN_CACHES:

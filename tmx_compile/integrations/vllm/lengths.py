@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from tmx_compile.integrations.vllm.backend import Active, TriangleBuilder, active, known
+from tmx_compile.integrations.vllm.rows import any_streams
 from tmx_compile.integrations.vllm.settings import handed_over
 from tmx_compile.integrations.vllm.wrap import wrap
 
@@ -39,7 +40,7 @@ def install(device: str) -> None:
 
 @contextlib.contextmanager
 def told(groups: Iterable[Iterable[Any]], prompts: Any) -> Iterator[None]:
-    """Tell the builders of all layers the prompts' lengths, (requests,) integers on the host, while a step is built."""
+    """Tell the builders of all layers the prompts' lengths, a (requests,) array on the host, while a step is built."""
     builders = [
         builder
         for several in groups
@@ -61,7 +62,8 @@ def _first_runner(plain: Any) -> Any:
         # A step of the scheduler, whole: no profiling, no capture, no micro-batches.
         real = kwargs.get("num_scheduled_tokens") is not None and kwargs.get("ubatch_slices") is None
         real = real and not kwargs.get("for_cudagraph_capture")
-        with told(self.attn_groups, self.input_batch.num_prompt_tokens_cpu_tensor if real else None):
+        batch = self.input_batch
+        with told(self.attn_groups, batch.num_prompt_tokens[: batch.num_reqs] if real else None):
             return plain(self, *args, **kwargs)
 
     return _build_attention_metadata
@@ -87,17 +89,9 @@ def _second_runner(plain: Any) -> Any:
     return prepare_attn
 
 
-def any_streams(on: Active | None, prompts: Any, computed: Any) -> bool:
-    """Whether the next row of some request streams.
-
-    Args:
-        on: what is on; None: nothing.
-        prompts: (requests,) array of integers, tokens of each request's prompt.
-        computed: (requests,) how many tokens each has in the cache before the step.
-    """
-    if on is None:
-        return False
-    return bool(((prompts > on.limit) & (computed < prompts - on.geometry.last)).any())
+def some_streams(on: Active | None, prompts: Any, computed: Any) -> bool:
+    """Whether the next row of some request streams; ``on`` None: nothing is on. Else as :func:`any_streams`."""
+    return on is not None and any_streams(prompts, computed, on.limit, on.geometry.last)
 
 
 def first_runners_choice(plain: Any) -> Any:
@@ -108,7 +102,7 @@ def first_runners_choice(plain: Any) -> Any:
         if kwargs.get("force_uniform_decode") is None:
             batch, requests = self.input_batch, slice(kwargs["num_reqs"])
             prompts, computed = batch.num_prompt_tokens[requests], batch.num_computed_tokens_cpu[requests]
-            if any_streams(known(self.vllm_config), prompts, computed):
+            if some_streams(known(self.vllm_config), prompts, computed):
                 kwargs["force_uniform_decode"] = False
         return plain(self, *args, **kwargs)
 
@@ -123,7 +117,7 @@ def looking_ahead(plain: Any) -> Any:
         states, on = self.req_states, known(self.vllm_config)
         if on is not None and self.cudagraph_manager is not None:
             at = [states.req_id_to_index[name] for name in scheduler_output.num_scheduled_tokens]
-            streams = any_streams(on, states.prompt_len.np[at], states.num_computed_tokens_np[at])
+            streams = some_streams(on, states.prompt_len.np[at], states.num_computed_tokens_np[at])
             setattr(self.cudagraph_manager, _STREAMS, streams)
         return result
 

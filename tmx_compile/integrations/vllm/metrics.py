@@ -65,8 +65,8 @@ class Prompts(StatLoggerBase):
     def record(self, scheduler_stats: Any, iteration_stats: Any, *args: Any, **kwargs: Any) -> None:
         """Called by vLLM after every step."""
         for request in () if iteration_stats is None else iteration_stats.finished_requests:
-            # How far an aborted one came is not told.
-            if request.finish_reason.name != "ABORT":
+            # How far one that was given up came is not told.
+            if request.finish_reason.name not in ("ABORT", "ERROR"):
                 self._outcomes[self.outcome(request.num_prompt_tokens)].inc()
                 for kind, tokens in self.split(request.num_prompt_tokens, request.num_cached_tokens).items():
                     self._kinds[kind].inc(tokens)
@@ -81,7 +81,7 @@ class Prompts(StatLoggerBase):
         if first_dense_row(prompt, self._limit, self._last):
             return "triangle"
         # One that is all last rows is short, wherever the limit is.
-        return (why_dense([prompt], self._least, self._limit) or Reason.SHORT_PROMPT).name
+        return (why_dense(prompt, self._least, self._limit) or Reason.SHORT_PROMPT).name
 
     def log_engine_initialized(self) -> None:
         """Called by vLLM; the workers have said it."""

@@ -1,4 +1,4 @@
-"""Which rows of a step stream, and which attend to all keys. Integers alone: no tensors, no vLLM.
+"""Which rows of a step stream, and which attend to all keys. Integers and arrays alone: no tensors, no vLLM.
 
 A step of the engine holds some rows of several requests: chunks of prompts, decode steps, drafts to verify. Where a
 prompt has N tokens, a row at position p streams exactly when ``p < N - last`` and N is over the limit; so whatever the
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from tmx_compile.mask.geometry import Geometry
 
@@ -59,6 +60,18 @@ def first_dense_row(prompt: int, limit: int, last: int) -> int:
         last: last rows of the geometry.
     """
     return max(prompt - last, 0) if prompt > limit else 0
+
+
+def any_streams(prompts: Any, computed: Any, limit: int, last: int) -> bool:
+    """Whether the next row of some request streams. Most steps have none; this says so at once for all requests.
+
+    Args:
+        prompts: (requests,) array of integers, tokens of each request's prompt.
+        computed: (requests,) how many tokens each has in the cache before the step.
+        limit: up to how many tokens a prompt stays dense.
+        last: last rows of the geometry.
+    """
+    return bool(((prompts > limit) & (computed < prompts - last)).any())
 
 
 def split(

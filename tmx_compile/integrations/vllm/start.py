@@ -84,7 +84,10 @@ def has_amx_kernel(dtype: torch.dtype) -> bool:
 
 
 def refuse(config: Any) -> None:
-    """Raise ``ValueError`` for engines whose caches cross the border of one engine, naming the setting."""
+    """Raise ``ValueError`` for engines whose prefix caches would not be capped or cross an engine's border.
+
+    The message names the setting.
+    """
     if not isinstance(config.additional_config, dict):
         raise ValueError(f"additional_config must be a mapping for TriangleMix, got {config.additional_config!r}")
     transfer = config.kv_transfer_config
@@ -92,6 +95,14 @@ def refuse(config: Any) -> None:
         raise ValueError(
             f"kv_transfer_config.kv_connector={transfer.kv_connector!r} shares keys and values with engines that may "
             "have other triangle layers; TriangleMix supports no connector"
+        )
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    scheduler = config.scheduler_config.get_scheduler_cls()
+    if not issubclass(scheduler, Scheduler):
+        raise ValueError(
+            f"scheduler_cls={scheduler.__qualname__} does not derive from vLLM's Scheduler, in which TriangleMix keeps "
+            "hits of the prefix cache off a prompt's last rows"
         )
 
 

@@ -37,7 +37,7 @@ def agreed(compiled: Callable[..., Any], mesh: Any, name: str, facts: str) -> Ca
     def run(*args: Any) -> Any:
         own = torch.tensor([_number(facts), _number(_inputs(args))], dtype=torch.int64, device=mesh.device_type)
         try:
-            told = ranks.all_gather(Immediate(), own).view(ranks.size, -1).tolist()
+            told = ranks.all_gather(Immediate(), own).wait().view(ranks.size, -1).tolist()
         except RuntimeError as error:
             raise TriangleMixError(f"{where} got no answer of the others before {name}: {error}") from error
         for column, what in enumerate(_FACTS):

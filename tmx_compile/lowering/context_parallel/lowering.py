@@ -32,8 +32,9 @@ class ContextParallel:
     name: str = "context_parallel"
 
     def inductor_options(self, call: AttentionCall) -> Mapping[str, Any]:
-        """None of its own."""
-        return {}
+        """What the lowering of its own share needs."""
+        lowering = self.choose(call)
+        return {} if isinstance(lowering, Rejected) else lowering.inductor_options(call)
 
     def supports(self, call: AttentionCall) -> Accepted | Rejected:
         """Whole prompts, and what follows them, for inference."""
@@ -70,19 +71,26 @@ class ContextParallel:
 
         if self.ranks.size == 1:
             return cast("Proxy", inner(call, operands))
-        if not _is_prompt(call):
+        form = self.form(call)
+        if form == "step":
             return cast("Proxy", step.attend(write, self.ranks, operands, call.scale))
-        form = heads.attend
-        if self.takes_halo(call):
-            form = halo.attend if call.key_mask is None else padded.attend
-        return cast("Proxy", form(write, self.ranks, call, operands, inner))
+        return cast("Proxy", _FORMS[form](write, self.ranks, call, operands, inner))
 
-    def takes_halo(self, call: AttentionCall) -> bool:
-        """Whether it is a triangle layer's, and pieces are surely long enough."""
+    def form(self, call: AttentionCall) -> str:
+        """What the processes exchange for a call, in which all have to agree: "step", "heads", "halo" or "padded".
+
+        A halo serves triangle layers whose pieces are surely long enough.
+        """
+        if not _is_prompt(call):
+            return "step"
         geometry = call.geometry
-        if geometry.is_dense or geometry.reach is not None:
-            return False
-        return bool(statically_known_true(call.query.shape[2] >= halo.least_piece(geometry)))
+        long = statically_known_true(call.query.shape[2] >= halo.least_piece(geometry))
+        if geometry.is_dense or geometry.reach is not None or not long:
+            return "heads"
+        return "halo" if call.key_mask is None else "padded"
+
+
+_FORMS = {"heads": heads.attend, "halo": halo.attend, "padded": padded.attend}
 
 
 def _is_prompt(call: AttentionCall) -> bool:

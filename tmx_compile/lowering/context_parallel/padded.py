@@ -1,8 +1,8 @@
 """The exchange of :mod:`halo` where sequences are padded: each has sinks and last rows of its own, on any process.
 
 Every process learns the whole key mask, and from it where each sequence begins and ends. Sinks and last rows are
-summed up from those who hold them; the halo is as without padding; what the last rows see of each process goes to all,
-since any may hold a last row.
+summed up from those who hold them: the others have zeros there, and the sum is exact. The halo is as without padding,
+and on its way meanwhile; what the last rows see of each process goes to all, since any may hold a last row.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tmx_compile.lowering import rows
 from tmx_compile.lowering.base import AttentionCall, Operands, Writer, arange, example, length
 from tmx_compile.lowering.context_parallel import partial
 from tmx_compile.lowering.context_parallel.heads import whole_mask
-from tmx_compile.lowering.context_parallel.ranks import Ranks
+from tmx_compile.lowering.context_parallel.ranks import Pending, Ranks, apart, shape_of
 
 
 def attend(
@@ -33,35 +33,40 @@ def attend(
     """
     q, k, v, key_mask = operands.of_attention
     sink, window, last = call.geometry.counts
-    tokens = length(q, 2)
+    tokens, back = length(q, 2), max(window, sink)
     first = tokens * ranks.rank
-    whole = whole_mask(write, ranks, key_mask)
+
+    def stream(keys: Any, values: Any, mask: Any) -> Any:
+        seen = replace(call, key=example(keys), value=example(values), key_mask=example(mask))
+        streaming = replace(seen, geometry=replace(call.geometry, last=0))
+        return inner(streaming, Operands(q, keys, values, mask))
+
+    masks = whole_mask(write, ranks, key_mask)
+    ends = [x[:, :, tokens - back :] for x in (k, v)]
+    halo = _to_the_right(write, ranks, ends) if back > 0 else None
+    whole = masks.wait()
     where = rows.extent(whole, tokens * ranks.size)
     # Positions of each sequence's sinks (B, sink) and last rows (B, last); a sequence may be too short for them.
     sinks, finals = where.start + arange(q, sink)[None, :], where.end - last + arange(q, last)[None, :]
     ours = [_held(k, sinks, first), _held(v, sinks, first), _held(q, finals, first)]
-    sink_keys, sink_values, last_rows = _summed(write, ranks, ours)
-    keys, values, mask = k, v, key_mask
-    back = max(window, sink)
-    if back > 0:
-        halo = _halo(write, ranks, k, v, back)
-        if not ranks.is_first:
-            keys, values = (torch.cat(x, 2) for x in ((sink_keys, halo[0], k), (sink_values, halo[1], v)))
-            mask = torch.cat([*_allowed(whole, where, sinks, first, sink, back), key_mask], 1)
-    streaming = replace(
-        call,
-        key=example(keys),
-        value=example(values),
-        key_mask=example(mask),
-        geometry=replace(call.geometry, last=0),
-    )
-    out = inner(streaming, Operands(q, keys, values, mask))
-    if last == 0:
+    shared = ranks.sum(write, torch.cat([x.reshape(-1) for x in ours]))
+    # No key is before the first piece, so that it waits for nobody.
+    out = stream(k, v, key_mask) if ranks.is_first or halo is None else None
+    sink_keys, sink_values, last_rows = apart(shared.wait(), [shape_of(x) for x in ours])
+    parts = None
+    if last > 0:
+        part = _over_own_keys(write, last_rows, k, v, key_mask, where.end - first, last, call.scale)
+        parts = ranks.all_gather(write, partial.packed(*part))
+    got = None if halo is None else halo.wait()
+    if out is None:
+        halo_keys, halo_values = apart(got, [shape_of(x) for x in ends])
+        keys, values = (torch.cat(x, 2) for x in ((sink_keys, halo_keys, k), (sink_values, halo_values, v)))
+        out = stream(keys, values, torch.cat([*_allowed(whole, where, sinks, first, sink, back), key_mask], 1))
+    if parts is None:
         return out
-    part = _over_own_keys(write, last_rows, k, v, key_mask, where.end - first, last, call.scale)
-    parts = ranks.all_gather(write, partial.packed(*part)).reshape(ranks.size, -1)
+    final = partial.merged(*partial.unpacked(parts.wait().reshape(ranks.size, -1), *part))
     here = rows.Extent(where.start - first, where.end - first)
-    return rows.join(out, partial.merged(*partial.unpacked(parts, *part)), q, k, key_mask, here, last, call.layout)
+    return rows.join(out, final, q, k, key_mask, here, last, call.layout)
 
 
 def _held(x: Any, positions: Any, first: Any) -> Any:
@@ -77,29 +82,13 @@ def _at(x: Any, places: Any) -> Any:
     return x.gather(2, places[:, None, :, None].expand(-1, length(x, 1), -1, length(x, 3)))
 
 
-def _summed(write: Writer, ranks: Ranks, parts: list[Any]) -> list[Any]:
-    """Each token from whoever holds it: the others have zeros there, and the sum is exact."""
-    total, at, found = ranks.sum(write, torch.cat([x.reshape(-1) for x in parts])), 0, []
-    for x in parts:
-        shape = [length(x, d) for d in range(4)]
-        count = shape[0] * shape[1] * shape[2] * shape[3]
-        found.append(total[at : at + count].view(*shape))
-        at = at + count
-    return found
-
-
-def _halo(write: Writer, ranks: Ranks, k: Any, v: Any, back: int) -> tuple[Any, Any]:
-    """The last ``back`` keys and values of the left neighbour; of the first process nobody's."""
-    ends = [x[:, :, length(x, 2) - back :] for x in (k, v)]
-    counts = [length(x, 0) * length(x, 1) * back * length(x, 3) for x in ends]
-    sent = [counts[0] + counts[1] if to == ranks.rank + 1 else 0 for to in range(ranks.size)]
-    received = [counts[0] + counts[1] if source == ranks.rank - 1 else 0 for source in range(ranks.size)]
+def _to_the_right(write: Writer, ranks: Ranks, ends: list[Any]) -> Pending:
+    """Start to send the last keys and values of each piece to the next process, in one row; the first gets nobody's."""
     buffer = torch.cat([x.reshape(-1) for x in ends])
-    got = ranks.all_to_all(write, buffer[:0] if ranks.is_final else buffer, received, sent)
-    if ranks.is_first:
-        return got, got
-    shapes = [[length(x, d) for d in range(4)] for x in ends]
-    return got[: counts[0]].view(*shapes[0]), got[counts[0] :].view(*shapes[1])
+    count = length(buffer, 0)
+    sent = [count if to == ranks.rank + 1 else 0 for to in range(ranks.size)]
+    received = [count if source == ranks.rank - 1 else 0 for source in range(ranks.size)]
+    return ranks.all_to_all(write, buffer[:0] if ranks.is_final else buffer, received, sent)
 
 
 def _allowed(whole: Any, where: rows.Extent, sinks: Any, first: Any, sink: int, back: int) -> tuple[Any, Any]:

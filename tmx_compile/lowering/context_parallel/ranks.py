@@ -1,14 +1,35 @@
-"""The processes that hold a prompt together, and the collectives between them: functional, so nodes of a graph."""
+"""The processes that hold a prompt together, and the collectives between them: functional, so nodes of a graph.
+
+Every process starts the same collectives in the same order, that of the graph, which Inductor keeps; a wait may stand
+anywhere behind its start.
+"""
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from tmx_compile.lowering.base import Writer
+from tmx_compile.lowering.base import Writer, length
+
+_FUNCTIONAL = torch.ops._c10d_functional
+
+
+@dataclass(frozen=True)
+class Pending:
+    """What a collective will give. Whatever is written between its start and its wait runs while it is under way."""
+
+    write: Writer
+    made: Any
+
+    def wait(self) -> Any:
+        """Its result, to be asked for once."""
+        # A wait has a side effect, for torch: what nobody reads is sent all the same.
+        return self.write.call(_FUNCTIONAL.wait_tensor.default, self.made)
 
 
 @dataclass(frozen=True)
@@ -40,20 +61,35 @@ class Ranks:
         """Whether this process holds the final piece."""
         return self.rank == self.size - 1
 
-    def all_to_all(self, write: Writer, x: Any, received: Sequence[Any], sent: Sequence[Any]) -> Any:
+    def all_to_all(self, write: Writer, x: Any, received: Sequence[Any], sent: Sequence[Any]) -> Pending:
         """Send ``sent[d]`` rows of contiguous ``x`` to process d; get ``received[s]`` rows of process s, in order."""
-        made = write.call(
-            torch.ops._c10d_functional.all_to_all_single.default, x, list(received), list(sent), self.group
-        )
-        # Its wait has a side effect, for torch: what nobody reads is sent all the same.
-        return write.call(torch.ops._c10d_functional.wait_tensor.default, made)
+        splits = list(received), list(sent)
+        return Pending(write, write.call(_FUNCTIONAL.all_to_all_single.default, x, *splits, self.group))
 
-    def all_gather(self, write: Writer, x: Any) -> Any:
+    def all_gather(self, write: Writer, x: Any) -> Pending:
         """Contiguous (n, ...) of every process as (size * n, ...), in order."""
-        made = write.call(torch.ops._c10d_functional.all_gather_into_tensor.default, x, self.size, self.group)
-        return write.call(torch.ops._c10d_functional.wait_tensor.default, made)
+        return Pending(write, write.call(_FUNCTIONAL.all_gather_into_tensor.default, x, self.size, self.group))
 
-    def sum(self, write: Writer, x: Any) -> Any:
+    def sum(self, write: Writer, x: Any) -> Pending:
         """The sum over all processes."""
-        made = write.call(torch.ops._c10d_functional.all_reduce.default, x, "sum", self.group)
-        return write.call(torch.ops._c10d_functional.wait_tensor.default, made)
+        return Pending(write, write.call(_FUNCTIONAL.all_reduce.default, x, "sum", self.group))
+
+
+def shape_of(x: Any) -> list[Any]:
+    """The lengths of a tensor of four dimensions: those of a proxy are proxies where they are not known."""
+    return [length(x, dim) for dim in range(4)]
+
+
+def count_of(shape: Sequence[Any]) -> Any:
+    """The numbers in a tensor of a shape."""
+    return functools.reduce(operator.mul, shape)
+
+
+def apart(row: Any, shapes: Sequence[Sequence[Any]]) -> list[Any]:
+    """Tensors of so many shapes that follow each other in one row (n,)."""
+    at, found = 0, []
+    for shape in shapes:
+        count = count_of(shape)
+        found.append(row[at : at + count].view(*shape))
+        at = at + count
+    return found

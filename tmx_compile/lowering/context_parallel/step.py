@@ -31,13 +31,9 @@ def attend(write: Writer, ranks: Ranks, operands: Operands, scale: float) -> Any
         RuntimeError: when it runs, on every process: a new token's key counts twice (an assertion of the device).
     """
     q, k, v, key_mask = operands.of_attention
-    _check_counted_once(write, ranks, key_mask, length(q, 2))
+    # Of nothing but the mask, so that all layers of a graph share it.
+    counts = ranks.sum(write, key_mask[:, length(key_mask, 1) - length(q, 2) :].to(torch.int32).contiguous())
     part = partial.causal(write, q, k, v, key_mask, scale)
-    parts = ranks.all_gather(write, partial.packed(*part)).reshape(ranks.size, -1)
-    return partial.merged(*partial.unpacked(parts, *part))
-
-
-def _check_counted_once(write: Writer, ranks: Ranks, key_mask: Any, new: Any) -> None:
-    """Of nothing but the mask, so that all layers of a graph share it."""
-    own = key_mask[:, length(key_mask, 1) - new :].to(torch.int32)
-    write.call(torch._assert_async, (ranks.sum(write, own.contiguous()) <= 1).all(), COUNTED_TWICE)
+    parts = ranks.all_gather(write, partial.packed(*part))
+    write.call(torch._assert_async, (counts.wait() <= 1).all(), COUNTED_TWICE)
+    return partial.merged(*partial.unpacked(parts.wait().reshape(ranks.size, -1), *part))

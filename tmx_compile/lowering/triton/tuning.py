@@ -83,6 +83,18 @@ def enough_for_hopper(rows: int, multiprocessors: int) -> bool:
     return rows >= _TILES_OF_HOPPER * 128 * multiprocessors
 
 
+def enough_for_large(rows: int, multiprocessors: int) -> bool:
+    """Whether ``rows`` stacked rows are more large tiles than could all run at once: else half the rows a tile make
+    twice as many programs."""
+    return rows >= 2 * LARGE.rows * multiprocessors
+
+
+def row_steps(heads: int, multiprocessors: int) -> tuple[int, ...]:
+    """The numbers of tokens, ascending, from which on a prompt of one sequence runs another kernel than with fewer."""
+    bounds = 2 * LARGE.rows, _TILES_OF_HOPPER * 128
+    return tuple(-(-rows * multiprocessors // heads) for rows in bounds)
+
+
 def choose(element_size: int, dim: int, slots: int, rows: int, multiprocessors: int) -> Tuning:
     """The general kernel's shapes.
 
@@ -97,8 +109,7 @@ def choose(element_size: int, dim: int, slots: int, rows: int, multiprocessors: 
         return FLOAT32 if dim <= 128 else FLOAT32_LARGE_HEADS
     if dim > 128:
         return LARGE_HEADS
-    # Large tiles that could all run at once: half the rows a tile make twice as many programs.
-    few = dim == 128 and rows < 2 * LARGE.rows * multiprocessors
+    few = dim == 128 and not enough_for_large(rows, multiprocessors)
     return SMALL if few or one_block(slots) else LARGE
 
 

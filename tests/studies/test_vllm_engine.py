@@ -1,0 +1,75 @@
+"""What the studies of vLLM make of measurements, and what they switch. No vLLM here: its parts are stand-ins."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from studies import vllm_engine
+from tmx_compile.integrations.vllm.wrap import wrap
+
+
+@pytest.mark.parametrize(("count", "low", "high"), [(6, 0, 5), (12, 2, 9), (15, 3, 11), (30, 9, 20)])
+def test_the_median_of_pairs_lies_between_these(count: int, low: int, high: int) -> None:
+    """By tables of order statistics."""
+    ratios = [1 + 0.01 * number for number in torch.randperm(count).tolist()]
+    found = vllm_engine.of_pairs(ratios)["pairs"]
+    assert found["confidence_95"] == pytest.approx([1 + 0.01 * low, 1 + 0.01 * high])
+    assert found["median"] == pytest.approx(1 + 0.01 * (count - 1) / 2)
+
+
+def test_few_pairs_say_nothing() -> None:
+    assert vllm_engine.of_pairs([1.0] * 5) == {}
+
+
+def test_dense_has_nothing_of_the_plugin_in_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Platform:
+        def build(self, rows: int) -> str:
+            return f"vLLM's {rows}"
+
+        forward = build
+
+    class Common:
+        def build(self, rows: int) -> str:
+            return f"ours around {super().build(rows)}"  # type: ignore[misc]
+
+        forward = build
+
+    class Ours(Common, Platform):
+        pass
+
+    class Runner:
+        def step(self) -> str:
+            return "vLLM's step"
+
+    def around(plain: Any) -> Any:
+        return lambda self: f"ours around {plain(self)}"
+
+    # As the plugin's module and one of vLLM's.
+    Ours.__module__ = "tmx_compile.integrations.vllm.cuda"
+    module = ModuleType("vllm.v1.worker.stand_in")
+    module.Runner = Runner  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    hook = SimpleNamespace(module=module.__name__, name="Runner.step")
+    gone = SimpleNamespace(module="vllm.v1.worker.absent", name="Runner.step")
+    monkeypatch.setattr("tmx_compile.integrations.vllm.hooks.HOOKS", (hook, gone))
+    wrap(Runner, "step", around)
+    builder, other = Ours(), Platform()
+    layers = {"one": SimpleNamespace(impl=Ours()), "rotary": object()}
+    runner = SimpleNamespace(
+        attn_groups=[[SimpleNamespace(metadata_builders=[builder, other])]],
+        vllm_config=SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context=layers)),
+    )
+    worker = SimpleNamespace(model_runner=runner)
+    engine: Any = vllm_engine.Engine.__new__(vllm_engine.Engine)
+    engine.llm = SimpleNamespace(collective_rpc=lambda call, args: call(worker, *args))
+    for triangle in (False, False, True, True, False, True):
+        engine.switch(triangle)
+        said = builder.build(3), layers["one"].impl.forward(4), Runner().step()
+        plain = "vLLM's 3", "vLLM's 4", "vLLM's step"
+        assert said == (tuple(f"ours around {each}" for each in plain) if triangle else plain)
+        assert other.build(5) == "vLLM's 5"
