@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from studies.stacked_estimates import estimated_lists
 from studies.stacked_peaks import peak_lists
 from tmx_compile.mask import Geometry
 from tmx_compile.mask.selection import Selection
@@ -24,7 +25,8 @@ class Layers:
     """What the layers of a model do: the triangle layers, the dynamic ones, and how those choose.
 
     ``shares`` are those of the dynamic layers where they differ. With ``peaks`` lists come from exact scores
-    (:mod:`studies.stacked_peaks`), not by the selection's method.
+    (:mod:`studies.stacked_peaks`), with an ``estimate`` from one of :mod:`studies.stacked_estimates`, not by the
+    selection's method.
     """
 
     triangle: tuple[int, ...] = ()
@@ -32,6 +34,7 @@ class Layers:
     selection: Selection | None = None
     shares: tuple[float, ...] = ()
     peaks: bool = False
+    estimate: str = ""
 
     def of(self, layer: int) -> Selection:
         """How a dynamic layer chooses."""
@@ -57,8 +60,11 @@ class Board:
     def attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **rest: Any) -> Any:
         layers, scale = self.layers, rest["scaling"]
         if module.layer_idx in layers.dynamic:
-            form = by_peaks if layers.peaks else dynamic
-            out, visited = form(query, key, value, layers.of(module.layer_idx), scale)
+            way = layers.of(module.layer_idx)
+            if layers.peaks or layers.estimate:
+                out, visited = by_lists(query, key, value, way, scale, layers.estimate)
+            else:
+                out, visited = dynamic(query, key, value, way, scale)
             self.visited.append(visited)
         elif module.layer_idx in layers.triangle:
             out = triangle(query, key, value, scale)
@@ -92,9 +98,14 @@ def dynamic(query: Tensor, key: Tensor, value: Tensor, selection: Selection, sca
     return block_sparse_attention(query, key, value, selection=selection, scale=scale)
 
 
-def by_peaks(query: Tensor, key: Tensor, value: Tensor, selection: Selection, scale: float) -> tuple[Tensor, Tensor]:
-    """The same over lists from exact scores."""
-    lists = peak_lists(query, key, selection, scale)
+def by_lists(
+    query: Tensor, key: Tensor, value: Tensor, selection: Selection, scale: float, estimate: str
+) -> tuple[Tensor, Tensor]:
+    """The same over lists from an estimate, or without one from exact scores."""
+    if estimate:
+        lists = estimated_lists(estimate, query, key, selection, scale)
+    else:
+        lists = peak_lists(query, key, selection, scale)
     attend: Any = plain_attend
     if query.is_cuda:
         from tmx_compile.lowering.triton.dynamic.launch import attend

@@ -2,8 +2,8 @@
 
 A part is one text at one length, with all choices of dynamic layers: a run may stop after any text, and go on later.
 ``search`` parts compare ways of choosing blocks, on the text that calibrations read; ``frontier`` parts measure choices
-that were made there, on the text that quality is measured on, ``peaks`` parts lists from exact scores on the same. All
-scored positions are last rows, as in ``stacked``.
+that were made there, on the text that quality is measured on, ``peaks`` parts lists from exact scores on the same, and
+``sampled`` parts lists from sampled rows. All scored positions are last rows, as in ``stacked``.
 """
 
 from __future__ import annotations
@@ -32,12 +32,16 @@ EIGHT = (1, 3, 9, 10, 11, 12, 13, 14)
 
 
 def _choice(
-    layers: Sequence[int], share: float | Mapping[int, float], method: str = "pooled", stride: int = 16
+    layers: Sequence[int],
+    share: float | Mapping[int, float],
+    method: str = "pooled",
+    stride: int = 16,
+    block: int = 64,
 ) -> Layers:
     """Dynamic layers beside the triangle layers; ``share`` for all, or by layer."""
     shares = tuple(share[layer] for layer in layers) if isinstance(share, Mapping) else ()
     least = min(shares) if shares else float(share)  # type: ignore[arg-type]
-    return Layers(TRIANGLE, tuple(layers), Selection(method, least, 64, stride, GEOMETRY[0], GEOMETRY[2]), shares)
+    return Layers(TRIANGLE, tuple(layers), Selection(method, least, block, stride, GEOMETRY[0], GEOMETRY[2]), shares)
 
 
 SEARCH: dict[str, Layers] = {
@@ -79,6 +83,13 @@ LONG: dict[str, Layers] = {
     "10": TEN,
     "10, exact peaks": replace(TEN, peaks=True),
 }
+# One row of each 16 or 32, against every key that it sees, in all layers that are no triangle layers.
+SAMPLED: dict[str, Layers] = {
+    **{f"all others, sampled {share}": _choice(tuple(range(15)), share, "sampled") for share in (0.95, 0.9)},
+    "all others, sampled by 32 0.95": _choice(tuple(range(15)), 0.95, "sampled", 32),
+    "all others, sampled by 32 0.95, blocks of 128": _choice(tuple(range(15)), 0.95, "sampled", 32, 128),
+}
+SAMPLED_MORE = SAMPLED | {"all others, sampled 0.98": _choice(tuple(range(15)), 0.98, "sampled")}
 # (text, tokens, texts, choices)
 FULL: list[tuple[str, int, int, Mapping[str, Layers]]] = [
     ("search", 4096, 1, SEARCH),
@@ -86,6 +97,9 @@ FULL: list[tuple[str, int, int, Mapping[str, Layers]]] = [
     ("frontier", 4096, 8, FRONTIER),
     ("frontier", 7680, 4, LONG),
     ("peaks", 4096, 8, PEAKS),
+    ("sampled", 2048, 6, SAMPLED_MORE),
+    ("sampled", 4096, 8, SAMPLED_MORE),
+    ("sampled", 7680, 4, SAMPLED),
 ]
 QUICK: list[tuple[str, int, int, Mapping[str, Layers]]] = [
     ("search", 256, 2, {"pooled by 16, 0.8": _choice((1, 2), 0.8)})
@@ -155,6 +169,12 @@ def evaluation_pieces(tokens: int, texts: int) -> tuple[Board, list[Tensor]]:
     """The model and so many pieces of the text that quality is measured on, (1, tokens + 1) each."""
     board, _, evaluation = _model()
     return board, [_piece(evaluation, tokens, texts, text) for text in range(texts)]
+
+
+def calibration_piece(tokens: int) -> tuple[Board, Tensor]:
+    """The model and a piece (1, tokens + 1) of the text that calibrations read."""
+    board, other, _ = _model()
+    return board, _piece(other, tokens, 1, 0)
 
 
 def _piece(stream: Tensor, tokens: int, texts: int, text: int) -> Tensor:

@@ -8,7 +8,6 @@ selection is timed apart, on the same tensors, and added. Which densities keep a
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -29,10 +28,8 @@ FULL: dict[str, Any] = {
     "kv_heads": 8,
     "head_dim": 128,
     "dtype": "bfloat16",
-    "methods": (("pooled", 16), ("pooled", 128), ("antidiagonal", 16)),
+    "methods": (("pooled", 16), ("pooled", 128), ("antidiagonal", 16), ("sampled", 16), ("sampled", 32)),
     "blocks": (128, 64),
-    # Block and densities.
-    "flex": (128, (0.25,)),
 }
 QUICK: dict[str, Any] = FULL | {
     "lengths": (300,),
@@ -43,17 +40,11 @@ QUICK: dict[str, Any] = FULL | {
     "dtype": "float32",
     "methods": (("pooled", 16),),
     "blocks": (64,),
-    "flex": (64, ()),
 }
 # Keys a step, warps, stages, most registers a thread may take, by block.
 SHAPES: dict[int, list[tuple[int, int, int, int | None]]] = {
-    128: [(128, 8, 2, None), (64, 8, 3, None)],
+    128: [(128, 8, 2, None)],
     64: [(64, 4, 3, None), (64, 4, 2, None)],
-}
-# Tiles of FlexAttention's template that divide the blocks.
-FLEX: dict[str, dict[str, int]] = {
-    "default": {},
-    "64 keys, 8 warps, 3 stages": {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
 }
 TOLD = {
     "ms": "selection (select_ms) and attention (attend_ms) one after the other, medians",
@@ -63,9 +54,6 @@ TOLD = {
     "density": "blocks visited over blocks of dense causal attention",
     "rate": "time that dense attention takes for its blocks over time for the visited ones, at one time a block",
     "rate_tflops": "floating-point operations of the visited blocks, whole ones, over attend_ms",
-    "flex_ms": "FlexAttention, compiled for the length, over the same lists, its fastest of 'flex_tried'; no "
-    "measurement where 'flex_error' is not small",
-    "flex_error": "largest absolute difference of all rows from the kernel's",
     "error": "largest absolute difference of 256 rows from plain PyTorch over the same lists",
 }
 
@@ -112,8 +100,7 @@ def measure(part: str, quick: bool) -> Records:
     for density in plan["densities"]:
         note(f"stacked_layer: {n} tokens, blocks of {block}, density {density}")
         record = {"n": n, "model": "one layer", "triangle_layers": [], "dynamic_layers": [0], "block": block}
-        flex = block == plan["flex"][0] and density in plan["flex"][1]
-        record |= _layer(query, key, value, density, block, chosen, flex=flex)
+        record |= _layer(query, key, value, density, block, chosen)
         record |= {"dense_ms": times[backend].median, "dense_backend": backend}
         record["of_dense"] = record["ms"] / record["dense_ms"]
         record["rate"] = record["dense_ms"] * record["density"] / record["attend_ms"]
@@ -136,7 +123,7 @@ def _selections(query: Tensor, key: Tensor, block: int, methods: Any) -> dict[st
 
 
 def _layer(
-    query: Tensor, key: Tensor, value: Tensor, density: float, block: int, chosen: dict[str, float], *, flex: bool
+    query: Tensor, key: Tensor, value: Tensor, density: float, block: int, chosen: dict[str, float]
 ) -> dict[str, Any]:
     from tmx_compile.lowering.triton.dynamic.launch import Tuning, attend
 
@@ -159,47 +146,11 @@ def _layer(
         "ms": tried[best] + first,
         "attend_ms": tried[best],
         "rate_tflops": operations / tried[best] / 1e9,
-        **(_flex(query, key, value, lists, block, got) if flex else {"flex_ms": None}),
         "select_ms": chosen,
         "tuning": best,
         "tried_ms": tried,
         "error": _error(query, key, value, lists, block, scale, got),
     }
-
-
-def _flex(
-    query: Tensor, key: Tensor, value: Tensor, lists: Lists, block: int, got: Tensor
-) -> dict[str, float | dict[str, float] | None]:
-    """FlexAttention over the same lists: a row's own block, the last of its list, by a mask, the others whole."""
-    from torch.nn.attention.flex_attention import BlockMask, flex_attention
-
-    # The template takes the strides of whole blocks' lists from those of the others: they are as wide.
-    own = torch.zeros_like(lists.blocks, dtype=torch.int32)
-    own[..., :1] = lists.blocks.gather(3, (lists.counts[..., None] - 1).long()).int()
-    mask = BlockMask.from_kv_blocks(
-        torch.ones_like(lists.counts), own, lists.counts - 1, lists.blocks.int(), block, _causal,
-        (query.shape[2], key.shape[2]), compute_q_blocks=False,
-    )  # fmt: skip
-    tried, errors = {}, {}
-    for name, options in FLEX.items():
-        try:
-            torch._dynamo.reset()
-            run = functools.partial(
-                torch.compile(flex_attention, dynamic=False), query, key, value, block_mask=mask, enable_gqa=True,
-                kernel_options=options,
-            )  # fmt: skip
-            errors[name] = float((run() - got).abs().max())
-            tried[name] = _time(run)
-        except Exception as error:
-            note(f"flex {name}: {describe(error)}")
-    best = min(tried, key=tried.__getitem__, default=None)
-    if best is None:
-        return {"flex_ms": None, "flex_error": None, "flex_tried": tried}
-    return {"flex_ms": tried[best], "flex_error": errors[best], "flex_tried": tried}
-
-
-def _causal(batch: Tensor, head: Tensor, row: Tensor, key: Tensor) -> Tensor:
-    return key <= row
 
 
 def finish(records: Records) -> None:
@@ -229,7 +180,7 @@ def _time(run: Callable[[], Any]) -> float:
     return interleaved({"run": run}, budget_s=0.3, least=3, most=10)["run"].median
 
 
-COLUMNS = ("n", "block", "density", "ms", "attend_ms", "flex_ms", "dense_ms", "of_dense", "rate", "tuning", "error")
+COLUMNS = ("n", "block", "density", "ms", "attend_ms", "dense_ms", "of_dense", "rate", "tuning", "error")
 CASE = Case(
     "stacked_layer", "stacked.json", None, COLUMNS, Parts(names, settings, measure, finish), needs_cuda=True,
     quick_anywhere=False,

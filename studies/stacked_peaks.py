@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from studies.stacked_estimates import lists_of
 from tmx_compile.mask.selection import Selection
 from tmx_compile.operator.dynamic import Lists
 from tmx_compile.operator.dynamic.choice import choose, grid_of
@@ -48,9 +49,4 @@ def peak_lists(query: Tensor, key: Tensor, selection: Selection, scale: float) -
         masses = masses / masses.sum(-1, keepdim=True)
         chosen_parts.append(choose(masses, possible[:, None], always[:, None], selection.share))
         possible_blocks += int(possible.sum())
-    chosen = torch.cat(chosen_parts, 2)
-    counts = chosen.sum(-1, dtype=torch.int32)
-    blocks = torch.where(chosen, column, column + grid.columns).argsort(-1).to(torch.int16)
-    return Lists(
-        blocks, counts, torch.stack([counts.sum(dtype=torch.int64), counts.new_tensor(possible_blocks * heads)])
-    )
+    return lists_of(torch.cat(chosen_parts, 2), possible_blocks)

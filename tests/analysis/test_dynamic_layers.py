@@ -31,12 +31,12 @@ from tmx_compile.mask.selection import Selection
 N, FIRST, SECOND = 240, 50, 180
 GEOMETRY = Geometry(2, 6, 5)
 CONFIG = TriangleMixConfig(*GEOMETRY.counts, dynamic_block=16)
-HALF = Selection("pooled", 0.5, 16, 16, 2, 5)
+HALF = Selection("sampled", 0.5, 16, 16, 2, 5)
 # One key, and one of everything else.
 TIMES = DynamicTimes(
     "a GPU",
     "float32",
-    ({"tokens": 4096, "block": 16, "select": {"pooled": 0.05}, "density": [0.1, 1.0], "attend": [0.1, 1.0]},),
+    ({"tokens": 4096, "block": 16, "select": {"sampled": 0.05}, "density": [0.1, 1.0], "attend": [0.1, 1.0]},),
 )
 
 
@@ -46,7 +46,7 @@ def run(model, given, **kwargs):
 
 
 def of(*layers, shares=None, triangle=()):
-    return Choice(GEOMETRY, triangle, dynamic=DynamicLayers(layers, shares or (0.5,) * len(layers), "pooled", 16))
+    return Choice(GEOMETRY, triangle, dynamic=DynamicLayers(layers, shares or (0.5,) * len(layers), "sampled", 16))
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +152,7 @@ def test_a_run_begins_at_the_first_change():
         torch.testing.assert_close(again, whole)
         assert captured.shapes.keys() == {1, 2}
         _, of_one = captured.trace(inputs, (), dynamic={1: HALF})
-        other = captured.rerun(of_one, (), {1: Selection("pooled", 1.0, 16, 16, 2, 5)}).logits
+        other = captured.rerun(of_one, (), {1: Selection("sampled", 1.0, 16, 16, 2, 5)}).logits
     torch.testing.assert_close(other, captured.run(inputs).logits, atol=1e-4, rtol=1e-4)
 
 

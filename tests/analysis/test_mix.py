@@ -104,7 +104,7 @@ def test_refused():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"method": "best"}, "method must be one of pooled, antidiagonal, got 'best'"),
+        ({"method": "best"}, "method must be one of pooled, antidiagonal, sampled, got 'best'"),
         ({"block": 7}, "block must be one of 16, 32, 64, 128, got 7"),
         ({"group": 128}, "group must be one of 16, 32, 64 in blocks of 64, got 128"),
         ({"shares": [{"share": 0.5}]}, "it lacks 'divergence'"),
@@ -133,11 +133,17 @@ def test_prices_are_those_of_their_source():
         if record["model"] == "one layer":
             share = times.of_dense(record["n"], "pooled", record["block"], record["density"])
             assert share == pytest.approx(record["of_dense"], abs=2e-3)
-            slower = times.of_dense(record["n"], "antidiagonal", record["block"], record["density"])
+            other = times.of_dense(record["n"], "antidiagonal", record["block"], record["density"])
             more = record["select_ms"]["antidiagonal 16"] - record["select_ms"]["pooled 16"]
-            assert slower - share == pytest.approx(more / record["dense_ms"], abs=2e-3)
+            assert other - share == pytest.approx(more / record["dense_ms"], abs=2e-3)
             seen += 1
     assert seen == sum(len(x["density"]) for x in found["times"])
+    selection = json.loads(Path("benchmarks/results/stacked_selection.json").read_text())["records"]
+    best = {(x["n"], x["block"]): x for x in reversed(selection) if x["group"] == 16}
+    sampled = {(x["tokens"], x["block"]): x["select"].get("sampled") for x in found["times"]}
+    assert {key: price for key, price in sampled.items() if price is not None} == {
+        key: pytest.approx(x["of_dense"], abs=1e-3) for key, x in best.items()
+    }
 
 
 def test_between_and_beyond_what_was_measured():

@@ -28,15 +28,16 @@ def three(**changes):
     return torch.nn.Sequential(Layer(), Layer(**changes), Layer())
 
 
-def one_layer_oracle(x, group):
+def one_layer_oracle(x, method, group):
     keys = x[:, ::2]
-    lists = select(x, keys, None, Selection("pooled", 0.5, 32, group, 4, 20), 0.25)
+    lists = select(x, keys, None, Selection(method, 0.5, 32, group, 4, 20), 0.25)
     return listed_oracle(x, keys, keys, None, lists, 32, 0.25), lists.visited
 
 
-@pytest.mark.parametrize("group", [16, 32])
-def test_one_graph_for_all_lengths_counts_its_blocks(group):
-    config = CONFIG.replace(dynamic_layer_indices=[0], triangle_layer_indices=[], dynamic_group=group)
+@pytest.mark.parametrize(("method", "group"), [("pooled", 16), ("pooled", 32), ("sampled", 16)])
+def test_one_graph_for_all_lengths_counts_its_blocks(method, group):
+    how = {"dynamic_method": method, "dynamic_group": group}
+    config = CONFIG.replace(dynamic_layer_indices=[0], triangle_layer_indices=[], **how)
     backend = tmx_backend(config, strict=True)
     compiled = torch.compile(torch.nn.Sequential(Layer(), torch.nn.Identity()), backend=backend)
     for tokens in (300, 777, 391):
@@ -44,13 +45,13 @@ def test_one_graph_for_all_lengths_counts_its_blocks(group):
         torch._dynamo.mark_dynamic(x, 2)
         with torch.no_grad():
             out = compiled(x)
-        want, visited = one_layer_oracle(x, group)
+        want, visited = one_layer_oracle(x, method, group)
         torch.testing.assert_close(out.double(), want, atol=2e-5, rtol=0)
         (site,) = backend.report
         assert backend.report.density(site) == visited[0] / visited[1]
     assert backend.report.graphs == 1
-    assert (site.decision, site.method, site.share) == ("dynamic", "pooled", 0.5)
-    assert "keeps 50% of the mass, pooled" in str(backend.report)
+    assert (site.decision, site.method, site.share) == ("dynamic", method, 0.5)
+    assert f"keeps 50% of the mass, {method}" in str(backend.report)
 
 
 def test_beside_triangle_layers():

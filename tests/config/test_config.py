@@ -49,8 +49,8 @@ def test_defaults_and_order() -> None:
         ("triangle_layer_indices", None),
         ("min_seq_len", 2048),
         ("dynamic_layer_indices", None),
-        ("dynamic_share", 0.9),
-        ("dynamic_method", "pooled"),
+        ("dynamic_share", 0.95),
+        ("dynamic_method", "sampled"),
         ("dynamic_block", 128),
         ("dynamic_group", 16),
     ]

@@ -21,7 +21,7 @@ CONFIG = TriangleMixConfig(
         ({"dynamic_share": True}, "dynamic_share must be above 0 and at most 1, got True"),
         ({"dynamic_share": [0.5]}, "dynamic_share must be a number, or one for each of the 2 layers .*, got 1"),
         ({"dynamic_share": [0.5, 2]}, r"dynamic_share\[1\] must be above 0 and at most 1, got 2"),
-        ({"dynamic_method": "best"}, "dynamic_method must be one of pooled, antidiagonal, got 'best'"),
+        ({"dynamic_method": "best"}, "dynamic_method must be one of pooled, antidiagonal, sampled, got 'best'"),
         ({"dynamic_block": 100}, "dynamic_block must be one of 16, 32, 64, 128, got 100"),
         ({"dynamic_group": 8}, "dynamic_group must be one of 16, 32, 64 in blocks of 64, got 8"),
         ({"dynamic_group": 128}, "dynamic_group must be one of 16, 32, 64 in blocks of 64, got 128"),

@@ -71,10 +71,10 @@ class TriangleMixConfig:
             (docs/dynamic.md); from any iterable of integers, none of them a triangle layer. None: no layer.
         dynamic_share: how much of the estimated attention of a block of rows these keep, above 0 and at most 1; or a
             list of one for each of these layers, in their order.
-        dynamic_method: how it is estimated: "pooled" or "antidiagonal".
+        dynamic_method: how it is estimated: "pooled", "antidiagonal" or "sampled".
         dynamic_block: rows and keys of a block: 16, 32, 64 or 128 (tokens).
-        dynamic_group: tokens that the estimate takes together, 16 to ``dynamic_block``: larger groups are chosen from
-            faster, and know less.
+        dynamic_group: tokens that the estimate takes together, or samples one row of, 16 to ``dynamic_block``: larger
+            groups are chosen from faster, and know less.
 
     Raises:
         ValueError: a count that is negative, no integer or not below 2**31, a layer that is negative,
@@ -97,8 +97,8 @@ class TriangleMixConfig:
     triangle_layer_indices: Sequence[int] | None = None
     min_seq_len: int = 2048
     dynamic_layer_indices: Sequence[int] | None = None
-    dynamic_share: float | Sequence[float] = 0.9
-    dynamic_method: str = "pooled"
+    dynamic_share: float | Sequence[float] = 0.95
+    dynamic_method: str = "sampled"
     dynamic_block: int = 128
     dynamic_group: int = 16
 

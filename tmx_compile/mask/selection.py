@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-METHODS = ("pooled", "antidiagonal")
-"""How the mass of a block is estimated: see :mod:`tmx_compile.operator.dynamic.estimate`."""
+METHODS = ("pooled", "antidiagonal", "sampled")
+"""How the mass of a block is estimated: see :mod:`tmx_compile.operator.dynamic.estimate` and, for the last,
+:mod:`~tmx_compile.operator.dynamic.sampled`."""
 BLOCKS = (16, 32, 64, 128)
 """Sides of a block that a kernel tiles by."""
 
@@ -45,10 +46,10 @@ class Selection:
     """What a row of blocks keeps of the blocks before it: see :func:`tmx_compile.operator.block_sparse_attention`.
 
     Attributes:
-        method: how masses are estimated: "pooled" or "antidiagonal".
+        method: how masses are estimated: "pooled", "antidiagonal" or "sampled".
         share: how much of the estimated mass of a row of blocks is kept, in (0, 1].
         block: rows and keys of a block: 16, 32, 64 or 128.
-        stride: tokens of a group, the unit of the estimate; divides ``block``.
+        stride: tokens of a group, the unit of the estimate, of which one row is "sampled"; divides ``block``.
         sink: leading valid keys whose blocks are always kept.
         last: final valid rows whose blocks of rows keep everything.
 
@@ -56,8 +57,8 @@ class Selection:
         ValueError: a value outside of these, naming it.
     """
 
-    method: str = "pooled"
-    share: float = 0.9
+    method: str = "sampled"
+    share: float = 0.95
     block: int = 128
     stride: int = 16
     sink: int = 4

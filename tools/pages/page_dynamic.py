@@ -16,6 +16,7 @@ from tools.pages.results import load, origin
 PAGE = "dynamic.md"
 LAYER, RECALL, MODEL = "stacked.json", "stacked_quality_cuda.json", "stacked_quality.json"
 FRONTIER, WHOLE = "stacked_frontier.json", "stacked_model.json"
+KERNELS, TIMED, COVERAGE = "stacked_kernels.json", "stacked_recall.json", "stacked_coverage.json"
 SKIP, SKIP_MODEL = "softmax_skip.json", "softmax_skip_model.json"
 _WHICH = {"all others": "0-2", "without layer 1": "0, 2", "alone": "all", "without layer 1, alone": "all but 1"}
 _POLICIES = {"all others": "all others", "chosen": "by gradient", "calibrated": "calibrated"}
@@ -29,16 +30,19 @@ def generate(results: Path, docs: Path) -> str | None:
     """
     if not (results / LAYER).is_file():
         return None
-    layer, recall, model, frontier, whole, skip, skip_model = (
-        load(results / name) for name in (LAYER, RECALL, MODEL, FRONTIER, WHOLE, SKIP, SKIP_MODEL)
+    layer, recall, model, frontier, whole, skip, skip_model, kernels, timed, coverage = (
+        load(results / name)
+        for name in (LAYER, RECALL, MODEL, FRONTIER, WHOLE, SKIP, SKIP_MODEL, KERNELS, TIMED, COVERAGE)
     )
     return filled(
         docs / PAGE,
         {
             "recall": f"{_recall(recall)}\n\n<sub>{origin(recall, RECALL)}</sub>",
-            "recall_long": f"{_recall(model)}\n\n<sub>{origin(model, MODEL)}</sub>",
             "model": f"{_model(model)}\n\n{_layers(model)}<sub>{origin(model, MODEL)}</sub>",
             "frontier": f"{_frontier(frontier)}\n\n<sub>{origin(frontier, FRONTIER)}</sub>",
+            "coverage": f"{_coverage(coverage)}\n\n<sub>{origin(coverage, COVERAGE)}</sub>",
+            "timed": f"{_timed(timed)}\n\n<sub>{origin(timed, TIMED)}</sub>",
+            "kernels": f"{_kernels(kernels)}\n\n<sub>{origin(kernels, KERNELS)}</sub>",
             "layer": f"{_layer(layer)}\n\n<sub>{origin(layer, LAYER)}</sub>",
             "whole": f"{_whole(whole)}\n\n<sub>{origin(whole, WHOLE)}</sub>",
             "skip": f"{_skip(skip)}\n\n<sub>{origin(skip, SKIP)}</sub>",
@@ -140,6 +144,45 @@ def _frontier(result: Fields) -> str:
         "divergence from dense",
     ]
     return table(head, [row for _, _, row in sorted(rows, key=lambda row: row[:2])])
+
+
+def _kernels(result: Fields) -> str:
+    """The kernels over the same lists by length and density; one that does not agree has no time."""
+    rows = []
+    for r in sorted(result["records"], key=lambda r: (r["n"], r["density"])):
+        cells = [f"{r['n']:,}", f"{r['density']:.1%}", r["kernel"]]
+        if r["ms"] is None:
+            rows.append([*cells, "-", "-", "-", "-"])
+            continue
+        rows.append([*cells, ms(r["ms"]), f"{r['of_dense']:.2f}", f"{r['rate']:.2f}", f"{r['rate_tflops']:.0f}"])
+    return table(["tokens", "density", "kernel", "ms", "of dense", "a block", "TFLOP/s"], rows)
+
+
+def _coverage(result: Fields) -> str:
+    """The estimates by what they lose at equal numbers of blocks, the best first."""
+    rows = []
+    for r in sorted(result["records"], key=lambda r: (r["model"], r["wanted"], r["error"])):
+        model = r["model"].replace("smollm2", "SmolLM2")
+        rows.append(
+            [model, f"{r['density']:.0%}", r["estimate"], f"{r['cost']:.1%}", f"{r['lost']:.1%}", f"{r['error']:.3f}"]
+        )
+    return table(["model", "blocks", "estimate", "products", "attention lost", "error"], rows)
+
+
+def _timed(result: Fields) -> str:
+    """The recall model by its layers: answers, density of the dynamic layers, time to the first token."""
+    rows = []
+    for r in result["records"]:
+        if r["share"] == 0.9 and r["ms"] is not None:
+            # Between the others, and the page is long.
+            continue
+        each = r.get("density_by_layer") or []
+        told = ", ".join(f"{x:.0%}" for x in each) or ("-" if r["density"] is None else f"{r['density']:.0%}")
+        right = [f"{share:.1%}" for share in r["accuracy"].values()]
+        times = ["-", "-"] if r["ms"] is None else [ms(r["ms"]), f"{r['of_dense']:.2f}"]
+        rows.append([f"{r['n']:,}", r["variant"], told, *right, *times])
+    names = [name.replace("hops", "names away") for name in result["records"][0]["accuracy"]]
+    return table(["tokens", "dynamic layers", "density by layer", *names, "ms", "of dense"], rows)
 
 
 def _whole(result: Fields) -> str:

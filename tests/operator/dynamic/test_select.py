@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from tests.support.blocks import always_kept, visits
-from tmx_compile.mask.selection import Selection
+from tmx_compile.mask.selection import METHODS, Selection
 from tmx_compile.operator.dynamic import select
 from tmx_compile.operator.dynamic.choice import choose
 from tmx_compile.operator.dynamic.estimate import Groups
 from tmx_compile.operator.dynamic.grid import Grid
+from tmx_compile.operator.dynamic.sampled import Sampled
 
 PROBLEMS = {
     "whole blocks": (256, 256, None),
@@ -39,7 +40,7 @@ def problem(name, dim=16, heads=4, kv_heads=2):
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
-@pytest.mark.parametrize("method", ["pooled", "antidiagonal"])
+@pytest.mark.parametrize("method", METHODS)
 def test_what_is_always_kept_is_there_and_nothing_impossible(name, method):
     query, key, key_mask = problem(name)
     selection = Selection(method, 0.3, 32, 8, sink=5, last=40)
@@ -106,6 +107,29 @@ def _masses(query, key, key_mask, b, h, block, stride, scale, method):
     return out
 
 
+@pytest.mark.parametrize("name", ["whole blocks", "odd length", "more keys than rows", "one row", "left padding"])
+def test_sampled_masses_are_those_of_the_rows_that_pay_most(name):
+    query, key, key_mask = problem(name)
+    q_len, kv_len = query.shape[2], key.shape[2]
+    block, stride, scale = 32, 8, 0.7
+    grid = Grid(q_len, kv_len, block)
+    sampled = Sampled(query, key, key_mask, grid, Selection("sampled", 0.9, block, stride), scale)
+    got = torch.cat([sampled.masses(r, r + 1) for r in range(grid.rows)], 2)
+    offset, first = kv_len - q_len, (kv_len - q_len) // block
+    want = torch.zeros(*query.shape[:2], grid.rows, grid.columns, dtype=torch.float64)
+    key = key.double().repeat_interleave(2, 1)
+    for group in range(offset // stride, -(-kv_len // stride)):
+        # The one row of the group that is looked at, by its definition.
+        row = min(max(group * stride + (5 * group + stride // 2) % stride, offset), kv_len - 1)
+        scores = (query[:, :, row - offset, None].double() * key[:, :, : row + 1]).sum(-1) * scale
+        if key_mask is not None:
+            scores = scores.masked_fill(~key_mask[:, None, : row + 1], float("-inf"))
+        weights = torch.nn.functional.pad(scores.softmax(-1).nan_to_num(0.0), (0, grid.columns * block - row - 1))
+        cells = want[:, :, row // block - first]
+        torch.maximum(cells, weights.unflatten(2, (-1, block)).sum(3), out=cells)
+    torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.9, 0.999])
 def test_the_fewest_blocks_that_hold_the_share(share):
     masses = torch.rand(2, 3, 40, 40) ** 4
@@ -130,7 +154,7 @@ def test_blocks_that_matter_are_found():
     query, key = torch.randn(1, 2, 512, 16) * 0.1, torch.randn(1, 1, 512, 16) * 0.1
     query[..., 0] += 6.0
     key[:, :, 160:192, 0] += 6.0
-    for method in ("pooled", "antidiagonal"):
+    for method in METHODS:
         cells = _cells(select(query, key, None, Selection(method, 0.8, 32, 8, sink=4, last=0), 1.0))
         assert cells[:, :, 6:, 5].all()
         assert cells[:, :, 10].sum(-1).max() <= 4, method
@@ -155,7 +179,7 @@ def test_more_blocks_than_a_list_can_name():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"method": "best"}, "method must be one of pooled, antidiagonal, got 'best'"),
+        ({"method": "best"}, "method must be one of pooled, antidiagonal, sampled, got 'best'"),
         ({"share": 0.0}, "share must be above 0 and at most 1, got 0.0"),
         ({"share": 1.5}, "share must be above 0 and at most 1, got 1.5"),
         ({"block": 48}, "block must be one of 16, 32, 64, 128, got 48"),

@@ -17,7 +17,7 @@ class DynamicLayers:
     Attributes:
         layers: counted from 0.
         shares: of each, in order: how much of the estimated attention it keeps.
-        method: how it is estimated: "pooled" or "antidiagonal".
+        method: how it is estimated: "pooled", "antidiagonal" or "sampled".
         block: rows and keys of a block (tokens).
         group: tokens that the estimate takes together.
 
@@ -75,7 +75,7 @@ class Choice:
         >>> from tmx_compile import TriangleMixConfig
         >>> from tmx_compile.analysis import Choice
         >>> Choice.of(TriangleMixConfig(triangle_layer_indices=[3], dynamic_layer_indices=[1, 2])).dynamic.shares
-        (0.9, 0.9)
+        (0.95, 0.95)
         """
         layers = config.dynamic_layers()
         shares = tuple(config.selection(layer).share for layer in layers)

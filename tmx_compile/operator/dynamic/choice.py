@@ -10,9 +10,10 @@ from torch import Tensor
 from tmx_compile.mask.selection import Selection
 from tmx_compile.operator.dynamic.estimate import Groups
 from tmx_compile.operator.dynamic.grid import Bounds, Grid
+from tmx_compile.operator.dynamic.sampled import Sampled
 
 SCORE_BUDGET = 1 << 22
-"""Scores between groups that are formed at once, unless one row of blocks has more."""
+"""Scores that are formed at once, unless one row of blocks has more."""
 MOST_BLOCKS = 2**15 - 1
 """Blocks of keys that a list can name: four million tokens in blocks of 128."""
 
@@ -48,14 +49,15 @@ def select(query: Tensor, key: Tensor, key_mask: Tensor | None, selection: Selec
     batch, heads = query.shape[:2]
     device = query.device
     bounds = Bounds.of(grid, key_mask, selection, device)
-    groups = Groups(query, key, key_mask, grid, selection, scale)
+    estimate = Sampled if selection.method == "sampled" else Groups
+    groups = estimate(query, key, key_mask, grid, selection, scale)
     blocks = torch.zeros(batch, heads, grid.rows, grid.columns, dtype=torch.int16, device=device)
     counts = torch.zeros(batch, heads, grid.rows, dtype=torch.int32, device=device)
     possible_blocks = torch.zeros((), dtype=torch.int64, device=device)
     column = torch.arange(grid.columns, device=device)
     first = 0
     while first < grid.rows:
-        a_row = batch * heads * groups.of_block**2 * (grid.first + first + 1)
+        a_row = batch * heads * groups.of_block * groups.width * (grid.first + first + 1)
         stop = min(grid.rows, first + max(1, SCORE_BUDGET // a_row))
         row = torch.arange(first, stop, device=device) + grid.first
         possible, always = bounds.kept(row, column)

@@ -39,6 +39,8 @@ class Groups:
         self.stride = selection.stride
         self.of_block = grid.block // selection.stride
         """Groups of a block."""
+        self.width = self.of_block
+        """Scores of a group of rows with a block of keys."""
         exists = grid.existing_keys(key_mask, key.device)
         keys = grid.padded_keys(key)
         if key_mask is not None:

@@ -9,7 +9,7 @@ from tests.support.blocks import CASES, always_kept, listed_oracle, random_lists
 from tests.support.oracle import tolerance
 from tmx_compile.lowering.triton.dynamic.launch import Tuning, attend, select
 from tmx_compile.lowering.triton.dynamic.op import TRITON_BLOCK_SPARSE
-from tmx_compile.mask.selection import Selection
+from tmx_compile.mask.selection import METHODS, Selection
 from tmx_compile.operator import dynamic
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -51,7 +51,7 @@ def test_the_whole_operator_over_its_own_lists(name):
     assert torch.equal(visited, lists.visited)
 
 
-@pytest.mark.parametrize("method", ["pooled", "antidiagonal"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", SOME)
 @pytest.mark.parametrize("share", [0.5, 1.0] if DEVICE == "cuda" else [0.5])
 def test_chooses_as_the_operator_does(name, method, share):
@@ -68,6 +68,19 @@ def test_chooses_as_the_operator_does(name, method, share):
     assert (_cells(got) >= kept[:, None]).all()
     assert got.visited[0] == got.counts.sum()
     assert got.visited[1] == want.visited[1]
+
+
+@pytest.mark.parametrize("form", [select, dynamic.select])
+def test_a_block_weighs_as_much_as_the_sampled_row_that_pays_it_most(form):
+    query, key = torch.zeros(1, 1, 256, 16, device=DEVICE), torch.zeros(1, 1, 256, 16, device=DEVICE)
+    key[0, 0, (70, 100, 192), (0, 1, 2)] = 1.0
+    # In the block of rows 6 one sampled row looks at block 2 alone; three share themselves between 3 and their own.
+    query[0, 0, 192:200, 0] = 40.0
+    query[0, 0, 200:224, 1:3] = 20.0 + torch.tensor([0.6, 0.4], device=DEVICE).log()
+    lists = form(query, key, None, Selection("sampled", 0.55, 32, 8, sink=0, last=0), 1.0)
+    cells = _cells(on_cpu(lists))
+    # By the sum over the rows it would be 3, 5 and 6.
+    assert cells[0, 0, 6].nonzero().flatten().tolist() == [2, 5, 6]
 
 
 def test_few_rows_at_a_time_choose_the_same(monkeypatch):

@@ -159,6 +159,7 @@ def choose_kernel(
     OF_BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,  # a power of two
     WHOLE: tl.constexpr,  # whether everything possible is kept
+    PEAK: tl.constexpr,  # a block's mass is that of the group which pays it most, not the sum
     PADDED: tl.constexpr,
 ):
     """The list of one row of blocks of one head."""
@@ -186,7 +187,8 @@ def choose_kernel(
             total = tl.sum(weights, 0)
             first = (own * OF_BLOCK + part) * STRIDE
             exists = (first + STRIDE > row_offset) & (first < row_end)
-            masses += tl.where(exists & (total > 0), weights / tl.where(total > 0, total, 1.0), 0.0)
+            shares = tl.where(exists & (total > 0), weights / tl.where(total > 0, total, 1.0), 0.0)
+            masses = tl.maximum(masses, shares) if PEAK else masses + shares
         wanted = tl.sum(masses, 0) * share - tl.sum(tl.where(always, masses, 0.0), 0)
         others = tl.where(always, 0.0, masses)
         # The largest threshold above which the others hold what is wanted: masses are not negative, and ordered as

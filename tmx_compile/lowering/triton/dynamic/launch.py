@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from tmx_compile.lowering.triton.dynamic.choosing import choose_kernel, estimate_kernel, mean_kernel
 from tmx_compile.lowering.triton.dynamic.kernel import block_sparse_kernel
+from tmx_compile.lowering.triton.dynamic.sampling import sampled_kernel
 from tmx_compile.lowering.triton.launch import INTERPRETED
 from tmx_compile.mask.selection import Selection
 from tmx_compile.operator.dynamic import Lists
@@ -22,6 +24,7 @@ WORKSPACE = 1 << 25
 """Log-sum-exps that are kept at once (4 bytes each), unless one row of blocks has more."""
 _MEAN_ROWS = 64  # of a program that computes means
 _TILE = 64  # groups of rows, and at least of keys, of a program that estimates
+_SAMPLED = (128, 8, 2, 8)  # rows, warps, stages, and blocks of keys of a program that looks at sampled rows
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ def tuning(element_size: int, dim: int, block: int) -> Tuning:
 def select(query: Tensor, key: Tensor, key_mask: Tensor | None, selection: Selection, scale: float) -> Lists:
     """As :func:`tmx_compile.operator.dynamic.select`, by kernels."""
     grid = grid_of(query, key, selection)
-    batch, heads, _, dim = query.shape
+    batch, heads = query.shape[:2]
     of_block = grid.block // selection.stride
     device = query.device
     # Without padding they are known here: nothing small is computed on the device.
@@ -56,12 +59,39 @@ def select(query: Tensor, key: Tensor, key_mask: Tensor | None, selection: Selec
     known = [int(x) for x in ends] if key_mask is None else [0] * 4
     blocks = torch.empty(batch, heads, grid.rows, grid.columns, dtype=torch.int16, device=device)
     counts = torch.empty(batch, heads, grid.rows, dtype=torch.int32, device=device)
-    pooled = selection.method == "pooled"
     if INTERPRETED and query.dtype == torch.bfloat16:
         # The interpreter multiplies bfloat16 as if it were integers.
         query, key = query.float(), key.float()
     query, key = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key))
     key_mask = key_mask if key_mask is None or key_mask.stride(1) == 1 else key_mask.contiguous()
+    packed = counts if key_mask is None else torch.stack(ends, 1).to(torch.int32)
+    together = max(1, WORKSPACE // (batch * heads * of_block * grid.columns))
+    local = torch.empty(
+        batch * heads * min(together, grid.rows) * of_block * grid.columns, dtype=torch.float32, device=device
+    )
+    whole = selection.share == 1.0
+    sampled = selection.method == "sampled"
+    estimate = (_sampling if sampled else _grouping)(query, key, key_mask, grid, selection, scale)
+    for first in range(0, grid.rows, together):
+        stop = min(grid.rows, first + together)
+        if not whole:
+            estimate(local, first, stop)
+        choose_kernel[(stop - first, batch * heads)](
+            local, packed, blocks, counts, *known, grid.first + first, first, grid.rows, (stop - first) * of_block,
+            grid.columns, grid.offset, grid.kv_len, selection.share,
+            HEADS=heads, STRIDE=selection.stride, OF_BLOCK=of_block, COLUMNS=triton.next_power_of_2(grid.columns),
+            WHOLE=whole, PEAK=sampled, PADDED=key_mask is not None, num_warps=4 if grid.columns <= 2048 else 8,
+        )  # fmt: skip
+    return Lists(blocks, counts, _visited(grid, bounds, counts))
+
+
+def _grouping(
+    query: Tensor, key: Tensor, key_mask: Tensor | None, grid: Grid, selection: Selection, scale: float
+) -> Callable[[Tensor, int, int], None]:
+    """What writes the log-sum-exps of blocks of rows [first, stop) by groups of rows and keys."""
+    batch, heads, _, dim = query.shape
+    of_block = grid.block // selection.stride
+    pooled = selection.method == "pooled"
     if pooled:
         front = grid.offset - grid.first * grid.block
         rows, _ = _means(query, None, front, grid.rows * of_block, selection.stride)
@@ -69,39 +99,53 @@ def select(query: Tensor, key: Tensor, key_mask: Tensor | None, selection: Selec
         steps, q_offset = 1, grid.first * of_block
     else:
         rows, keys = query, key
-        keys_of = groups_of(grid.existing_keys(key_mask, device), selection.stride, 1).sum(2, dtype=torch.int32)
+        keys_of = groups_of(grid.existing_keys(key_mask, key.device), selection.stride, 1).sum(2, dtype=torch.int32)
         steps, q_offset = selection.stride, grid.offset
     padded = key_mask is not None and not pooled
     mask = keys_of if key_mask is None else key_mask
-    packed = counts if key_mask is None else torch.stack(ends, 1).to(torch.int32)
-    together = max(1, WORKSPACE // (batch * heads * of_block * grid.columns))
-    local = torch.empty(
-        batch * heads * min(together, grid.rows) * of_block * grid.columns, dtype=torch.float32, device=device
-    )
-    whole = selection.share == 1.0
     key_tile = max(_TILE, of_block)
-    for first in range(0, grid.rows, together):
-        stop = min(grid.rows, first + together)
+
+    def estimate(local: Tensor, first: int, stop: int) -> None:
         groups = (stop - first) * of_block
-        first_group = (grid.first + first) * of_block
-        if not whole:
-            row_tiles, key_tiles = triton.cdiv(groups, _TILE), triton.cdiv((grid.first + stop) * of_block, key_tile)
-            estimate_kernel[(row_tiles, key_tiles, batch * heads)](
-                rows, keys, keys_of, mask, local, *rows.stride()[:3], *keys.stride()[:3],
-                keys_of.stride(0) if keys_of.shape[0] > 1 else 0, mask.stride(0) if padded else 0,
-                first_group, groups, q_offset, rows.shape[2], keys.shape[2], keys_of.shape[1], grid.columns,
-                grid.offset, grid.kv_len, scale,
-                HEADS=heads, KV_HEADS=key.shape[1], DIM=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)),
-                STRIDE=selection.stride, STEPS=steps, OF_BLOCK=of_block, ROWS=_TILE, KEYS=key_tile, PADDED=padded,
-                FLOAT32=rows.dtype == torch.float32, num_warps=4, num_stages=3 if steps > 1 else 1,
-            )  # fmt: skip
-        choose_kernel[(stop - first, batch * heads)](
-            local, packed, blocks, counts, *known, grid.first + first, first, grid.rows, groups, grid.columns,
-            grid.offset, grid.kv_len, selection.share,
-            HEADS=heads, STRIDE=selection.stride, OF_BLOCK=of_block, COLUMNS=triton.next_power_of_2(grid.columns),
-            WHOLE=whole, PADDED=key_mask is not None, num_warps=4 if grid.columns <= 2048 else 8,
+        row_tiles, key_tiles = triton.cdiv(groups, _TILE), triton.cdiv((grid.first + stop) * of_block, key_tile)
+        estimate_kernel[(row_tiles, key_tiles, batch * heads)](
+            rows, keys, keys_of, mask, local, *rows.stride()[:3], *keys.stride()[:3],
+            keys_of.stride(0) if keys_of.shape[0] > 1 else 0, mask.stride(0) if padded else 0,
+            (grid.first + first) * of_block, groups, q_offset, rows.shape[2], keys.shape[2], keys_of.shape[1],
+            grid.columns, grid.offset, grid.kv_len, scale,
+            HEADS=heads, KV_HEADS=key.shape[1], DIM=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)),
+            STRIDE=selection.stride, STEPS=steps, OF_BLOCK=of_block, ROWS=_TILE, KEYS=key_tile, PADDED=padded,
+            FLOAT32=rows.dtype == torch.float32, num_warps=4, num_stages=3 if steps > 1 else 1,
         )  # fmt: skip
-    return Lists(blocks, counts, _visited(grid, bounds, counts))
+
+    return estimate
+
+
+def _sampling(
+    query: Tensor, key: Tensor, key_mask: Tensor | None, grid: Grid, selection: Selection, scale: float
+) -> Callable[[Tensor, int, int], None]:
+    """The same by sampled rows."""
+    batch, heads, _, dim = query.shape
+    of_block = grid.block // selection.stride
+    mask = query if key_mask is None else key_mask
+    tile, warps, stages, span = _SAMPLED
+    if query.dtype == torch.float32 or dim > 128:
+        # What fits into shared memory at a head dim of 256 and in blocks of 128.
+        tile, warps, stages = _TILE, 4, 1
+
+    def estimate(local: Tensor, first: int, stop: int) -> None:
+        groups = (stop - first) * of_block
+        spans = triton.cdiv(grid.first + stop, span)
+        sampled_kernel[(triton.cdiv(groups, tile), spans, batch * heads)](
+            query, key, mask, local, *query.stride()[:3], *key.stride()[:3],
+            0 if key_mask is None else key_mask.stride(0),
+            (grid.first + first) * of_block, groups, grid.kv_len, grid.columns, grid.offset, scale * math.log2(math.e),
+            HEADS=heads, KV_HEADS=key.shape[1], DIM=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)),
+            STRIDE=selection.stride, BLOCK=grid.block, ROWS=tile, SPAN=span, PADDED=key_mask is not None,
+            FLOAT32=query.dtype == torch.float32, STAGES=stages, num_warps=warps,
+        )  # fmt: skip
+
+    return estimate
 
 
 def _means(x: Tensor, mask: Tensor | None, front: int, groups: int, stride: int) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tmx_compile.lowering import fa4_lists
 from tmx_compile.lowering.triton.op import on_device_of
 from tmx_compile.mask.selection import Selection
 from tmx_compile.operator.dynamic.operator import SCHEMA
@@ -30,6 +31,8 @@ def _forward(
     selection = Selection(method, share, block, stride, sink, last)
     with on_device_of(query):
         lists = select(query, key, key_mask, selection, scale)
+        if fa4_lists.serves(query, key, value, key_mask, block):
+            return fa4_lists.attend(query, key, value, lists, scale), lists.visited
         return attend(query, key, value, key_mask, lists, block, scale), lists.visited
 
 
