@@ -9,6 +9,7 @@ others. ``box``: every row against the largest score that any key in the block's
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -26,17 +27,31 @@ SCORE_BUDGET = 1 << 25
 
 def estimated_lists(name: str, query: Tensor, key: Tensor, selection: Selection, scale: float) -> Lists:
     """As :func:`studies.stacked_peaks.peak_lists`, from an estimate of :data:`ESTIMATES`."""
+
+    def masses(grid: Grid, first: int, stop: int) -> Tensor:
+        return block_masses(name, query, key, grid, first, stop, scale)
+
+    return lists_by(masses, 2 * -(-key.shape[2] // selection.block), query, key, selection)
+
+
+def lists_by(
+    masses_of: Callable[[Grid, int, int], Tensor], width: int, query: Tensor, key: Tensor, selection: Selection
+) -> Lists:
+    """The lists that follow from masses, (1, H, stop - first, C) of blocks of rows [first, stop), not normalised.
+
+    ``width`` scores are formed for each row.
+    """
     grid = grid_of(query, key, selection)
     block, heads = grid.block, query.shape[1]
     if query.shape[2] % block or grid.offset:
         raise ValueError(f"query must have as many rows as keys, a multiple of {block}, got {query.shape[2]}")
     bounds = Bounds.of(grid, None, selection, query.device)
     column = torch.arange(grid.columns, device=query.device)
-    together = max(1, SCORE_BUDGET // (heads * block * grid.columns * 2))
+    together = max(1, SCORE_BUDGET // (heads * block * width))
     chosen_parts, possible_blocks = [], 0
     for first in range(0, grid.rows, together):
         stop = min(grid.rows, first + together)
-        masses = block_masses(name, query, key, grid, first, stop, scale)
+        masses = masses_of(grid, first, stop)
         possible, always = bounds.kept(torch.arange(first, stop, device=query.device), column)
         masses = masses / masses.sum(-1, keepdim=True)
         chosen_parts.append(choose(masses, possible[:, None], always[:, None], selection.share))

@@ -18,7 +18,7 @@ from benchmarks.common import Case, Parts, Records, device, free, note
 from studies.stacked_layer import drawn
 from tmx_compile.bench.dense import dense_variants
 from tmx_compile.bench.timing import describe, interleaved
-from tmx_compile.lowering import fa4_lists
+from tmx_compile.lowering import fa4, fa4_lists
 from tmx_compile.operator.dynamic import Lists
 
 BLOCK = 128
@@ -154,15 +154,13 @@ def _causal(batch: Tensor, head: Tensor, row: Tensor, key: Tensor) -> Tensor:
 
 def _fa4(lists: Lists, *, causal: bool) -> Callable[..., Tensor]:
     """By ``causal`` every block meets the causal mask and long rows come first; else a row's own block alone does."""
-    from flash_attn.cute import flash_attn_func
-    from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
-
-    tensors = BlockSparseTensorsTorch(*fa4_lists.split(lists), block_size=(BLOCK, BLOCK))
+    flash_attn_func, block_sparse_tensors = fa4_lists.functions()
+    tensors = block_sparse_tensors(*fa4_lists.split(lists), block_size=(BLOCK, BLOCK))
     words: dict[str, Any] = {"causal": True} if causal else {"mask_mod": _cute_causal()}
 
     def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        by_tokens = [x.transpose(1, 2) for x in (query, key, value)]
-        return _first(flash_attn_func(*by_tokens, block_sparse_tensors=tensors, **words)).transpose(1, 2)
+        operands = fa4.by_tokens(query, key, value)
+        return fa4.result_of(flash_attn_func(*operands, block_sparse_tensors=tensors, **words)).transpose(1, 2)
 
     return run
 
@@ -185,15 +183,8 @@ def _cute_causal() -> Any:
 
 
 def _fa4_dense(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    from flash_attn.cute import flash_attn_func
-
-    return _first(flash_attn_func(*(x.transpose(1, 2) for x in (query, key, value)), causal=True))
-
-
-def _first(made: Any) -> Tensor:
-    """Of what the package returns: alone in some versions, with the log-sum-exp in others."""
-    out: Tensor = made[0] if isinstance(made, tuple) else made
-    return out
+    dense, _ = fa4.functions()
+    return fa4.result_of(dense(*fa4.by_tokens(query, key, value), causal=True))
 
 
 def _working(name: str, run: Callable[[], Any]) -> dict[str, Callable[[], Any]]:

@@ -10,14 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from studies.stacked_estimates import lists_of
+from studies.stacked_estimates import lists_by
 from tmx_compile.mask.selection import Selection
 from tmx_compile.operator.dynamic import Lists
-from tmx_compile.operator.dynamic.choice import choose, grid_of
-from tmx_compile.operator.dynamic.grid import Bounds, groups_of
-
-SCORE_BUDGET = 1 << 25
-"""Scores that are formed at once."""
+from tmx_compile.operator.dynamic.grid import Grid, groups_of
 
 
 def peak_lists(query: Tensor, key: Tensor, selection: Selection, scale: float) -> Lists:
@@ -29,24 +25,13 @@ def peak_lists(query: Tensor, key: Tensor, selection: Selection, scale: float) -
         selection: its share, block, sinks and last rows.
         scale: factor on the scores.
     """
-    grid = grid_of(query, key, selection)
-    block, heads = grid.block, query.shape[1]
-    if query.shape[2] % block or grid.offset:
-        raise ValueError(f"query must have as many rows as keys, a multiple of {block}, got {query.shape[2]}")
-    bounds = Bounds.of(grid, None, selection, query.device)
-    key = key.repeat_interleave(heads // key.shape[1], 1)
-    column = torch.arange(grid.columns, device=query.device)
-    place = torch.arange(grid.kv_len, device=query.device)
-    together = max(1, SCORE_BUDGET // (heads * block * grid.kv_len))
-    chosen_parts, possible_blocks = [], 0
-    for first in range(0, grid.rows, together):
-        row = torch.arange(first, min(grid.rows, first + together), device=query.device)
-        at = torch.arange(first * block, (int(row[-1]) + 1) * block, device=query.device)
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+    place = torch.arange(key.shape[2], device=query.device)
+
+    def masses(grid: Grid, first: int, stop: int) -> Tensor:
+        at = place[first * grid.block : stop * grid.block]
         scores = (query[:, :, at].float() @ key.float().mT * scale).masked_fill(place > at[:, None], float("-inf"))
-        weights = groups_of(torch.softmax(scores, -1), block, 3).sum(4)
-        masses = groups_of(weights, block).amax(3)
-        possible, always = bounds.kept(row, column)
-        masses = masses / masses.sum(-1, keepdim=True)
-        chosen_parts.append(choose(masses, possible[:, None], always[:, None], selection.share))
-        possible_blocks += int(possible.sum())
-    return lists_of(torch.cat(chosen_parts, 2), possible_blocks)
+        weights = groups_of(torch.softmax(scores, -1), grid.block, 3).sum(4)
+        return groups_of(weights, grid.block).amax(3)
+
+    return lists_by(masses, key.shape[2], query, key, selection)

@@ -35,7 +35,7 @@ LEAST_TOKENS = 4096
 HEAD_DIMS = (64, 128)
 """Those that were measured."""
 
-_DTYPES = (torch.bfloat16, torch.float16)
+DTYPES = (torch.bfloat16, torch.float16)
 
 
 class FlashAttention4(Lowering):
@@ -59,7 +59,7 @@ class FlashAttention4(Lowering):
             return "needs equal numbers of rows and keys"
         if call.needs_grad:
             return "forward only"
-        if query.dtype not in _DTYPES:
+        if query.dtype not in DTYPES:
             return f"{query.dtype} is not bfloat16 or float16"
         if dims[0] != dims[1] or dims[0] not in HEAD_DIMS:
             return f"head dims {dims[0]} and {dims[1]} are not both 64 or both 128"
@@ -160,17 +160,15 @@ def by_sequences(query: Tensor, key: Tensor, value: Tensor, whole: Tensor | None
         (B, H, N, D) in (B, N, H, D) memory; rows outside of their sequence's range are left as they came.
     """
     dense, ragged = functions()
-    by_tokens = [x.transpose(1, 2) for x in (query, key, value)]
-    # Whole tokens may be far apart; the elements of one head are not.
-    by_tokens = [x if x.stride(3) == 1 else x.contiguous() for x in by_tokens]
+    operands = by_tokens(query, key, value)
     if whole is None:
-        return _first(dense(*by_tokens, softmax_scale=scale, causal=True)).transpose(1, 2)
+        return result_of(dense(*operands, softmax_scale=scale, causal=True)).transpose(1, 2)
     batch, count = query.shape[0], query.shape[2]
     first = torch.arange(batch, device=query.device, dtype=torch.int32) * count
     begin = F.pad(first + whole[:, 0], (0, 1), value=batch * count)
     used = whole[:, 1] - whole[:, 0]
     out = ragged(
-        *(x.reshape(batch * count, *x.shape[2:]) for x in by_tokens),
+        *(x.reshape(batch * count, *x.shape[2:]) for x in operands),
         cu_seqlens_q=begin,
         cu_seqlens_k=begin,
         max_seqlen_q=count,
@@ -180,10 +178,17 @@ def by_sequences(query: Tensor, key: Tensor, value: Tensor, whole: Tensor | None
         softmax_scale=scale,
         causal=True,
     )
-    return _first(out).view(batch, count, *query.shape[1::2]).transpose(1, 2)
+    return result_of(out).view(batch, count, *query.shape[1::2]).transpose(1, 2)
 
 
-def _first(made: Any) -> Tensor:
+def by_tokens(*tensors: Tensor) -> list[Tensor]:
+    """(B, h, N, D) as the package takes them, (B, N, h, D)."""
+    moved = [x.transpose(1, 2) for x in tensors]
+    # Whole tokens may be far apart; the elements of one head are not.
+    return [x if x.stride(3) == 1 else x.contiguous() for x in moved]
+
+
+def result_of(made: Any) -> Tensor:
     """The attention of what the package returns: alone in some versions, with the log-sum-exp in others."""
     return cast("Tensor", made[0] if isinstance(made, tuple) else made)
 

@@ -8,7 +8,7 @@ does not take (padding, fewer rows than keys, other blocks) our own kernel compu
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ def serves(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, b
         and query.shape[2] == key.shape[2] >= fa4.LEAST_TOKENS
         and dims[0] == dims[1]
         and dims[0] in fa4.HEAD_DIMS
-        and query.dtype in (torch.bfloat16, torch.float16)
+        and query.dtype in fa4.DTYPES
         and fa4.missing(query.device) is None
     )
 
@@ -39,13 +39,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, lists: Lists, scale: float
     A block of rows' own block is the last of its list.
     """
     dense, tensors = functions()
-    by_tokens = [x.transpose(1, 2) for x in (query, key, value)]
-    # Whole tokens may be far apart; the elements of one head are not.
-    by_tokens = [x if x.stride(3) == 1 else x.contiguous() for x in by_tokens]
     both = tensors(*split(lists), block_size=(BLOCK, BLOCK))
-    made = dense(*by_tokens, softmax_scale=scale, causal=True, block_sparse_tensors=both)
-    # Alone in some versions, with the log-sum-exp in others.
-    return cast("Tensor", made[0] if isinstance(made, tuple) else made).transpose(1, 2)
+    operands = fa4.by_tokens(query, key, value)
+    return fa4.result_of(dense(*operands, softmax_scale=scale, causal=True, block_sparse_tensors=both)).transpose(1, 2)
 
 
 def split(lists: Lists) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -73,26 +73,22 @@ LEAST_SPLIT = 256
 """Keys that one part of the last rows walks at least, or rows that one part of the sinks does: less would cost more in
 the merge than it saves."""
 
-_TILES_OF_HOPPER = 4
-"""Tiles of 128 stacked rows for each multiprocessor from which the Hopper kernel pays: one program a multiprocessor
+_LEAST_OF_HOPPER = 4 * 128
+"""Stacked rows for each multiprocessor, tiles of 128, from which the Hopper kernel pays: one program a multiprocessor
 takes them one after another, and with fewer the last one's end would be waited for."""
+_LEAST_OF_LARGE = 2 * LARGE.rows
+"""Stacked rows for each multiprocessor from which there are more large tiles than could all run at once: with fewer,
+half the rows a tile make twice as many programs."""
 
 
 def enough_for_hopper(rows: int, multiprocessors: int) -> bool:
     """Whether the Hopper kernel pays for ``rows`` stacked rows: batch x query heads x tokens."""
-    return rows >= _TILES_OF_HOPPER * 128 * multiprocessors
-
-
-def enough_for_large(rows: int, multiprocessors: int) -> bool:
-    """Whether ``rows`` stacked rows are more large tiles than could all run at once: else half the rows a tile make
-    twice as many programs."""
-    return rows >= 2 * LARGE.rows * multiprocessors
+    return rows >= _LEAST_OF_HOPPER * multiprocessors
 
 
 def row_steps(heads: int, multiprocessors: int) -> tuple[int, ...]:
     """The numbers of tokens, ascending, from which on a prompt of one sequence runs another kernel than with fewer."""
-    bounds = 2 * LARGE.rows, _TILES_OF_HOPPER * 128
-    return tuple(-(-rows * multiprocessors // heads) for rows in bounds)
+    return tuple(-(-rows * multiprocessors // heads) for rows in (_LEAST_OF_LARGE, _LEAST_OF_HOPPER))
 
 
 def choose(element_size: int, dim: int, slots: int, rows: int, multiprocessors: int) -> Tuning:
@@ -109,7 +105,7 @@ def choose(element_size: int, dim: int, slots: int, rows: int, multiprocessors: 
         return FLOAT32 if dim <= 128 else FLOAT32_LARGE_HEADS
     if dim > 128:
         return LARGE_HEADS
-    few = dim == 128 and not enough_for_large(rows, multiprocessors)
+    few = dim == 128 and rows < _LEAST_OF_LARGE * multiprocessors
     return SMALL if few or one_block(slots) else LARGE
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tmx_compile.mask.selection import Selection
-from tmx_compile.operator.dynamic.grid import Grid, groups_of
+from tmx_compile.operator.dynamic.grid import Grid, groups_of, products
 
 
 class Groups:
@@ -41,11 +41,7 @@ class Groups:
         """Groups of a block."""
         self.width = self.of_block
         """Scores of a group of rows with a block of keys."""
-        exists = grid.existing_keys(key_mask, key.device)
-        keys = grid.padded_keys(key)
-        if key_mask is not None:
-            # Hidden keys may hold anything.
-            keys = keys.masked_fill(~exists[:, None, :, None], 0.0)
+        keys, exists = grid.shown_keys(key, key_mask)
         rows = grid.padded_rows(query)
         self.rows_of = grid.existing_rows(query.device).view(-1, self.stride).sum(1)
         """(groups of rows,) how many rows each has."""
@@ -65,18 +61,14 @@ class Groups:
 
         Those of a row of blocks add up to 1, or are all 0 where it sees no key.
         """
-        batch, heads = self.rows.shape[:2]
-        kv_heads = self.keys.shape[1]
         low, high = first * self.of_block, stop * self.of_block
         columns = self.grid.first + stop
-        rows = self.rows[:, :, low:high].reshape(batch, kv_heads, heads // kv_heads * (high - low), -1)
-        keys = self.keys[:, :, : columns * self.of_block]
-        scores = (rows @ keys.mT).view(batch, heads, high - low, -1)
+        scores = products(self.rows[:, :, low:high], self.keys[:, :, : columns * self.of_block])
         missing = self.stride / self.rows_of[low:high].clamp(min=1)
-        keys_of = self.keys_of[:, None, None, : keys.shape[2]]
+        keys_of = self.keys_of[:, None, None, : scores.shape[3]]
         # As many keys as a group has, each with the group's score.
         scores = scores * missing[:, None] * (self.stride / keys_of.clamp(min=1)) + keys_of.log()
-        place = torch.arange(keys.shape[2], device=scores.device)
+        place = torch.arange(scores.shape[3], device=scores.device)
         row = torch.arange(low, high, device=scores.device)[:, None] + self.grid.first * self.of_block
         scores = scores.masked_fill(place > row, float("-inf"))
         shares = torch.softmax(scores, -1).nan_to_num(0.0)

@@ -17,6 +17,13 @@ def groups_of(x: Tensor, size: int, dim: int = 2) -> Tensor:
     return torch.unflatten(x, dim, (-1, size))
 
 
+def products(rows: Tensor, keys: Tensor) -> Tensor:
+    """(B, H, R, K) products of rows (B, H, R, D) and keys (B, Hkv, K, D), whose heads they share."""
+    batch, heads, count, dim = rows.shape
+    by_key_head = rows.reshape(batch, keys.shape[1], heads // keys.shape[1] * count, dim)
+    return (by_key_head @ keys.mT).view(batch, heads, count, -1)
+
+
 @dataclass(frozen=True)
 class Grid:
     """Blocks of ``block`` positions, counted from key 0: row i stands at position Skv - Sq + i, as in the operator.
@@ -61,6 +68,14 @@ class Grid:
         """Keys (B, Hkv, Skv, D) as whole blocks, likewise."""
         behind = self.columns * self.block - self.kv_len
         return F.pad(x, (0, 0, 0, behind)) if behind else x
+
+    def shown_keys(self, key: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Keys as whole blocks, with zeros for hidden ones, which may hold anything; and :meth:`existing_keys`."""
+        exists = self.existing_keys(key_mask, key.device)
+        keys = self.padded_keys(key)
+        if key_mask is not None:
+            keys = keys.masked_fill(~exists[:, None, :, None], 0.0)
+        return keys, exists
 
     def existing_rows(self, device: torch.device) -> Tensor:
         """(rows * block,) bool: which rows of the whole blocks exist."""

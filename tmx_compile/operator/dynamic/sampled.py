@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tmx_compile.mask.selection import Selection
-from tmx_compile.operator.dynamic.grid import Grid, groups_of
+from tmx_compile.operator.dynamic.grid import Grid, groups_of, products
 
 _STEP = 5
 
@@ -42,11 +42,7 @@ class Sampled:
         """Rows that are sampled of a block."""
         self.width = grid.block
         """Scores of a sampled row with a block of keys."""
-        self.exists = grid.existing_keys(key_mask, key.device)
-        keys = grid.padded_keys(key)
-        if key_mask is not None:
-            # Hidden keys may hold anything.
-            keys = keys.masked_fill(~self.exists[:, None, :, None], 0.0)
+        keys, self.exists = grid.shown_keys(key, key_mask)
         self.keys = keys.float()
         group = torch.arange(grid.rows * self.of_block, device=key.device) + grid.first * self.of_block
         wanted = group * selection.stride + place_in_group(group, selection.stride)
@@ -61,16 +57,12 @@ class Sampled:
 
         Each in [0, 1]; those of a row of blocks do not add up to 1.
         """
-        batch, heads = self.rows.shape[:2]
-        kv_heads = self.keys.shape[1]
         low, high = first * self.of_block, stop * self.of_block
         columns = self.grid.first + stop
-        rows = self.rows[:, :, low:high].reshape(batch, kv_heads, heads // kv_heads * (high - low), -1)
-        keys = self.keys[:, :, : columns * self.grid.block]
-        scores = (rows @ keys.mT).view(batch, heads, high - low, -1)
-        place = torch.arange(keys.shape[2], device=scores.device)
+        scores = products(self.rows[:, :, low:high], self.keys[:, :, : columns * self.grid.block])
+        place = torch.arange(scores.shape[3], device=scores.device)
         seen = (place <= self.position[low:high, None]) & self.sampled[low:high, None]
-        seen = seen & self.exists[:, None, : keys.shape[2]]
+        seen = seen & self.exists[:, None, : scores.shape[3]]
         shares = torch.softmax(scores.masked_fill(~seen[:, None], float("-inf")), -1).nan_to_num(0.0)
         masses = groups_of(groups_of(shares, self.grid.block, 3).sum(4), self.of_block).amax(3)
         return torch.nn.functional.pad(masses, (0, self.grid.columns - columns))
