@@ -61,7 +61,7 @@ def compiled(dim, group, padded, reach):
         HEADS=2 * group, KV_HEADS=2, GROUP=group, HEAD_BOX=box, DIM=dim, BLOCK_D=block, BLOCK_N=keys, STAGES=stages,
         PADDED=padded, REACH=reach, WRITE_LSE=padded, CONSUMER_REGISTERS=consumer, PRODUCER_REGISTERS=producer,
     )  # fmt: skip
-    pointers = {"out_ptr": "*bf16", "mask_ptr": "*i1", "extent_ptr": "*i32"}
+    pointers = {"out_ptr": "*bf16", "mask_ptr": "*i1", "extent_ptr": "*i32", "counter_ptr": "*i32"}
     names = [parameter.name for parameter in hopper_kernel.params]
     signature, aligned = {}, {}
     for index, name in enumerate(names):

@@ -13,7 +13,7 @@ from tmx_compile.lowering import table
 from tmx_compile.lowering.base import AttentionCall
 from tmx_compile.lowering.table import TRITON, Role, Wish
 from tmx_compile.lowering.triton import lowering, tuning
-from tmx_compile.lowering.triton.launch import attend, prepare
+from tmx_compile.lowering.triton.launch import attend, forget
 from tmx_compile.mask.geometry import Geometry
 from tmx_compile.operator import ALL_ROWS
 from tmx_compile.operator.kernel import valid_range
@@ -93,11 +93,11 @@ def test_groups_of_any_size(heads, kv_heads):
 def test_any_number_of_splits_gives_the_same(splits, monkeypatch):
     """The last rows' parts, with ranges that hold no key of a row among them."""
     monkeypatch.setattr(tuning, "splits", lambda *_: splits)
-    prepare.cache_clear()
+    forget()
     for name in ("prime length", "everything beyond the end", "padding on both sides", "a reach inside the last rows"):
         (out, _), (want, _) = run(CASES[name])
         torch.testing.assert_close(out, want, atol=1e-4, rtol=0)
-    prepare.cache_clear()
+    forget()
 
 
 def test_the_memory_of_partial_results_is_bounded():

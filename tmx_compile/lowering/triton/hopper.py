@@ -22,7 +22,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from tmx_compile.lowering.triton import tuning
 from tmx_compile.lowering.triton.hopper_walk import Counts, item, layout_slots, schedule
 from tmx_compile.lowering.triton.tiles import counter
 from tmx_compile.lowering.triton.walk import seen
@@ -31,8 +30,6 @@ from tmx_compile.lowering.triton.walk import seen
 _barrier = getattr(gl, "thread_barrier", None) or gl.barrier
 
 _NO_MAXIMUM = gl.constexpr(-3.0e38)
-# The head of the scratch memory: how many splits of a computing group's last rows arrived; all 0 before the launch.
-COUNTERS = gl.constexpr(tuning.COUNTERS)
 # Computing groups of a CTA: they share every key block, so that half as many keys go through the caches.
 CONSUMERS = gl.constexpr(2)
 
@@ -55,7 +52,8 @@ class Common(NamedTuple):
     v_bufs: Any
     counts: Any
     extent_ptr: Any
-    scratch_ptr: Any
+    part_ptr: Any
+    counter_ptr: Any
     mask_ptr: Any
     out_ptr: Any
     lse_ptr: Any
@@ -265,19 +263,20 @@ def _consume(
             o_r = gl.arange(0, 64, layout=gl.SliceLayout(1, OUT))
             o_c = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, OUT))
             inner = gl.expand_dims(o_r * BLOCK_D, 1) + gl.expand_dims(o_c, 0)
-            part_ptr = common.scratch_ptr + COUNTERS
-            part_at = part_ptr + number.to(gl.int64) * splits * (64 * BLOCK_D)
+            part_at = common.part_ptr + number.to(gl.int64) * splits * (64 * BLOCK_D)
             # The log-sum-exps, base 2, lie behind the parts of all last-row items.
-            lse_at = part_ptr + counts.last_items.to(gl.int64) * (CONSUMERS * 64 * BLOCK_D)
+            lse_at = common.part_ptr + counts.last_items.to(gl.int64) * (CONSUMERS * 64 * BLOCK_D)
             lse_at += number.to(gl.int64) * splits * 64
             gl.store(part_at + work.split * (64 * BLOCK_D) + inner, acc)
             gl.store(lse_at + work.split * 64 + row, lse)
             # Every thread's stores before the one thread's release.
             _barrier()
-            before = gl.atomic_add(counter(common.scratch_ptr, number), 1, sem="acq_rel")
+            before = gl.atomic_add(counter(common.counter_ptr, number), 1, sem="acq_rel")
             _barrier()
             wrote = (before == splits - 1).to(gl.int32)
             if before == splits - 1:
+                # For the next launch.
+                gl.store(counter(common.counter_ptr, number), 0)
                 acc = gl.zeros([64, BLOCK_D], gl.float32, OUT)
                 total = gl.zeros([64], gl.float32, gl.SliceLayout(1, S))
                 maximum = gl.full([64], _NO_MAXIMUM, gl.float32, gl.SliceLayout(1, S))
@@ -339,7 +338,7 @@ def _consume(
 )  # fmt: skip
 def hopper_kernel(
     q_desc, k_desc, v_desc, piece_k, piece_v,
-    out_ptr, lse_ptr, mask_ptr, extent_ptr, scratch_ptr,
+    out_ptr, lse_ptr, mask_ptr, extent_ptr, part_ptr, counter_ptr,
     o_batch, o_head, o_row, mask_batch,
     q_len, kv_len, sink, window, last, reach, scale,
     last_items, last_tiles, splits, split_keys, tiles, stream_items, head_start,
@@ -373,7 +372,8 @@ def hopper_kernel(
     )  # fmt: skip
     common = Common(
         q_desc, k_desc, v_desc, piece_k, piece_v, q_full, q_empty, k_full, v_full, kv_empty, q_bufs, k_bufs, v_bufs,
-        counts, extent_ptr, scratch_ptr, mask_ptr, out_ptr, lse_ptr, o_batch, o_head, o_row, scale, mask_batch,
+        counts, extent_ptr, part_ptr, counter_ptr, mask_ptr, out_ptr, lse_ptr, o_batch, o_head, o_row, scale,
+        mask_batch,
     )  # fmt: skip
     gl.warp_specialize(
         [
