@@ -51,23 +51,39 @@ def gradients(
     Returns:
         The gradients of query, key and value, each in (B, tokens, heads, dim) memory.
     """
-    dtype = query.dtype
-    if INTERPRETED and dtype == torch.bfloat16:
-        # The interpreter multiplies bfloat16 as if it were integers.
-        grad_out, query, key, value, out = (x.float() for x in (grad_out, query, key, value, out))
-    grad_out, query, key, value, out = (
-        x if x.stride(3) == 1 else x.contiguous() for x in (grad_out, query, key, value, out)
-    )
-    key_mask = key_mask if key_mask is None or key_mask.stride(1) == 1 else key_mask.contiguous()
-    lse, grad_lse = lse.contiguous(), None if grad_lse is None else grad_lse.contiguous()
     tensors = grad_out, grad_lse, query, key, value, key_mask, extent, out, lse
     kind_of_call = *as_key(tensors), *geometry.counts, geometry.reach, scale, softcap, shapes
     launches = _known.get(kind_of_call)
-    if launches is None:
-        kinds = tuple(None if x is None else kind(x) for x in tensors)
-        launches = remember(_known, kind_of_call, _Launches(kinds, geometry, scale, shapes, softcap))
-    grads = launches(*tensors)
-    return grads if grads[0].dtype == dtype else tuple(x.to(dtype) for x in grads)  # type: ignore[return-value]
+    if launches is not None:
+        return launches(*tensors)
+    usable = _usable(*tensors)
+    if any(x is not y for x, y in zip(usable, tensors, strict=True)):
+        grads = gradients(*usable, geometry, scale, softcap=softcap, shapes=shapes)
+        return tuple(x.to(query.dtype) for x in grads)  # type: ignore[return-value]
+    kinds = tuple(None if x is None else kind(x) for x in tensors)
+    return remember(_known, kind_of_call, _Launches(kinds, geometry, scale, shapes, softcap))(*tensors)
+
+
+def _usable(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    extent: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+) -> tuple[Any, ...]:
+    """The same tensors, but for those of strides or a dtype that the kernels do not read."""
+    rows = grad_out, query, key, value, out
+    if INTERPRETED and query.dtype == torch.bfloat16:
+        # The interpreter multiplies bfloat16 as if it were integers.
+        rows = tuple(x.float() for x in rows)  # type: ignore[assignment]
+    grad_out, query, key, value, out = (x if x.stride(3) == 1 else x.contiguous() for x in rows)
+    key_mask = key_mask if key_mask is None or key_mask.stride(1) == 1 else key_mask.contiguous()
+    lse, grad_lse = lse.contiguous(), None if grad_lse is None else grad_lse.contiguous()
+    return grad_out, grad_lse, query, key, value, key_mask, extent, out, lse
 
 
 def forget() -> None:
