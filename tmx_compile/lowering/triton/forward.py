@@ -15,11 +15,9 @@ class Forward:
     """A launch of one of the forward kernels for calls of one kind.
 
     Args:
-        launch: of the kernel, whose pointers are those of query, key, value, then for a kernel that takes pieces those
-            of key and value once more, out, lse, mask, extent, parts, counters, and for one that does not, done and
-            sink logits.
+        launch: of the kernel, whose pointers are those of query, key, value, then in one that takes pieces those of key
+            and value again, out, lse, mask, extent, parts, counters, and in one that does not, done and sink logits.
         query, value: the kinds of these.
-        out: that of the memory to write into, None for memory that is allocated: (B, Sq, H, Dv).
         with_lse: whether the log-sum-exp is written.
         parts: elements of the partial results of all splits; 0 where nothing is split.
         takes_pieces: see ``launch``.
@@ -53,7 +51,10 @@ class Forward:
         sink_logits: Tensor | None = None,
         out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Launch it with tensors of the kinds that it is for, on the current device; out and lse."""
+        """Launch it with tensors of the kinds that it is for, on the current device.
+
+        Arguments and results are those of :func:`launch.attend`.
+        """
         there = None
         if done is not None:
             out, there = done
