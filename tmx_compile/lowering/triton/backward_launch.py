@@ -74,7 +74,7 @@ def _usable(
     extent: Tensor | None,
     out: Tensor,
     lse: Tensor,
-) -> tuple[Any, ...]:
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
     """The same tensors, but for those of strides or a dtype that the kernels do not read."""
     rows = grad_out, query, key, value, out
     if INTERPRETED and query.dtype == torch.bfloat16:
