@@ -16,11 +16,13 @@ class Forward:
 
     Args:
         launch: of the kernel, whose pointers are those of query, key, value, then in one that takes pieces those of key
-            and value again, out, lse, mask, extent, parts, counters, and in one that does not, done and sink logits.
+            and value again and of what the copy engine writes, out, lse, mask, extent, parts, counters, and in one that
+            does not, done and sink logits.
         query, value: the kinds of these.
         with_lse: whether the log-sum-exp is written.
         parts: elements of the partial results of all splits; 0 where nothing is split.
         takes_pieces: see ``launch``.
+        copies_out: whether the copy engine writes the result; where not, query stands in its place.
     """
 
     def __init__(
@@ -32,10 +34,11 @@ class Forward:
         parts: int,
         *,
         takes_pieces: bool = False,
+        copies_out: bool = False,
     ) -> None:
         batch, heads, q_len, _ = query.shape
         dim = value.shape[3]
-        self._launch, self._parts, self._takes_pieces = launch, parts, takes_pieces
+        self._launch, self._parts, self._takes_pieces, self._copies_out = launch, parts, takes_pieces, copies_out
         self._allocate, self._device = allocator(query.device), number_of(query.device)
         self._out = (batch, heads, q_len, dim), strides_by_tokens(heads, q_len, dim), query.dtype
         self._lse = ((batch, heads, q_len), (heads * q_len, q_len, 1), torch.float32) if with_lse else None
@@ -76,14 +79,16 @@ class Forward:
                 0 if counters is None else counters.data_ptr(),
             )
             if self._takes_pieces:
-                addresses = (*at, at[1], at[2], *results)
+                addresses = (*at, at[1], at[2], results[0] if self._copies_out else at[0], *results)
             else:
                 of_sinks = 0 if sink_logits is None else sink_logits.data_ptr()
                 addresses = (*at, *results, 0 if there is None else there.data_ptr(), of_sinks)
             if again(addresses, driver.stream_of(self._device)):
                 return out, lse
         if self._takes_pieces:
-            self._launch.by_triton(out, query, key, value, key, value, out, lse, key_mask, extent, parts, counters)
+            copied = out if self._copies_out else query
+            tensors = query, key, value, key, value, copied, out, lse, key_mask, extent, parts, counters
+            self._launch.by_triton(out, *tensors)
         else:
             tensors = query, key, value, out, lse, key_mask, extent, parts, counters, there, sink_logits
             self._launch.by_triton(out, *tensors)

@@ -212,7 +212,7 @@ def prepare(
     # Where many rows read all keys, those decide the block shapes.
     slots = sink + window if 4 * last < q_len else key.shape[2]
     size = batch * heads * q_len, multiprocessors(query.device)
-    general = shapes is not None or completes or tuning.one_block(slots)
+    general = shapes is not None or completes
     # The Hopper kernel has neither learned sinks nor a softcap.
     general = general or sink_logits or softcap is not None
     if not general and tuning.enough_for_hopper(*size) and HOPPER is not None and HOPPER.takes(query, key, value):
