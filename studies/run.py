@@ -9,6 +9,7 @@ from studies import (
     calibration,
     dense,
     first_n,
+    floor,
     kv_cache,
     million,
     pass_cost,
@@ -38,6 +39,7 @@ CASES = (
     *(pass_cost.CASE, prefill_memory.CASE, kv_cache.CASE, million.CASE, stages.CASE, switch.CASE, training.CASE),
     *(
         dense.CASE,
+        floor.CASE,
         short_prompts.CASE,
         training_step.CASE,
         soak.CASE,
