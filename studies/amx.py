@@ -2,11 +2,12 @@
 
 There dense attention is several times faster than without, so that it has to be shown that the triangle still pays.
 Parts by form: ``eager``, the lowering's own calls one by one, as where nothing compiles; ``compiled``, by Inductor, by
-whatever ``auto`` picks; ``flex``, by Inductor's template.
+whatever ``auto`` picks; ``flex``, by Inductor's template; ``avx512``, as ``eager`` without AMX, to show what it gives.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -42,6 +43,9 @@ FULL: dict[str, Any] = {
 }
 QUICK: dict[str, Any] = FULL | {"lengths": [700], "min_seq_len": 256, "matmul": 256, "rounds": [0.0, 1, 1]}
 _SAMPLED_ROWS = 64
+WITHOUT_AMX = ("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+"""Has to be in the environment of the parts ``avx512``: oneDNN reads it once."""
+
 TOLD = {
     "floor_ms": "the larger of bytes / copy_bytes_per_s and attended pairs x 4 x heads x head_dim / matmul_flops_per_s",
     "matmul_flops_per_s": "torch.matmul of two square bfloat16 matrices, the best of ten",
@@ -60,7 +64,7 @@ def _plan(quick: bool) -> dict[str, Any]:
 
 def names(quick: bool) -> list[str]:
     # What needs no compile first: a C++ compile takes minutes on some machines.
-    return [f"{form}/{name}" for form in ("eager", "compiled") for name in SHAPES] + ["flex/SmolLM2-135M"]
+    return [f"{form}/{name}" for form in ("eager", "compiled", "flex", "avx512") for name in SHAPES]
 
 
 def settings(quick: bool) -> dict[str, Any]:
@@ -90,6 +94,9 @@ def measure(part: str, quick: bool) -> Records:
     if not (quick or has_amx()):
         raise RuntimeError("amx needs a CPU with AMX, and this one has none")
     form, _, name = part.partition("/")
+    variable, isa = WITHOUT_AMX
+    if not quick and (os.environ.get(variable) == isa) != (form == "avx512"):
+        raise RuntimeError(f"parts 'avx512' need {variable}={isa} in the environment, and no other part may have it")
     plan = _plan(quick)
     heads, kv_heads, dim = SHAPES[name]
     rates = {"copy_bytes_per_s": copy_rate(CPU), "matmul_flops_per_s": matmul_rate(plan["matmul"], plan["dtype"])}
@@ -137,12 +144,12 @@ def measure(part: str, quick: bool) -> Records:
                     "dense_ms": timings[best].median,
                     "dense_backend": best,
                     **rates,
-                    "compile_s": first[geometry] if form != "eager" else None,
+                    "compile_s": first[geometry] if form in ("compiled", "flex") else None,
                     "error": errors[geometry],
                     "account": found,
                     **derived(shape, geometry, timings[geometry].median, timings[best].median, rates),
                     "rate_of_dense": _rate_of_dense(shape, geometry, found, timings[best].median)
-                    if form == "eager"
+                    if form in ("eager", "avx512")
                     else None,
                 }
             )  # fmt: skip
@@ -161,7 +168,7 @@ def matmul_rate(size: int, dtype: str) -> float:
 
 
 def _layer(form: str, geometry: Geometry, plan: dict[str, Any]) -> Callable[..., Tensor]:
-    if form == "eager":
+    if form in ("eager", "avx512"):
         return partial(_eagerly, geometry)
     config = TriangleMixConfig(*geometry.counts, triangle_layer_indices=[0], min_seq_len=plan["min_seq_len"] // 2)
     backend = tmx_backend(config, lowering="flex" if form == "flex" else "auto", strict=True)
