@@ -48,7 +48,7 @@ WITHOUT_AMX = ("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 
 TOLD = {
     "floor_ms": "the larger of bytes / copy_bytes_per_s and attended pairs x 4 x heads x head_dim / matmul_flops_per_s",
-    "matmul_flops_per_s": "torch.matmul of two square bfloat16 matrices, the best of ten",
+    "matmul_flops_per_s": "torch.matmul of two square bfloat16 matrices, the best of ten, of all parts",
     "dense_of_matmul": "the rate of F.scaled_dot_product_attention(is_causal=True) over that of matmul",
     "keys_over_mask": "keys that blocked's blocks of streaming rows hold, over those that the rows attend to",
     "account": "milliseconds of operators in one further call, by torch.profiler: SDPA (attention), copies and masks",
@@ -147,7 +147,6 @@ def measure(part: str, quick: bool) -> Records:
                     "compile_s": first[geometry] if form in ("compiled", "flex") else None,
                     "error": errors[geometry],
                     "account": found,
-                    **derived(shape, geometry, timings[geometry].median, timings[best].median, rates),
                     "rate_of_dense": _rate_of_dense(shape, geometry, found, timings[best].median)
                     if form in ("eager", "avx512")
                     else None,
@@ -186,22 +185,6 @@ def _without_gradients(layer: Callable[..., Tensor], *qkv: Tensor) -> Tensor:
         return layer(*qkv)
 
 
-def derived(shape: Shape, geometry: Geometry, ms: float, dense_ms: float, rates: dict[str, float]) -> dict[str, Any]:
-    """The floor, and what lies between it and the time."""
-    ceilings = Ceilings(rates["copy_bytes_per_s"], rates["matmul_flops_per_s"])
-    floor_ms, floor_by = ceilings.floor(shape, geometry)
-    dense_rate = shape.flops(causal_pairs(shape.n)) / dense_ms * 1e3
-    held, attended, _ = _pairs(shape.n, geometry)
-    return {
-        "floor_ms": floor_ms,
-        "floor_by": floor_by,
-        "over_floor": ms / floor_ms,
-        "speedup": dense_ms / ms,
-        "dense_of_matmul": dense_rate / rates["matmul_flops_per_s"],
-        "keys_over_mask": held / attended,
-    }
-
-
 def _pairs(n: int, geometry: Geometry) -> tuple[int, int, int]:
     """(row, key) pairs of one head: in blocks of streaming rows, attended to by these, of last rows with all keys."""
     size, streaming = rows_per_block(geometry.window), n - geometry.last
@@ -216,7 +199,17 @@ def _rate_of_dense(shape: Shape, geometry: Geometry, found: dict[str, Any], dens
 
 
 def finish(records: Records) -> None:
-    """Nothing needs another part's records."""
+    """The floor by the best rates of all records, those without AMX apart, and what lies between it and the times."""
+    for r in records:
+        alike = [x for x in records if (x["form"] == "avx512") == (r["form"] == "avx512")]
+        copied, multiplied = (max(x[rate] for x in alike) for rate in ("copy_bytes_per_s", "matmul_flops_per_s"))
+        geometry, shape = Geometry(*r["geometry"]), Shape(r["n"], 1, *r["heads"], 2)
+        held, attended, _ = _pairs(r["n"], geometry)
+        r["floor_ms"], r["floor_by"] = Ceilings(copied, multiplied).floor(shape, geometry)
+        r["over_floor"] = r["ms"] / r["floor_ms"]
+        r["speedup"] = r["dense_ms"] / r["ms"]
+        r["dense_of_matmul"] = shape.flops(causal_pairs(r["n"])) / r["dense_ms"] * 1e3 / multiplied
+        r["keys_over_mask"] = held / attended
 
 
 COLUMNS = (

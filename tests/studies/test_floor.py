@@ -106,6 +106,7 @@ def test_the_quick_form_on_a_cpu(monkeypatch):
 
     monkeypatch.setattr(blocked, "attend", seen)
     records = amx.measure("eager/SmolLM2-135M", quick=True)
+    amx.finish(records)
     (n,) = amx.QUICK["lengths"]
     for r, geometry in zip(records, amx.GEOMETRIES, strict=True):
         assert (r["n"], r["geometry"], r["lowering"]) == (n, list(geometry.counts), "blocked")
@@ -120,3 +121,24 @@ def test_the_quick_form_on_a_cpu(monkeypatch):
         in_mask = attended_pairs(streaming, Geometry(geometry.sink, geometry.window, 0))
         assert r["keys_over_mask"] == pytest.approx(streaming * keys / in_mask)
         assert r["rate_of_dense"] > 0
+
+
+def test_the_floor_of_a_cpu_is_by_the_best_rates_with_amx_or_without():
+    like = {
+        "n": 4096,
+        "heads": [2, 1, 64],
+        "geometry": [4, 32, 64],
+        "ms": 2.0,
+        "dense_ms": 8.0,
+        "copy_bytes_per_s": 1e12,
+    }
+    records = [
+        like | {"form": form, "matmul_flops_per_s": rate}
+        for form, rate in (("eager", 1e11), ("compiled", 2e11), ("avx512", 5e10))
+    ]
+    amx.finish(records)
+    with_amx, compiled, without = records
+    flops = Shape(4096, 1, 2, 1, 64, 2).flops(attended_pairs(4096, Geometry(4, 32, 64)))
+    assert with_amx["floor_ms"] == compiled["floor_ms"] == pytest.approx(flops / 2e11 * 1e3)
+    assert without["floor_ms"] == pytest.approx(4 * with_amx["floor_ms"])
+    assert (with_amx["speedup"], with_amx["floor_by"]) == (4.0, "pairs")
