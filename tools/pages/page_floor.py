@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tmx_compile.bench.floor import Shape
 from tools.pages.blocks import filled
 from tools.pages.markdown import Fields, ms, percent, slashed, table, times
 from tools.pages.results import load, origin
@@ -84,15 +85,20 @@ def _parts(result: Fields) -> str:
         if r["parts_ms"]:
             parts = [f"{ms(r['parts_ms'][name])} ({percent(r['parts_ms'][name] / r['ms'])})" for name in _PARTS]
             rows.append([f"{r['n']:,}", slashed(r["geometry"]), ms(r["ms"]), *parts])
+    n = max(result["settings"]["lengths"])
     said = []
-    for r in (r for r in _of(result, "band") if r["n"] == max(result["settings"]["lengths"])):
+    for r in (r for r in _of(result, "band") if r["n"] == n):
         name = "ours" if r["lowering"] == "triton" else "its"
         said.append(f"{name}, window {r['geometry'][1]:,}: {percent(r['pace_of_dense'])}, {ms(r['tile_ms'])} ms")
+    copied = max(r["copy_bytes_per_s"] for r in result["records"])
+    heads, kv_heads, dim, element = result["records"][0]["shape"]
+    moved = Shape(n, 1, heads, kv_heads, dim, element).bytes / copied * 1e3
     return (
         table(["tokens", "geometry", "our call", *_PARTS.values()], rows)
-        + "\n\nPace over the dense rate on each further key, and the time of edges, start and end, at the longest: "
+        + f"\n\nAt {n:,} tokens, the rate on each further key over the dense rate, and the time of edges, start and "
+        + "end: "
         + "; ".join(said)
-        + "."
+        + f". Reading query, key and value and writing the result once takes {ms(moved)} ms at the rate of a copy."
     )
 
 
