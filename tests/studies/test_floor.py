@@ -1,8 +1,11 @@
 """The studies of one layer against its floor: their arithmetic, and their quick forms on a CPU. Nothing is timed."""
 
+import json
+
 import pytest
 import torch
 
+from benchmarks.common import RESULTS
 from studies import amx, floor
 from tests.support.oracle import oracle
 from tmx_compile.bench.floor import Shape, attended_pairs, causal_pairs
@@ -142,3 +145,30 @@ def test_the_floor_of_a_cpu_is_by_the_best_rates_with_amx_or_without():
     assert with_amx["floor_ms"] == compiled["floor_ms"] == pytest.approx(flops / 2e11 * 1e3)
     assert without["floor_ms"] == pytest.approx(4 * with_amx["floor_ms"])
     assert (with_amx["speedup"], with_amx["floor_by"]) == (4.0, "pairs")
+
+
+def test_the_stored_layers_are_all_there_and_their_parts_make_the_whole():
+    result = json.loads((RESULTS / floor.CASE.file_name).read_text(encoding="utf-8"))
+    layers = [r for r in result["records"] if r["what"] == "layer"]
+    wanted = {(n, geometry.counts) for n in floor.FULL["lengths"] for geometry in floor.GEOMETRIES}
+    assert {(r["n"], tuple(r["geometry"])) for r in layers} == wanted
+    assert result["settings"]["fa4"] == "installed"
+    for r in layers:
+        assert r["timed"] == "graph"
+        assert r["over_floor"] >= 1
+        assert (r["parts_ms"] is None) == (r["n"] < floor.FULL["sweep_from"])
+        if r["parts_ms"]:
+            assert sum(r["parts_ms"].values()) == pytest.approx(r["ms"], rel=1e-4)
+    # Both kernels computed the same band.
+    assert all(
+        r["error"] < 0.05 for r in result["records"] if r["what"] == "band" and r["lowering"] == floor.FA4_WINDOW
+    )
+
+
+def test_where_auto_takes_the_triangle_on_a_cpu_with_amx_it_was_faster():
+    result = json.loads((RESULTS / amx.CASE.file_name).read_text(encoding="utf-8"))
+    assert "amx_bf16" in result["hardware"]["flags"]
+    assert "gpu" not in result["hardware"]
+    taken = [r for r in result["records"] if r["auto"] == r["lowering"]]
+    assert {r["n"] for r in taken} == set(amx.FULL["lengths"])
+    assert all(r["speedup"] > 1 for r in taken)
