@@ -6,9 +6,11 @@ from collections.abc import Sequence
 
 from benchmarks import common
 from studies import (
+    amx,
     calibration,
     dense,
     first_n,
+    floor,
     kv_cache,
     million,
     pass_cost,
@@ -37,7 +39,9 @@ CASES = (
     *(clients.CASE, first_n.CASE, calibration.CASE, quality.CASE, recall.CASE, stacked.CASE),
     *(pass_cost.CASE, prefill_memory.CASE, kv_cache.CASE, million.CASE, stages.CASE, switch.CASE, training.CASE),
     *(
+        amx.CASE,
         dense.CASE,
+        floor.CASE,
         short_prompts.CASE,
         training_step.CASE,
         soak.CASE,
