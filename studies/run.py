@@ -25,6 +25,7 @@ from studies import (
     stacked_layer,
     stacked_model,
     stacked_recall,
+    stacked_selection,
     stages,
     switch,
     training,
@@ -48,6 +49,7 @@ CASES = (
         stacked_layer.CASE,
         stacked_model.CASE,
         stacked_recall.CASE,
+        stacked_selection.CASE,
         two_forms.CASE,
     ),
 )
