@@ -22,6 +22,7 @@ from tmx_compile.analysis.choose.direct import ShareScores
 from tmx_compile.analysis.judge.choice import Choice, DynamicLayers
 from tmx_compile.bench.dynamic_times import DynamicTimes
 from tmx_compile.config import TriangleMixConfig, as_count
+from tmx_compile.config.dynamic import ONLY_GROUP
 from tmx_compile.mask.geometry import Geometry
 from tmx_compile.mask.intervals import pair_counts
 from tmx_compile.mask.selection import Selection, checked_block, checked_group, checked_method, checked_share
@@ -218,7 +219,7 @@ def read_scores(path: str | os.PathLike[str], *, num_layers: int, model: nn.Modu
         if any(x.divergence.keys() != x.density.keys() for x in shares):
             raise ValueError("divergence and density must be of the same layers")
         method, block = checked_method("method", section["method"]), checked_block("block", section["block"])
-        group = checked_group("group", section.get("group", Selection.stride), block)
+        group = checked_group("group", section.get("group", ONLY_GROUP), block)
         return Scores(config.geometry, _layers(content["scores"]["divergence"]), shares, method, block, group)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         why = f"it lacks {error}" if isinstance(error, KeyError) else str(error)

@@ -78,9 +78,9 @@ class Choice:
         (0.95, 0.95)
         """
         layers = config.dynamic_layers()
-        shares = tuple(config.selection(layer).share for layer in layers)
-        words = config.dynamic_method, config.dynamic_block, config.dynamic_group
-        dynamic = DynamicLayers(layers, shares, *words) if layers else DynamicLayers()
+        ways = [config.selection(layer) for layer in layers]
+        words = [(x.method, x.block, x.stride) for x in ways[:1]]
+        dynamic = DynamicLayers(layers, tuple(x.share for x in ways), *words[0]) if words else DynamicLayers()
         return cls(config.geometry, config.layers(), streaming, dynamic)
 
     def config(self) -> TriangleMixConfig:
