@@ -83,13 +83,12 @@ def measure(part: str, quick: bool) -> Records:
     plan, tokens = QUICK if quick else FULL, int(part)
     model: Any = recall(plan["dtype"])
     wanted: dict[str, Choice | None] = {"dense": None}
-    for geometry, way in itertools.product(plan["geometries"], plan["ways"]):
+    first, *others = plan["geometries"]
+    for geometry, way in [*((first, way) for way in plan["ways"]), *((x, plan["ways"][0]) for x in others)]:
         wanted |= _proposals(model, tokens, Geometry(*geometry), way, plan)
     for way in plan["ways"]:
-        wanted |= _others(Geometry(*plan["geometries"][0]), way, plan)
-    choosing, judging = (
-        _tasks(tokens, plan[which], place, plan) for place, which in enumerate(("choosing", "judging"))
-    )
+        wanted |= _others(Geometry(*first), way, plan)
+    choosing, judging = (_tasks(tokens, which, plan) for which in ("choosing", "judging"))
     records: Records = []
     runs: dict[str, Callable[[], Any]] = {}
     for name, choice in wanted.items():
@@ -98,11 +97,11 @@ def measure(part: str, quick: bool) -> Records:
             config = choice.config().replace(min_seq_len=512)
             attention = register_attention(config, name=f"study_{name}", strict=True)
         which = "sdpa" if attention is None else attention.name
-        first, second = ({task: _right(model, which, x) for task, x in tasks.items()} for tasks in (choosing, judging))
+        chose, judged = ({task: _right(model, which, x) for task, x in tasks.items()} for tasks in (choosing, judging))
         densities: list[float] = []
         if attention is not None:
             densities = [attention.report.density(x) for x in attention.report if x.decision == "dynamic"]
-        records.append(_record(tokens, name, choice, first, second, densities))
+        records.append(_record(tokens, name, choice, chose, judged, densities))
         note(f"stacked_mixes: {records[-1]}")
         runs[name] = functools.partial(logits_by, model, which, judging[next(iter(TASKS))][0])
         free()

@@ -23,8 +23,10 @@ from benchmarks.shapes import CAUSAL, MODELS, Prefill, build, check_layers
 from benchmarks.ttft import timed
 from tmx_compile import TriangleMixConfig, tmx_backend
 from tmx_compile.bench.dynamic_times import DynamicTimes
-from tmx_compile.bench.layer_times import AttentionShape, LayerTime, measure_times
+from tmx_compile.bench.layer_times import AttentionShape, measure_times
+from tmx_compile.bench.timing import Rounds, interleaved_on
 from tmx_compile.integrations.transformers import register_attention
+from tmx_compile.lowering import fa4
 from tmx_compile.mask import Geometry
 from tmx_compile.mask.selection import Selection
 
@@ -96,7 +98,8 @@ def settings(quick: bool) -> dict[str, Any]:
         "MLPs and norms compiled one by one",
         "saved_ms": "the dense time less this one; told_ms: the same as advise() adds it up, from layer_ms and the "
         "stored prices of dynamic layers",
-        "layer_ms": "one dense layer, and what one triangle layer saves, timed alone in the same run",
+        "layer_ms": "one dense layer by SDPA, by what 'dense-causal' has, and one triangle layer, timed alone in the "
+        "same run",
     }
 
 
@@ -132,7 +135,7 @@ def _switched(n: int, plan: dict[str, Any], quick: bool) -> Records:
     """All variants at one length, without compiling the model."""
     model: Any = _model("switch", quick)
     plan = plan | {"calls": plan["switch_calls"]}
-    layer = _layer_time(n, plan)
+    layer = _layer_ms(n, plan)
     records: Records = []
     for variant in _variants(plan):
         free()
@@ -149,7 +152,7 @@ def _switched(n: int, plan: dict[str, Any], quick: bool) -> Records:
             check_layers(attention, _layers(plan, variant)[0])
             check_layers(attention, _layers(plan, variant)[1], "dynamic")
         record = _record(plan, n, variant, "switch", attention, found)
-        records.append(record | {"share": share, "layer_ms": [layer.dense_ms, layer.saved_ms]})
+        records.append(record | {"share": share, "layer_ms": layer})
         note(json.dumps(records[-1]))
     return records
 
@@ -223,23 +226,33 @@ def _record(plan: dict[str, Any], n: int, variant: str, form: str, told: Any, fo
     }
 
 
-def _layer_time(n: int, plan: dict[str, Any]) -> LayerTime:
-    """One dense and one triangle layer of the model's shape, as ``advise`` times them."""
+def _layer_ms(n: int, plan: dict[str, Any]) -> list[float]:
+    """One layer of the model's shape, dense and triangle as ``advise`` times them, and as the dense variant has it."""
     shape = AttentionShape(MODEL.heads, MODEL.kv_heads, MODEL.head_dim, MODEL.head_dim)
     where = {"dtype": plan["dtype"], "device": device().type, "seconds": 1.0}
     (found,) = measure_times(shape, [Geometry(*GEOMETRY)], tokens=n, note=note, **where)
-    return found
+    best = found.dense_ms
+    if fa4.missing(device()) is None:
+        query, key, value = (
+            torch.randn(1, n, heads, MODEL.head_dim, device=device(), dtype=getattr(torch, plan["dtype"]))
+            for heads in (MODEL.heads, MODEL.kv_heads, MODEL.kv_heads)
+        )
+        operands = [x.transpose(1, 2) for x in (query, key, value)]
+        run = {"fa4": lambda: fa4.by_sequences(*operands, None, MODEL.head_dim**-0.5)}
+        best = interleaved_on(device(), run, Rounds(0.5, 3, 10))["fa4"].median
+    return [found.dense_ms, best, found.triangle_ms]
 
 
 def _told(record: dict[str, Any]) -> float | None:
     """What all layers save together as ``advise`` adds it up, milliseconds; None without a price."""
-    dense_ms, saved_ms = record["layer_ms"]
-    found = [saved_ms for _ in record["triangle_layers"]]
+    sdpa_ms, dense_ms, triangle_ms = record["layer_ms"]
+    found = [dense_ms - triangle_ms for _ in record["triangle_layers"]]
     for _ in record["dynamic_layers"]:
-        share = DynamicTimes.measured().of_dense(record["n"], Selection.method, FULL["block"], record["density"])
+        way = Selection.method, FULL["block"], record["density"]
+        share = DynamicTimes.measured().of_dense(record["n"], *way)
         if share is None:
             return None
-        found.append(dense_ms * (1 - share))
+        found.append(dense_ms - sdpa_ms * share)
     return math.fsum(found)
 
 

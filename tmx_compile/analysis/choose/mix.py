@@ -25,7 +25,14 @@ from tmx_compile.config import TriangleMixConfig, as_count
 from tmx_compile.config.dynamic import ONLY_GROUP
 from tmx_compile.mask.geometry import Geometry
 from tmx_compile.mask.intervals import pair_counts
-from tmx_compile.mask.selection import Selection, checked_block, checked_group, checked_method, checked_share
+from tmx_compile.mask.selection import (
+    Selection,
+    checked_block,
+    checked_group,
+    checked_method,
+    checked_share,
+    usual_group,
+)
 
 
 @dataclass(frozen=True)
@@ -38,7 +45,7 @@ class Scores:
         dynamic: by share, that of dynamic layers, and their densities.
         method: how these choose.
         block: side of their blocks (tokens).
-        group: tokens that the estimate takes together.
+        group: tokens that the estimate takes together; None: as in a configuration.
 
     >>> from tmx_compile.analysis import Scores
     >>> from tmx_compile.mask import Geometry
@@ -52,7 +59,11 @@ class Scores:
     dynamic: tuple[ShareScores, ...] = ()
     method: str = Selection.method
     block: int = Selection.block
-    group: int = Selection.stride
+    group: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.group is None:
+            object.__setattr__(self, "group", usual_group(self.method, self.block))
 
 
 @dataclass(frozen=True)
