@@ -24,7 +24,7 @@ from tmx_compile.operator.dynamic import Lists
 BLOCK = 128
 FULL: dict[str, Any] = {
     # Tokens, densities.
-    "lengths": ((32768, (0.25, 0.1, 0.5)), (131072, (0.25, 0.5))),
+    "lengths": ((32768, (0.25, 0.1, 0.5, 1.0)), (131072, (0.25, 0.5, 0.1, 1.0))),
     "heads": 32,
     "kv_heads": 8,
     "head_dim": 128,

@@ -27,6 +27,7 @@ from tmx_compile.bench.layer_times import AttentionShape, measure_times
 from tmx_compile.bench.timing import Rounds, interleaved_on
 from tmx_compile.integrations.transformers import register_attention
 from tmx_compile.lowering import fa4
+from tmx_compile.lowering.fa4_lists import kernel_of
 from tmx_compile.mask import Geometry
 from tmx_compile.mask.selection import Selection
 
@@ -152,7 +153,7 @@ def _switched(n: int, plan: dict[str, Any], quick: bool) -> Records:
             check_layers(attention, _layers(plan, variant)[0])
             check_layers(attention, _layers(plan, variant)[1], "dynamic")
         record = _record(plan, n, variant, "switch", attention, found)
-        records.append(record | {"share": share, "layer_ms": layer})
+        records.append(record | {"share": share, "layer_ms": layer, "kernel": kernel_of(plan["block"])})
         note(json.dumps(records[-1]))
     return records
 
@@ -248,8 +249,8 @@ def _told(record: dict[str, Any]) -> float | None:
     sdpa_ms, dense_ms, triangle_ms = record["layer_ms"]
     found = [dense_ms - triangle_ms for _ in record["triangle_layers"]]
     for _ in record["dynamic_layers"]:
-        way = Selection.method, FULL["block"], record["density"]
-        share = DynamicTimes.measured().of_dense(record["n"], *way)
+        way = Selection.method, Selection.stride, FULL["block"], record["density"]
+        share = DynamicTimes.measured().of_dense(record["n"], *way, record.get("kernel", "triton"))
         if share is None:
             return None
         found.append(dense_ms - sdpa_ms * share)

@@ -24,18 +24,19 @@ FULL: dict[str, Any] = {
     "kv_heads": 8,
     "head_dim": 128,
     "dtype": "bfloat16",
-    "block": 128,
     "share": 0.95,
-    "methods": (
-        *(("sampled", group) for group in (16, 32, 64, 128)),
-        *(("pooled", group) for group in (16, 128)),
-        ("antidiagonal", 16),
+    # Method, group, block.
+    "ways": (
+        *(("sampled", group, 128) for group in (16, 32, 64, 128)),
+        *(("pooled", group, 128) for group in (16, 128)),
+        ("antidiagonal", 16, 128),
+        *((method, 16, 64) for method in ("sampled", "pooled", "antidiagonal")),
     ),
     "tiles": (
         (128, 8, 2, 8), (128, 8, 3, 8), (128, 8, 2, 4), (128, 8, 2, 16), (128, 4, 2, 8), (64, 4, 2, 8), (64, 4, 3, 8),
         (256, 8, 2, 8),
     ),
-    "tile_groups": (16, 32),
+    "tile_ways": (("sampled", 16, 128), ("sampled", 32, 128)),
 }  # fmt: skip
 TOLD = {
     "ms": "the GPU's time, by events around the replay of a CUDA graph, its cache cold: no wait for the host",
@@ -69,15 +70,14 @@ def measure(part: str, quick: bool) -> Records:
     dense = _dense(query, key, value)
     backend = min(dense, key=lambda name: dense[name].median)
     sdpa = min(time.median for name, time in dense.items() if name != "fa4")
-    ways = FULL["methods"] if not form else [("sampled", group) for group in FULL["tile_groups"]]
     records: Records = []
-    for method, group in ways:
-        selection = Selection(method, FULL["share"], FULL["block"], group, 8, 128)
+    for method, group, block in FULL["tile_ways" if form else "ways"]:
+        selection = Selection(method, FULL["share"], block, group, 8, 128)
         for tile in FULL["tiles"] if form else (None,):
             shape = None if tile is None else Tile(*tile)
             # Bound now: the timing calls it after the loop has gone on.
             runs = {"": lambda s=selection, t=shape: select(query, key, None, s, FULL["head_dim"] ** -0.5, tile=t)}
-            record = {"n": n, "block": FULL["block"], "method": method, "group": group, "tile": tile}
+            record = {"n": n, "block": block, "method": method, "group": group, "tile": tile}
             try:
                 visited, causal = runs[""]().visited.tolist()
                 own = interleaved_on(device(), runs, Rounds(0.3, 5, 20))[""]
@@ -107,7 +107,20 @@ def finish(records: Records) -> None:
     """Every record stands for itself."""
 
 
-COLUMNS = ("n", "method", "group", "tile", "ms", "call_ms", "dense_ms", "of_dense", "call_of_dense", "how", "density")
+COLUMNS = (
+    "n",
+    "block",
+    "method",
+    "group",
+    "tile",
+    "ms",
+    "call_ms",
+    "dense_ms",
+    "of_dense",
+    "call_of_dense",
+    "how",
+    "density",
+)
 CASE = Case(
     "stacked_selection", "stacked_selection.json", None, COLUMNS, Parts(names, settings, measure, finish),
     needs_cuda=True, quick_anywhere=False,

@@ -22,7 +22,16 @@ GEOMETRY, TOKENS, LAYERS = Geometry(8, 64, 16), 1000, 4
 TIMES = DynamicTimes(
     "a GPU",
     "bfloat16",
-    ({"tokens": TOKENS, "block": 64, "select": {"pooled": 0.0}, "density": [0.0, 1.0], "attend": [0.0, 1.0]},),
+    (
+        {
+            "tokens": TOKENS,
+            "block": 64,
+            "kernel": "triton",
+            "select": {"pooled 16": 0.0},
+            "density": [0.0, 1.0],
+            "attend": [0.0, 1.0],
+        },
+    ),
 )
 costs = st.dictionaries(st.integers(0, LAYERS - 1), st.floats(0, 1).map(lambda x: round(x, 3)), min_size=1)
 densities = st.lists(st.floats(0.05, 1.2), min_size=LAYERS, max_size=LAYERS)
@@ -131,16 +140,16 @@ def test_prices_are_those_of_their_source():
     times, seen = DynamicTimes.measured(), 0
     for record in source["records"]:
         if record["model"] == "one layer":
-            share = times.of_dense(record["n"], "pooled", record["block"], record["density"])
+            share = times.of_dense(record["n"], "pooled", 16, record["block"], record["density"])
             assert share == pytest.approx(record["of_dense"], abs=2e-3)
-            other = times.of_dense(record["n"], "antidiagonal", record["block"], record["density"])
+            other = times.of_dense(record["n"], "antidiagonal", 16, record["block"], record["density"])
             more = record["select_ms"]["antidiagonal 16"] - record["select_ms"]["pooled 16"]
             assert other - share == pytest.approx(more / record["dense_ms"], abs=2e-3)
             seen += 1
     assert seen == sum(len(x["density"]) for x in found["times"])
     selection = json.loads(Path("benchmarks/results/stacked_selection.json").read_text())["records"]
     best = {(x["n"], x["block"]): x for x in reversed(selection) if x["group"] == 16}
-    sampled = {(x["tokens"], x["block"]): x["select"].get("sampled") for x in found["times"]}
+    sampled = {(x["tokens"], x["block"]): x["select"].get("sampled 16") for x in found["times"]}
     assert {key: price for key, price in sampled.items() if price is not None} == {
         key: pytest.approx(x["of_dense"], abs=1e-3) for key, x in best.items()
     }
@@ -148,8 +157,8 @@ def test_prices_are_those_of_their_source():
 
 def test_between_and_beyond_what_was_measured():
     times = DynamicTimes.measured()
-    at = [times.of_dense(tokens, "pooled", 128, 0.25) for tokens in (32768, 65536, 131072)]
+    at = [times.of_dense(tokens, "pooled", 16, 128, 0.25) for tokens in (32768, 65536, 131072)]
     assert at[1] == pytest.approx((at[0] + at[2]) / 2)
-    assert times.of_dense(65536, "pooled", 128, 0.01) == times.of_dense(65536, "pooled", 128, 0.1) < at[1]
+    assert times.of_dense(65536, "pooled", 16, 128, 0.01) == times.of_dense(65536, "pooled", 16, 128, 0.1) < at[1]
     for tokens, block in ((32767, 128), (131073, 128), (65536, 32)):
-        assert times.of_dense(tokens, "pooled", block, 0.25) is None
+        assert times.of_dense(tokens, "pooled", 16, block, 0.25) is None

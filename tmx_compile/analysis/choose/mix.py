@@ -23,6 +23,7 @@ from tmx_compile.analysis.judge.choice import Choice, DynamicLayers
 from tmx_compile.bench.dynamic_times import DynamicTimes
 from tmx_compile.config import TriangleMixConfig, as_count
 from tmx_compile.config.dynamic import ONLY_GROUP
+from tmx_compile.lowering.fa4_lists import kernel_of
 from tmx_compile.mask.geometry import Geometry
 from tmx_compile.mask.intervals import pair_counts
 from tmx_compile.mask.selection import (
@@ -164,7 +165,8 @@ def _options(scores: Scores, tokens: int, times: DynamicTimes) -> dict[int, list
     for x in scores.dynamic:
         for layer, cost in x.divergence.items():
             length = min(max(tokens, shortest), longest)
-            time = times.of_dense(length, scores.method, scores.block, x.density[layer])
+            way = scores.method, scores.group, scores.block
+            time = times.of_dense(length, *way, x.density[layer], kernel_of(scores.block))
             # Without a price, what is left out.
             saved = 1 - (x.density[layer] if time is None else time)
             found.setdefault(layer, []).append(_Option(max(cost, 0.0), saved, x.share))
