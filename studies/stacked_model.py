@@ -17,6 +17,7 @@ import math
 from typing import Any
 
 import torch
+from torch._dynamo.utils import counters
 
 from benchmarks.common import Case, Parts, Records, cold_compiles, device, free, note
 from benchmarks.shapes import CAUSAL, MODELS, Prefill, build, check_layers
@@ -99,6 +100,7 @@ def settings(quick: bool) -> dict[str, Any]:
         "MLPs and norms compiled one by one",
         "saved_ms": "the dense time less this one; told_ms: the same as advise() adds it up, from layer_ms and the "
         "stored prices of dynamic layers",
+        "graphs": "compiled so far, at this and all lengths before",
         "layer_ms": "one dense layer by SDPA, by what 'dense-causal' has, and one triangle layer, timed alone in the "
         "same run",
     }
@@ -115,6 +117,7 @@ def measure(part: str, quick: bool) -> Records:
     torch._dynamo.reset()
     triangle, dynamic = _layers(plan, part)
     records: Records = []
+    before = counters["stats"]["unique_graphs"]
     with cold_compiles():
         backend = None if not triangle else tmx_backend(_config(plan, part, share), strict=True)
         compiled = torch.compile(model, backend=backend or "inductor")
@@ -125,7 +128,8 @@ def measure(part: str, quick: bool) -> Records:
             found = timed(prefill, n, plan, place, first=n == plan["compiled_lengths"][0], graphs=False)
             check_layers(backend, triangle)
             check_layers(backend, dynamic, "dynamic")
-            records.append(_record(plan, n, part, "compiled", backend, found) | {"share": share})
+            graphs = counters["stats"]["unique_graphs"] - before
+            records.append(_record(plan, n, part, "compiled", backend, found) | {"share": share, "graphs": graphs})
     del compiled
     torch._dynamo.reset()
     free()
