@@ -133,26 +133,28 @@ def test_scores_that_are_none(tmp_path, changes, words):
         read_scores(path, num_layers=2)
 
 
-def test_prices_are_those_of_their_source():
+def test_prices_are_those_of_their_sources():
     found = prices()["dynamic"]
-    source = json.loads(Path(found["source"]).read_text())
-    assert found["machine"] == source["hardware"]["gpu"]
-    times, seen = DynamicTimes.measured(), 0
-    for record in source["records"]:
-        if record["model"] == "one layer":
-            share = times.of_dense(record["n"], "pooled", 16, record["block"], record["density"])
-            assert share == pytest.approx(record["of_dense"], abs=2e-3)
-            other = times.of_dense(record["n"], "antidiagonal", 16, record["block"], record["density"])
-            more = record["select_ms"]["antidiagonal 16"] - record["select_ms"]["pooled 16"]
-            assert other - share == pytest.approx(more / record["dense_ms"], abs=2e-3)
-            seen += 1
-    assert seen == sum(len(x["density"]) for x in found["times"])
-    selection = json.loads(Path("benchmarks/results/stacked_selection.json").read_text())["records"]
-    best = {(x["n"], x["block"]): x for x in reversed(selection) if x["group"] == 16}
-    sampled = {(x["tokens"], x["block"]): x["select"].get("sampled 16") for x in found["times"]}
-    assert {key: price for key, price in sampled.items() if price is not None} == {
-        key: pytest.approx(x["of_dense"], abs=1e-3) for key, x in best.items()
-    }
+    sources = {name: json.loads(Path(path).read_text()) for name, path in found["sources"].items()}
+    assert {x["hardware"]["gpu"] for x in sources.values()} == {found["machine"]}
+    attended = {("triton", r["n"], r["block"], r["density"]): r["attend_ms"] / r["dense_ms"]
+                for r in sources["triton"]["records"]}  # fmt: skip
+    for r in sources["fa4"]["records"]:
+        if r["kernel"] == "fa4":
+            sdpa_ms = min(ms for name, ms in r["all_dense_ms"].items() if name != "fa4")
+            attended["fa4", r["n"], 128, r["density"]] = r["ms"] / sdpa_ms
+    seen = 0
+    for row in found["times"]:
+        chosen = {f"{r['method']} {r['group']}": r["ms"] / r["sdpa_ms"] for r in sources["select"]["records"]
+                  if (r["n"], r["block"], r["tile"]) == (row["tokens"], row["block"], None)}  # fmt: skip
+        assert row["select"] == {way: pytest.approx(share, abs=1e-3) for way, share in chosen.items()}
+        points = {
+            key[3]: share for key, share in attended.items() if key[:3] == (row["kernel"], row["tokens"], row["block"])
+        }
+        assert row["density"] == pytest.approx(sorted(points), abs=1e-3)
+        assert row["attend"] == pytest.approx([points[x] for x in sorted(points)], abs=1e-3)
+        seen += len(points)
+    assert seen == len(attended)
 
 
 def test_between_and_beyond_what_was_measured():

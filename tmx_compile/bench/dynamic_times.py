@@ -71,10 +71,12 @@ class DynamicTimes:
 
 
 def _line(places: Sequence[float], values: Sequence[float], at: float) -> float:
-    """A line through points of ascending places, level beyond its ends."""
+    """A line through points of ascending places, level before the first and going on behind the last."""
     if at <= places[0]:
         return float(values[0])
+    found = values[-1]
     for (a, low), (b, high) in itertools.pairwise(zip(places, values, strict=True)):
+        found = low + (high - low) * (at - a) / (b - a)
         if at <= b:
-            return float(low + (high - low) * (at - a) / (b - a))
-    return float(values[-1])
+            break
+    return float(found)
