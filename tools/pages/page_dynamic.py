@@ -158,10 +158,11 @@ def _kernels(result: Fields) -> str:
     for r in sorted(result["records"], key=lambda r: (r["n"], r["density"])):
         cells = [f"{r['n']:,}", f"{r['density']:.1%}", r["kernel"]]
         if r["ms"] is None:
-            rows.append([*cells, "-", "-", "-", "-"])
+            rows.append([*cells, "-", "-", "-", "-", "-"])
             continue
-        rows.append([*cells, ms(r["ms"]), f"{r['of_dense']:.2f}", f"{r['rate']:.2f}", f"{r['rate_tflops']:.0f}"])
-    return table(["tokens", "density", "kernel", "ms", "of dense", "a block", "TFLOP/s"], rows)
+        whole = f"{r['whole_of_dense']:.2f}" if "whole_of_dense" in r else "-"
+        rows.append([*cells, ms(r["ms"]), f"{r['of_dense']:.2f}", whole, f"{r['rate']:.2f}", f"{r['rate_tflops']:.0f}"])
+    return table(["tokens", "density", "kernel", "ms", "of dense", "with choosing", "a block", "TFLOP/s"], rows)
 
 
 def _coverage(result: Fields) -> str:
