@@ -31,21 +31,25 @@ def generate(results: Path, docs: Path) -> str | None:
     """
     if not (results / LAYER).is_file():
         return None
-    layer, recall, model, frontier, whole, skip, skip_model, kernels, timed, coverage, selection, mixes = (
+    layer, recall, model, frontier, whole, skip, skip_model, kernels, timed, coverage, selection = (
         load(results / name)
         for name in (
             *(LAYER, RECALL, MODEL, FRONTIER, WHOLE, SKIP, SKIP_MODEL),
-            *(KERNELS, TIMED, COVERAGE, SELECTION, MIXES),
+            *(KERNELS, TIMED, COVERAGE, SELECTION),
         )
     )
+    more = {}
+    if (results / MIXES).is_file():
+        mixes = load(results / MIXES)
+        more["mixes"] = f"{_mixes(mixes)}\n\n<sub>{origin(mixes, MIXES)}</sub>"
     return filled(
         docs / PAGE,
         {
+            **more,
             "recall": f"{_recall(recall)}\n\n<sub>{origin(recall, RECALL)}</sub>",
             "model": f"{_model(model)}\n\n{_layers(model)}<sub>{origin(model, MODEL)}</sub>",
             "frontier": f"{_frontier(frontier)}\n\n<sub>{origin(frontier, FRONTIER)}</sub>",
             "coverage": f"{_coverage(coverage)}\n\n<sub>{origin(coverage, COVERAGE)}</sub>",
-            "mixes": f"{_mixes(mixes)}\n\n<sub>{origin(mixes, MIXES)}</sub>",
             "selection": f"{_selection(selection)}\n\n<sub>{origin(selection, SELECTION)}</sub>",
             "timed": f"{_timed(timed)}\n\n<sub>{origin(timed, TIMED)}</sub>",
             "kernels": f"{_kernels(kernels)}\n\n<sub>{origin(kernels, KERNELS)}</sub>",
