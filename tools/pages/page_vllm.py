@@ -15,7 +15,7 @@ _ENGLISH = {
     "first": ("tokens", "rows of a step", "triangle layers", "runner", "dense, ms", "triangle, ms", "dense / triangle"),
     "others": (
         *("prompts x tokens", "new tokens", "triangle layers", "runner", "dense, ms", "triangle, ms"),
-        *("dense / triangle", "of pairs: median, 95%"),
+        *("dense / triangle", "ratio of medians, 95%"),
     ),
     "steps": (
         *("requests x tokens", "triangle layers", "runner", "dense, ms", "triangle, ms"),
@@ -37,7 +37,7 @@ _CHINESE = {
     "first": ("token 数", "每步行数", "三角层", "运行器", "稠密，毫秒", "三角，毫秒", "稠密 / 三角"),
     "others": (
         *("提示词数 x token 数", "新 token", "三角层", "运行器", "稠密，毫秒", "三角，毫秒"),
-        *("稠密 / 三角", "成对之比：中位数，95%"),
+        *("稠密 / 三角", "中位数之比，95%"),
     ),
     "steps": (
         *("请求数 x token 数", "三角层", "运行器", "稠密，毫秒", "三角，毫秒"),
@@ -189,17 +189,17 @@ def _first(record: Fields, of: str) -> list[str]:
 
 def _other(record: Fields, of: str) -> list[str]:
     prompts = f"{record['batch']} x {record['n']:,}"
-    return [prompts, f"{record['new_tokens']}", _layers(record, of), *_times(record), _of_pairs(record)]
+    return [prompts, f"{record['new_tokens']}", _layers(record, of), *_times(record), _ratio(record)]
 
 
 def _step(record: Fields, of: str) -> list[str]:
     requests = f"{record['batch']} x {record['n']:,}"
-    return [requests, _layers(record, of), *_times(record), _of_pairs(record)]
+    return [requests, _layers(record, of), *_times(record), _ratio(record)]
 
 
-def _of_pairs(record: Fields) -> str:
-    pairs = record.get("pairs")
-    return "" if pairs is None else f"{pairs['median']:.3f} ({' - '.join(f'{x:.3f}' for x in pairs['confidence_95'])})"
+def _ratio(record: Fields) -> str:
+    found = record.get("ratio", record.get("pairs"))
+    return "" if found is None else f"{found['median']:.3f} ({' - '.join(f'{x:.3f}' for x in found['confidence_95'])})"
 
 
 def _decoding(record: Fields) -> list[str]:
