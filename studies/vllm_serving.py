@@ -190,7 +190,7 @@ class Bench:
 
     def kernels(self) -> list[dict[str, Any]]:
         """One layer's streaming rows of a chunk: the general kernel and Hopper's, and putting keys together."""
-        from tmx_compile.integrations.vllm.gather import Scratch, from_packed, places, seen
+        from tmx_compile.integrations.vllm.gather import Scratch, places, together
         from tmx_compile.integrations.vllm.rows import Streaming
         from tmx_compile.lowering.triton.launch import attend
         from tmx_compile.lowering.triton.tuning import LARGE
@@ -207,17 +207,15 @@ class Bench:
             out = torch.empty(rows, heads, dim, **options)
             earlier = places(Streaming(0, 0, rows, 8192), table, 16, geometry)
 
-            def together(k: Any = k, v: Any = v, earlier: Any = earlier) -> Any:
-                return seen(lambda *at: from_packed(cache, kv_heads, dim, *at), earlier, k, v, scratch)
-
-            keys, values = together()
+            gather = functools.partial(together, cache, dim, earlier, k, v, scratch)
+            keys, values = gather()
             views = [x.transpose(0, 1)[None] for x in (q, keys, values)]
 
             def run(shapes: Any, views: Any = views, out: Any = out) -> None:
                 into = out.transpose(0, 1)[None]
                 attend(*views, None, None, Geometry(*self.geometry[:2], 0), 0.1, out=into, shapes=shapes)
 
-            found = {"general_ms": lambda: run(LARGE), "chosen_ms": lambda: run(None), "gather_ms": together}
+            found = {"general_ms": lambda: run(LARGE), "chosen_ms": lambda: run(None), "gather_ms": gather}
             times = {name: _gpu_ms(call) for name, call in found.items()}
             hosts = {f"host_{name}": _host_ms(call) for name, call in found.items()}
             records.append({"what": "one layer's chunk", "rows": rows, "position": 8192, **times, **hosts})

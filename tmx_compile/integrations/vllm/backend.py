@@ -241,13 +241,11 @@ class TriangleImpl:
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
             )
         on = plan.active
-
-        def read(blocks: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-            return self.tokens(layer, kv_cache, blocks, slots)
-
         for part, earlier in plan.streaming:
             rows = slice(part.row, part.row + part.rows)
-            keys, values = seen(read, earlier, key[rows], value[rows], on.scratch)
+            keys, values = key[rows], value[rows]
+            if earlier is not None:
+                keys, values = self.together(layer, kv_cache, earlier, keys, values, on.scratch)
             self.stream(on, query[rows], keys, values, part.last, output[rows])
         if plan.rows is not None:
             # A view of the output where the rows are a slice, else memory of its own.
@@ -308,6 +306,16 @@ class TriangleImpl:
     def kernel_steps(self, query: Tensor) -> tuple[int, ...]:
         """Numbers of rows (of ``query`` (rows, H, D)) from which on other kernels run than with fewer."""
         return ()
+
+    def together(
+        self, layer: Any, kv_cache: Tensor, earlier: Places, key: Tensor, value: Tensor, scratch: Scratch
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values (n, Hkv, D): of earlier tokens from the cache, then a chunk's own (rows, Hkv, D)."""
+
+        def read(blocks: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+            return self.tokens(layer, kv_cache, blocks, slots)
+
+        return seen(read, earlier, key, value, scratch)
 
     def tokens(self, layer: Any, kv_cache: Tensor, blocks: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (n, Hkv, D) of cached tokens: their blocks (n,), and their slots (n,) in these."""
