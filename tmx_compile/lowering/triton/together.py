@@ -12,7 +12,10 @@ from triton import language as tl
 _ROWS = 32  # of one program: a key and a value of one head each
 
 
-@triton.jit(do_not_specialize=["tokens", "before", "sinks", "low", "size"])  # type: ignore[untyped-decorator]
+# One kernel for every chunk of every request: what differs between them, the row of the block table too, is not looked at.
+@triton.jit(  # type: ignore[untyped-decorator]
+    do_not_specialize=["tokens", "before", "sinks", "low", "size"], do_not_specialize_on_alignment=["table_ptr"]
+)
 def together_kernel(  # type: ignore[no-untyped-def]
     cache_ptr, table_ptr, key_ptr, value_ptr, keys_ptr, values_ptr,
     c_block, c_head, c_slot, k_row, k_head, v_row, v_head,
