@@ -12,7 +12,8 @@ from triton import language as tl
 _ROWS = 32  # of one program: a key and a value of one head each
 
 
-# One kernel for every chunk of every request: what differs between them, the row of the block table too, is not looked at.
+# One kernel for every chunk of every request: nothing is looked at that differs between them, as where a row of the
+# block table begins.
 @triton.jit(  # type: ignore[untyped-decorator]
     do_not_specialize=["tokens", "before", "sinks", "low", "size"], do_not_specialize_on_alignment=["table_ptr"]
 )
