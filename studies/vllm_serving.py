@@ -119,15 +119,19 @@ class Bench:
         self.engine.fused(True)
         return [found]
 
-    def short(self, seconds: int = 18) -> Iterator[dict[str, Any]]:
-        """Milliseconds to the first tokens of prompts whose rows are all dense, one alone and several at once."""
-        for batch, n in ((1, 32), (4, 32)) if self.quick else ((1, 1000), (1, 256), (1, 2000), (8, 1000)):
+    def short(self, seconds: int = 18, only: int = 0) -> Iterator[dict[str, Any]]:
+        """Milliseconds to the first tokens of prompts whose rows are all dense, one alone and several at once.
+
+        Each kind takes so many seconds; ``only``: one prompt of so many tokens alone.
+        """
+        kinds = ((1, 32), (4, 32)) if self.quick else ((1, 1000), (1, 256), (1, 2000), (8, 1000))
+        for batch, n in ((1, only),) if only else kinds:
 
             def run(batch: int = batch, n: int = n) -> float:
                 return self.engine.ask([self.prompt(n) for _ in range(batch)])[0]
 
             # The second is what the way of measuring alone gives.
-            for control in (False, True) if batch == 1 and n in (32, 1000) else (False,):
+            for control in (False, True) if batch == 1 and n in (32, 1000) and not only else (False,):
                 rounds = self.engine.in_turns(run, 0.5 if self.quick else seconds, control=control)
                 what = "short prompts, dense twice" if control else "short prompts"
                 about = {"layers": self.layers, "triangle_layers": len(self.triangle), "batch": batch, "new_tokens": 1}
