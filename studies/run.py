@@ -6,9 +6,11 @@ from collections.abc import Sequence
 
 from benchmarks import common
 from studies import (
+    amx,
     calibration,
     dense,
     first_n,
+    floor,
     kv_cache,
     million,
     pass_cost,
@@ -23,8 +25,10 @@ from studies import (
     stacked_frontier,
     stacked_kernels,
     stacked_layer,
+    stacked_mixes,
     stacked_model,
     stacked_recall,
+    stacked_selection,
     stages,
     switch,
     training,
@@ -37,7 +41,9 @@ CASES = (
     *(clients.CASE, first_n.CASE, calibration.CASE, quality.CASE, recall.CASE, stacked.CASE),
     *(pass_cost.CASE, prefill_memory.CASE, kv_cache.CASE, million.CASE, stages.CASE, switch.CASE, training.CASE),
     *(
+        amx.CASE,
         dense.CASE,
+        floor.CASE,
         short_prompts.CASE,
         training_step.CASE,
         soak.CASE,
@@ -46,8 +52,10 @@ CASES = (
         stacked_frontier.CASE,
         stacked_kernels.CASE,
         stacked_layer.CASE,
+        stacked_mixes.CASE,
         stacked_model.CASE,
         stacked_recall.CASE,
+        stacked_selection.CASE,
         two_forms.CASE,
     ),
 )

@@ -19,12 +19,13 @@ from studies.stacked_layer import drawn
 from tmx_compile.bench.dense import dense_variants
 from tmx_compile.bench.timing import describe, interleaved
 from tmx_compile.lowering import fa4, fa4_lists
+from tmx_compile.mask.selection import Selection
 from tmx_compile.operator.dynamic import Lists
 
 BLOCK = 128
 FULL: dict[str, Any] = {
     # Tokens, densities.
-    "lengths": ((32768, (0.25, 0.1, 0.5)), (131072, (0.25, 0.5))),
+    "lengths": ((32768, (0.25, 0.1, 0.5, 1.0)), (131072, (0.25, 0.5, 0.1, 1.0))),
     "heads": 32,
     "kv_heads": 8,
     "head_dim": 128,
@@ -36,6 +37,8 @@ TOLD = {
     "ms": "median of calls in turn with those of the other kernels, each until the GPU has finished",
     "dense_ms": "the fastest dense causal attention of the same run, of SDPA's backends and FlashAttention-4",
     "of_dense": "ms over dense_ms",
+    "select_ms": "choosing lists by the method that is the default, on the same tensors, timed alone like ms",
+    "whole_of_dense": "ms and select_ms over dense_ms",
     "rate_tflops": "floating-point operations of the visited blocks, whole ones, over ms",
     "rate": "time that the fastest dense attention takes for a block over the time for a visited one",
     "error": "largest absolute difference of all rows from the package's kernel",
@@ -66,6 +69,7 @@ def measure(part: str, quick: bool) -> Records:
     dense |= _working("fa4", lambda: _fa4_dense(query, key, value))
     times = {name: x.median for name, x in interleaved(dense, budget_s=1.0, least=3, most=10).items()}
     backend = min(times, key=times.__getitem__)
+    select_ms = _select_ms(query, key)
     note(f"stacked_kernels: {n} tokens, dense {times}")
     records: Records = []
     for density in dict(plan["lengths"])[n]:
@@ -92,6 +96,7 @@ def measure(part: str, quick: bool) -> Records:
             }
             if ms is not None:
                 record["of_dense"] = ms / times[backend]
+                record |= {"select_ms": select_ms, "whole_of_dense": (ms + select_ms) / times[backend]}
                 record["rate"] = times[backend] * visited / causal / ms
                 record["rate_tflops"] = 4.0 * visited * BLOCK**2 * plan["head_dim"] / ms / 1e9
             records.append(record)
@@ -100,6 +105,13 @@ def measure(part: str, quick: bool) -> Records:
             )
         free()
     return records
+
+
+def _select_ms(query: Tensor, key: Tensor) -> float:
+    from tmx_compile.lowering.triton.dynamic.launch import select
+
+    run = {"": lambda: select(query, key, None, Selection(), query.shape[3] ** -0.5)}
+    return interleaved(run, budget_s=0.3, least=3, most=10)[""].median
 
 
 def _kernels(
@@ -201,7 +213,7 @@ def finish(records: Records) -> None:
     """Every record stands for itself."""
 
 
-COLUMNS = ("n", "kernel", "density", "ms", "dense_ms", "of_dense", "rate", "rate_tflops", "error")
+COLUMNS = ("n", "kernel", "density", "ms", "dense_ms", "of_dense", "whole_of_dense", "rate", "rate_tflops", "error")
 CASE = Case(
     "stacked_kernels", "stacked_kernels.json", None, COLUMNS, Parts(names, settings, measure, finish), needs_cuda=True,
     quick_anywhere=False,

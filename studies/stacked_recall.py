@@ -89,12 +89,12 @@ def _tasks(tokens: int, plan: dict[str, Any]) -> dict[str, Batch]:
     return found
 
 
-def _keep(batch: Batch) -> int:
+def keep_of(batch: Batch) -> int:
     """Last positions from the first that is asked."""
     return batch.ids.shape[1] - int((batch.targets >= 0).any(0).nonzero()[0])
 
 
-def _right(batch: Batch, logits: torch.Tensor) -> float:
+def right_answers(batch: Batch, logits: torch.Tensor) -> float:
     targets = batch.targets[:, -logits.shape[1] :]
     asked = targets >= 0
     return float((logits.argmax(-1) == targets)[asked].float().mean())
@@ -102,7 +102,7 @@ def _right(batch: Batch, logits: torch.Tensor) -> float:
 
 def _timed(tokens: int, tasks: dict[str, Batch], plan: dict[str, Any]) -> Records:
     """Dense, triangle, and every choice of dynamic layers."""
-    model: Any = _model(plan["dtype"])
+    model: Any = recall(plan["dtype"])
     records: Records = []
     runs: dict[str, Callable[[], Any]] = {}
     first = tasks[plan["tasks"][0]]
@@ -113,7 +113,7 @@ def _timed(tokens: int, tasks: dict[str, Batch], plan: dict[str, Any]) -> Record
         which = "sdpa" if attention is None else attention.name
         accuracy, density = {}, []
         for task, batch in tasks.items():
-            accuracy[task] = _right(batch, _logits(model, which, batch))
+            accuracy[task] = right_answers(batch, logits_by(model, which, batch))
             if attention is not None:
                 found = {x.layer: attention.report.density(x) for x in attention.report if x.decision == "dynamic"}
                 density.append(found)
@@ -122,7 +122,7 @@ def _timed(tokens: int, tasks: dict[str, Batch], plan: dict[str, Any]) -> Record
             check_layers(attention, list(config.dynamic_layer_indices or ()), "dynamic")
         records.append(_record(tokens, plan, name, config, accuracy, density))
         note(f"stacked_recall: {records[-1]}")
-        runs[name] = functools.partial(_logits, model, which, first)
+        runs[name] = functools.partial(logits_by, model, which, first)
         free()
     budget, least, most = plan["rounds"]
     times = interleaved(runs, budget_s=budget, least=least, most=most)
@@ -176,7 +176,7 @@ def _record(
 
 def _by_lists(tokens: int, tasks: dict[str, Batch], plan: dict[str, Any]) -> Records:
     """Lists from exact scores and from estimates, one sequence at a time."""
-    board = Board(_model(plan["dtype"]), "study_stacked_recall")
+    board = Board(recall(plan["dtype"]), "study_stacked_recall")
     records: Records = []
     layers = plan["dynamic"][0]
     for name in plan["lists"]:
@@ -188,8 +188,8 @@ def _by_lists(tokens: int, tasks: dict[str, Batch], plan: dict[str, Any]) -> Rec
                 right = []
                 for place in range(plan["sequences"]):
                     one = Batch(*(x[place : place + 1] for x in (batch.ids, batch.targets, batch.kind)))
-                    logits, visited = board.logits(one.ids, _keep(one), way)
-                    right.append(_right(one, logits))
+                    logits, visited = board.logits(one.ids, keep_of(one), way)
+                    right.append(right_answers(one, logits))
                     density.append(dict.fromkeys(layers, visited))
                 accuracy[task] = statistics.fmean(right)
             each = statistics.fmean(next(iter(x.values())) for x in density)
@@ -212,15 +212,15 @@ def _by_lists(tokens: int, tasks: dict[str, Batch], plan: dict[str, Any]) -> Rec
     return records
 
 
-def _logits(model: Any, attention: str, batch: Batch) -> torch.Tensor:
+def logits_by(model: Any, attention: str, batch: Batch) -> torch.Tensor:
     model.set_attn_implementation(attention)
     with torch.no_grad():
-        out: torch.Tensor = model(input_ids=batch.ids, use_cache=False, logits_to_keep=_keep(batch)).logits
+        out: torch.Tensor = model(input_ids=batch.ids, use_cache=False, logits_to_keep=keep_of(batch)).logits
     return out
 
 
 @functools.lru_cache(maxsize=1)
-def _model(dtype: str) -> Any:
+def recall(dtype: str) -> Any:
     return recall_model.load(RESULTS / "recall").to(device(), getattr(torch, dtype)).eval()
 
 

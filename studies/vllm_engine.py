@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import math
 import os
 import statistics
 import sys
@@ -20,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from studies.ratios import Round, of_pairs, of_rounds
 
 NAMES = ("num_sink_tokens", "sliding_window_size", "num_last_tokens")
 _KEPT = "study_active"
@@ -211,6 +212,27 @@ class Engine:
                     found[triangle].append(took)
         return found
 
+    def in_turns(self, run: Callable[[], float], seconds: float, each: int = 2, control: bool = False) -> list[Round]:
+        """Milliseconds of ``run``, dense and with triangle layers: rounds one behind the other, for so many seconds.
+
+        A round is ``each`` runs of one kind, twice as many of the other, and as many of the first again, so that what
+        changes slowly is in both; which is first changes from round to round. Behind a switch Python's own caches are
+        cold, which no server's are: one run there does not count. With ``control`` both are dense, but switched all
+        the same.
+        """
+        rounds: list[Round] = []
+        started = time.perf_counter()
+        while time.perf_counter() - started < seconds or len(rounds) < 2:
+            found: tuple[list[float], list[float]] = ([], [])
+            first = bool(len(rounds) % 2)
+            for triangle, runs in ((first, each), (not first, 2 * each), (first, each)):
+                self.switch(triangle)
+                if control:
+                    self.switch(False)
+                found[triangle].extend([run() for _ in range(runs + 1)][1:])
+            rounds.append(found)
+        return rounds
+
     def decoding(
         self, prompts: Sequence[list[int]], pairs: int, steps: int
     ) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
@@ -259,20 +281,14 @@ class Engine:
             record |= of_pairs([one["ms"] / other["ms"] for one, other in zip(dense, triangle, strict=True)])
         return record
 
-
-def of_pairs(ratios: Sequence[float]) -> dict[str, Any]:
-    """The median of the ratios of pairs, and where it lies with 95% confidence, by order statistics; few: nothing.
-
-    A pair is measured one behind the other, so what changes slowly is in both.
-    """
-    count, ordered = len(ratios), sorted(ratios)
-    # The median is below the (left out + 1)th with the probability that at most so many of all are below the median.
-    below = list(itertools.accumulate(math.comb(count, number) * 0.5**count for number in range(count)))
-    left_out = sum(probability <= 0.025 for probability in below) - 1
-    if left_out < 0:
-        return {}
-    interval = [ordered[left_out], ordered[count - 1 - left_out]]
-    return {"pairs": {"median": statistics.median(ratios), "confidence_95": interval}}
+    def compared_in_turns(self, what: str, rounds: list[Round], **more: Any) -> dict[str, Any]:
+        """A record of :meth:`in_turns`: medians, ranges, and the ratio of the medians."""
+        record = {"what": what, "runner": self.runner + (" without the plugin" if self.off else ""), **more}
+        record |= {"rounds": len(rounds), "runs": sum(len(one) for one, _ in rounds)}
+        for prefix, times in zip(("dense_", ""), zip(*rounds, strict=True), strict=True):
+            runs = list(itertools.chain.from_iterable(times))
+            record |= {f"{prefix}ms": statistics.median(runs), f"{prefix}range_ms": [min(runs), max(runs)]}
+        return record | {"speedup": record["dense_ms"] / record["ms"]} | of_rounds(rounds)
 
 
 def _sampling(new_tokens: int, tops: int | None) -> Any:
@@ -348,13 +364,13 @@ def _fuse(worker: Any, whole_prompts: bool) -> None:
 def _look_ahead(worker: Any, on: bool) -> None:
     from tmx_compile.integrations.vllm import lengths
 
-    kept = getattr(lengths.some_streams, _KEPT, lengths.some_streams)
+    kept = getattr(lengths.is_no_decode_step, _KEPT, lengths.is_no_decode_step)
 
     def never(*_: Any) -> bool:
         return False
 
     setattr(never, _KEPT, kept)
-    lengths.some_streams = kept if on else never  # type: ignore[assignment]
+    lengths.is_no_decode_step = kept if on else never  # type: ignore[assignment]
 
 
 def _calm(worker: Any) -> None:

@@ -11,6 +11,7 @@ VLLM_USE_V2_MODEL_RUNNER=0 picks the first model runner. That the answers are ri
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 import tempfile
@@ -23,6 +24,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.account import account
 from studies.vllm_engine import Engine
 from studies.vllm_model import Shape
 from tmx_compile.bench import record
@@ -55,7 +57,8 @@ class Bench:
         if options.eager or self.quick:
             arguments["enforce_eager"] = True
         else:
-            arguments["compilation_config"] = {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32]}
+            # Of a server's own sizes, up to 512, those that are measured here.
+            arguments["compilation_config"] = {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 256]}
         self.engine = Engine(
             folder,
             self.geometry,
@@ -93,11 +96,11 @@ class Bench:
 
     # The phases
 
-    def ttft(self, n: int, chunk: int = 0) -> Iterator[dict[str, Any]]:
+    def ttft(self, n: int, chunk: int = 0, rounds: int = 0) -> Iterator[dict[str, Any]]:
         """Milliseconds to the first token of one prompt: in chunks of a given size, or in the usual ones and whole."""
         n = min(n, self.most // 2) if self.quick else n
         # A call of seconds is warm behind its first tenth; shorter ones get a round that does not count.
-        rounds, warm = max(4, min(12, 200000 // n)), int(n <= 32768)
+        rounds, warm = rounds or max(4, min(12, 200000 // n)), int(n <= 32768)
         for size in [chunk] if chunk else sorted({self.chunk, n}) if n > self.chunk else [n]:
 
             def run(size: int = size) -> dict[str, float]:
@@ -116,22 +119,23 @@ class Bench:
         self.engine.fused(True)
         return [found]
 
-    def short(self) -> Iterator[dict[str, Any]]:
-        """Milliseconds to the first tokens of prompts whose rows are all dense, one alone and several at once."""
-        for batch, n in ((1, 32), (4, 32)) if self.quick else ((1, 256), (1, 1000), (1, 2000), (8, 1000)):
+    def short(self, seconds: int = 18, only: int = 0) -> Iterator[dict[str, Any]]:
+        """Milliseconds to the first tokens of prompts whose rows are all dense, one alone and several at once.
 
-            def run(batch: int = batch, n: int = n) -> dict[str, float]:
-                # Behind a switch Python's own caches are cold, which no server's are.
-                for _ in range(2):
-                    took, _answers = self.engine.ask([self.prompt(n) for _ in range(batch)])
-                return {"ms": took}
+        Each kind takes so many seconds; ``only``: one prompt of so many tokens alone.
+        """
+        kinds = ((1, 32), (4, 32)) if self.quick else ((1, 1000), (1, 256), (1, 2000), (8, 1000))
+        for batch, n in ((1, only),) if only else kinds:
 
-            rounds = 8 if self.quick else 40 if batch == 1 else 15
-            about = {"batch": batch, "new_tokens": 1}
-            yield self.compared("short prompts", n, self.most, run, rounds, **about)
-            if batch == 1 and n in (32, 1000):
-                # What the way of measuring alone gives.
-                yield self.compared("short prompts, dense twice", n, self.most, run, rounds, 1, True, **about)
+            def run(batch: int = batch, n: int = n) -> float:
+                return self.engine.ask([self.prompt(n) for _ in range(batch)])[0]
+
+            # The second is what the way of measuring alone gives.
+            for control in (False, True) if batch == 1 and n in (32, 1000) and not only else (False,):
+                rounds = self.engine.in_turns(run, 0.5 if self.quick else seconds, control=control)
+                what = "short prompts, dense twice" if control else "short prompts"
+                about = {"layers": self.layers, "triangle_layers": len(self.triangle), "batch": batch, "new_tokens": 1}
+                yield self.engine.compared_in_turns(what, rounds, n=n, chunk=self.most, **about)
 
     def decode(self) -> Iterator[dict[str, Any]]:
         """One decode step of short requests, many at once and one alone."""
@@ -175,9 +179,22 @@ class Bench:
             )
         return records
 
+    def parts(self, n: int, chunk: int) -> Iterator[dict[str, Any]]:
+        """Of one prompt's time on the GPU, dense and with triangle layers: what each kernel took."""
+        n, chunk = (1000, 256) if self.quick else (n, chunk)
+        for triangle in (False, True):
+            self.engine.switch(triangle)
+            self.engine.ask([self.prompt(n)], chunk=chunk)
+            asked = self.prompt(n)
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            found = account(functools.partial(self.engine.ask, [asked], chunk=chunk), device)
+            about = {"n": n, "chunk": chunk, "layers": self.layers, "triangle_layers": len(self.triangle)}
+            what = f"parts, {'triangle' if triangle else 'dense'}"
+            yield {"what": what, "runner": self.engine.runner, **about, **found}
+
     def kernels(self) -> list[dict[str, Any]]:
         """One layer's streaming rows of a chunk: the general kernel and Hopper's, and putting keys together."""
-        from tmx_compile.integrations.vllm.gather import Scratch, from_packed, places, seen
+        from tmx_compile.integrations.vllm.gather import Scratch, places, together
         from tmx_compile.integrations.vllm.rows import Streaming
         from tmx_compile.lowering.triton.launch import attend
         from tmx_compile.lowering.triton.tuning import LARGE
@@ -194,17 +211,15 @@ class Bench:
             out = torch.empty(rows, heads, dim, **options)
             earlier = places(Streaming(0, 0, rows, 8192), table, 16, geometry)
 
-            def together(k: Any = k, v: Any = v, earlier: Any = earlier) -> Any:
-                return seen(lambda *at: from_packed(cache, kv_heads, dim, *at), earlier, k, v, scratch)
-
-            keys, values = together()
+            gather = functools.partial(together, cache, dim, earlier, k, v, scratch)
+            keys, values = gather()
             views = [x.transpose(0, 1)[None] for x in (q, keys, values)]
 
             def run(shapes: Any, views: Any = views, out: Any = out) -> None:
                 into = out.transpose(0, 1)[None]
                 attend(*views, None, None, Geometry(*self.geometry[:2], 0), 0.1, out=into, shapes=shapes)
 
-            found = {"general_ms": lambda: run(LARGE), "chosen_ms": lambda: run(None), "gather_ms": together}
+            found = {"general_ms": lambda: run(LARGE), "chosen_ms": lambda: run(None), "gather_ms": gather}
             times = {name: _gpu_ms(call) for name, call in found.items()}
             hosts = {f"host_{name}": _host_ms(call) for name, call in found.items()}
             records.append({"what": "one layer's chunk", "rows": rows, "position": 8192, **times, **hosts})

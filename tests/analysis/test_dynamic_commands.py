@@ -51,7 +51,14 @@ def test_from_shares_to_a_profile(folder, calibrated, tmp_path, capsys, monkeypa
     assert "1 + 2 dynamic" in capsys.readouterr().err
 
     # Small blocks have no price of their own.
-    times = {"tokens": 4096, "block": 16, "select": {"sampled": 0.0}, "density": [0.0, 1.0], "attend": [0.0, 1.0]}
+    times = {
+        "tokens": 4096,
+        "block": 16,
+        "kernel": "triton",
+        "select": {"sampled 16": 0.0},
+        "density": [0.0, 1.0],
+        "attend": [0.0, 1.0],
+    }
     monkeypatch.setattr(DynamicTimes, "measured", lambda: DynamicTimes("NVIDIA H100", "bfloat16", (times,)))
     measured, saved = tmp_path / "times.json", tmp_path / "best.json"
     record = {"n": 4096, "dtype": "float32", "lowering": "triton", "dense_ms": 9.0, "ms": 8.9, "geometry": [2, 6, 5]}

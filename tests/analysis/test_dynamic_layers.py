@@ -36,7 +36,16 @@ HALF = Selection("sampled", 0.5, 16, 16, 2, 5)
 TIMES = DynamicTimes(
     "a GPU",
     "float32",
-    ({"tokens": 4096, "block": 16, "select": {"sampled": 0.05}, "density": [0.1, 1.0], "attend": [0.1, 1.0]},),
+    (
+        {
+            "tokens": 4096,
+            "block": 16,
+            "kernel": "triton",
+            "select": {"sampled 16": 0.05},
+            "density": [0.1, 1.0],
+            "attend": [0.1, 1.0],
+        },
+    ),
 )
 
 

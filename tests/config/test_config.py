@@ -52,7 +52,7 @@ def test_defaults_and_order() -> None:
         ("dynamic_share", 0.95),
         ("dynamic_method", "sampled"),
         ("dynamic_block", 128),
-        ("dynamic_group", 16),
+        ("dynamic_group", 32),
     ]
     assert list(dataclasses.asdict(TriangleMixInferenceConfig()).items()) == [
         ("enable_trianglemix", False),

@@ -63,15 +63,23 @@ def test_shares_are_in_the_order_of_the_layers_given():
 def test_groups_of_the_estimate():
     assert CONFIG.selection(0).stride == 16
     assert CONFIG.replace(dynamic_group=64).selection(0).stride == 64
+    usual = {
+        (method, block): TriangleMixConfig(dynamic_method=method, dynamic_block=block).dynamic_group
+        for method in ("sampled", "pooled")
+        for block in (128, 64, 32, 16)
+    }
+    assert list(usual.values()) == [32, 16, 16, 16] + [16] * 4
 
 
 def test_a_profile_from_before_there_were_groups(tmp_path):
     path = tmp_path / "profile.json"
-    CONFIG.replace(dynamic_group=32).to_profile(path, num_layers=6)
+    old = CONFIG.replace(dynamic_block=128)
+    assert old.dynamic_group == 16
+    old.replace(dynamic_group=32).to_profile(path, num_layers=6)
     saved = json.loads(path.read_text())
     del saved["dynamic"]["dynamic_group"]
     path.write_text(json.dumps(saved))
-    assert TriangleMixConfig.from_profile(path, num_layers=6) == CONFIG
+    assert TriangleMixConfig.from_profile(path, num_layers=6) == old
 
 
 @pytest.mark.parametrize("shares", [0.8, [0.8, 0.95]])

@@ -87,6 +87,12 @@ def test_both_pages_on_vllm_have_the_same_tables(tmp_path):
         | {"what": page_vllm.MIXED, "layers": 32, "triangle_layers": 16, "dense_ms": 6000.0, "ms": 5000.0}
         | {"dense_decode_tokens_per_s": 100.4, "decode_tokens_per_s": 120.0},
         record | {"what": "waits, dense"},
+        *(
+            record
+            | {"what": f"parts, {kind}", "attention_ms": attention, "matmul_ms": 1257.4, "other_ms": 123.8}
+            | {"longest": [["flash", "attention", attention - ours], ["hopper_kernel", "attention", ours]]}
+            for kind, attention, ours in (("triangle", 1010.0, 32.2), ("dense", 1943.0, 0.0))
+        ),
     ]
     hardware = {"gpu": "A card", "gpu_memory_gib": 79.2, "cpu": "A CPU", "cores": 16, "memory_gib": 125.9, "flags": []}
     versions = {"cuda": "13.0", "python": "3.12.3", "torch": "2.11.0", "transformers": "5.17.0", "tmx_compile": "0.1.0"}
@@ -138,6 +144,9 @@ def test_both_pages_on_vllm_have_the_same_tables(tmp_path):
         assert f"| 32 x 256 | 128 | 8 {of} 16 | V2 compiled | 1,000 | 1,004 | 1.00x |  |" in text
         assert f"| 1 x 256 | 8 {of} 16 | V2 compiled | 6.8 | 6.81 | 1.00x | 0.998 (0.996 - 1.000) |" in text
         assert "Llama-3.1-8B, 8/512/128; vLLM 0.26.0, A card" in text
+        dense, triangle = ("dense", "triangle") if of == "of" else ("稠密", "三角")
+        first = f"| 32,768 | 8,192 | 8 {of} 16 | {dense} | 1,943 |  | 1,257 | 124 |\n"
+        assert f"{first}| 32,768 | 8,192 | 8 {of} 16 | {triangle} | 1,010 | 32.2 | 1,257 | 124 |" in text
         assert f"| 32,768 | 8,192 | 8 {of} 16 | V2 compiled, 2 GPUs | 3,000 | 2,500 | 1.20x |  |  |" in text
         assert f"| 32,768 | 8,192 | 16 {of} 32 | V2 compiled | 6,000 | 5,000 | 1.20x | 100 | 120 |" in text
         assert f"| {whole} | 8,192 | V2 compiled | 1 | 0.020 | 0.144 |" in text
@@ -148,5 +157,5 @@ def test_both_pages_on_vllm_have_the_same_tables(tmp_path):
         assert "| 3,000 | 8,000 | 4,000 | 2.00x | 9,000 | 6,000 | 1.50x |" in text
         assert "| A model | float32 | 6,144 | 552 | 124 | 4.45x |" in text
         assert "8/256/128; vLLM 0.32.0, A CPU" in text
-        assert text.count("\n| ") == 24
+        assert text.count("\n| ") == 28
     assert page_vllm.generate(tmp_path / "zh", tmp_path) == {}

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from studies import vllm_engine
+from studies.ratios import of_pairs, of_rounds, quantile
 from tmx_compile.integrations.vllm.wrap import wrap
 
 
@@ -17,13 +18,54 @@ from tmx_compile.integrations.vllm.wrap import wrap
 def test_the_median_of_pairs_lies_between_these(count: int, low: int, high: int) -> None:
     """By tables of order statistics."""
     ratios = [1 + 0.01 * number for number in torch.randperm(count).tolist()]
-    found = vllm_engine.of_pairs(ratios)["pairs"]
+    found = of_pairs(ratios)["pairs"]
     assert found["confidence_95"] == pytest.approx([1 + 0.01 * low, 1 + 0.01 * high])
     assert found["median"] == pytest.approx(1 + 0.01 * (count - 1) / 2)
 
 
 def test_few_pairs_say_nothing() -> None:
-    assert vllm_engine.of_pairs([1.0] * 5) == {}
+    assert of_pairs([1.0] * 5) == {}
+
+
+def test_the_ratio_of_rounds_lies_where_the_times_were_drawn() -> None:
+    """Rounds differ by what goes on beside them, their runs by noise; one kind takes 2% longer than the other."""
+    generator = torch.Generator().manual_seed(0)
+
+    def times(beside: float, longer: float) -> list[float]:
+        return (beside + longer + 0.2 * torch.rand(4, generator=generator)).tolist()
+
+    rounds = [(times(beside, 10.0), times(beside, 10.2)) for beside in torch.rand(40, generator=generator).tolist()]
+    found = of_rounds(rounds)["ratio"]
+    low, high = found["confidence_95"]
+    assert low < 10.6 / 10.8 < high
+    assert low < found["median"] < high
+    assert high - low < 0.01
+    low, high = found["quartile_confidence_95"]
+    assert low < found["quartile"] < high < 1
+
+
+def test_a_quantile_lies_between_numbers() -> None:
+    assert [quantile([1.0, 2.0, 4.0], part) for part in (0, 0.25, 0.5, 0.75, 1)] == [1.0, 1.5, 2.0, 3.0, 4.0]
+
+
+@pytest.mark.parametrize("control", [False, True])
+def test_rounds_change_sides_and_their_first_runs_do_not_count(control: bool) -> None:
+    engine: Any = vllm_engine.Engine.__new__(vllm_engine.Engine)
+    engine.runner, engine.off, now, said = "V2", False, [], []
+    engine.switch = now.append
+
+    def run() -> float:
+        said.append(now[-1])
+        return 1000.0 if len(said) < 2 or said[-2] is not said[-1] or len(said) % 16 == 13 else 2.0 + now[-1]
+
+    rounds = engine.in_turns(run, 0, 2, control=control)
+    kinds = [[False] * 3 + [True] * 5 + [False] * 3, [True] * 3 + [False] * 5 + [True] * 3]
+    assert said == ([False] * 22 if control else [*kinds[0], *kinds[1]])
+    if not control:
+        assert [sorted(map(len, each)) for each in rounds] == [[4, 4]] * 2
+        record = engine.compared_in_turns("what", rounds, n=3)
+        assert (record["rounds"], record["runs"], record["dense_ms"], record["ms"]) == (2, 8, 2.0, 3.0)
+        assert record["ratio"]["median"] == record["speedup"] == 2 / 3
 
 
 def test_dense_has_nothing_of_the_plugin_in_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,8 +44,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--dynamic-shares", type=numbers, default=(), metavar="S,S,...", help=shares_help)
     add("--dynamic-method", choices=METHODS, default=Selection.method, help="how those choose")
     add("--dynamic-block", type=int, choices=BLOCKS, default=Selection.block, help="side of their blocks")
-    group_help = "tokens that their estimate takes together, at most a block"
-    add("--dynamic-group", type=int, choices=BLOCKS, default=Selection.stride, help=group_help)
+    group_help = "tokens that their estimate takes together, at most a block; by default as in a configuration"
+    add("--dynamic-group", type=int, choices=BLOCKS, help=group_help)
     add("--resume", type=Path, metavar="FILE", help="remember what is measured here, and go on from it")
 
 

@@ -6,10 +6,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tmx_compile.config.values import as_layer_indices
-from tmx_compile.mask.selection import Selection, checked_block, checked_group, checked_method, checked_share
+from tmx_compile.mask.selection import (
+    Selection,
+    checked_block,
+    checked_group,
+    checked_method,
+    checked_share,
+    usual_group,
+)
 
 DYNAMIC = ("dynamic_layer_indices", "dynamic_share", "dynamic_method", "dynamic_block", "dynamic_group")
 """The parameters of dynamic layers, in order."""
+ONLY_GROUP = 16
+"""What files from before there was a choice of groups mean."""
 
 
 def checked(values: Mapping[str, Any], triangle: Sequence[int]) -> dict[str, Any]:
@@ -21,13 +30,15 @@ def checked(values: Mapping[str, Any], triangle: Sequence[int]) -> dict[str, Any
     both = [layer for layer in indices or () if layer in triangle]
     if both:
         raise ValueError(f"dynamic_layer_indices must name no triangle layer, got {', '.join(map(str, both))}")
+    method = checked_method("dynamic_method", values["dynamic_method"])
     block = checked_block("dynamic_block", values["dynamic_block"])
+    group = values["dynamic_group"]
     return {
         "dynamic_layer_indices": indices,
         "dynamic_share": _shares(values["dynamic_share"], given or ()),
-        "dynamic_method": checked_method("dynamic_method", values["dynamic_method"]),
+        "dynamic_method": method,
         "dynamic_block": block,
-        "dynamic_group": checked_group("dynamic_group", values["dynamic_group"], block),
+        "dynamic_group": usual_group(method, block) if group is None else checked_group("dynamic_group", group, block),
     }
 
 
@@ -57,7 +68,6 @@ def from_profile_section(profile: Mapping[str, Any]) -> dict[str, Any]:
     if "dynamic" not in profile:
         return {}
     section = profile["dynamic"]
-    # Profiles from before there was a choice lack the group, and had its default.
     if not isinstance(section, dict) or {*section, "dynamic_group"} != set(DYNAMIC):
         raise ValueError(f"dynamic must hold {', '.join(DYNAMIC)} and no more, got {section!r}")
-    return section
+    return {"dynamic_group": ONLY_GROUP, **section}

@@ -21,8 +21,8 @@ def prices() -> dict[str, Any]:
     follows a prompt of ``prompt`` tokens, and the share of a list in the prompt that is ``copied`` right. ``first_n``:
     the relative change of the perplexity of a prompt's last tokens, by which layers are sparse.
     ``dynamic``: the time of one dynamic layer over that of dense attention, by ``tokens`` and ``block``: to ``select``
-    blocks by each method, and to ``attend`` to those of each ``density``. ``source`` names the result file;
-    docs/quality.md and docs/dynamic.md show it.
+    blocks by each method, and to ``attend`` to those of each ``density``. ``source`` and ``sources`` name the result
+    files; docs/quality.md and docs/dynamic.md show it.
     """
     found: dict[str, Any] = json.loads(Path(__file__).with_name("prices.json").read_text(encoding="utf-8"))
     return found

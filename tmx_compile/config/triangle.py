@@ -38,7 +38,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from tmx_compile.config.dynamic import DYNAMIC, checked, from_profile_section, profile_section
 from tmx_compile.config.profile import GEOMETRY, PROFILE_FORMAT, check_model, profile_values
@@ -74,7 +74,7 @@ class TriangleMixConfig:
         dynamic_method: how it is estimated: "pooled", "antidiagonal" or "sampled".
         dynamic_block: rows and keys of a block: 16, 32, 64 or 128 (tokens).
         dynamic_group: tokens that the estimate takes together, or samples one row of, 16 to ``dynamic_block``: larger
-            groups are chosen from faster, and know less.
+            groups are chosen from faster, and know less. None: 16; a quarter of a block for sampled rows, if more.
 
     Raises:
         ValueError: a count that is negative, no integer or not below 2**31, a layer that is negative,
@@ -100,7 +100,7 @@ class TriangleMixConfig:
     dynamic_share: float | Sequence[float] = 0.95
     dynamic_method: str = "sampled"
     dynamic_block: int = 128
-    dynamic_group: int = 16
+    dynamic_group: int | None = None
 
     def __post_init__(self) -> None:
         for name in _OVERRIDABLE:
@@ -299,7 +299,9 @@ class TriangleMixConfig:
         if layer not in layers:
             raise ValueError(f"layer must be one of dynamic_layer_indices={layers}, got {layer!r}")
         share = share[layers.index(layer)] if isinstance(share, Sequence) else share
-        words = self.dynamic_method, share, self.dynamic_block, self.dynamic_group
+        # Known since the configuration was made.
+        group = cast("int", self.dynamic_group)
+        words = self.dynamic_method, share, self.dynamic_block, group
         return Selection(*words, self.num_sink_tokens, self.num_last_tokens)
 
     @property

@@ -33,6 +33,12 @@ def serves(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, b
     )
 
 
+def kernel_of(block: int) -> str:
+    """What attends to lists of such blocks in long prompts on this machine's GPU: "fa4" or "triton"."""
+    here = block == BLOCK and torch.cuda.is_available() and fa4.missing(torch.device("cuda")) is None
+    return "fa4" if here else "triton"
+
+
 def attend(query: Tensor, key: Tensor, value: Tensor, lists: Lists, scale: float) -> Tensor:
     """As :func:`tmx_compile.operator.dynamic.attend`, for calls that it :func:`serves`.
 

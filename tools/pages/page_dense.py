@@ -51,22 +51,25 @@ def _layer(result: Fields) -> str:
 
 
 def _model(result: Fields) -> str:
-    """Time to first token of a whole model with FlashAttention-4 in both, dense and with triangle layers."""
+    """Time to first token of whole models with FlashAttention-4 in both, dense and with triangle layers."""
     settings, records = result["settings"], result["records"]
-    found = {(r["variant"], r["tokens"]): r for r in records}
+    found = {(r["model"], r["variant"], r["tokens"]): r for r in records}
     geometry = slashed(next(r["geometry"] for r in records if r["geometry"]))
     variant = f"triangle-{geometry.replace('/', '-')}"
-    rows = []
-    for n in settings["lengths"]:
-        dense, plain, masked = (found.get((name, n)) for name in ("dense-causal", variant, f"{variant}+mask"))
-        assert dense is not None
-        cells = [
-            "-" if r is None else f"{r['ms'] / 1e3:.3g} ({r['ms'] / dense['ms'] - 1:+.0%})" for r in (plain, masked)
-        ]
-        rows.append([f"{n:,}", f"{dense['ms'] / 1e3:.3g}", *cells])
-    first = records[0]
-    return (
-        f"Seconds to the first token of {first['model']}'s shape, {geometry} in the deepest "
-        f"{max(r['triangle_layers'] for r in records)} of {first['layers']} layers.\n\n"
-        + table(["tokens", "dense", "triangle", "triangle, with the mask that `generate` passes"], rows)
+    told, rows = [], []
+    for model in dict.fromkeys(r["model"] for r in records):
+        own = [r for r in records if r["model"] == model]
+        told.append(f"{max(r['triangle_layers'] for r in own)} of {own[0]['layers']} layers of {model}'s")
+        for n in settings["lengths"]:
+            names = ("dense-causal", variant, f"{variant}+mask")
+            dense, plain, masked = (found.get((model, name, n)) for name in names)
+            if dense is None:
+                continue
+            cells = [
+                "-" if r is None else f"{r['ms'] / 1e3:.3g} ({r['ms'] / dense['ms'] - 1:+.0%})" for r in (plain, masked)
+            ]
+            rows.append([model, f"{n:,}", f"{dense['ms'] / 1e3:.3g}", *cells])
+    head = ["model", "tokens", "dense", "triangle", "triangle, with the mask that `generate` passes"]
+    return f"Seconds to the first token, {geometry} in the deepest {' and the deepest '.join(told)} shape.\n\n" + table(
+        head, rows
     )

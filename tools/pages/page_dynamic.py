@@ -17,6 +17,7 @@ PAGE = "dynamic.md"
 LAYER, RECALL, MODEL = "stacked.json", "stacked_quality_cuda.json", "stacked_quality.json"
 FRONTIER, WHOLE = "stacked_frontier.json", "stacked_model.json"
 KERNELS, TIMED, COVERAGE = "stacked_kernels.json", "stacked_recall.json", "stacked_coverage.json"
+SELECTION, MIXES = "stacked_selection.json", "stacked_mixes.json"
 SKIP, SKIP_MODEL = "softmax_skip.json", "softmax_skip_model.json"
 _WHICH = {"all others": "0-2", "without layer 1": "0, 2", "alone": "all", "without layer 1, alone": "all but 1"}
 _POLICIES = {"all others": "all others", "chosen": "by gradient", "calibrated": "calibrated"}
@@ -30,17 +31,26 @@ def generate(results: Path, docs: Path) -> str | None:
     """
     if not (results / LAYER).is_file():
         return None
-    layer, recall, model, frontier, whole, skip, skip_model, kernels, timed, coverage = (
+    layer, recall, model, frontier, whole, skip, skip_model, kernels, timed, coverage, selection = (
         load(results / name)
-        for name in (LAYER, RECALL, MODEL, FRONTIER, WHOLE, SKIP, SKIP_MODEL, KERNELS, TIMED, COVERAGE)
+        for name in (
+            *(LAYER, RECALL, MODEL, FRONTIER, WHOLE, SKIP, SKIP_MODEL),
+            *(KERNELS, TIMED, COVERAGE, SELECTION),
+        )
     )
+    more = {}
+    if (results / MIXES).is_file():
+        mixes = load(results / MIXES)
+        more["mixes"] = f"{_mixes(mixes)}\n\n<sub>{origin(mixes, MIXES)}</sub>"
     return filled(
         docs / PAGE,
         {
+            **more,
             "recall": f"{_recall(recall)}\n\n<sub>{origin(recall, RECALL)}</sub>",
             "model": f"{_model(model)}\n\n{_layers(model)}<sub>{origin(model, MODEL)}</sub>",
             "frontier": f"{_frontier(frontier)}\n\n<sub>{origin(frontier, FRONTIER)}</sub>",
             "coverage": f"{_coverage(coverage)}\n\n<sub>{origin(coverage, COVERAGE)}</sub>",
+            "selection": f"{_selection(selection)}\n\n<sub>{origin(selection, SELECTION)}</sub>",
             "timed": f"{_timed(timed)}\n\n<sub>{origin(timed, TIMED)}</sub>",
             "kernels": f"{_kernels(kernels)}\n\n<sub>{origin(kernels, KERNELS)}</sub>",
             "layer": f"{_layer(layer)}\n\n<sub>{origin(layer, LAYER)}</sub>",
@@ -152,10 +162,11 @@ def _kernels(result: Fields) -> str:
     for r in sorted(result["records"], key=lambda r: (r["n"], r["density"])):
         cells = [f"{r['n']:,}", f"{r['density']:.1%}", r["kernel"]]
         if r["ms"] is None:
-            rows.append([*cells, "-", "-", "-", "-"])
+            rows.append([*cells, "-", "-", "-", "-", "-"])
             continue
-        rows.append([*cells, ms(r["ms"]), f"{r['of_dense']:.2f}", f"{r['rate']:.2f}", f"{r['rate_tflops']:.0f}"])
-    return table(["tokens", "density", "kernel", "ms", "of dense", "a block", "TFLOP/s"], rows)
+        whole = f"{r['whole_of_dense']:.2f}" if "whole_of_dense" in r else "-"
+        rows.append([*cells, ms(r["ms"]), f"{r['of_dense']:.2f}", whole, f"{r['rate']:.2f}", f"{r['rate_tflops']:.0f}"])
+    return table(["tokens", "density", "kernel", "ms", "of dense", "with choosing", "a block", "TFLOP/s"], rows)
 
 
 def _coverage(result: Fields) -> str:
@@ -183,6 +194,41 @@ def _timed(result: Fields) -> str:
         rows.append([f"{r['n']:,}", r["variant"], told, *right, *times])
     names = [name.replace("hops", "names away") for name in result["records"][0]["accuracy"]]
     return table(["tokens", "dynamic layers", "density by layer", *names, "ms", "of dense"], rows)
+
+
+def _mixes(result: Fields) -> str:
+    """The recall model's mixes: dense, the triangle layers alone, the chosen one, and those that no other beats."""
+    records = result["records"]
+    rows = []
+    for r in sorted(records, key=lambda r: -r["ms"]):
+        beaten = any(x["ms"] <= r["ms"] and _least(x) > _least(r) for x in records)
+        known = r["variant"] in ("dense", "triangle 3-4-5")
+        if not (known or r["chosen"] or (not beaten and _least(r) >= 0.9)):
+            continue
+        shares = [f"{layer} at {share:g}" for layer, share in zip(r["dynamic_layers"], r["share"], strict=True)]
+        way = "-" if r["way"] is None else "{} {}, {}".format(*r["way"])
+        triangle = ", ".join(map(str, r["triangle_layers"])) or "-"
+        each = ", ".join(f"{x:.0%}" for x in r["density_by_layer"]) or "-"
+        right = [f"{min(r['choosing_accuracy'].values()):.1%}", *(f"{x:.1%}" for x in r["accuracy"].values())]
+        name = "**chosen**" if r["chosen"] else r["variant"] if known else ""
+        rows.append([name, triangle, ", ".join(shares) or "-", way, each, *right, ms(r["ms"]), f"{r['of_dense']:.2f}"])
+    names = [name.replace("hops", "names away") for name in records[0]["accuracy"]]
+    head = ["", "triangle", "dynamic", "method, block", "their density", "worst of those that choose", *names]
+    return table([*head, "ms", "of dense"], rows)
+
+
+def _least(record: Fields) -> float:
+    return float(min(record["accuracy"].values()))
+
+
+def _selection(result: Fields) -> str:
+    """What choosing costs by method, over dense attention."""
+    rows = []
+    for r in result["records"]:
+        if r["tile"] is None:
+            cells = [f"{r['n']:,}", f"{r['block']}", f"{r['method']} {r['group']}", ms(r["ms"]), f"{r['of_dense']:.1%}"]
+            rows.append([*cells, ms(r["call_ms"]), f"{r['call_of_dense']:.1%}"])
+    return table(["tokens", "block", "method, group", "GPU ms", "of dense", "call ms", "of dense"], rows)
 
 
 def _whole(result: Fields) -> str:

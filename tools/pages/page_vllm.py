@@ -15,7 +15,7 @@ _ENGLISH = {
     "first": ("tokens", "rows of a step", "triangle layers", "runner", "dense, ms", "triangle, ms", "dense / triangle"),
     "others": (
         *("prompts x tokens", "new tokens", "triangle layers", "runner", "dense, ms", "triangle, ms"),
-        *("dense / triangle", "of pairs: median, 95%"),
+        *("dense / triangle", "ratio of medians, 95%"),
     ),
     "steps": (
         *("requests x tokens", "triangle layers", "runner", "dense, ms", "triangle, ms"),
@@ -28,6 +28,18 @@ _ENGLISH = {
     "to first": "Time to the first token:",
     "of others": "All answers to short prompts at once, whose rows are dense in both:",
     "of steps": "One decode step:",
+    "parts": (
+        "tokens",
+        "rows of a step",
+        "triangle layers",
+        "",
+        "attention, ms",
+        "streaming rows",
+        "products",
+        "other",
+    ),
+    "of parts": "Where the GPU's time goes, of one prompt under a profiler:",
+    "kinds": ("dense", "triangle"),
     "of mixed": "All answers where 8 short prompts decode while 3 long ones come:",
     "of": "of",
     "stages": ", pipeline",
@@ -37,7 +49,7 @@ _CHINESE = {
     "first": ("token 数", "每步行数", "三角层", "运行器", "稠密，毫秒", "三角，毫秒", "稠密 / 三角"),
     "others": (
         *("提示词数 x token 数", "新 token", "三角层", "运行器", "稠密，毫秒", "三角，毫秒"),
-        *("稠密 / 三角", "成对之比：中位数，95%"),
+        *("稠密 / 三角", "中位数之比，95%"),
     ),
     "steps": (
         *("请求数 x token 数", "三角层", "运行器", "稠密，毫秒", "三角，毫秒"),
@@ -50,6 +62,9 @@ _CHINESE = {
     "to first": "首个 token 的时间：",
     "of others": "同时回答若干短提示词所用的时间，两种情况下它们的行都是稠密的：",
     "of steps": "一个解码步：",
+    "parts": ("token 数", "每步行数", "三角层", "", "注意力，毫秒", "其中流式行", "矩阵乘", "其他"),
+    "of parts": "GPU 的时间花在哪里（性能剖析下的一个提示词）：",
+    "kinds": ("稠密", "三角"),
     "of mixed": "8 个短提示词正在解码时来了 3 个长提示词，全部回答所用的时间：",
     "of": "/",
     "stages": "，流水线",
@@ -106,6 +121,14 @@ def section(result: Fields, words: dict) -> str:
     )
     of = words["of"]
     parts = [words["to first"], table(words["first"], [_first(record, of) for record in first])]
+    spent = [
+        _part(record, of, name)
+        for what, name in zip(("dense", "triangle"), words["kinds"], strict=True)
+        for record in result["records"]
+        if record["what"] == f"parts, {what}"
+    ]
+    if spent:
+        parts += [words["of parts"], table(words["parts"], sorted(spent, key=lambda row: row[:2]))]
     if others:
         parts += [words["of others"], table(words["others"], [_other(record, of) for record in others])]
     if steps:
@@ -184,22 +207,32 @@ def _layers(record: Fields, of: str) -> str:
 
 
 def _first(record: Fields, of: str) -> list[str]:
-    return [f"{record['n']:,}", f"{min(record['chunk'], record['n']):,}", _layers(record, of), *_times(record)]
+    return [*_sizes(record, of), *_times(record)]
+
+
+def _part(record: Fields, of: str, kind: str) -> list[str]:
+    ours = sum(took for name, _, took in record["longest"] if name == "hopper_kernel")
+    times_of = [ms(record[f"{name}_ms"]) for name in ("attention", "matmul", "other")]
+    return [*_sizes(record, of), kind, times_of[0], ms(ours) if ours else "", *times_of[1:]]
+
+
+def _sizes(record: Fields, of: str) -> list[str]:
+    return [f"{record['n']:,}", f"{min(record['chunk'], record['n']):,}", _layers(record, of)]
 
 
 def _other(record: Fields, of: str) -> list[str]:
     prompts = f"{record['batch']} x {record['n']:,}"
-    return [prompts, f"{record['new_tokens']}", _layers(record, of), *_times(record), _of_pairs(record)]
+    return [prompts, f"{record['new_tokens']}", _layers(record, of), *_times(record), _ratio(record)]
 
 
 def _step(record: Fields, of: str) -> list[str]:
     requests = f"{record['batch']} x {record['n']:,}"
-    return [requests, _layers(record, of), *_times(record), _of_pairs(record)]
+    return [requests, _layers(record, of), *_times(record), _ratio(record)]
 
 
-def _of_pairs(record: Fields) -> str:
-    pairs = record.get("pairs")
-    return "" if pairs is None else f"{pairs['median']:.3f} ({' - '.join(f'{x:.3f}' for x in pairs['confidence_95'])})"
+def _ratio(record: Fields) -> str:
+    found = record.get("ratio", record.get("pairs"))
+    return "" if found is None else f"{found['median']:.3f} ({' - '.join(f'{x:.3f}' for x in found['confidence_95'])})"
 
 
 def _decoding(record: Fields) -> list[str]:

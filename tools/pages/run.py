@@ -20,6 +20,7 @@ from tools.pages import (
     page_dense,
     page_distributed,
     page_dynamic,
+    page_floor,
     page_quality,
     page_vllm,
 )
@@ -51,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         pictures += distributed[1]
     if (dynamic := page_dynamic.generate(options.results, folder)) is not None:
         pages.append((folder / page_dynamic.PAGE, dynamic))
+    if (floor := page_floor.generate(options.results, folder)) is not None:
+        pages.append((folder / page_floor.PAGE, floor))
     pages += page_vllm.generate(options.results, folder).items()
     if not options.check:
         folder.mkdir(parents=True, exist_ok=True)

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 
 from tests.support.oracle import oracle
 from tmx_compile import StrictModeError, TriangleMixConfig
-from tmx_compile.integrations.vllm import backend
+from tmx_compile.integrations.vllm import backend, lengths
 from tmx_compile.integrations.vllm.backend import TriangleBuilder, TriangleImpl, active, of_dense_rows
 from tmx_compile.integrations.vllm.gather import from_packed
-from tmx_compile.integrations.vllm.rows import Dense, Split
+from tmx_compile.integrations.vllm.rows import Dense, Split, look
 from tmx_compile.integrations.vllm.settings import KEY, Settings
 from tmx_compile.report import Reason
 
@@ -120,6 +120,20 @@ CPU = torch.device("cpu")
 CONFIG = TriangleMixConfig(2, 5, 6, triangle_layer_indices=[1], min_seq_len=10)
 
 
+def told(builder, prompts, common, build, *args):
+    """What ``build`` returns when a runner has told of the step."""
+    on, prompts = builder.active, np.array(prompts)
+    rows = common.query_start_loc_cpu.numpy()
+    computed = common.seq_lens.numpy()[: len(prompts)] - (rows[1:] - rows[:-1])[: len(prompts)]
+    step = look(int(rows[-1]), prompts, computed, on.limit, on.geometry.last)
+    step.prompts = prompts
+    return lengths.told(on, step, build, *args)
+
+
+def planned(builder, prompts, common):
+    return told(builder, prompts, common, builder.plan, builder.active, common)
+
+
 class Sequences:
     """Some requests with their keys and values, in one paged cache."""
 
@@ -147,8 +161,8 @@ class Sequences:
             starts, starts, lengths, len(chosen), int(starts[-1]), max(rows for _, _, rows in chosen),
             int(lengths.max()), self.table[requests], torch.arange(int(starts[-1])),
         )  # fmt: skip
-        builder.prompts = np.array([self.prompts[request] for request in requests])
-        metadata = builder.build(0, common)
+        prompts = [self.prompts[request] for request in requests]
+        metadata = told(builder, prompts, common, builder.build, 0, common)
         taken = [slice(first, first + rows) for _, first, rows in chosen]
         parts = [
             torch.cat([x[request][rows] for x in (self.q, self.k, self.v)], 1)
@@ -245,7 +259,6 @@ def test_another_layer_and_another_kind_of_step_are_the_platforms():
     torch.testing.assert_close(out, dense[0].transpose(0, 1), atol=1e-10, rtol=0)
     counts = builder.active.counts
     assert counts.tokens == {"triangle": 24, "dense": 6}
-    builder.prompts = None
     assert builder.plan(builder.active, None) is None
     assert counts.steps[Reason.LENGTH_UNKNOWN.name] == 1
 
@@ -255,11 +268,10 @@ def test_a_step_whose_rows_see_ahead_is_dense(change):
     """Pictures that see themselves whole, in prompts of models of several kinds of input."""
     engine = configured(CONFIG, Impl())
     builder = Builder(SimpleNamespace(block_size=SIZE), [NAME], engine, CPU)
-    builder.prompts = np.array([30])
-    starts, lengths = torch.tensor([0, 30], dtype=torch.int32), torch.tensor([30], dtype=torch.int32)
-    common = Common(starts, starts, lengths, 1, 30, 30, 30, torch.zeros(1, 8), torch.arange(30))
-    assert builder.plan(builder.active, common) is not None
-    assert builder.plan(builder.active, common.replace(**change)) is None
+    starts, ends = torch.tensor([0, 30], dtype=torch.int32), torch.tensor([30], dtype=torch.int32)
+    common = Common(starts, starts, ends, 1, 30, 30, 30, torch.zeros(1, 8), torch.arange(30))
+    assert planned(builder, [30], common) is not None
+    assert planned(builder, [30], common.replace(**change)) is None
     assert builder.active.counts.steps == {"triangle": 1, Reason.NOT_CAUSAL.name: 1}
 
 
@@ -268,9 +280,8 @@ def test_a_step_whose_rows_see_ahead_is_dense(change):
 )
 def test_places_of_a_graph_without_requests_are_left_out(prompt, length, what):
     builder = Builder(SimpleNamespace(block_size=SIZE), [NAME], configured(CONFIG, Impl()), CPU)
-    starts, lengths = torch.tensor([0, 1, 1, 1], dtype=torch.int32), torch.tensor([length, 0, 0], dtype=torch.int32)
-    builder.prompts = np.array([prompt])
-    builder.plan(builder.active, Common(starts, starts, lengths, 3, 1, 1, length, torch.zeros(3, 8), None))
+    starts, ends = torch.tensor([0, 1, 1, 1], dtype=torch.int32), torch.tensor([length, 0, 0], dtype=torch.int32)
+    planned(builder, [prompt], Common(starts, starts, ends, 3, 1, 1, length, torch.zeros(3, 8), None))
     assert builder.active.counts.steps == {what: 1}
     assert builder.active.counts.tokens.total() == 1
 
@@ -282,12 +293,11 @@ def test_most_steps_are_told_dense_without_a_look_at_their_rows(monkeypatch):
     starts = torch.arange(4, dtype=torch.int32)
     # The last row of a prompt, the first of the last rows, and a decode step.
     common = Common(starts, starts, torch.tensor([30, 25, 40], dtype=torch.int32), 3, 3, 1, 40, None, None)
-    builder.prompts = np.array([30, 30, 30])
-    assert builder.plan(builder.active, common) is None
+    assert planned(builder, [30, 30, 30], common) is None
     assert builder.active.counts.steps == {"decode": 1}
     common.seq_lens[1] = 24
     with pytest.raises(TypeError):
-        builder.plan(builder.active, common)
+        planned(builder, [30, 30, 30], common)
 
 
 def test_a_model_whose_prefix_sees_itself_whole_is_dense():

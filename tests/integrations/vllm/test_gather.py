@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.oracle import oracle
-from tmx_compile.integrations.vllm.gather import Scratch, from_packed, places, seen
-from tmx_compile.integrations.vllm.rows import split
+from tmx_compile.integrations.vllm.gather import Scratch, from_packed, places, seen, together
+from tmx_compile.integrations.vllm.rows import Streaming, split
 from tmx_compile.lowering.chunk import Part
 from tmx_compile.lowering.scoring import Scoring
 from tmx_compile.mask.geometry import Geometry
@@ -58,7 +58,35 @@ def test_a_prompt_in_chunks_is_the_prompt_as_a_whole(prompt, chunk, sink, window
     assert out[stream:].isnan().all()
 
 
+@settings(deadline=None, max_examples=30)
+@given(
+    st.integers(1, 90),
+    st.integers(0, 9),
+    st.integers(0, 20),
+    st.integers(1, 40),
+    st.sampled_from([8, 12]),
+    st.booleans(),
+)
+def test_the_kernel_puts_together_what_the_pages_and_the_chunk_hold(position, sink, window, rows, dim, heads_first):
+    """In Triton's interpreter. Pages have heads or tokens first in memory; a chunk's rows are parts of longer ones."""
+    scratch, geometry = Scratch(), Geometry(sink, window, 0)
+    _, k, v = torch.randn(rows, 2 + 2 + 2, dim).split(2, 1)
+    blocks = -(-position // SIZE) + 3
+    cache = torch.randn(blocks, 2, SIZE, 2 * dim)
+    if not heads_first:
+        cache = cache.transpose(1, 2).contiguous().transpose(1, 2)
+    table = torch.randperm(blocks).to(torch.int32)
+    earlier = places(Streaming(0, 0, rows, position), table, SIZE, geometry)
+    if earlier is None:
+        return
+    keys, values = together(cache, dim, earlier, k, v, scratch)
+    want = seen(lambda *at: from_packed(cache, 2, dim, *at), earlier, k, v, Scratch())
+    torch.testing.assert_close((keys, values), want, atol=0, rtol=0)
+
+
 def test_pages_of_another_layout_are_refused():
+    with pytest.raises(RuntimeError, match=r"must be \(blocks, 2, size, 20\), got \(3, 2, 4, 16\)"):
+        together(torch.zeros(3, 2, SIZE, 16), 10, None, torch.zeros(1, 2, 10), None, None)
     with pytest.raises(RuntimeError, match=r"must be \(blocks, 2, size, 16\), got \(3, 4, 2, 16\)"):
         from_packed(torch.zeros(3, SIZE, 2, 16), 2, 8, torch.zeros(1).long(), torch.zeros(1).long())
 

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from tmx_compile.integrations.vllm import lengths
+from tmx_compile.integrations.vllm.rows import Step, look
 from tmx_compile.mask.geometry import Geometry
 
-ON = SimpleNamespace(limit=64, geometry=Geometry(4, 16, 24))
+ON = SimpleNamespace(limit=64, geometry=Geometry(4, 16, 24), step=None)
 """Rows up to position N - 24 of prompts over 64 tokens stream."""
 
 
@@ -34,8 +35,7 @@ def config(on: Any = ON) -> Any:
     ],
 )
 def test_a_request_whose_next_row_streams(prompts: list[int], computed: list[int], streams: bool) -> None:
-    assert lengths.some_streams(ON, np.array(prompts), np.array(computed)) is streams
-    assert not lengths.some_streams(None, np.array(prompts), np.array(computed))
+    assert look(7, np.array(prompts), np.array(computed), 64, 24) == Step(7, max(prompts), streams)
 
 
 class FirstRunner:
@@ -95,7 +95,7 @@ class SecondRunner:
 def test_the_second_runner_takes_no_streaming_row_for_a_decode_step() -> None:
     update = lengths.looking_ahead(SecondRunner.update_requests)
     dispatch = lengths.second_runners_choice(Manager.dispatch)
-    step = SimpleNamespace(num_scheduled_tokens={"one": 1, "other": 1})
+    step = SimpleNamespace(num_scheduled_tokens={"one": 1, "other": 1}, total_num_scheduled_tokens=2)
     for computed, on, answer in ((40, ON, None), (80, ON, 1), (40, None, 1)):
         runner = SecondRunner(computed, on)
         # Before the first step, and in an engine without TriangleMix, nothing is known.
@@ -108,4 +108,46 @@ def test_without_graphs_there_is_nothing_to_tell() -> None:
     runner = SecondRunner(40)
     runner.cudagraph_manager = None
     update = lengths.looking_ahead(SecondRunner.update_requests)
-    assert update(runner, SimpleNamespace(num_scheduled_tokens={"one": 1})) == "updated"
+    assert update(runner, SimpleNamespace(num_scheduled_tokens={"one": 1}, total_num_scheduled_tokens=1)) == "updated"
+
+
+class FirstBuilder(FirstRunner):
+    """The same when it builds a step's metadata: says what the builders are told."""
+
+    def _build_attention_metadata(self, **_: Any) -> Any:
+        return None if ON.step is None else (ON.step.rows, ON.step.streams, ON.step.prompts.tolist())
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({}, (9, True, [100, 100])),
+        ({"num_scheduled_tokens": None}, None),
+        ({"ubatch_slices": [1, 2]}, None),
+        ({"for_cudagraph_capture": True}, None),
+    ],
+)
+def test_the_first_runners_builders_are_told_of_whole_steps(change: dict[str, Any], told: Any) -> None:
+    build = lengths.first_runner(FirstBuilder._build_attention_metadata)
+    runner = FirstBuilder(40)
+    runner.input_batch.num_reqs = 2
+    assert build(runner, **{"num_tokens": 9, "num_scheduled_tokens": {"one": 8, "other": 1}} | change) == told
+    assert ON.step is None
+    runner.vllm_config = config(None)
+    assert build(runner, num_tokens=9, num_scheduled_tokens={}) is None
+
+
+@pytest.mark.parametrize(("computed", "streams"), [(40, True), (80, False)])
+def test_the_second_runners_builders_are_told_of_a_step_in_its_order(computed: int, streams: bool) -> None:
+    runner = SecondRunner(computed)
+    runner.req_states.prompt_len.np[:] = [99, 98, 97]
+    scheduled = SimpleNamespace(num_scheduled_tokens={"one": 1, "other": 2}, total_num_scheduled_tokens=3)
+    inputs = lengths.remembering(lambda self: SimpleNamespace(idx_mapping_np=np.array([0, 2])))
+    attention = lengths.second_runner(lambda self, batch: ON.step)
+    # A dummy run has no step.
+    assert attention(None, inputs(runner)) is None
+    lengths.looking_ahead(SecondRunner.update_requests)(runner, scheduled)
+    step = attention(None, inputs(runner))
+    assert (step.rows, step.longest, step.streams) == (3, 99, streams)
+    assert not streams or step.prompts.tolist() == [99, 97]
+    assert ON.step is None

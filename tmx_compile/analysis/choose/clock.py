@@ -10,6 +10,7 @@ from tmx_compile.analysis.judge.choice import DynamicLayers
 from tmx_compile.analysis.judge.evaluation import Evaluation, Record
 from tmx_compile.bench.dynamic_times import DynamicTimes
 from tmx_compile.bench.layer_times import AttentionShape, LayerTime, measure_times, time_plan
+from tmx_compile.lowering.fa4_lists import kernel_of
 from tmx_compile.mask.geometry import Geometry
 
 
@@ -84,7 +85,8 @@ class Clock:
 
     def of_dense(self, dynamic: DynamicLayers, density: float) -> float | None:
         """The part of the dense time that a dynamic layer of a density takes."""
-        return self.dynamic.of_dense(self.tokens, dynamic.method, dynamic.block, density)
+        way = dynamic.method, dynamic.group, dynamic.block
+        return self.dynamic.of_dense(self.tokens, *way, density, kernel_of(dynamic.block))
 
     def notes(self, choices: Sequence[DynamicLayers]) -> tuple[str, ...]:
         """What is to be said of these dynamic layers' times."""

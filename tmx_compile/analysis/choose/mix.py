@@ -22,9 +22,18 @@ from tmx_compile.analysis.choose.direct import ShareScores
 from tmx_compile.analysis.judge.choice import Choice, DynamicLayers
 from tmx_compile.bench.dynamic_times import DynamicTimes
 from tmx_compile.config import TriangleMixConfig, as_count
+from tmx_compile.config.dynamic import ONLY_GROUP
+from tmx_compile.lowering.fa4_lists import kernel_of
 from tmx_compile.mask.geometry import Geometry
 from tmx_compile.mask.intervals import pair_counts
-from tmx_compile.mask.selection import Selection, checked_block, checked_group, checked_method, checked_share
+from tmx_compile.mask.selection import (
+    Selection,
+    checked_block,
+    checked_group,
+    checked_method,
+    checked_share,
+    usual_group,
+)
 
 
 @dataclass(frozen=True)
@@ -37,7 +46,7 @@ class Scores:
         dynamic: by share, that of dynamic layers, and their densities.
         method: how these choose.
         block: side of their blocks (tokens).
-        group: tokens that the estimate takes together.
+        group: tokens that the estimate takes together; None: as in a configuration.
 
     >>> from tmx_compile.analysis import Scores
     >>> from tmx_compile.mask import Geometry
@@ -51,7 +60,11 @@ class Scores:
     dynamic: tuple[ShareScores, ...] = ()
     method: str = Selection.method
     block: int = Selection.block
-    group: int = Selection.stride
+    group: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.group is None:
+            object.__setattr__(self, "group", usual_group(self.method, self.block))
 
 
 @dataclass(frozen=True)
@@ -152,7 +165,8 @@ def _options(scores: Scores, tokens: int, times: DynamicTimes) -> dict[int, list
     for x in scores.dynamic:
         for layer, cost in x.divergence.items():
             length = min(max(tokens, shortest), longest)
-            time = times.of_dense(length, scores.method, scores.block, x.density[layer])
+            way = scores.method, scores.group, scores.block
+            time = times.of_dense(length, *way, x.density[layer], kernel_of(scores.block))
             # Without a price, what is left out.
             saved = 1 - (x.density[layer] if time is None else time)
             found.setdefault(layer, []).append(_Option(max(cost, 0.0), saved, x.share))
@@ -218,7 +232,7 @@ def read_scores(path: str | os.PathLike[str], *, num_layers: int, model: nn.Modu
         if any(x.divergence.keys() != x.density.keys() for x in shares):
             raise ValueError("divergence and density must be of the same layers")
         method, block = checked_method("method", section["method"]), checked_block("block", section["block"])
-        group = checked_group("group", section.get("group", Selection.stride), block)
+        group = checked_group("group", section.get("group", ONLY_GROUP), block)
         return Scores(config.geometry, _layers(content["scores"]["divergence"]), shares, method, block, group)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         why = f"it lacks {error}" if isinstance(error, KeyError) else str(error)

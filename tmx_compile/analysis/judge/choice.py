@@ -7,7 +7,7 @@ from typing import Any
 
 from tmx_compile.config import TriangleMixConfig
 from tmx_compile.mask.geometry import Geometry
-from tmx_compile.mask.selection import Selection
+from tmx_compile.mask.selection import Selection, usual_group
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class DynamicLayers:
         shares: of each, in order: how much of the estimated attention it keeps.
         method: how it is estimated: "pooled", "antidiagonal" or "sampled".
         block: rows and keys of a block (tokens).
-        group: tokens that the estimate takes together.
+        group: tokens that the estimate takes together; None: as in a configuration.
 
     >>> from tmx_compile.analysis import Choice, DynamicLayers
     >>> from tmx_compile.mask import Geometry
@@ -31,7 +31,11 @@ class DynamicLayers:
     shares: tuple[float, ...] = ()
     method: str = Selection.method
     block: int = Selection.block
-    group: int = Selection.stride
+    group: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.group is None:
+            object.__setattr__(self, "group", usual_group(self.method, self.block))
 
 
 @dataclass(frozen=True)
@@ -78,9 +82,9 @@ class Choice:
         (0.95, 0.95)
         """
         layers = config.dynamic_layers()
-        shares = tuple(config.selection(layer).share for layer in layers)
-        words = config.dynamic_method, config.dynamic_block, config.dynamic_group
-        dynamic = DynamicLayers(layers, shares, *words) if layers else DynamicLayers()
+        ways = [config.selection(layer) for layer in layers]
+        words = [(x.method, x.block, x.stride) for x in ways[:1]]
+        dynamic = DynamicLayers(layers, tuple(x.share for x in ways), *words[0]) if words else DynamicLayers()
         return cls(config.geometry, config.layers(), streaming, dynamic)
 
     def config(self) -> TriangleMixConfig:

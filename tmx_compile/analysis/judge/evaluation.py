@@ -14,6 +14,7 @@ from tmx_compile.analysis.judge.choice import Choice, DynamicLayers
 from tmx_compile.analysis.judge.intervals import Interval
 from tmx_compile.bench.layer_times import AttentionShape
 from tmx_compile.config import TriangleMixConfig, as_count
+from tmx_compile.config.dynamic import ONLY_GROUP
 from tmx_compile.config.fingerprint import ModelFingerprint
 from tmx_compile.mask.geometry import Geometry
 
@@ -217,7 +218,7 @@ def _record(data: Mapping[str, Any], num_layers: int) -> Record:
         raise ValueError(f"streaming must be a bool, got {data['streaming']!r}")
     dynamic, densities = DynamicLayers(), []
     if "dynamic" in data:
-        words = dict(data["dynamic"])
+        words = {"group": ONLY_GROUP, **data["dynamic"]}
         densities = [Interval(*map(float, found)) for found in words.pop("densities")]
         dynamic = DynamicLayers(tuple(words.pop("layers")), tuple(words.pop("shares")), **words)
         if len(densities) != len(dynamic.layers):

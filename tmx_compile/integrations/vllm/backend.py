@@ -18,7 +18,7 @@ from torch import Tensor
 from tmx_compile.integrations.vllm.counts import Counts, why_dense
 from tmx_compile.integrations.vllm.gather import Places, Scratch, places, seen
 from tmx_compile.integrations.vllm.layers import LayerFacts
-from tmx_compile.integrations.vllm.rows import Dense, Split, Streaming, any_streams, split
+from tmx_compile.integrations.vllm.rows import Dense, Split, Step, Streaming, split
 from tmx_compile.integrations.vllm.settings import Settings, handed_over
 from tmx_compile.lowering.base import AttentionCall, Lowering
 from tmx_compile.lowering.blocked import Blocked
@@ -45,6 +45,7 @@ class Active:
         sparse: full names of the layers that are triangle layers and can go sparse.
         scratch: memory for gathered keys and values.
         prepared: whether the kernels are compiled and the memory is there.
+        step: the step whose metadata are being built; None: none, or no whole step of a scheduler.
     """
 
     settings: Settings
@@ -55,6 +56,7 @@ class Active:
     sparse: frozenset[str] = frozenset()
     scratch: Scratch = field(default_factory=Scratch)
     prepared: bool = False
+    step: Step | None = None
 
 
 @dataclass(frozen=True)
@@ -162,9 +164,6 @@ class TriangleBuilder:
     # A copy with another block table would keep this table's plan.
     supports_update_block_table = False
 
-    prompts: Any = None
-    """(requests,) array, lengths of the step's prompts; None: the step is no whole step of a scheduler."""
-
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]
         self.block_tokens: int = kv_cache_spec.block_size
@@ -174,30 +173,27 @@ class TriangleBuilder:
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
         """The platform's metadata, with a plan where rows of this step stream."""
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)  # type: ignore[misc]
-        if self.active is not None:
-            setattr(metadata, _PLAN, self.plan(self.active, common_attn_metadata))
+        plan = None if self.active is None else self.plan(self.active, common_attn_metadata)
+        if plan is not None:
+            setattr(metadata, _PLAN, plan)
         return metadata
 
     def plan(self, on: Active, common: Any) -> Plan | None:
         """How the rows of a step are computed; None: all are dense."""
-        lengths = None if self.prompts is None else self.lengths(common)
-        if lengths is None:
+        step, found = on.step, None
+        lengths = self.lengths(common) if step is not None and step.streams else None
+        if step is None or (step.streams and lengths is None):
             on.counts.step(None, 0, Reason.LENGTH_UNKNOWN)
             return None
-        starts = common.query_start_loc_cpu.numpy()
-        rows = int(starts[-1])
-        if common.causal is not True or common.mm_req_doc_ranges:
-            on.counts.step(None, rows, Reason.NOT_CAUSAL)
-            return None
-        longest, found = int(self.prompts.max(initial=0)), None
-        if longest > on.limit:
+        if lengths is not None:
+            if common.causal is not True or common.mm_req_doc_ranges:
+                on.counts.step(None, step.rows, Reason.NOT_CAUSAL)
+                return None
+            prompts = step.prompts.tolist()
             # A graph's step may have places for more requests than there are.
-            requests = len(self.prompts)
-            computed = lengths.numpy()[:requests] - (starts[1:] - starts[:-1])[:requests]
-            if any_streams(self.prompts, computed, on.limit, on.geometry.last):
-                some = starts.tolist()[: requests + 1], lengths.tolist(), self.prompts.tolist()
-                found = split(*some, on.geometry, on.limit, whole_prompts=self.whole_prompts)
-        on.counts.step(found, rows, why_dense(longest, on.settings.config.min_seq_len, on.limit))
+            starts = common.query_start_loc_cpu.tolist()[: len(prompts) + 1]
+            found = split(starts, lengths.tolist(), prompts, on.geometry, on.limit, whole_prompts=self.whole_prompts)
+        on.counts.step(found, step.rows, why_dense(step.longest, on.settings.config.min_seq_len, on.limit))
         if found is None:
             return None
         tables = common.block_table_tensor
@@ -238,27 +234,23 @@ class TriangleImpl:
     ) -> Tensor:
         """Attention of a step: query (rows, H, D), key and value (rows, Hkv, D), into output (rows, H, D)."""
         plan: Plan | None = getattr(attn_metadata, _PLAN, None)
-        dense = super().forward  # type: ignore[misc]
         if attn_metadata is None:
             self.profiled(layer, query, key, value)
         if plan is None or layer.layer_name not in plan.active.sparse or output_scale is not None:
-            result: Tensor = dense(
+            return super().forward(  # type: ignore[misc,no-any-return]
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
             )
-            return result
         on = plan.active
-
-        def read(blocks: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-            return self.tokens(layer, kv_cache, blocks, slots)
-
         for part, earlier in plan.streaming:
             rows = slice(part.row, part.row + part.rows)
-            keys, values = seen(read, earlier, key[rows], value[rows], on.scratch)
+            keys, values = key[rows], value[rows]
+            if earlier is not None:
+                keys, values = self.together(layer, kv_cache, earlier, keys, values, on.scratch)
             self.stream(on, query[rows], keys, values, part.last, output[rows])
         if plan.rows is not None:
             # A view of the output where the rows are a slice, else memory of its own.
             out = output[plan.rows]
-            dense(layer, query[plan.rows], None, None, kv_cache, plan.dense, out)
+            super().forward(layer, query[plan.rows], None, None, kv_cache, plan.dense, out)  # type: ignore[misc]
             if not isinstance(plan.rows, slice):
                 output[plan.rows] = out
         return output
@@ -314,6 +306,16 @@ class TriangleImpl:
     def kernel_steps(self, query: Tensor) -> tuple[int, ...]:
         """Numbers of rows (of ``query`` (rows, H, D)) from which on other kernels run than with fewer."""
         return ()
+
+    def together(
+        self, layer: Any, kv_cache: Tensor, earlier: Places, key: Tensor, value: Tensor, scratch: Scratch
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values (n, Hkv, D): of earlier tokens from the cache, then a chunk's own (rows, Hkv, D)."""
+
+        def read(blocks: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+            return self.tokens(layer, kv_cache, blocks, slots)
+
+        return seen(read, earlier, key, value, scratch)
 
     def tokens(self, layer: Any, kv_cache: Tensor, blocks: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (n, Hkv, D) of cached tokens: their blocks (n,), and their slots (n,) in these."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backend import AttentionCGSupport
@@ -13,8 +14,8 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionMetadataBuilder,
 )
 
-from tmx_compile.integrations.vllm.backend import TriangleBuilder, TriangleImpl, active
-from tmx_compile.integrations.vllm.gather import from_packed
+from tmx_compile.integrations.vllm.backend import Active, TriangleBuilder, TriangleImpl, active
+from tmx_compile.integrations.vllm.gather import Places, Scratch, from_packed, together
 from tmx_compile.lowering.triton import tuning
 from tmx_compile.lowering.triton.devices import multiprocessors
 
@@ -62,6 +63,20 @@ class Impl(TriangleImpl, FlashAttentionImpl):
     def kernel_steps(self, query: Tensor) -> tuple[int, ...]:
         """See :class:`TriangleImpl`."""
         return tuning.row_steps(query.shape[1], multiprocessors(query.device))
+
+    def prepare(self, on: Active, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """See :class:`TriangleImpl`. There is no cache yet; one block stands for it."""
+        if not on.prepared:
+            some = key.new_zeros(1, 16, self.num_kv_heads, 2 * self.head_size).transpose(1, 2)
+            table = torch.zeros(1, dtype=torch.int32, device=key.device)
+            self.together(None, some, Places(table, 16, 1, 1, 0), key[:1], value[:1], on.scratch)
+        super().prepare(on, query, key, value)
+
+    def together(
+        self, layer: Any, kv_cache: Tensor, earlier: Places, key: Tensor, value: Tensor, scratch: Scratch
+    ) -> tuple[Tensor, Tensor]:
+        """See :class:`TriangleImpl`. Here in one launch."""
+        return together(kv_cache, self.head_size, earlier, key, value, scratch)
 
     def tokens(self, layer: Any, kv_cache: Tensor, blocks: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
         """See :class:`TriangleImpl`."""

@@ -6,6 +6,8 @@ operator's usual kind: distances inside the window stay what they are, and a sin
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,12 +21,31 @@ Read = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """(blocks (n,), slots (n,)) -> keys and values (n, Hkv, D) of these tokens of a layer's cache."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Places:
-    """Where earlier tokens lie in the cache: blocks (n,) and slots inside them (n,), int64 on the cache's device."""
+    """Where the earlier tokens lie that a chunk's rows see.
 
-    blocks: Tensor
-    slots: Tensor
+    Attributes:
+        table: (blocks,) the request's row of the block table.
+        size: tokens of a block.
+        tokens: how many there are.
+        sinks: how many of them are the sequence's first.
+        low: where the others begin in the sequence.
+    """
+
+    table: Tensor
+    size: int
+    tokens: int
+    sinks: int
+    low: int
+
+    @functools.cached_property
+    def at(self) -> tuple[Tensor, Tensor]:
+        """Their blocks (n,) and slots inside these (n,), int64 on the table's device: for all layers made once."""
+        # One after another on the device itself: nothing is copied there, and nothing waits.
+        token = torch.arange(self.tokens, device=self.table.device)
+        token = torch.where(token < self.sinks, token, token - self.sinks + self.low)
+        return self.table[token // self.size].long(), token % self.size
 
 
 def places(part: Streaming, table: Tensor, block_size: int, geometry: Geometry) -> Places | None:
@@ -39,9 +60,8 @@ def places(part: Streaming, table: Tensor, block_size: int, geometry: Geometry) 
     spans = spans_before(part.position, geometry)
     if not spans:
         return None
-    # One after another on the device itself: nothing is copied there, and nothing waits.
-    token = torch.cat([torch.arange(begin, end, device=table.device) for begin, end in spans])
-    return Places(table[token // block_size].long(), token % block_size)
+    sinks = spans[0][1] if spans[0][0] == 0 else 0
+    return Places(table, block_size, sum(end - begin for begin, end in spans), sinks, spans[-1][0])
 
 
 def from_packed(
@@ -52,12 +72,38 @@ def from_packed(
     Raises:
         RuntimeError: the cache is not laid out so.
     """
+    check_packed(kv_cache, kv_heads, head_size)
+    found = kv_cache[blocks, :, slots]
+    return found[..., :head_size], found[..., head_size:]
+
+
+def together(
+    kv_cache: Tensor, head_size: int, earlier: Places, key: Tensor, value: Tensor, scratch: Scratch
+) -> tuple[Tensor, Tensor]:
+    """As :func:`seen`, from a cache as of :func:`from_packed`, by one launch of a kernel of Triton.
+
+    Raises:
+        RuntimeError: the cache is not laid out so.
+    """
+    check_packed(kv_cache, key.shape[1], head_size)
+    keys, values = scratch.take(earlier.tokens + key.shape[0], key)
+    _kernel()(kv_cache, earlier.table, (earlier.tokens, earlier.sinks, earlier.low), key, value, keys, values)
+    return keys, values
+
+
+# Needs Triton, which is not where vLLM serves on a CPU.
+@functools.cache
+def _kernel() -> Callable[..., None]:
+    found: Callable[..., None] = importlib.import_module("tmx_compile.lowering.triton.together").put_together
+    return found
+
+
+def check_packed(kv_cache: Tensor, kv_heads: int, head_size: int) -> None:
+    """Raise ``RuntimeError`` unless a cache is (blocks, Hkv, size, 2 D)."""
     if kv_cache.dim() != 4 or kv_cache.shape[1] != kv_heads or kv_cache.shape[3] != 2 * head_size:
         raise RuntimeError(
             f"vLLM's cache must be (blocks, {kv_heads}, size, {2 * head_size}), got {tuple(kv_cache.shape)}"
         )
-    found = kv_cache[blocks, :, slots]
-    return found[..., :head_size], found[..., head_size:]
 
 
 class Scratch:
@@ -88,9 +134,9 @@ def seen(read: Read, earlier: Places | None, key: Tensor, value: Tensor, scratch
     """
     if earlier is None:
         return key, value
-    before = earlier.blocks.numel()
+    before = earlier.tokens
     found = scratch.take(before + key.shape[0], key)
-    for out, part, own in zip(found, read(earlier.blocks, earlier.slots), (key, value), strict=True):
+    for out, part, own in zip(found, read(*earlier.at), (key, value), strict=True):
         out[:before] = part
         out[before:] = own
     return found

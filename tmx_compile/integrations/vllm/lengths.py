@@ -6,23 +6,21 @@ row each, which a chunk of one row is too; its row would attend to every key, wh
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator
 from typing import Any
 
-from tmx_compile.integrations.vllm.backend import Active, TriangleBuilder, active, known
-from tmx_compile.integrations.vllm.rows import any_streams
+from tmx_compile.integrations.vllm.backend import Active, active, known
+from tmx_compile.integrations.vllm.rows import Step, look
 from tmx_compile.integrations.vllm.settings import handed_over
 from tmx_compile.integrations.vllm.wrap import wrap
 
-_PROMPTS, _STREAMS = "trianglemix_prompts", "trianglemix_streams"
+_STEP, _STREAMS = "trianglemix_step", "trianglemix_streams"
 
 
 def install(device: str) -> None:
     """Wrap what the runners build a step's metadata with. On CUDA there are two runners, of which vLLM picks one."""
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    wrap(GPUModelRunner, "_build_attention_metadata", _first_runner)
+    wrap(GPUModelRunner, "_build_attention_metadata", first_runner)
     wrap(GPUModelRunner, "initialize_kv_cache", _with_report)
     if device != "cuda":
         return
@@ -33,76 +31,57 @@ def install(device: str) -> None:
     wrap(GPUModelRunner, "_determine_batch_execution_and_padding", first_runners_choice)
     wrap(SecondRunner, "update_requests", looking_ahead)
     wrap(CudaGraphManager, "dispatch", second_runners_choice)
-    wrap(SecondRunner, "prepare_inputs", _remembering)
+    wrap(SecondRunner, "prepare_inputs", remembering)
     wrap(SecondRunner, "initialize_kv_cache", _with_report)
-    wrap(DefaultModelState, "prepare_attn", _second_runner)
+    wrap(DefaultModelState, "prepare_attn", second_runner)
 
 
-@contextlib.contextmanager
-def told(groups: Iterable[Iterable[Any]], prompts: Any) -> Iterator[None]:
-    """Tell the builders of all layers the prompts' lengths, a (requests,) array on the host, while a step is built."""
-    builders = [
-        builder
-        for several in groups
-        for group in several
-        for builder in group.metadata_builders
-        if isinstance(builder, TriangleBuilder)
-    ]
-    for builder in builders:
-        builder.prompts = prompts
+def told(on: Active, step: Step, build: Any, *args: Any, **kwargs: Any) -> Any:
+    """Build a step's metadata, whose builders then know of the step."""
+    on.step = step
     try:
-        yield
+        return build(*args, **kwargs)
     finally:
-        for builder in builders:
-            builder.prompts = None
+        on.step = None
 
 
-def _first_runner(plain: Any) -> Any:
+def first_runner(plain: Any) -> Any:
+    """Of a step's metadata, in the first runner."""
+
     def _build_attention_metadata(self: Any, *args: Any, **kwargs: Any) -> Any:
+        on = known(self.vllm_config)
         # A step of the scheduler, whole: no profiling, no capture, no micro-batches.
         real = kwargs.get("num_scheduled_tokens") is not None and kwargs.get("ubatch_slices") is None
-        real = real and not kwargs.get("for_cudagraph_capture")
-        batch = self.input_batch
-        with told(self.attn_groups, batch.num_prompt_tokens[: batch.num_reqs] if real else None):
+        if on is None or not real or kwargs.get("for_cudagraph_capture"):
             return plain(self, *args, **kwargs)
+        step = first_runners_step(on, self.input_batch, self.input_batch.num_reqs, kwargs["num_tokens"])
+        return told(on, step, plain, self, *args, **kwargs)
 
     return _build_attention_metadata
 
 
-def _remembering(plain: Any) -> Any:
-    def prepare_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
-        batch = plain(self, *args, **kwargs)
-        # Of the prompt alone: after preemption, prefill_len counts generated tokens too.
-        setattr(batch, _PROMPTS, self.req_states.prompt_len.np[batch.idx_mapping_np])
-        return batch
-
-    return prepare_inputs
+def first_runners_step(on: Active, batch: Any, requests: int, rows: int) -> Step:
+    """A step of so many of a batch's requests."""
+    prompts = batch.num_prompt_tokens[:requests]
+    step = look(rows, prompts, batch.num_computed_tokens_cpu[:requests], on.limit, on.geometry.last)
+    step.prompts = prompts
+    return step
 
 
-def _second_runner(plain: Any) -> Any:
-    def prepare_attn(
-        self: Any, batch: Any, mode: Any, tables: Any, slots: Any, groups: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        with told(groups, getattr(batch, _PROMPTS, None)):
-            return plain(self, batch, mode, tables, slots, groups, *args, **kwargs)
-
-    return prepare_attn
-
-
-def some_streams(on: Active | None, prompts: Any, computed: Any) -> bool:
-    """Whether the next row of some request streams; ``on`` None: nothing is on. Else as :func:`any_streams`."""
-    return on is not None and any_streams(prompts, computed, on.limit, on.geometry.last)
+def is_no_decode_step(step: Step) -> bool:
+    """Whether a step must not be replayed as one of decode steps, whatever its numbers of rows."""
+    return step.streams
 
 
 def first_runners_choice(plain: Any) -> Any:
     """Of how a step is run, in the first runner: a step with streaming rows is no decode step."""
 
     def _determine_batch_execution_and_padding(self: Any, *args: Any, **kwargs: Any) -> Any:
+        on = known(self.vllm_config)
         # Where it is told, this is no step of the scheduler.
-        if kwargs.get("force_uniform_decode") is None:
-            batch, requests = self.input_batch, slice(kwargs["num_reqs"])
-            prompts, computed = batch.num_prompt_tokens[requests], batch.num_computed_tokens_cpu[requests]
-            if some_streams(known(self.vllm_config), prompts, computed):
+        if on is not None and kwargs.get("force_uniform_decode") is None:
+            step = first_runners_step(on, self.input_batch, kwargs["num_reqs"], 0)
+            if is_no_decode_step(step):
                 kwargs["force_uniform_decode"] = False
         return plain(self, *args, **kwargs)
 
@@ -114,11 +93,16 @@ def looking_ahead(plain: Any) -> Any:
 
     def update_requests(self: Any, scheduler_output: Any) -> Any:
         result = plain(self, scheduler_output)
-        states, on = self.req_states, known(self.vllm_config)
-        if on is not None and self.cudagraph_manager is not None:
-            at = [states.req_id_to_index[name] for name in scheduler_output.num_scheduled_tokens]
-            streams = some_streams(on, states.prompt_len.np[at], states.num_computed_tokens_np[at])
-            setattr(self.cudagraph_manager, _STREAMS, streams)
+        on = known(self.vllm_config)
+        if on is not None:
+            states, scheduled = self.req_states, scheduler_output.num_scheduled_tokens
+            at = [states.req_id_to_index[name] for name in scheduled]
+            prompts, computed = states.prompt_len.np.take(at), states.num_computed_tokens_np.take(at)
+            rows = scheduler_output.total_num_scheduled_tokens
+            step = look(rows, prompts, computed, on.limit, on.geometry.last)
+            setattr(self, _STEP, step)
+            if self.cudagraph_manager is not None:
+                setattr(self.cudagraph_manager, _STREAMS, is_no_decode_step(step))
         return result
 
     return update_requests
@@ -134,6 +118,34 @@ def second_runners_choice(plain: Any) -> Any:
         return plain(self, num_reqs, num_tokens, count, *args, **kwargs)
 
     return dispatch
+
+
+def remembering(plain: Any) -> Any:
+    """In the second runner, of a step's inputs: the step goes with them, and in their order."""
+
+    def prepare_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
+        batch = plain(self, *args, **kwargs)
+        on, step = known(self.vllm_config), getattr(self, _STEP, None)
+        if on is not None and step is not None:
+            if step.streams:
+                # Of the prompt alone: after preemption, prefill_len counts generated tokens too.
+                step.prompts = self.req_states.prompt_len.np[batch.idx_mapping_np]
+            setattr(batch, _STEP, (on, step))
+        return batch
+
+    return prepare_inputs
+
+
+def second_runner(plain: Any) -> Any:
+    """Of a step's metadata, in the second runner."""
+
+    def prepare_attn(self: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        found = getattr(batch, _STEP, None)
+        if found is None:
+            return plain(self, batch, *args, **kwargs)
+        return told(*found, plain, self, batch, *args, **kwargs)
+
+    return prepare_attn
 
 
 def _with_report(plain: Any) -> Any:

@@ -43,6 +43,23 @@ class Dense:
     rows: int
 
 
+@dataclass
+class Step:
+    """What is known of a whole step of the scheduler before its metadata are built.
+
+    Attributes:
+        rows: of all requests.
+        longest: tokens of the longest prompt.
+        streams: whether some row streams.
+        prompts: (requests,) array, tokens of each request's prompt, in the step's order; asked only where rows stream.
+    """
+
+    rows: int
+    longest: int
+    streams: bool
+    prompts: Any = None
+
+
 @dataclass(frozen=True)
 class Split:
     """The rows of a step, each in exactly one part."""
@@ -62,16 +79,19 @@ def first_dense_row(prompt: int, limit: int, last: int) -> int:
     return max(prompt - last, 0) if prompt > limit else 0
 
 
-def any_streams(prompts: Any, computed: Any, limit: int, last: int) -> bool:
-    """Whether the next row of some request streams. Most steps have none; this says so at once for all requests.
+def look(rows: int, prompts: Any, computed: Any, limit: int, last: int) -> Step:
+    """A step before its metadata: whether the next row of some request streams. Most steps have none.
 
     Args:
+        rows: of the step.
         prompts: (requests,) array of integers, tokens of each request's prompt.
         computed: (requests,) how many tokens each has in the cache before the step.
         limit: up to how many tokens a prompt stays dense.
         last: last rows of the geometry.
     """
-    return bool(((prompts > limit) & (computed < prompts - last)).any())
+    longest = int(prompts.max()) if len(prompts) else 0
+    # Where all prompts are short, this was all: they would notice most what a step costs the host.
+    return Step(rows, longest, longest > limit and bool(((prompts > limit) & (computed < prompts - last)).any()))
 
 
 def split(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -109,17 +110,19 @@ class Bounds:
     @classmethod
     def of(cls, grid: Grid, key_mask: Tensor | None, selection: Selection, device: torch.device) -> Bounds:
         """The bounds of every sequence."""
-        selection = selection.bounded(grid.kv_len)
         if key_mask is None:
-            start = torch.zeros(1, dtype=torch.int64, device=device)
-            end = torch.full_like(start, grid.kv_len)
-        else:
-            start, end = valid_range(key_mask)
-        block = grid.block
-        sink_end = (torch.minimum(start + selection.sink, end) + block - 1) // block
-        last_low = torch.maximum(end - selection.last, start) // block
-        stop = (end + block - 1) // block
-        return cls(start // block, stop, sink_end, last_low if selection.last else stop)
+            known = Bounds.without_padding(grid, selection)
+            return cls(*(torch.full((1,), bound, dtype=torch.int64, device=device) for bound in known))
+        selection = selection.bounded(grid.kv_len)
+        start, end = valid_range(key_mask)
+        return cls(*_in_blocks(start, end, selection, grid.block, torch.minimum, torch.maximum))
+
+    @staticmethod
+    def without_padding(grid: Grid, selection: Selection) -> tuple[int, int, int, int]:
+        """The same four where every key may be attended."""
+        known: tuple[int, int, int, int]
+        known = _in_blocks(0, grid.kv_len, selection.bounded(grid.kv_len), grid.block, min, max)
+        return known
 
     def kept(self, row: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
         """Which cells may hold a pair that is attended, and which of them are always kept.
@@ -139,3 +142,11 @@ class Bounds:
         near = column >= row - 1
         whole = (row >= last_low) & (row < end)
         return possible, possible & (near | (column < sink_end) | whole)
+
+
+def _in_blocks(start: Any, end: Any, selection: Selection, block: int, least: Any, most: Any) -> Any:
+    """The four of :class:`Bounds` from the valid keys [start, end)."""
+    stop = (end + block - 1) // block
+    sink_end = (least(start + selection.sink, end) + block - 1) // block
+    last_low = most(end - selection.last, start) // block
+    return start // block, stop, sink_end, last_low if selection.last else stop

@@ -83,6 +83,31 @@ def test_a_block_weighs_as_much_as_the_sampled_row_that_pays_it_most(form):
     assert cells[0, 0, 6].nonzero().flatten().tolist() == [2, 5, 6]
 
 
+@pytest.mark.parametrize(("heads", "kv_heads", "stride"), [(6, 2, 16), (32, 1, 32), (7, 1, 16)])
+def test_heads_that_share_keys_make_one_tile(heads, kv_heads, stride):
+    torch.manual_seed(heads)
+    query, key = torch.randn(1, heads, 90, 16, device=DEVICE), torch.randn(1, kv_heads, 150, 16, device=DEVICE)
+    selection = Selection("sampled", 0.5, 32, stride, sink=3, last=20)
+    for scale in (1.0, -1.0):
+        got = on_cpu(select(query, key, None, selection, scale))
+        want = dynamic.select(query.cpu(), key.cpu(), None, selection, scale)
+        assert (_cells(got) != _cells(want)).float().mean() < 0.005
+        assert got.visited[1] == want.visited[1]
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="too large for the interpreter")
+@pytest.mark.parametrize("stride", [16, 32])
+@pytest.mark.parametrize("n", [5000, 20000])
+def test_chooses_as_the_operator_does_in_bfloat16(n, stride):
+    torch.manual_seed(n)
+    query, key = (torch.randn(1, n, h, 128, device=DEVICE, dtype=torch.bfloat16).transpose(1, 2) for h in (8, 2))
+    selection = Selection("sampled", 0.5, 128, stride, sink=8, last=128)
+    got = select(query, key, None, selection, 0.15)
+    want = dynamic.select(query, key, None, selection, 0.15)
+    assert (_cells(on_cpu(got)) != _cells(on_cpu(want))).float().mean() < 0.01
+    assert torch.equal(got.counts, select(query, key, None, selection, 0.15).counts)
+
+
 def test_few_rows_at_a_time_choose_the_same(monkeypatch):
     case = KERNEL_CASES["odd length"]
     query, key, _, _ = (None if x is None else x.to(DEVICE) for x in case.tensors())

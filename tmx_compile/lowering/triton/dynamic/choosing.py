@@ -157,6 +157,7 @@ def choose_kernel(
     HEADS: tl.constexpr,
     STRIDE: tl.constexpr,
     OF_BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,  # groups that are looked at at once
     COLUMNS: tl.constexpr,  # a power of two
     WHOLE: tl.constexpr,  # whether everything possible is kept
     PEAK: tl.constexpr,  # a block's mass is that of the group which pays it most, not the sum
@@ -179,16 +180,17 @@ def choose_kernel(
     chosen = possible
     if is_whole == 0:
         masses = tl.zeros([COLUMNS], tl.float32)
-        for part in range(OF_BLOCK):
-            at = local_ptr + (place * groups + here * OF_BLOCK + part) * columns + column
-            local = tl.load(at, mask=possible, other=float("-inf"))
-            largest = tl.max(local, 0)
-            weights = tl.exp(local - tl.where(largest > float("-inf"), largest, 0.0))
-            total = tl.sum(weights, 0)
+        for step in range(OF_BLOCK // PARTS):
+            part = step * PARTS + tl.arange(0, PARTS)
+            at = local_ptr + (place * groups + here * OF_BLOCK + part)[:, None] * columns + column[None, :]
+            local = tl.load(at, mask=possible[None, :], other=float("-inf"))
+            largest = tl.max(local, 1)
+            weights = tl.exp(local - tl.where(largest > float("-inf"), largest, 0.0)[:, None])
+            total = tl.sum(weights, 1)
             first = (own * OF_BLOCK + part) * STRIDE
-            exists = (first + STRIDE > row_offset) & (first < row_end)
-            shares = tl.where(exists & (total > 0), weights / tl.where(total > 0, total, 1.0), 0.0)
-            masses = tl.maximum(masses, shares) if PEAK else masses + shares
+            exists = (first + STRIDE > row_offset) & (first < row_end) & (total > 0)
+            shares = tl.where(exists[:, None], weights / tl.where(total > 0, total, 1.0)[:, None], 0.0)
+            masses = tl.maximum(masses, tl.max(shares, 0)) if PEAK else masses + tl.sum(shares, 0)
         wanted = tl.sum(masses, 0) * share - tl.sum(tl.where(always, masses, 0.0), 0)
         others = tl.where(always, 0.0, masses)
         # The largest threshold above which the others hold what is wanted: masses are not negative, and ordered as

@@ -24,7 +24,7 @@ WORKSPACE = 1 << 25
 """Log-sum-exps that are kept at once (4 bytes each), unless one row of blocks has more."""
 _MEAN_ROWS = 64  # of a program that computes means
 _TILE = 64  # groups of rows, and at least of keys, of a program that estimates
-_SAMPLED = (128, 8, 2, 8)  # rows, warps, stages, and blocks of keys of a program that looks at sampled rows
+_OF_WARP = 256, 2048  # of a program that chooses: blocks of keys of a warp, and log-sum-exps that it looks at at once
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,27 @@ class Tuning:
     registers: int | None = None
 
 
+@dataclass(frozen=True)
+class Tile:
+    """A program that looks at sampled rows: how many, warps, stages, blocks of keys."""
+
+    rows: int
+    warps: int
+    stages: int
+    span: int
+
+
+def sampled_tile(element_size: int, dim: int) -> Tile:
+    """The shapes for a dtype's size in bytes and the head dim.
+
+    Measured on an H100, at head dim 128: benchmarks/results/stacked_selection.json.
+    """
+    if element_size == 4 or dim > 128:
+        # What fits into shared memory at a head dim of 256 and in blocks of 128.
+        return Tile(64, 4, 1, 8)
+    return Tile(128, 8, 2, 8)
+
+
 def tuning(element_size: int, dim: int, block: int) -> Tuning:
     """The shapes for a dtype's size in bytes, the larger padded head dim and a block.
 
@@ -47,16 +68,28 @@ def tuning(element_size: int, dim: int, block: int) -> Tuning:
     return Tuning(block, 8, 2) if block >= 128 else Tuning(block, 4, 3)
 
 
-def select(query: Tensor, key: Tensor, key_mask: Tensor | None, selection: Selection, scale: float) -> Lists:
-    """As :func:`tmx_compile.operator.dynamic.select`, by kernels."""
+def select(
+    query: Tensor,
+    key: Tensor,
+    key_mask: Tensor | None,
+    selection: Selection,
+    scale: float,
+    *,
+    tile: Tile | None = None,
+) -> Lists:
+    """As :func:`tmx_compile.operator.dynamic.select`, by kernels.
+
+    Args:
+        query, key, key_mask, selection, scale: as there.
+        tile: for sampled rows, the shapes of a program; by default those that were measured.
+    """
     grid = grid_of(query, key, selection)
     batch, heads = query.shape[:2]
     of_block = grid.block // selection.stride
     device = query.device
     # Without padding they are known here: nothing small is computed on the device.
-    bounds = Bounds.of(grid, key_mask, selection, torch.device("cpu") if key_mask is None else device)
-    ends = [bounds.start, bounds.end, bounds.sink_end, bounds.last_low]
-    known = [int(x) for x in ends] if key_mask is None else [0] * 4
+    bounds = None if key_mask is None else Bounds.of(grid, key_mask, selection, device)
+    known = Bounds.without_padding(grid, selection) if bounds is None else (0, 0, 0, 0)
     blocks = torch.empty(batch, heads, grid.rows, grid.columns, dtype=torch.int16, device=device)
     counts = torch.empty(batch, heads, grid.rows, dtype=torch.int32, device=device)
     if INTERPRETED and query.dtype == torch.bfloat16:
@@ -64,14 +97,22 @@ def select(query: Tensor, key: Tensor, key_mask: Tensor | None, selection: Selec
         query, key = query.float(), key.float()
     query, key = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key))
     key_mask = key_mask if key_mask is None or key_mask.stride(1) == 1 else key_mask.contiguous()
-    packed = counts if key_mask is None else torch.stack(ends, 1).to(torch.int32)
+    packed = counts
+    if bounds is not None:
+        packed = torch.stack([bounds.start, bounds.end, bounds.sink_end, bounds.last_low], 1).to(torch.int32)
     together = max(1, WORKSPACE // (batch * heads * of_block * grid.columns))
     local = torch.empty(
         batch * heads * min(together, grid.rows) * of_block * grid.columns, dtype=torch.float32, device=device
     )
     whole = selection.share == 1.0
     sampled = selection.method == "sampled"
-    estimate = (_sampling if sampled else _grouping)(query, key, key_mask, grid, selection, scale)
+    if sampled:
+        estimate = _sampling(query, key, key_mask, grid, selection, scale, tile)
+    else:
+        estimate = _grouping(query, key, key_mask, grid, selection, scale)
+    width = triton.next_power_of_2(grid.columns)
+    warps = max(1, min(8, width // _OF_WARP[0]))
+    parts = max(1, min(of_block, warps * _OF_WARP[1] // width))
     for first in range(0, grid.rows, together):
         stop = min(grid.rows, first + together)
         if not whole:
@@ -79,8 +120,8 @@ def select(query: Tensor, key: Tensor, key_mask: Tensor | None, selection: Selec
         choose_kernel[(stop - first, batch * heads)](
             local, packed, blocks, counts, *known, grid.first + first, first, grid.rows, (stop - first) * of_block,
             grid.columns, grid.offset, grid.kv_len, selection.share,
-            HEADS=heads, STRIDE=selection.stride, OF_BLOCK=of_block, COLUMNS=triton.next_power_of_2(grid.columns),
-            WHOLE=whole, PEAK=sampled, PADDED=key_mask is not None, num_warps=4 if grid.columns <= 2048 else 8,
+            HEADS=heads, STRIDE=selection.stride, OF_BLOCK=of_block, PARTS=parts, COLUMNS=width, WHOLE=whole,
+            PEAK=sampled, PADDED=key_mask is not None, num_warps=warps,
         )  # fmt: skip
     return Lists(blocks, counts, _visited(grid, bounds, counts))
 
@@ -122,27 +163,36 @@ def _grouping(
 
 
 def _sampling(
-    query: Tensor, key: Tensor, key_mask: Tensor | None, grid: Grid, selection: Selection, scale: float
+    query: Tensor,
+    key: Tensor,
+    key_mask: Tensor | None,
+    grid: Grid,
+    selection: Selection,
+    scale: float,
+    shapes: Tile | None,
 ) -> Callable[[Tensor, int, int], None]:
     """The same by sampled rows."""
     batch, heads, _, dim = query.shape
     of_block = grid.block // selection.stride
     mask = query if key_mask is None else key_mask
-    tile, warps, stages, span = _SAMPLED
-    if query.dtype == torch.float32 or dim > 128:
-        # What fits into shared memory at a head dim of 256 and in blocks of 128.
-        tile, warps, stages = _TILE, 4, 1
+    if scale < 0:
+        query, scale = -query, -scale
+    shared = heads // key.shape[1]
+    # With more heads, fewer of them and some groups of rows.
+    together = shared if shared <= 16 else math.gcd(shared, 16)
+    shapes = shapes or sampled_tile(query.element_size(), dim)
 
     def estimate(local: Tensor, first: int, stop: int) -> None:
         groups = (stop - first) * of_block
-        spans = triton.cdiv(grid.first + stop, span)
-        sampled_kernel[(triton.cdiv(groups, tile), spans, batch * heads)](
+        spans = triton.cdiv(grid.first + stop, shapes.span)
+        sampled_kernel[(triton.cdiv(groups, shapes.rows // together), spans, batch * heads // together)](
             query, key, mask, local, *query.stride()[:3], *key.stride()[:3],
             0 if key_mask is None else key_mask.stride(0),
             (grid.first + first) * of_block, groups, grid.kv_len, grid.columns, grid.offset, scale * math.log2(math.e),
-            HEADS=heads, KV_HEADS=key.shape[1], DIM=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)),
-            STRIDE=selection.stride, BLOCK=grid.block, ROWS=tile, SPAN=span, PADDED=key_mask is not None,
-            FLOAT32=query.dtype == torch.float32, STAGES=stages, num_warps=warps,
+            HEADS=heads, KV_HEADS=key.shape[1], TOGETHER=together, DIM=dim,
+            BLOCK_D=max(16, triton.next_power_of_2(dim)), STRIDE=selection.stride, BLOCK=grid.block,
+            ROWS=shapes.rows, SPAN=shapes.span, PADDED=key_mask is not None, FLOAT32=query.dtype == torch.float32,
+            STAGES=shapes.stages, num_warps=shapes.warps,
         )  # fmt: skip
 
     return estimate
@@ -170,14 +220,17 @@ def _means(x: Tensor, mask: Tensor | None, front: int, groups: int, stride: int)
     return means, counts
 
 
-def _visited(grid: Grid, bounds: Bounds, counts: Tensor) -> Tensor:
-    row = torch.arange(grid.first, grid.columns, device=bounds.end.device)
+def _visited(grid: Grid, bounds: Bounds | None, counts: Tensor) -> Tensor:
+    """Blocks visited, and possible ones; without bounds nothing is hidden."""
+    if bounds is None:
+        before = grid.first * (grid.first + 1)
+        whole = (grid.columns * (grid.columns + 1) - before) // 2 * counts.shape[0] * counts.shape[1]
+        visited = counts.new_full((2,), whole, dtype=torch.int64)
+        torch.sum(counts, (0, 1, 2), dtype=torch.int64, out=visited[0])
+        return visited
+    row = torch.arange(grid.first, grid.columns, device=counts.device)
     possible = torch.minimum(row + 1, bounds.end[:, None]) - bounds.start[:, None]
-    repeats = counts.shape[0] * counts.shape[1] // bounds.start.shape[0]
-    whole = possible.clamp(min=0).sum() * repeats
-    if whole.device != counts.device:
-        whole = torch.full((), int(whole), dtype=torch.int64, device=counts.device)
-    return torch.stack([counts.sum(dtype=torch.int64), whole])
+    return torch.stack([counts.sum(dtype=torch.int64), possible.clamp(min=0).sum() * counts.shape[1]])
 
 
 def attend(

@@ -1,7 +1,8 @@
 """The kernel that looks at a few rows of each block of rows, against every key that they see.
 
 It computes what :mod:`tmx_compile.operator.dynamic.sampled` does, up to the softmax: of each sampled row the
-log-sum-exp over each block of keys. Sampled rows of several blocks of rows make one tile.
+log-sum-exp over each block of keys. The heads that share a key head, and several blocks of rows, make one tile: few
+blocks of keys are near enough to it to need a mask.
 
 Importing this module needs Triton.
 """
@@ -32,9 +33,10 @@ def sampled_kernel(
     kv_len,
     columns,
     row_offset,  # the position of row 0
-    scale,  # times log2(e)
+    scale,  # positive, times log2(e)
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
+    TOGETHER: tl.constexpr,  # heads of a program, which share a key head
     DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     STRIDE: tl.constexpr,
@@ -46,22 +48,30 @@ def sampled_kernel(
     STAGES: tl.constexpr,
 ):
     """One tile of ROWS sampled rows along SPAN blocks of keys. Strides are in elements."""
-    place = tl.program_id(2).to(tl.int64)
-    head = place % HEADS
-    batch = place // HEADS
-    number = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    OF_HEAD: tl.constexpr = ROWS // TOGETHER
+    place = tl.program_id(2)
+    head_block = place % (HEADS // TOGETHER)
+    batch = (place // (HEADS // TOGETHER)).to(tl.int64)
+    first_number = tl.program_id(0) * OF_HEAD
+    lowest = (first_group + first_number) * STRIDE
+    first = tl.program_id(1) * SPAN
+    stop = tl.minimum(tl.minimum(first + SPAN, (lowest + OF_HEAD * STRIDE - 1) // BLOCK + 1), columns)
+    if first >= stop:
+        return
+    tile = tl.arange(0, ROWS)
+    head = (head_block * TOGETHER + tile // OF_HEAD).to(tl.int64)
+    number = first_number + tile % OF_HEAD
+    used_row = (tile < TOGETHER * OF_HEAD) & (number < groups)
     group = first_group + number
     # As in place_in_group; of a group with few rows the nearest one that exists.
     wanted = group * STRIDE + (5 * group + STRIDE // 2) % STRIDE
     position = tl.minimum(tl.maximum(wanted, row_offset), kv_len - 1)
-    exists = (number < groups) & (position // STRIDE == group)
+    exists = used_row & (position // STRIDE == group)
     row = (position - row_offset).to(tl.int64)
-    query = load_rows(query_ptr + batch * q_batch + head * q_head, row * q_row, 1, DIM, BLOCK_D, exists)
-    key_base = key_ptr + batch * k_batch + head // (HEADS // KV_HEADS) * k_head
-    line = local_ptr + (place * groups + number) * columns
-    lowest = (first_group + tl.program_id(0) * ROWS) * STRIDE
-    first = tl.program_id(1) * SPAN
-    stop = tl.minimum(tl.minimum(first + SPAN, (lowest + ROWS * STRIDE - 1) // BLOCK + 1), columns)
+    query = load_rows(query_ptr + batch * q_batch, head * q_head + row * q_row, 1, DIM, BLOCK_D, exists)
+    key_head = head_block * TOGETHER // (HEADS // KV_HEADS)
+    key_base = key_ptr + batch * k_batch + key_head.to(tl.int64) * k_head
+    line = local_ptr + ((batch * HEADS + head) * groups + number) * columns
     # Blocks before every row of the tile need no mask where there is no padding.
     whole = first
     if not PADDED:
@@ -70,10 +80,10 @@ def sampled_kernel(
     span_base = key_base + first.to(tl.int64) * BLOCK * k_row
     for column in tl.range(first, whole, num_stages=STAGES):
         key = load_rows(span_base + (column - first) * BLOCK * k_row, inside, k_row, DIM, BLOCK_D, None)
-        scores = tl.dot(query, tl.trans(key), input_precision="tf32x3" if FLOAT32 else "tf32") * scale
-        largest = tl.max(scores, 1)
-        total = tl.sum(tl.exp2(scores - largest[:, None]), 1)
-        tl.store(line + column, (largest + tl.log2(total)) * 0.6931471805599453, mask=number < groups)
+        scores = tl.dot(query, tl.trans(key), input_precision="tf32x3" if FLOAT32 else "tf32")
+        largest = tl.max(scores, 1) * scale
+        total = tl.sum(tl.exp2(scores * scale - largest[:, None]), 1)
+        tl.store(line + column, (largest + tl.log2(total)) * 0.6931471805599453, mask=used_row)
     for column in tl.range(whole, stop, num_stages=1):
         key_place = column * BLOCK + inside
         used = key_place < kv_len
@@ -88,4 +98,4 @@ def sampled_kernel(
         safe = tl.where(some, largest, 0.0)
         total = tl.sum(tl.exp2(scores - safe[:, None]), 1)
         local = tl.where(some, (safe + tl.log2(total)) * 0.6931471805599453, float("-inf"))
-        tl.store(line + column, local, mask=number < groups)
+        tl.store(line + column, local, mask=used_row)
