@@ -37,9 +37,9 @@ def stream(monkeypatch):
     monkeypatch.setattr(driver, "stream_of", lambda device: 7 + device)
 
 
-def run(works, takes_pieces, parts=12, with_lse=True, **tensors):
+def run(works, takes_pieces, parts=12, with_lse=True, copies_out=False, **tensors):
     launch = Launch(works)
-    forward = Forward(launch, kind(Q), kind(V), with_lse, parts, takes_pieces=takes_pieces)
+    forward = Forward(launch, kind(Q), kind(V), with_lse, parts, takes_pieces=takes_pieces, copies_out=copies_out)
     return SimpleNamespace(results=forward(Q, K, V, **tensors), launch=launch)
 
 
@@ -53,17 +53,20 @@ CALLS = {
 
 
 @pytest.mark.parametrize(
-    ("name", "takes_pieces"),
-    [*[(name, False) for name in CALLS], *[(name, True) for name in ("plain", "padded", "into memory")]],
+    ("name", "takes_pieces", "copies_out"),
+    [
+        *[(name, False, False) for name in CALLS],
+        *[(name, True, copies_out) for name in ("plain", "padded", "into memory") for copies_out in (False, True)],
+    ],
 )
 @pytest.mark.parametrize(("parts", "with_lse"), [(12, True), (0, False)])
-def test_pointers_stand_in_one_order(name, takes_pieces, parts, with_lse):
+def test_pointers_stand_in_one_order(name, takes_pieces, copies_out, parts, with_lse):
     # The driver refuses: so both are given the same tensors.
-    made = run(False, takes_pieces, parts, with_lse, **CALLS[name])
+    made = run(False, takes_pieces, parts, with_lse, copies_out, **CALLS[name])
     given = made.launch.given
     assert made.launch.addresses == [0 if x is None else x.data_ptr() for x in given]
-    front = (Q, K, V, K, V) if takes_pieces else (Q, K, V)
     out, lse = made.results
+    front = (Q, K, V, K, V, out if copies_out else Q) if takes_pieces else (Q, K, V)
     mask, extent = CALLS[name].get("key_mask"), CALLS[name].get("extent")
     want = [*front, out, lse, mask, extent]
     if not takes_pieces:

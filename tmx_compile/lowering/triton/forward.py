@@ -78,6 +78,7 @@ class Forward:
                 0 if parts is None else parts.data_ptr(),
                 0 if counters is None else counters.data_ptr(),
             )
+            addresses: tuple[int, ...]
             if self._takes_pieces:
                 addresses = (*at, at[1], at[2], results[0] if self._copies_out else at[0], *results)
             else:
@@ -85,11 +86,11 @@ class Forward:
                 addresses = (*at, *results, 0 if there is None else there.data_ptr(), of_sinks)
             if again(addresses, driver.stream_of(self._device)):
                 return out, lse
+        tensors: tuple[Tensor | None, ...]
         if self._takes_pieces:
             copied = out if self._copies_out else query
             tensors = query, key, value, key, value, copied, out, lse, key_mask, extent, parts, counters
-            self._launch.by_triton(out, *tensors)
         else:
             tensors = query, key, value, out, lse, key_mask, extent, parts, counters, there, sink_logits
-            self._launch.by_triton(out, *tensors)
+        self._launch.by_triton(out, *tensors)
         return out, lse

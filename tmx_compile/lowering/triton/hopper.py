@@ -269,8 +269,8 @@ def hopper_kernel(
     )  # fmt: skip
     common = Common(
         q_desc, k_desc, v_desc, piece_k, piece_v, o_desc, q_full, q_empty, k_full, v_full, kv_empty, q_bufs,
-        k_bufs, v_bufs, counts, extent_ptr, part_ptr, counter_ptr, mask_ptr, out_ptr, lse_ptr, o_batch, o_head, o_row, scale,
-        mask_batch,
+        k_bufs, v_bufs, counts, extent_ptr, part_ptr, counter_ptr, mask_ptr, out_ptr, lse_ptr, o_batch, o_head, o_row,
+        scale, mask_batch,
     )  # fmt: skip
     gl.warp_specialize(
         [
