@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.common import Case, Measured, Records, device, note
+from benchmarks.common import Case, Parts, Records, device, note
 from tmx_compile.bench.timing import describe, timing_events
 from tmx_compile.lowering.triton.op import TRAINING_OPERATOR, TRITON_OPERATOR
 
@@ -32,14 +32,12 @@ FULL: dict[str, Any] = {
     "dtype": "bfloat16",
     "rounds": 3,
     "round_s": 0.006,
-    "minutes": 1.0,
 }
 TRAINING: dict[str, Any] = {
     **FULL,
     "lengths": (2112, 4096, 8192, 16384),
     "batches": (1,),
     "heads": ((32, 8), (9, 3)),
-    "minutes": 0.6,
 }
 QUICK: dict[str, Any] = {
     **FULL,
@@ -66,25 +64,41 @@ TOLD = {
 Runs = dict[str, Callable[[], Any]]
 
 
-def measure(quick: bool) -> Measured:
-    plan, training = (QUICK, QUICK) if quick else (FULL, TRAINING)
-    left_out: dict[str, str] = {}
-    records: Records = [{"pass": "host", **_host(left_out)}]
-    for name, wanted in (("forward", plan), ("both", training)):
-        started = time.monotonic()
-        for heads, dim in itertools.product(wanted["heads"], wanted["head_dims"]):
-            note(f"short prompts, {name}: {heads[0]}/{heads[1]} heads of {dim}")
-            for batch, n in itertools.product(wanted["batches"], wanted["lengths"]):
-                if time.monotonic() - started > 60 * wanted["minutes"]:
-                    left_out[f"{name} {batch} x {n}, {heads}, {dim}"] = "no time left"
-                    continue
-                try:
-                    records += _at(name, n, batch, heads, dim, wanted, left_out)
-                # A shape that fits no memory: the others still count.
-                except RuntimeError as error:
-                    left_out[f"{name} {batch} x {n}, {heads}, {dim}"] = describe(error)
-    settings = {**plan, "training": training, "device": "cuda", "fields": TOLD}
-    return Measured({**settings, "left_out": left_out}, records)
+def names(quick: bool) -> list[str]:
+    """The host's share, then for each pass the heads and the head dim."""
+    found = ["host"]
+    for name in ("forward", "both"):
+        plan = _plan(name, quick)
+        found += [f"{name}/{h}-{kv}-{dim}" for (h, kv), dim in itertools.product(plan["heads"], plan["head_dims"])]
+    return found
+
+
+def settings(quick: bool) -> dict[str, Any]:
+    """The same for every part."""
+    return {**_plan("forward", quick), "training": _plan("both", quick), "device": "cuda", "fields": TOLD}
+
+
+def measure(part: str, quick: bool) -> Records:
+    """One part of :func:`names`."""
+    if part == "host":
+        return [{"pass": part, **_host()}]
+    name, shape = part.split("/")
+    heads, kv_heads, dim = map(int, shape.split("-"))
+    plan = _plan(name, quick)
+    records: Records = []
+    for batch, n in itertools.product(plan["batches"], plan["lengths"]):
+        try:
+            records += _at(name, n, batch, (heads, kv_heads), dim, plan)
+        # A shape that fits no memory: the others still count.
+        except RuntimeError as error:
+            note(f"left out: {part}, {batch} x {n}: {describe(error)}")
+    return records
+
+
+def _plan(name: str, quick: bool) -> dict[str, Any]:
+    if quick:
+        return QUICK
+    return TRAINING if name == "both" else FULL
 
 
 def _operands(n: int, batch: int, heads: tuple[int, int], dim: int, dtype: str, grad: bool) -> list[Tensor]:
@@ -93,9 +107,7 @@ def _operands(n: int, batch: int, heads: tuple[int, int], dim: int, dtype: str, 
     return [x.transpose(1, 2).requires_grad_(grad) for x in made]
 
 
-def _at(
-    name: str, n: int, batch: int, heads: tuple[int, int], dim: int, plan: dict[str, Any], left_out: dict[str, str]
-) -> Records:
+def _at(name: str, n: int, batch: int, heads: tuple[int, int], dim: int, plan: dict[str, Any]) -> Records:
     """The records of one shape, one for each geometry."""
     training = name == "both"
     qkv = _operands(n, batch, heads, dim, plan["dtype"], training)
@@ -113,7 +125,7 @@ def _at(
                 run()
             # A backend without a kernel for this shape: the other is the baseline.
             except RuntimeError as error:
-                left_out[f"dense {backend}, {name}, {heads}, {dim}"] = describe(error)
+                note(f"no dense {backend}, {name}, {heads}, {dim}: {describe(error)}")
                 continue
             runs[backend] = run
         first = {backend: _calls(run, 0.001) for backend, run in runs.items()}
@@ -124,7 +136,7 @@ def _at(
             for _ in range(2):
                 runs[str(geometry)]()
         calls = _in_turn({key: functools.partial(_calls, run, plan["round_s"]) for key, run in runs.items()}, plan)
-        graphs = _in_turn({key: graph for key, run in runs.items() if (graph := _graph(run, left_out, key))}, plan)
+        graphs = _in_turn({key: graph for key, run in runs.items() if (graph := _graph(run, key))}, plan)
     records = []
     for geometry in plan["geometries"]:
         record = {
@@ -183,7 +195,7 @@ def _calls(run: Callable[[], Any], round_s: float) -> float:
         count = min(_MOST_CALLS, max(2 * count, int(count * round_s / taken)))
 
 
-def _graph(run: Callable[[], Any], left_out: dict[str, str], name: str) -> Callable[[], float] | None:
+def _graph(run: Callable[[], Any], name: str) -> Callable[[], float] | None:
     """Replays a CUDA graph of several calls; milliseconds of one."""
     calls = 8 if _calls(run, 0.001) < 2 else 2
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -199,7 +211,7 @@ def _graph(run: Callable[[], Any], left_out: dict[str, str], name: str) -> Calla
     # What stops a capture: the plain call is measured all the same.
     except Exception as error:
         torch.cuda.synchronize()
-        left_out[f"graph of {name}"] = describe(error)
+        note(f"no graph of {name}: {describe(error)}")
         return None
     start, stop = timing_events()
 
@@ -223,13 +235,13 @@ def _in_turn(runs: dict[str, Callable[[], float]], plan: dict[str, Any]) -> dict
     return {name: statistics.median(taken) for name, taken in samples.items()}
 
 
-def _host(left_out: dict[str, str]) -> dict[str, Any]:
+def _host() -> dict[str, Any]:
     """Microseconds of the host in a plain call, where the GPU is through before the next one comes."""
     qkv = _operands(1024, 1, (2, 1), 64, "bfloat16", False)
     times = {}
     with torch.no_grad():
         runs = _stages(qkv)
-        times |= _host_times(runs, left_out)
+        times |= _host_times(runs)
     leaves = [x.detach().requires_grad_() for x in qkv]
     grad = torch.randn_like(qkv[0])
 
@@ -243,15 +255,15 @@ def _host(left_out: dict[str, str]) -> dict[str, Any]:
             for name, kind in _BACKENDS.items()
         },
     }
-    return {"host_us": times | _host_times(both, left_out)}
+    return {"host_us": times | _host_times(both)}
 
 
-def _host_times(runs: Runs, left_out: dict[str, str]) -> dict[str, float]:
+def _host_times(runs: Runs) -> dict[str, float]:
     for name, run in list(runs.items()):
         try:
             run()
         except RuntimeError as error:
-            left_out[f"host, {name}"] = describe(error)
+            note(f"left out: host, {name}: {describe(error)}")
             del runs[name]
     times = _in_turn({name: functools.partial(_calls, run, 0.02) for name, run in runs.items()}, {"rounds": 5})
     return {name: round(1e3 * value, 1) for name, value in times.items()}
@@ -260,31 +272,34 @@ def _host_times(runs: Runs, left_out: dict[str, str]) -> dict[str, float]:
 def _stages(qkv: list[Tensor]) -> Runs:
     """The operator, what it calls in turn, and dense attention."""
     from tmx_compile.lowering.triton import hopper_launch, launch
+    from tmx_compile.lowering.triton.prepared import allocator
     from tmx_compile.lowering.triton.prepared import kind as kind_of
-    from tmx_compile.lowering.triton.prepared import scratch_memory
+    from tmx_compile.lowering.triton.splits import split_memory
     from tmx_compile.mask.geometry import Geometry
 
-    geometry, scale = Geometry(4, 32, 64), 0.125
+    geometry, scale, gpu = Geometry(4, 32, 64), 0.125, qkv[0].device
+    allocate = allocator(gpu)
 
     def dense() -> Tensor:
         return F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True)
 
     kinds = tuple(map(kind_of, qkv))
-    general = launch.prepare(*kinds, None, None, geometry, scale, False, None)
+    general = launch.prepare(*kinds, None, geometry, scale)
     runs: Runs = {
         "operator": functools.partial(_sparse, qkv, geometry.counts, False),
-        "launch": lambda: launch.attend(*qkv, None, None, geometry, scale),
-        "prepared launch": lambda: general(*qkv, None, None),
-        "scratch memory": lambda: scratch_memory(qkv[0], 1 << 18),
+        "launch": lambda: launch.forward(*qkv, None, None, *geometry.counts, scale),
+        "prepared launch": lambda: general(*qkv),
+        "memory of splits": lambda: split_memory(allocate, gpu.index, 1 << 18),
         "without last rows": functools.partial(_sparse, qkv, (4, 32, 0), False),
         "training operator": functools.partial(_sparse, qkv, geometry.counts, True),
         **{f"dense {name}": _under(kind, dense) for name, kind in _BACKENDS.items()},
         "empty": lambda: torch.empty(16, device="cuda"),
     }
     if hopper_launch.takes(*kinds):
-        prepared = hopper_launch.Launch(*kinds, None, geometry, scale, None)
-        runs["hopper launch"] = lambda: prepared(*qkv, None, None, None, None, None)
+        prepared = hopper_launch.forward(*kinds, None, geometry, scale, None)
+        runs["hopper launch"] = lambda: prepared(*qkv)
     return runs
 
 
-CASE = Case("short_prompts", "short_prompts.json", measure, COLUMNS, needs_cuda=True, quick_anywhere=False)
+PARTS = Parts(names, settings, measure, lambda records: None)
+CASE = Case("short_prompts", "short_prompts.json", None, COLUMNS, PARTS, needs_cuda=True, quick_anywhere=False)

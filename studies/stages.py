@@ -116,7 +116,9 @@ def variants(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry) -> d
     hopper = launch.HOPPER
     if hopper is not None and hopper.takes(kind(query), kind(key), kind(value)):
         streaming = found["without last rows"]
-        whole, last = (hopper.Launch(kind(x), kind(key), kind(value), None, geometry, scale) for x in (query, rows))
+        whole, last = (
+            hopper.forward(kind(x), kind(key), kind(value), None, geometry, scale, None) for x in (query, rows)
+        )
 
         def alone() -> Any:
             return last(rows, key, value, None, None)

@@ -167,12 +167,12 @@ def test_the_hopper_kernel(name):
     extent = None if key_mask is None else extents(key_mask, case.kv_len, case.last)
     geometry = case.mask.bounded(case.kv_len, case.q_len)
     mask_kind = None if key_mask is None else kind(key_mask)
-    launch = hopper_launch.Launch(*kinds, mask_kind, geometry, case.scale, None)
+    launch = hopper_launch.forward(*kinds, mask_kind, geometry, case.scale, None)
     out, nothing = launch(*qkv, key_mask, extent, None, None, None)
     assert nothing is None
     # Prepared by now.
     assert torch.equal(launch(*qkv, key_mask, extent, None, None, None)[0], out)
-    training = hopper_launch.Launch(*kinds, mask_kind, geometry, case.scale, None, with_lse=True)
+    training = hopper_launch.forward(*kinds, mask_kind, geometry, case.scale, None, with_lse=True)
     same, lse = training(*qkv, key_mask, extent, None, None, None)
     assert torch.equal(same, out)
     want, want_lse = oracle(*(x.cpu() for x in qkv), None if key_mask is None else key_mask.cpu(), *case.arguments)

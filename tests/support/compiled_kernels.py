@@ -16,14 +16,14 @@ from tmx_compile.lowering.triton.backward_queries import query_kernel
 from tmx_compile.lowering.triton.kernel import triangle_kernel
 
 HEADS = {"HEADS": 8, "KV_HEADS": 2, "GROUP": 4, "DIM": 64, "DIM_V": 64, "BLOCK_D": 64, "BLOCK_DV": 64}
-NUMBERS = ("lse", "row_lse", "delta", "scratch", "lse_grad", "grad_lse")
+NUMBERS = ("lse", "row_lse", "delta", "part", "lse_grad", "grad_lse")
 
 
 def compile_for(kernel, capability, shapes, constants):
     """A kernel of bfloat16 tensors, in blocks of ``shapes``."""
     constants = {"BLOCK_M": shapes.rows, "BLOCK_N": shapes.keys, "STAGES": shapes.stages, "FLOAT32": False} | constants
     types = {f"{name}_ptr": "*fp32" for name in NUMBERS}
-    types |= {"mask_ptr": "*i1", "extent_ptr": "*i32", "done_ptr": "*i32", "scale": "fp32"}
+    types |= {"mask_ptr": "*i1", "extent_ptr": "*i32", "done_ptr": "*i32", "counter_ptr": "*i32", "scale": "fp32"}
     signature = {}
     for name in kernel.arg_names:
         pointer = "*bf16" if name.endswith("_ptr") else "i32"

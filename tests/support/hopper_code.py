@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from tmx_compile.lowering.triton import hopper_launch
+from tmx_compile.lowering.triton import tuning
 from tmx_compile.lowering.triton.hopper import hopper_kernel
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -44,14 +44,17 @@ _WRITES = (
 )
 
 
-def compiled(dim, group, padded, reach):
+def compiled(dim, group, padded, reach, sink=8, window=512):
     """The kernel as the launch asks for it."""
-    keys, stages = hopper_launch.KEYS, hopper_launch.STAGES
-    registers, consumer, producer = hopper_launch.REGISTERS
+    registers, consumer, producer = tuning.HOPPER_REGISTERS
+    positions = 2 * (64 // triton.next_power_of_2(group))
+    found = tuning.choose_hopper(sink, window, positions)
+    keys, stages = found.keys, found.stages
     box = triton.next_power_of_2(group)
     block = triton.next_power_of_2(dim)
     shapes = {
         "q_desc": (1, box, 64 // box, block),
+        "o_desc": (1, box, 64 // box, block),
         "k_desc": (1, 1, keys, block),
         "v_desc": (1, 1, keys, block),
         "piece_k": (1, 1, 16, 64),
@@ -59,9 +62,10 @@ def compiled(dim, group, padded, reach):
     }
     constants = dict(
         HEADS=2 * group, KV_HEADS=2, GROUP=group, HEAD_BOX=box, DIM=dim, BLOCK_D=block, BLOCK_N=keys, STAGES=stages,
+        FIRST=found.first, MANY_SINKS=sink > found.first, COPY_OUT=group == box,
         PADDED=padded, REACH=reach, WRITE_LSE=padded, CONSUMER_REGISTERS=consumer, PRODUCER_REGISTERS=producer,
     )  # fmt: skip
-    pointers = {"out_ptr": "*bf16", "mask_ptr": "*i1", "extent_ptr": "*i32"}
+    pointers = {"out_ptr": "*bf16", "mask_ptr": "*i1", "extent_ptr": "*i32", "counter_ptr": "*i32"}
     names = [parameter.name for parameter in hopper_kernel.params]
     signature, aligned = {}, {}
     for index, name in enumerate(names):
@@ -144,6 +148,22 @@ def undefined(sass):
     ]
 
 
+def spills_in_loops(sass):
+    """How many instructions of the innermost loops with products go to slow memory."""
+    code, labels = instructions(sass)
+    loops = []
+    for index, instruction in enumerate(code):
+        jump = re.search(r"BRA.*`\(([^)]+)\)", instruction)
+        start = labels.get(jump[1], index) if jump else index
+        # What waits for a barrier lies behind everything, and jumps back without a condition.
+        if instruction.startswith("@") and start < index and any("HGMMA" in text for text in code[start:index]):
+            loops.append((start, index))
+    inner = [x for x in loops if not any(y != x and x[0] <= y[0] and y[1] <= x[1] for y in loops)]
+    return sum(bool(re.search(r"\b(STL|LDL)\b", text)) for start, stop in inner for text in code[start:stop]), len(
+        inner
+    )
+
+
 def main(settings):
     kernel = compiled(**settings)
     with tempfile.TemporaryDirectory() as folder:
@@ -158,7 +178,10 @@ def main(settings):
             raise RuntimeError(f"ptxas: {assembled.returncode}: {assembled.stderr}{assembled.stdout}")
         sass = subprocess.run([TOOLS / "nvdisasm", "-c", cubin], capture_output=True, text=True, check=True).stdout
     messages = assembled.stderr + assembled.stdout
+    spills, loops = spills_in_loops(sass)
     return {
+        "loops": loops,
+        "spills_in_loops": spills,
         "serialized": "serialized" in messages,
         "spilled_bytes": max(int(number) for number in re.findall(r"(\d+) bytes spill", messages)),
         "shared_bytes": kernel.metadata.shared,

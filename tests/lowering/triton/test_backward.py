@@ -124,13 +124,13 @@ def test_any_number_of_splits_gives_the_same(splits, monkeypatch):
     """Parts of the last rows' keys and of the sinks' rows, ranges without any work among them."""
     monkeypatch.setattr(tuning, "splits", lambda *_: splits)
     monkeypatch.setattr(tuning, "sink_splits", lambda *_: splits)
-    for prepared in (launch.prepare, backward_launch.prepare):
-        prepared.cache_clear()
+    launch.forget()
+    backward_launch.forget()
     assert max(errors(CASES["everything beyond the end"], SHAPES)) < ERROR[f32]
     padded = Case(70, 70, 40, 10, 30, batch=2, valid=((60, 70), (30, 45)))
     assert max(errors(padded, SHAPES)) < ERROR[f32]
-    for prepared in (launch.prepare, backward_launch.prepare):
-        prepared.cache_clear()
+    launch.forget()
+    backward_launch.forget()
 
 
 def test_the_memory_of_partial_sums_is_bounded():

@@ -21,6 +21,8 @@ SHARED_BYTES = 232448
         dict(dim=128, group=4, padded=False, reach=False),
         dict(dim=128, group=5, padded=True, reach=True),
         dict(dim=64, group=1, padded=True, reach=False),
+        dict(dim=128, group=4, padded=False, reach=False, sink=64, window=1024),
+        dict(dim=128, group=4, padded=True, reach=False, sink=4, window=32),
     ],
     ids=str,
 )
@@ -36,7 +38,10 @@ def test_the_code_is_what_the_design_needs(settings, tmp_path):
     assert found["products"] >= 32
     assert found["shared_bytes"] <= SHARED_BYTES
     assert not found["serialized"]
-    assert found["spilled_bytes"] <= 64
+    # Numbers of an item may be kept there, nothing of its blocks.
+    assert found["spilled_bytes"] <= 256
+    assert found["loops"] >= 2
+    assert found["spills_in_loops"] == 0
     assert found["undefined"] == []
 
 

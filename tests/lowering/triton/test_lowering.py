@@ -13,7 +13,7 @@ from tmx_compile.lowering import table
 from tmx_compile.lowering.base import AttentionCall
 from tmx_compile.lowering.table import TRITON, Role, Wish
 from tmx_compile.lowering.triton import lowering, tuning
-from tmx_compile.lowering.triton.launch import attend, prepare
+from tmx_compile.lowering.triton.launch import attend, forget
 from tmx_compile.mask.geometry import Geometry
 from tmx_compile.operator import ALL_ROWS
 from tmx_compile.operator.kernel import valid_range
@@ -93,11 +93,11 @@ def test_groups_of_any_size(heads, kv_heads):
 def test_any_number_of_splits_gives_the_same(splits, monkeypatch):
     """The last rows' parts, with ranges that hold no key of a row among them."""
     monkeypatch.setattr(tuning, "splits", lambda *_: splits)
-    prepare.cache_clear()
+    forget()
     for name in ("prime length", "everything beyond the end", "padding on both sides", "a reach inside the last rows"):
         (out, _), (want, _) = run(CASES[name])
         torch.testing.assert_close(out, want, atol=1e-4, rtol=0)
-    prepare.cache_clear()
+    forget()
 
 
 def test_the_memory_of_partial_results_is_bounded():
@@ -237,3 +237,22 @@ def test_from_which_rows_on_another_kernel_runs(heads, multiprocessors):
 
     steps = tuning.row_steps(heads, multiprocessors)
     assert [rows for rows in range(2, 2 * steps[-1]) if chosen(rows) != chosen(rows - 1)] == list(steps)
+
+
+def test_shapes_of_the_hopper_kernel():
+    """A smaller first block where it wastes less, small blocks for narrow windows, and large ones for last rows."""
+    chosen = [tuning.choose_hopper(*counts, 32) for counts in ((8, 512), (64, 1024), (4, 32), (300, 512))]
+    assert [(x.keys, x.first) for x in chosen] == [(128, 64), (128, 128), (64, 64), (64, 64)]
+    dense = tuning.choose_hopper(0, 0, 32, mostly_last=True)
+    assert (dense.keys, dense.first) == (128, 128)
+    # A first block holds the sinks where blocks are large; shared memory holds as many keys.
+    for sink in range(129):
+        for window in range(0, 2000, 7):
+            x = tuning.choose_hopper(sink, window, 32)
+            assert x.keys * x.stages == 256
+            assert x.keys == 64 or sink <= x.first
+
+
+def test_splits_of_the_last_rows():
+    assert [tuning.splits(16, n, 128, 132, 16384) for n in (300, 4096, 32768, 65536, 131072)] == [1, 2, 2, 4, 8]
+    assert [tuning.splits(16, n, 128, 132) for n in (300, 1024, 4096, 131072)] == [1, 4, 8, 8]

@@ -82,11 +82,11 @@ def test_result_and_gradients(operator, name):
 def test_splits_share_one_sink(splits, monkeypatch):
     """The parts of the last rows are merged first: the sink counts once."""
     monkeypatch.setattr(tuning, "splits", lambda *_: splits)
-    launch.prepare.cache_clear()
+    launch.forget()
     arguments, leaves = call(CASES["sinks"])
     (want, _), _ = reference(CASES["sinks"], None, leaves)
     torch.testing.assert_close(TRITON_OPERATOR(*arguments).detach().cpu().double(), want.detach(), atol=2e-4, rtol=0)
-    launch.prepare.cache_clear()
+    launch.forget()
 
 
 def test_logits_of_another_dtype_and_stride():

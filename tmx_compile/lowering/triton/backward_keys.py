@@ -14,9 +14,8 @@ import triton
 import triton.language as tl
 
 from tmx_compile.lowering.triton.tiles import (
-    COUNTERS,
     LOG2_E,
-    arrived,
+    all_arrived,
     bent,
     load_rows,
     stack,
@@ -67,7 +66,8 @@ def key_kernel(
     extent_ptr,  # (B, 3) int32, with PADDED
     grad_key_ptr,
     grad_value_ptr,
-    scratch_ptr,  # float32, with SINKS: COUNTERS zeros, then (sink tiles of all heads, splits, BLOCK_N, DIM + DIM_V)
+    part_ptr,  # (sink tiles of all heads, splits, BLOCK_N * (DIM + DIM_V)) float32, with SINKS: of keys, of values
+    counter_ptr,  # (sink tiles of all heads) int32, zeros before and after, with SINKS
     q_batch,
     q_head,
     q_row,
@@ -240,11 +240,11 @@ def key_kernel(
     if SINKS:
         if splits > 1:
             item = (batch64 * KV_HEADS + kv_head) * tiles + tile
-            parts = scratch_ptr + COUNTERS + item * splits * BLOCK_N * (DIM + DIM_V)
+            parts = part_ptr + item * splits * BLOCK_N * (DIM + DIM_V)
             value_parts = parts + splits * BLOCK_N * DIM
             store_part(parts, grad_key, split, DIM, BLOCK_N, BLOCK_D)
             store_part(value_parts, grad_value, split, DIM_V, BLOCK_N, BLOCK_DV)
-            if arrived(scratch_ptr, item) != splits - 1:
+            if not all_arrived(counter_ptr, item, splits):
                 mine = mine & False
             else:
                 grad_key = sum_parts(parts, splits, DIM, BLOCK_N, BLOCK_D)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+from typing import Any
 
 import torch
 import triton
@@ -13,10 +13,13 @@ from tmx_compile.lowering.triton.backward_keys import key_kernel
 from tmx_compile.lowering.triton.backward_queries import query_kernel
 from tmx_compile.lowering.triton.devices import multiprocessors
 from tmx_compile.lowering.triton.launch import INTERPRETED, heads_per_tile, row_grid
-from tmx_compile.lowering.triton.prepared import Kind, Prepared, empty, kind, scratch_memory
+from tmx_compile.lowering.triton.prepared import Kind, Prepared, allocator, as_key, kind, number_of, remember
+from tmx_compile.lowering.triton.splits import split_memory
 from tmx_compile.lowering.triton.tuning import BackwardTuning
 from tmx_compile.mask.geometry import Geometry
 from tmx_compile.operator.layout import strides_by_tokens
+
+_known: dict[Any, _Launches] = {}
 
 
 def gradients(
@@ -48,31 +51,44 @@ def gradients(
     Returns:
         The gradients of query, key and value, each in (B, tokens, heads, dim) memory.
     """
-    dtype = query.dtype
-    if INTERPRETED and dtype == torch.bfloat16:
+    tensors = grad_out, grad_lse, query, key, value, key_mask, extent, out, lse
+    kind_of_call = *as_key(tensors), *geometry.counts, geometry.reach, scale, softcap, shapes
+    launches = _known.get(kind_of_call)
+    if launches is not None:
+        return launches(*tensors)
+    usable = _usable(*tensors)
+    if any(x is not y for x, y in zip(usable, tensors, strict=True)):
+        grads = gradients(*usable, geometry, scale, softcap=softcap, shapes=shapes)
+        return tuple(x.to(query.dtype) for x in grads)  # type: ignore[return-value]
+    kinds = tuple(None if x is None else kind(x) for x in tensors)
+    return remember(_known, kind_of_call, _Launches(kinds, geometry, scale, shapes, softcap))(*tensors)
+
+
+def _usable(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    extent: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
+    """The same tensors, but for those of strides or a dtype that the kernels do not read."""
+    rows = grad_out, query, key, value, out
+    if INTERPRETED and query.dtype == torch.bfloat16:
         # The interpreter multiplies bfloat16 as if it were integers.
-        grad_out, query, key, value, out = (x.float() for x in (grad_out, query, key, value, out))
-    grad_out, query, key, value, out = (
-        x if x.stride(3) == 1 else x.contiguous() for x in (grad_out, query, key, value, out)
-    )
+        rows = tuple(x.float() for x in rows)  # type: ignore[assignment]
+    grad_out, query, key, value, out = (x if x.stride(3) == 1 else x.contiguous() for x in rows)
     key_mask = key_mask if key_mask is None or key_mask.stride(1) == 1 else key_mask.contiguous()
     lse, grad_lse = lse.contiguous(), None if grad_lse is None else grad_lse.contiguous()
-    tensors = grad_out, grad_lse, query, key, value, key_mask, extent, out, lse
-    launches = prepare(tuple(None if x is None else kind(x) for x in tensors), geometry, scale, shapes, softcap)
-    grads = launches(*tensors)
-    return grads if grads[0].dtype == dtype else tuple(x.to(dtype) for x in grads)  # type: ignore[return-value]
+    return grad_out, grad_lse, query, key, value, key_mask, extent, out, lse
 
 
-@functools.lru_cache(maxsize=1024)
-def prepare(
-    kinds: tuple[Kind | None, ...],
-    geometry: Geometry,
-    scale: float,
-    shapes: BackwardTuning | None,
-    softcap: float | None = None,
-) -> _Launches:
-    """What one kind of call computes once: a function of the nine tensors of ``kinds``, in the order of its names."""
-    return _Launches(kinds, geometry, scale, shapes, softcap)
+def forget() -> None:
+    """Prepare every kind of call anew."""
+    _known.clear()
 
 
 class _Launches:
@@ -98,9 +114,10 @@ class _Launches:
         sink, window, last = geometry.counts
         block_d, block_dv = (max(16, triton.next_power_of_2(x)) for x in (dim, v_dim))
         shapes = shapes or tuning.choose_backward(query.dtype.itemsize, max(block_d, block_dv))
-        self._results = [(tuple(x.shape), strides_by_tokens(*x.shape[1:])) for x in (query, key, value)]
-        self._lse = (batch, heads, q_len), (heads * q_len, q_len, 1)
-        of_query, of_key, of_value = (strides[:3] for _, strides in self._results)
+        self._allocate, self._device = allocator(query.device), number_of(query.device)
+        self._results = [(tuple(x.shape), strides_by_tokens(*x.shape[1:]), x.dtype) for x in (query, key, value)]
+        self._lse = (batch, heads, q_len), (heads * q_len, q_len, 1), torch.float32
+        of_query, of_key, of_value = (strides[:3] for _, strides, _ in self._results)
 
         grid = row_grid(query, key, last, shapes.queries)
         # The sinks: as small a tile as holds them, and ranges of rows.
@@ -113,7 +130,7 @@ class _Launches:
         # Partial results of the last rows, and afterwards of the sinks for keys and values.
         parts = grid.last_programs * shapes.queries.rows * dim if grid.splits > 1 else 0
         sink_parts = all_tiles * splits * sink_keys * (dim + v_dim) if splits > 1 else 0
-        self._scratch = tuning.COUNTERS + max(parts, sink_parts) if parts or sink_parts else 0
+        self._parts = max(parts, sink_parts)
 
         strides = [y for x in (query, key, value) for y in x.stride[:3]]
         mask_batch = 0 if key_mask is None else key_mask.stride[0]
@@ -125,6 +142,7 @@ class _Launches:
         }  # fmt: skip
         self._query_launch = Prepared(
             query_kernel,
+            query.device,
             grid.programs,
             (
                 *strides, *out.stride[:3], *grad_out.stride[:3], *of_query, mask_batch,
@@ -143,6 +161,7 @@ class _Launches:
             parts = splits if sinks else 1
             launch = Prepared(
                 key_kernel,
+                query.device,
                 batch * kv_heads * tiles * parts,
                 (
                     *strides, *grad_out.stride[:3], *of_key, *of_value, mask_batch,
@@ -165,25 +184,19 @@ class _Launches:
         out: Tensor,
         lse: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        grad_query, grad_key, grad_value = (empty(query, *x) for x in self._results)
-        row_lse, delta = (empty(lse, *self._lse) for _ in range(2))
-        scratch = scratch_memory(delta, self._scratch) if self._scratch else None
+        allocate = self._allocate
+        grad_query, grad_key, grad_value = [allocate(*x) for x in self._results]
+        row_lse, delta = allocate(*self._lse), allocate(*self._lse)
+        counters = parts = None
+        if self._parts:
+            counters, parts = split_memory(allocate, self._device, self._parts)
         self._query_launch(
-            delta,
-            query,
-            key,
-            value,
-            out,
-            grad_out,
-            lse,
-            grad_lse,
-            key_mask,
-            extent,
-            grad_query,
-            row_lse,
-            delta,
-            scratch,
-        )
+            delta, query, key, value, out, grad_out, lse, grad_lse, key_mask, extent, grad_query, row_lse, delta,
+            parts, counters,
+        )  # fmt: skip
         for launch in self._key_launches:
-            launch(delta, query, key, value, grad_out, row_lse, delta, key_mask, extent, grad_key, grad_value, scratch)
+            launch(
+                delta, query, key, value, grad_out, row_lse, delta, key_mask, extent, grad_key, grad_value,
+                parts, counters,
+            )  # fmt: skip
         return grad_query, grad_key, grad_value

@@ -18,12 +18,10 @@ import triton
 import triton.language as tl
 
 from tmx_compile.lowering.triton.tiles import (
-    COUNTERS,
     LOG2_E,
-    arrived,
+    all_arrived,
     bent,
     blocks_of,
-    counter,
     load_rows,
     masked_keys,
     stack,
@@ -74,7 +72,8 @@ def query_kernel(
     grad_query_ptr,
     row_lse_ptr,  # (B, H / KEY_GROUP, Sq, KEY_GROUP) float32, written here: base 2, infinity for rows without keys
     delta_ptr,  # the same shape, written here: rowsum(dO * O) - dLSE
-    scratch_ptr,  # float32: COUNTERS zeros, as left behind, then parts (last tiles of all heads, splits, BLOCK_M, DIM)
+    part_ptr,  # (last tiles of all heads, splits, BLOCK_M, DIM) float32
+    counter_ptr,  # (last tiles of all heads) int32, zeros before and after
     q_batch,
     q_head,
     q_row,
@@ -184,13 +183,11 @@ def query_kernel(
     if is_last:
         if splits > 1:
             item = (batch64 * HEAD_BLOCKS + head_block) * last_tiles + tile
-            parts = scratch_ptr + COUNTERS + item * splits * BLOCK_M * DIM
+            parts = part_ptr + item * splits * BLOCK_M * DIM
             store_part(parts, acc, split, DIM, BLOCK_M, BLOCK_D)
-            if arrived(scratch_ptr, item) != splits - 1:
+            if not all_arrived(counter_ptr, item, splits):
                 mine = mine & False
             else:
-                # For the launch of the sinks, which counts in the same memory.
-                tl.store(counter(scratch_ptr, item), 0)
                 acc = sum_parts(parts, splits, DIM, BLOCK_M, BLOCK_D)
     else:
         mine = exists & ((position < last_low) | (position >= end))

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +22,11 @@ _NUMBERS = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float
 _ELEMENTS = {torch.float16: 6, torch.bfloat16: 9}
 _MAP_BYTES, _MAP_ALIGNMENT = 128, 64
 _PROMOTION_128_BYTES = 2
+# A map's address is looked for by moving the map to these: all bits that an address of a GPU's memory has.
+_PROBES = (0x5555_5555_5550, 0x2AAA_AAAA_AAA0, 0x7FFF_FFFF_FFF0)
+# CUlaunchConfig: seven sizes, padding, then the stream, its attributes and how many they are.
+_STREAM_AT, _ADDRESSES_AT = 32, 56
+_RELAXED = 2
 
 
 class Unknown(Exception):
@@ -37,12 +43,14 @@ def library() -> ctypes.CDLL:
     word, count, pointer = ctypes.c_void_p, ctypes.c_uint, ctypes.POINTER
     size = ctypes.c_size_t
     signatures: dict[str, list[Any] | None] = {
-        # Gets typed values, which is quicker than having them checked.
-        "cuLaunchKernel": None,
+        # Gets typed values alone.
+        "cuLaunchKernelEx": None,
         "cuMemsetD32Async": [word, count, size, word],
         "cuFuncGetParamInfo": [word, size, pointer(size), pointer(size)],
         "cuTensorMapEncodeTiled": [word, ctypes.c_int, count, word, *[word] * 4, *[ctypes.c_int] * 4],
         "cuTensorMapReplaceAddress": [word, word],
+        "cuMemAlloc_v2": [word, size],
+        "cuThreadExchangeStreamCaptureMode": [word],
     }
     try:
         loaded = ctypes.CDLL("libcuda.so.1")
@@ -54,20 +62,37 @@ def library() -> ctypes.CDLL:
 
 
 def clear(x: Tensor, count: int) -> None:
-    """Zero the first ``count`` elements of a contiguous float32 tensor, on its stream."""
+    """Zero the first ``count`` elements, of 4 bytes, of a contiguous tensor on the current stream of its device."""
     if x.is_cuda:
         try:
-            if not library().cuMemsetD32Async(x.data_ptr(), 0, count, stream_of(x.device)):
+            if not library().cuMemsetD32Async(x.data_ptr(), 0, count, stream_of(x.get_device())):
                 return
         except Unknown:
             pass
     x[:count].zero_()
 
 
-def stream_of(device: torch.device) -> int:
-    """The driver's handle of the current stream."""
-    handle: int = torch._C._cuda_getCurrentRawStream(device.index)
-    return handle
+def allocate(size: int) -> int:
+    """The address of memory of the current device's that is never given back: of no pool of PyTorch's.
+
+    Raises:
+        Unknown: there is no driver, or it has none.
+    """
+    address, mode = ctypes.c_uint64(), ctypes.c_int(_RELAXED)
+    driver = library()
+    # While another thread captures a CUDA graph no memory may be had otherwise.
+    driver.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+    try:
+        failed = driver.cuMemAlloc_v2(ctypes.byref(address), size)
+    finally:
+        driver.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+    if failed:
+        raise Unknown(f"no {size} bytes: error {failed}")
+    return address.value
+
+
+stream_of: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0)
+"""The driver's handle of the current stream of a GPU, by its number."""
 
 
 class Launch:
@@ -95,11 +120,14 @@ class Launch:
             raise Unknown(str(error)) from error
         if scratch or not plain or len(types) != len(arguments) or not isinstance(function, int):
             raise Unknown("a launch with attributes or memory of Triton's own")
-        self._addresses = (ctypes.c_uint64 * count)()
+        # The configuration, and behind it the addresses that pointers have.
+        self._memory = ctypes.create_string_buffer(_ADDRESSES_AT + 8 * count)
+        struct.pack_into("7I", self._memory, 0, programs, 1, 1, threads, 1, 1, shared)
+        self._pack = functools.partial(struct.Struct(f"Q16x{count}Q").pack_into, self._memory, _STREAM_AT)
         # What the parameters point to: (address, bytes) of each, and what keeps it alive.
         self._kept: list[Any] = []
         self._fields: list[tuple[int, int]] = []
-        self._maps: list[tuple[int, int]] = []
+        self._moves: list[tuple[int, Callable[[int], Any]]] = []
         for index, (value, kind) in enumerate(zip(arguments, types, strict=True)):
             if kind == "constexpr":
                 continue
@@ -108,7 +136,7 @@ class Launch:
                     raise Unknown(f"a parameter of type {kind}")
                 self._keep(_NUMBERS[kind](value))
             elif kind.startswith("*"):
-                self._fields.append((ctypes.addressof(self._addresses) + 8 * index, 8))
+                self._fields.append((ctypes.addressof(self._memory) + _ADDRESSES_AT + 8 * index, 8))
             elif described:
                 self._describe(index, value, described.pop(0))
             else:
@@ -118,8 +146,9 @@ class Launch:
         self._keep(ctypes.c_void_p())
         self._check(function)
         self._parameters = (ctypes.c_void_p * len(self._fields))(*[address for address, _ in self._fields])
-        blocks = (ctypes.c_uint(x) for x in (programs, 1, 1, threads, 1, 1, shared))
-        self._launch = functools.partial(self._library.cuLaunchKernel, ctypes.c_void_p(function), *blocks)
+        # Typed values, which is quicker than having them checked.
+        given = ctypes.c_void_p(ctypes.addressof(self._memory)), ctypes.c_void_p(function), self._parameters, None
+        self._launch = functools.partial(self._library.cuLaunchKernelEx, *given)
         self._lock = threading.Lock()
 
     def _keep(self, value: Any) -> None:
@@ -147,11 +176,31 @@ class Launch:
         if failed:
             raise Unknown(f"a descriptor that the driver refuses: error {failed}")
         self._fields.append((place, _MAP_BYTES))
-        self._maps.append((index, place))
+        self._moves.append((index, self._move(place, descriptor.base.data_ptr())))
         for size in shape:
             self._keep(ctypes.c_int32(size))
         for stride in strides:
             self._keep(ctypes.c_int64(stride))
+
+    def _move(self, place: int, address: int) -> Callable[[int], Any]:
+        """What gives a map, which is for ``address``, another one.
+
+        The driver does, in a call of its own each time. Where a map holds the address as it is, and nothing else
+        depends on it, writing that is quicker: the driver itself shows whether it is so.
+        """
+        by_driver: Callable[[int], Any] = functools.partial(self._library.cuTensorMapReplaceAddress, place)
+        words = memoryview((ctypes.c_uint64 * (_MAP_BYTES // 8)).from_address(place)).cast("B").cast("Q")
+        found = list(words)
+        if found.count(address) != 1:
+            return by_driver
+        at = found.index(address)
+        plain = True
+        for other in (*_PROBES, address):
+            plain = plain and not by_driver(other) and list(words) == [*found[:at], other, *found[at + 1 :]]
+        if not plain:
+            by_driver(address)
+            return by_driver
+        return functools.partial(words.__setitem__, at)
 
     def _check(self, function: int) -> None:
         """Compare with the sizes of the parameters that the driver found in the machine code."""
@@ -162,11 +211,10 @@ class Launch:
         if sizes != [size for _, size in self._fields]:
             raise Unknown(f"parameters of {sizes} bytes")
 
-    def __call__(self, addresses: list[int], stream: int) -> bool:
+    def __call__(self, addresses: Sequence[int], stream: int) -> bool:
         """Launch with the addresses of the tensors, on a stream of the current device; whether the driver did."""
         with self._lock:
-            self._addresses[:] = addresses  # type: ignore[assignment]
-            for index, place in self._maps:
-                self._library.cuTensorMapReplaceAddress(place, addresses[index])
-            failed = self._launch(ctypes.c_void_p(stream), self._parameters, None)
-        return not failed
+            self._pack(stream, *addresses)
+            for index, move in self._moves:
+                move(addresses[index])
+            return not self._launch()

@@ -1,9 +1,12 @@
 """The kernel for Hopper GPUs: warp-specialised, persistent, keys through the tensor memory accelerator.
 
 The same walk over the same mask as :mod:`kernel`, arranged as FlashAttention-3 is (Shah et al. 2024, sections 3.1
-and 3.2): one warp copies, two groups of four warps compute, 64 stacked rows each, and the softmax of one block runs
-beside the products of the next. A CTA stays and takes one tile after another, so that the copies for the next tile
-start before this one ends. The last rows are work items like the tiles.
+and 3.2): one warp copies, two groups of four warps compute, 64 stacked rows each. The softmax of a block runs beside
+products of the other group and the group's own with the values before. A CTA stays and takes one tile after another: a
+tile's last product runs beside the next one's first softmax. The last rows are work items like the tiles.
+
+Tried without gain: groups that start their products in turn, barriers waited for a step ahead, a softmax in pieces that
+sums without shuffles. What pays most is told where it stands: in ``_end``, ``hopper_scores`` and ``tuning``.
 
 Importing this module needs Triton with Gluon for Hopper (``triton.experimental.gluon``).
 """
@@ -22,313 +25,202 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from tmx_compile.lowering.triton import tuning
-from tmx_compile.lowering.triton.hopper_walk import Counts, item, layout_slots, schedule
-from tmx_compile.lowering.triton.tiles import counter
-from tmx_compile.lowering.triton.walk import seen
-
-# Of the threads of one group. Triton 3.6 calls it thread_barrier.
-_barrier = getattr(gl, "thread_barrier", None) or gl.barrier
-
-_NO_MAXIMUM = gl.constexpr(-3.0e38)
-# The head of the scratch memory: how many splits of a computing group's last rows arrived; all 0 before the launch.
-COUNTERS = gl.constexpr(tuning.COUNTERS)
-# Computing groups of a CTA: they share every key block, so that half as many keys go through the caches.
-CONSUMERS = gl.constexpr(2)
+from tmx_compile.lowering.triton.hopper_result import NO_MAXIMUM, barrier, finish, merge, store, store_lse
+from tmx_compile.lowering.triton.hopper_ring import CONSUMERS, Common, keys_of, produce
+from tmx_compile.lowering.triton.hopper_scores import mask_end, mask_front, softmax
+from tmx_compile.lowering.triton.hopper_walk import Counts, item, layout_slots, masked_slots, schedule
 
 
-class Common(NamedTuple):
-    """What the copying warp and the computing groups of a CTA have in common."""
+class Rows(NamedTuple):
+    """A group's 64 stacked rows of an item."""
 
-    q_desc: Any
-    k_desc: Any
-    v_desc: Any
-    piece_k: Any  # the same keys in pieces of 16 by 64 columns
-    piece_v: Any
-    q_full: Any  # barriers: two query slots, and STAGES slots of keys and of values
-    q_empty: Any
-    k_full: Any
-    v_full: Any
-    kv_empty: Any
-    q_bufs: Any
-    k_bufs: Any
-    v_bufs: Any
-    counts: Any
-    extent_ptr: Any
-    scratch_ptr: Any
-    mask_ptr: Any
-    out_ptr: Any
-    lse_ptr: Any
-    o_batch: Any
-    o_head: Any
-    o_row: Any
-    scale: Any
-    mask_batch: Any
+    index: Any  # the item's number in the CTA's share
+    work: Any
+    first: Any  # position
+    query: Any
+    shift: Any
+    masked_front: Any
+    masked_end: Any
+    mask_ptr: Any  # of the sequence
 
 
 @gluon.jit
-def _copy_pieces(
-    desc, first_slot, far, sink_low, shift, batch, kv_head, bar, buf, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr
-):
-    """A block that holds sinks, in pieces of 16 keys by 64 columns (one swizzle row wide)."""
-    HALVES: gl.constexpr = BLOCK_D // 64
-    PIECES: gl.constexpr = BLOCK_N // 16
-    pieces = buf._reinterpret(desc.dtype, [HALVES * PIECES, 1, 1, 16, 64], desc.layout)
-    for piece in gl.static_range(PIECES):
-        slot = first_slot + piece * 16
-        at = gl.where(slot < far, sink_low + slot, shift + slot)
-        for half in gl.static_range(HALVES):
-            tma.async_copy_global_to_shared(
-                desc, [batch, kv_head, at, half * 64], bar, pieces.index(half * PIECES + piece)
-            )
-
-
-@gluon.jit
-def _produce(
-    common,
-    GROUP: gl.constexpr, HEADS: gl.constexpr, KV_HEADS: gl.constexpr, HEAD_BOX: gl.constexpr,
-    DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, PADDED: gl.constexpr, REACH: gl.constexpr,
+def _start(
+    common, acc, weights, taken, query, S: gl.constexpr,
+    KEYS: gl.constexpr, NEXT: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The copying warp: queries two tiles deep, sinks, and a ring of key and value blocks."""
-    q_desc, k_desc, v_desc = common.q_desc, common.k_desc, common.v_desc
-    q_full, q_empty, k_full, v_full = common.q_full, common.q_empty, common.k_full, common.v_full
-    kv_empty, q_bufs, k_bufs, v_bufs = common.kv_empty, common.q_bufs, common.k_bufs, common.v_bufs
-    counts = common.counts
-    POSITIONS: gl.constexpr = 64 // HEAD_BOX
-    ROWS: gl.constexpr = POSITIONS * CONSUMERS
-    offset = counts.kv_len - counts.q_len
-    share = schedule(counts)
-    loaded = 0
-    for index in range(share.items):
-        work = item(index, share, counts, common.extent_ptr, GROUP, HEADS, ROWS, PADDED, REACH)
-        kv_head = work.head_block * GROUP // (HEADS // KV_HEADS)
-        q_slot = index % 2
-        mbarrier.wait(q_empty.index(q_slot), (index // 2 & 1) ^ 1)
-        mbarrier.expect(q_full.index(q_slot), CONSUMERS * q_desc.block_type.nbytes)
-        for c in gl.static_range(CONSUMERS):
-            tma.async_copy_global_to_shared(
-                q_desc,
-                [work.batch, work.head_block * GROUP, work.first + c * POSITIONS - offset, 0],
-                q_full.index(q_slot),
-                q_bufs.index(q_slot * CONSUMERS + c),
-            )
-        far, blocks, shift = layout_slots(work.sinks, work.low, work.high, BLOCK_N)
-        for block in range(blocks):
-            slot = loaded % STAGES
-            first_slot = block * BLOCK_N
-            mbarrier.wait(kv_empty.index(slot), (loaded // STAGES & 1) ^ 1)
-            mbarrier.expect(k_full.index(slot), k_desc.block_type.nbytes)
-            if first_slot < far:
-                _copy_pieces(
-                    common.piece_k, first_slot, far, work.sink_low, shift, work.batch, kv_head,
-                    k_full.index(slot), k_bufs.index(slot), BLOCK_N, BLOCK_D,
-                )  # fmt: skip
-            else:
-                tma.async_copy_global_to_shared(
-                    k_desc, [work.batch, kv_head, first_slot + shift, 0], k_full.index(slot), k_bufs.index(slot)
-                )
-            mbarrier.expect(v_full.index(slot), v_desc.block_type.nbytes)
-            if first_slot < far:
-                _copy_pieces(
-                    common.piece_v, first_slot, far, work.sink_low, shift, work.batch, kv_head,
-                    v_full.index(slot), v_bufs.index(slot), BLOCK_N, BLOCK_D,
-                )  # fmt: skip
-            else:
-                tma.async_copy_global_to_shared(
-                    v_desc, [work.batch, kv_head, first_slot + shift, 0], v_full.index(slot), v_bufs.index(slot)
-                )
-            loaded += 1
+    """Start two products: of queries and the next ``NEXT`` keys, of weights and the ``KEYS`` values before them."""
+    slot = taken % STAGES
+    next_slot = (taken + 1) % STAGES
+    mbarrier.wait(common.k_full.index(next_slot), (taken + 1) // STAGES & 1)
+    mbarrier.wait(common.v_full.index(slot), taken // STAGES & 1)
+    keys = keys_of(common.k_bufs.index(next_slot), NEXT, BLOCK_N, BLOCK_D).permute((1, 0))
+    scores = warpgroup_mma(query, keys, gl.zeros([64, NEXT], gl.float32, S), use_acc=False, is_async=True)
+    values = keys_of(common.v_bufs.index(slot), KEYS, BLOCK_N, BLOCK_D)
+    product = warpgroup_mma(weights, values, acc, is_async=True)
+    return scores, product
 
 
 @gluon.jit
-def _softmax(scores, maximum, total, scale):
-    """The running softmax (base 2): weights of this block, new maximum and total, and what shrinks the old ones."""
-    new_maximum = gl.maximum(maximum, gl.max(scores, 1) * scale)
-    weights = gl.exp2(scores * scale - gl.expand_dims(new_maximum, 1))
-    shrink = gl.exp2(maximum - new_maximum)
-    total = total * shrink + gl.sum(weights, 1)
-    return weights, new_maximum, total, shrink
+def _end(common, product, weights, taken, STAGES: gl.constexpr):
+    """Wait for the second product of :func:`_start`, and free what both read."""
+    next_slot = (taken + 1) % STAGES
+    # Already there. It is a jump, and the softmax stays before it; ptxas would move the softmax behind the next wait.
+    mbarrier.wait(common.k_full.index(next_slot), (taken + 1) // STAGES & 1)
+    acc, weights = warpgroup_mma_wait(0, deps=[product, weights])
+    mbarrier.arrive(common.kv_empty.index(next_slot), count=1)
+    return acc
 
 
 @gluon.jit
-def _mask(
-    scores, position, first_slot, far, shift, work, counts, mask_ptr,
-    layout: gl.constexpr, BLOCK_N: gl.constexpr, PADDED: gl.constexpr, REACH: gl.constexpr,
+def _release(common, index):
+    """Free the query slot of the item before, once its result was copied from there."""
+    tma.store_wait(0)
+    mbarrier.arrive(common.q_empty.index((index + 1) % 2), count=1, pred=index > 0)
+
+
+@gluon.jit
+def _step(
+    common, rows, acc, weights, maximum, total, taken, block, RELEASE: gl.constexpr, POSITIONS: gl.constexpr,
+    S: gl.constexpr, P: gl.constexpr, OUT: gl.constexpr, KEYS: gl.constexpr, FIRST: gl.constexpr,
+    MANY_SINKS: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
+    PADDED: gl.constexpr, REACH: gl.constexpr,
 ):  # fmt: skip
-    """Drop what a block holds beyond the mask."""
-    sink_end = work.start + counts.sink
-    slot = first_slot + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, layout))
-    is_sink = slot < far
-    place = gl.where(is_sink, work.sink_low + slot, shift + slot)
-    used = gl.where(is_sink, slot - work.sinks, gl.maximum(work.low - place - 1, place - work.high)) < 0
-    if PADDED:
-        if work.holes != 0:
-            used = used & (gl.load(mask_ptr + place, mask=used, other=0) != 0)
-    row = gl.expand_dims(position, 1)
-    key = gl.expand_dims(place, 0)
-    allowed = seen(row, key, sink_end, work.span, counts.reach, REACH) & gl.expand_dims(used, 0)
-    return gl.where(allowed, scores, float("-inf"))
+    """One block of keys, and the values of the block before, which has ``KEYS`` of them."""
+    pending, product = _start(common, acc, weights, taken, rows.query, S, KEYS, BLOCK_N, BLOCK_N, BLOCK_D, STAGES)
+    if RELEASE:
+        _release(common, rows.index)
+    scores = warpgroup_mma_wait(1, deps=[pending])
+    first_slot = FIRST + (block - 1) * BLOCK_N
+    if first_slot < rows.masked_front:
+        scores = mask_front(
+            scores, rows.first, first_slot, rows.shift, rows.work, common.counts, rows.mask_ptr, POSITIONS, S,
+            BLOCK_N, MANY_SINKS, PADDED, REACH,
+        )  # fmt: skip
+    if first_slot + BLOCK_N > rows.masked_end:
+        scores = mask_end(scores, rows.first, first_slot, rows.shift, POSITIONS, S, BLOCK_N)
+    next_weights, more, maximum, shrink = softmax(scores, maximum, common.scale)
+    total = total * shrink + more
+    acc = _end(common, product, weights, taken, STAGES)
+    acc = acc * gl.expand_dims(gl.convert_layout(shrink, gl.SliceLayout(1, OUT)), 1)
+    return acc, gl.convert_layout(next_weights.to(common.k_desc.dtype), P), maximum, total, taken + 1
+
+
+@gluon.jit
+def _begin(
+    scores, c, work, common, POSITIONS: gl.constexpr, S: gl.constexpr,
+    FIRST: gl.constexpr, BLOCK_N: gl.constexpr, PADDED: gl.constexpr, REACH: gl.constexpr,
+):  # fmt: skip
+    """(weights, maximum, total) of an item's first block."""
+    first = work.first + c * POSITIONS
+    far, blocks, shift = layout_slots(work.sinks, work.low, work.high, FIRST, BLOCK_N)
+    masked_front, masked_end = masked_slots(work, first, far, blocks, shift, POSITIONS, FIRST, BLOCK_N)
+    if masked_front > 0:
+        mask_ptr = common.mask_ptr
+        if PADDED:
+            mask_ptr = common.mask_ptr + work.batch.to(gl.int64) * common.mask_batch
+        scores = mask_front(
+            scores, first, 0, shift, work, common.counts, mask_ptr, POSITIONS, S, FIRST, True, PADDED, REACH
+        )
+    # A smaller first block is never an item's last one.
+    if FIRST == BLOCK_N:
+        if masked_end < FIRST:
+            scores = mask_end(scores, first, 0, shift, POSITIONS, S, FIRST)
+    none = gl.full([64], NO_MAXIMUM, gl.float32, gl.SliceLayout(1, S))
+    weights, total, maximum, _none = softmax(scores, none, common.scale)
+    return weights, maximum, total
 
 
 @gluon.jit
 def _consume(
     c, common,
-    GROUP: gl.constexpr, HEADS: gl.constexpr, KV_HEADS: gl.constexpr, HEAD_BOX: gl.constexpr,
-    DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, PADDED: gl.constexpr, REACH: gl.constexpr, WRITE_LSE: gl.constexpr,
+    GROUP: gl.constexpr, HEADS: gl.constexpr, HEAD_BOX: gl.constexpr, DIM: gl.constexpr, BLOCK_D: gl.constexpr,
+    BLOCK_N: gl.constexpr, FIRST: gl.constexpr, MANY_SINKS: gl.constexpr, STAGES: gl.constexpr,
+    PADDED: gl.constexpr, REACH: gl.constexpr, WRITE_LSE: gl.constexpr, COPY_OUT: gl.constexpr,
 ):  # fmt: skip
     """A computing group of four warps: 64 stacked rows of every tile, number ``c`` of the CTA's groups."""
-    q_full, q_empty, k_full, v_full = common.q_full, common.q_empty, common.k_full, common.v_full
-    kv_empty, q_bufs, k_bufs, v_bufs = common.kv_empty, common.q_bufs, common.k_bufs, common.v_bufs
-    counts, scale = common.counts, common.scale
+    counts, q_bufs = common.counts, common.q_bufs
     POSITIONS: gl.constexpr = 64 // HEAD_BOX
     ROWS: gl.constexpr = POSITIONS * CONSUMERS
-    HEAD_BLOCKS: gl.constexpr = HEADS // GROUP
     S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 16])
+    S_FIRST: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, FIRST, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_D, 16])
     P: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUT, k_width=2)
-    LANES: gl.constexpr = BLOCK_D // 8 if BLOCK_D < 256 else 32
-    STORE: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LANES, LANES], [4, 1], [1, 0])
+    ROW: gl.constexpr = gl.SliceLayout(1, S)
     dtype: gl.constexpr = common.k_desc.dtype
-    kv_len, splits = counts.kv_len, counts.splits
-    offset = kv_len - counts.q_len
     share = schedule(counts)
+
+    # The first block of the first item: of each other one it is computed at the end of the item before.
+    work = item(0, share, counts, common.extent_ptr, GROUP, HEADS, ROWS, PADDED, REACH)
+    mbarrier.wait(common.q_full.index(0), 0)
+    mbarrier.wait(common.k_full.index(0), 0)
+    keys = keys_of(common.k_bufs.index(0), FIRST, BLOCK_N, BLOCK_D).permute((1, 0))
+    scores = warpgroup_mma(
+        q_bufs.index(c).reshape([64, BLOCK_D]), keys, gl.zeros([64, FIRST], gl.float32, S_FIRST), use_acc=False
+    )
+    mbarrier.arrive(common.kv_empty.index(0), count=1)
+    next_weights, next_maximum, next_total = _begin(
+        scores, c, work, common, POSITIONS, S_FIRST, FIRST, BLOCK_N, PADDED, REACH
+    )
+    weights = gl.convert_layout(next_weights.to(dtype), P)
+    maximum, total = gl.convert_layout(next_maximum, ROW), gl.convert_layout(next_total, ROW)
     taken = 0
-    row = gl.arange(0, 64, layout=gl.SliceLayout(1, S))
     for index in range(share.items):
-        work = item(index, share, counts, common.extent_ptr, GROUP, HEADS, ROWS, PADDED, REACH)
-        mine_first = work.first + c * POSITIONS
-        mine_stop = gl.minimum(mine_first + POSITIONS, work.stop)
-        position = mine_first + row % POSITIONS
-        this_mask = common.mask_ptr
+        first = work.first + c * POSITIONS
+        mask_ptr = common.mask_ptr
         if PADDED:
-            this_mask = common.mask_ptr + work.batch.to(gl.int64) * common.mask_batch
-        q_slot = index % 2
-        mbarrier.wait(q_full.index(q_slot), index // 2 & 1)
-        query = q_bufs.index(q_slot * CONSUMERS + c).reshape([64, BLOCK_D])
+            mask_ptr = common.mask_ptr + work.batch.to(gl.int64) * common.mask_batch
+        slot = index % 2 * CONSUMERS + c
+        far, blocks, shift = layout_slots(work.sinks, work.low, work.high, FIRST, BLOCK_N)
+        masked_front, masked_end = masked_slots(work, first, far, blocks, shift, POSITIONS, FIRST, BLOCK_N)
+        query = q_bufs.index(slot).reshape([64, BLOCK_D])
+        rows = Rows(index, work, first, query, shift, masked_front, masked_end, mask_ptr)
         acc = gl.zeros([64, BLOCK_D], gl.float32, OUT)
-        total = gl.zeros([64], gl.float32, gl.SliceLayout(1, S))
-        maximum = gl.full([64], _NO_MAXIMUM, gl.float32, gl.SliceLayout(1, S))
-        far, blocks, shift = layout_slots(work.sinks, work.low, work.high, BLOCK_N)
-        # Slots that need a mask: those before `masked_front`, and from `masked_end` on.
-        masked_front = gl.maximum(far, gl.maximum(work.low, mine_stop - 1 - work.span) - shift)
-        masked_end = mine_first + 1 - shift
-        if work.holes != 0:
-            masked_front = blocks * BLOCK_N
-        slot = taken % STAGES
-        mbarrier.wait(k_full.index(slot), taken // STAGES & 1)
-        scores = warpgroup_mma(
-            query, k_bufs.index(slot).reshape([BLOCK_N, BLOCK_D]).permute((1, 0)),
-            gl.zeros([64, BLOCK_N], gl.float32, S), use_acc=False,
-        )  # fmt: skip
-        if (masked_front > 0) | (masked_end < BLOCK_N):
-            scores = _mask(scores, position, 0, far, shift, work, counts, this_mask, S, BLOCK_N, PADDED, REACH)
-        weights, maximum, total, shrink = _softmax(scores, maximum, total, scale)
-        weights = gl.convert_layout(weights.to(dtype), P)
-        for block in range(1, blocks):
-            next_slot = (taken + 1) % STAGES
-            mbarrier.wait(k_full.index(next_slot), (taken + 1) // STAGES & 1)
-            pending = warpgroup_mma(
-                query, k_bufs.index(next_slot).reshape([BLOCK_N, BLOCK_D]).permute((1, 0)),
-                gl.zeros([64, BLOCK_N], gl.float32, S), use_acc=False, is_async=True,
+        if FIRST == BLOCK_N:
+            if COPY_OUT:
+                _release(common, index)
+            wide = weights
+            START: gl.constexpr = 1
+        else:
+            # Of the first block the weights have another shape.
+            acc, wide, maximum, total, taken = _step(
+                common, rows, acc, weights, maximum, total, taken, 1, COPY_OUT, POSITIONS, S, P, OUT, FIRST, FIRST,
+                MANY_SINKS, BLOCK_N, BLOCK_D, STAGES, PADDED, REACH,
             )  # fmt: skip
-            slot = taken % STAGES
-            mbarrier.wait(v_full.index(slot), taken // STAGES & 1)
-            product = warpgroup_mma(weights, v_bufs.index(slot).reshape([BLOCK_N, BLOCK_D]), acc, is_async=True)
-            scores = warpgroup_mma_wait(1, deps=[pending])
-            if (block * BLOCK_N < masked_front) | (block * BLOCK_N + BLOCK_N > masked_end):
-                scores = _mask(
-                    scores, position, block * BLOCK_N, far, shift, work, counts, this_mask, S, BLOCK_N, PADDED, REACH
-                )
-            next_weights, maximum, total, shrink = _softmax(scores, maximum, total, scale)
-            acc, weights = warpgroup_mma_wait(0, deps=[product, weights])
-            mbarrier.arrive(kv_empty.index(slot), count=1)
-            acc = acc * gl.expand_dims(gl.convert_layout(shrink, gl.SliceLayout(1, OUT)), 1)
-            weights = gl.convert_layout(next_weights.to(dtype), P)
-            taken += 1
-        slot = taken % STAGES
-        mbarrier.wait(v_full.index(slot), taken // STAGES & 1)
-        acc = warpgroup_mma(weights, v_bufs.index(slot).reshape([BLOCK_N, BLOCK_D]), acc)
-        mbarrier.arrive(kv_empty.index(slot), count=1)
+            START: gl.constexpr = 2
+        for block in range(START, blocks):
+            acc, wide, maximum, total, taken = _step(
+                common, rows, acc, wide, maximum, total, taken, block, False, POSITIONS, S, P, OUT, BLOCK_N, FIRST,
+                MANY_SINKS, BLOCK_N, BLOCK_D, STAGES, PADDED, REACH,
+            )  # fmt: skip
+
+        # The last values, beside the first block of the next item.
+        following = item(index + 1, share, counts, common.extent_ptr, GROUP, HEADS, ROWS, PADDED, REACH)
+        next_q = (index + 1) % 2
+        mbarrier.wait(common.q_full.index(next_q), (index + 1) // 2 & 1)
+        next_query = q_bufs.index(next_q * CONSUMERS + c).reshape([64, BLOCK_D])
+        pending, product = _start(
+            common, acc, wide, taken, next_query, S_FIRST, BLOCK_N, FIRST, BLOCK_N, BLOCK_D, STAGES
+        )
+        scores = warpgroup_mma_wait(1, deps=[pending])
+        next_weights, next_maximum, next_total = _begin(
+            scores, c, following, common, POSITIONS, S_FIRST, FIRST, BLOCK_N, PADDED, REACH
+        )
+        acc = _end(common, product, wide, taken, STAGES)
         taken += 1
+        weights = gl.convert_layout(next_weights.to(dtype), P)
 
-        # A row without any key: total is 0, and so is its result.
-        some = total > 0
-        divisor = gl.where(some, total, 1.0)
-        lse = gl.where(some, maximum + gl.log2(divisor), float("-inf"))
-        acc = acc / gl.expand_dims(gl.convert_layout(divisor, gl.SliceLayout(1, OUT)), 1)
-        # Which rows this item writes; the last split to arrive writes for all.
-        wrote = 1
-        if work.is_last & (splits > 1):
-            number = ((work.batch * HEAD_BLOCKS + work.head_block) * counts.last_tiles + work.tile) * CONSUMERS + c
-            o_r = gl.arange(0, 64, layout=gl.SliceLayout(1, OUT))
-            o_c = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, OUT))
-            inner = gl.expand_dims(o_r * BLOCK_D, 1) + gl.expand_dims(o_c, 0)
-            part_ptr = common.scratch_ptr + COUNTERS
-            part_at = part_ptr + number.to(gl.int64) * splits * (64 * BLOCK_D)
-            # The log-sum-exps, base 2, lie behind the parts of all last-row items.
-            lse_at = part_ptr + counts.last_items.to(gl.int64) * (CONSUMERS * 64 * BLOCK_D)
-            lse_at += number.to(gl.int64) * splits * 64
-            gl.store(part_at + work.split * (64 * BLOCK_D) + inner, acc)
-            gl.store(lse_at + work.split * 64 + row, lse)
-            # Every thread's stores before the one thread's release.
-            _barrier()
-            before = gl.atomic_add(counter(common.scratch_ptr, number), 1, sem="acq_rel")
-            _barrier()
-            wrote = (before == splits - 1).to(gl.int32)
-            if before == splits - 1:
-                acc = gl.zeros([64, BLOCK_D], gl.float32, OUT)
-                total = gl.zeros([64], gl.float32, gl.SliceLayout(1, S))
-                maximum = gl.full([64], _NO_MAXIMUM, gl.float32, gl.SliceLayout(1, S))
-                for other in range(splits):
-                    # Past the first-level cache: other multiprocessors wrote these.
-                    its_lse = gl.load(lse_at + other * 64 + row, cache_modifier=".cg")
-                    its = gl.load(part_at + other * (64 * BLOCK_D) + inner, cache_modifier=".cg")
-                    new_maximum = gl.maximum(maximum, its_lse)
-                    shrink = gl.exp2(maximum - new_maximum)
-                    weight = gl.exp2(its_lse - new_maximum)
-                    acc = acc * gl.expand_dims(gl.convert_layout(shrink, gl.SliceLayout(1, OUT)), 1)
-                    acc = acc + its * gl.expand_dims(gl.convert_layout(weight, gl.SliceLayout(1, OUT)), 1)
-                    total = total * shrink + weight
-                    maximum = new_maximum
-                divisor = gl.where(total > 0, total, 1.0)
-                lse = gl.where(total > 0, maximum + gl.log2(divisor), float("-inf"))
-                acc = acc / gl.expand_dims(gl.convert_layout(divisor, gl.SliceLayout(1, OUT)), 1)
-
+        acc, lse = finish(acc, maximum, total, OUT)
+        acc, lse, wrote = merge(acc, lse, c, work, common, HEADS // GROUP, BLOCK_D, ROW, OUT)
         if WRITE_LSE:
-            # To the natural logarithm, (B, H, Sq).
-            lse_row = mine_first + row % POSITIONS
-            lse_head = row // POSITIONS
-            keep_lse = (lse_head < GROUP) & (lse_row < work.stop) & (wrote != 0)
-            if work.is_last == 0:
-                keep_lse = keep_lse & ((lse_row < work.last_low) | (lse_row >= work.end))
-            first_head = work.batch.to(gl.int64) * HEADS + work.head_block * GROUP
-            lse_pointers = common.lse_ptr + (first_head + lse_head) * counts.q_len + (lse_row - offset)
-            gl.store(lse_pointers, lse * 0.6931471805599453, mask=keep_lse)
-
-        # Through the query's own buffer, which nobody needs any more, to rows that threads can store whole.
-        q_buf = q_bufs.index(q_slot * CONSUMERS + c).reshape([64, BLOCK_D])
-        q_buf.store(acc.to(dtype))
-        _barrier()
-        result = q_buf.load(STORE)
-        fence_async_shared()
-        mbarrier.arrive(q_empty.index(q_slot), count=1)
-        r = gl.arange(0, 64, layout=gl.SliceLayout(1, STORE))
-        column = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, STORE))
-        at_row = mine_first + r % POSITIONS
-        head = r // POSITIONS
-        mine = (head < GROUP) & (at_row < work.stop) & (wrote != 0)
-        if work.is_last == 0:
-            mine = mine & ((at_row < work.last_low) | (at_row >= work.end))
-        where_row = (at_row - offset).to(gl.int64) * common.o_row
-        where_row += (work.head_block * GROUP + head).to(gl.int64) * common.o_head
-        whole = common.out_ptr + work.batch.to(gl.int64) * common.o_batch
-        pointers = whole + gl.expand_dims(where_row, 1) + gl.expand_dims(column, 0)
-        keep = gl.expand_dims(mine, 1)
-        if DIM != BLOCK_D:
-            keep = keep & gl.expand_dims(column < DIM, 0)
-        gl.store(pointers, result, mask=keep)
+            store_lse(common, lse, work, first, wrote, HEADS, GROUP, POSITIONS, ROW)
+        store(common, acc, work, first, wrote, slot, GROUP, POSITIONS, DIM, BLOCK_D, COPY_OUT)
+        if not COPY_OUT:
+            mbarrier.arrive(common.q_empty.index(index % 2), count=1)
+        work = following
+        maximum, total = gl.convert_layout(next_maximum, ROW), gl.convert_layout(next_total, ROW)
+    if COPY_OUT:
+        tma.store_wait(0)
 
 
 @gluon.jit(
@@ -338,17 +230,21 @@ def _consume(
     ]
 )  # fmt: skip
 def hopper_kernel(
-    q_desc, k_desc, v_desc, piece_k, piece_v,
-    out_ptr, lse_ptr, mask_ptr, extent_ptr, scratch_ptr,
+    q_desc, k_desc, v_desc, piece_k, piece_v, o_desc,
+    out_ptr, lse_ptr, mask_ptr, extent_ptr, part_ptr, counter_ptr,
     o_batch, o_head, o_row, mask_batch,
     q_len, kv_len, sink, window, last, reach, scale,
     last_items, last_tiles, splits, split_keys, tiles, stream_items, head_start,
     HEADS: gl.constexpr, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_BOX: gl.constexpr, DIM: gl.constexpr,
-    BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr,
+    BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, FIRST: gl.constexpr, MANY_SINKS: gl.constexpr,
     STAGES: gl.constexpr, PADDED: gl.constexpr, REACH: gl.constexpr, WRITE_LSE: gl.constexpr,
-    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    COPY_OUT: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """See the module. Strides are in elements."""
+    """See the module. Strides are in elements.
+
+    An item's first block has ``FIRST`` keys, the others ``BLOCK_N``. ``MANY_SINKS``: there are more than ``FIRST``.
+    ``COPY_OUT``: the copy engine can write the result, for a head's rows in a group of heads that is a power of two.
+    """
     dtype: gl.constexpr = k_desc.dtype
     q_bufs = gl.allocate_shared_memory(dtype, [2 * CONSUMERS] + q_desc.block_type.shape, q_desc.layout)
     k_bufs = gl.allocate_shared_memory(dtype, [STAGES] + k_desc.block_type.shape, k_desc.layout)
@@ -366,26 +262,36 @@ def hopper_kernel(
         mbarrier.init(v_full.index(i), count=1)
         mbarrier.init(kv_empty.index(i), count=CONSUMERS)
     fence_async_shared()
-    _barrier()
+    barrier()
     counts = Counts(
         q_len, kv_len, sink, window, last, reach, last_items, last_tiles, splits, split_keys, tiles, stream_items,
         head_start,
     )  # fmt: skip
     common = Common(
-        q_desc, k_desc, v_desc, piece_k, piece_v, q_full, q_empty, k_full, v_full, kv_empty, q_bufs, k_bufs, v_bufs,
-        counts, extent_ptr, scratch_ptr, mask_ptr, out_ptr, lse_ptr, o_batch, o_head, o_row, scale, mask_batch,
+        q_desc, k_desc, v_desc, piece_k, piece_v, o_desc, q_full, q_empty, k_full, v_full, kv_empty, q_bufs,
+        k_bufs, v_bufs, counts, extent_ptr, part_ptr, counter_ptr, mask_ptr, out_ptr, lse_ptr, o_batch, o_head, o_row,
+        scale, mask_batch,
     )  # fmt: skip
     gl.warp_specialize(
         [
             (
                 _consume,
-                (0, common, GROUP, HEADS, KV_HEADS, HEAD_BOX, DIM, BLOCK_D, BLOCK_N, STAGES, PADDED, REACH, WRITE_LSE),
+                (
+                    0, common, GROUP, HEADS, HEAD_BOX, DIM, BLOCK_D, BLOCK_N, FIRST, MANY_SINKS, STAGES, PADDED,
+                    REACH, WRITE_LSE, COPY_OUT,
+                ),
             ),
             (
                 _consume,
-                (1, common, GROUP, HEADS, KV_HEADS, HEAD_BOX, DIM, BLOCK_D, BLOCK_N, STAGES, PADDED, REACH, WRITE_LSE),
+                (
+                    1, common, GROUP, HEADS, HEAD_BOX, DIM, BLOCK_D, BLOCK_N, FIRST, MANY_SINKS, STAGES, PADDED,
+                    REACH, WRITE_LSE, COPY_OUT,
+                ),
             ),
-            (_produce, (common, GROUP, HEADS, KV_HEADS, HEAD_BOX, DIM, BLOCK_D, BLOCK_N, STAGES, PADDED, REACH)),
+            (
+                produce,
+                (common, GROUP, HEADS, KV_HEADS, HEAD_BOX, BLOCK_D, BLOCK_N, FIRST, STAGES, PADDED, REACH),
+            ),
         ],
         [4, 1], [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
     )  # fmt: skip

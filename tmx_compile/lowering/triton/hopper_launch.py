@@ -14,17 +14,15 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from tmx_compile.lowering.triton import tuning
 from tmx_compile.lowering.triton.devices import is_hopper, multiprocessors
+from tmx_compile.lowering.triton.forward import Forward
 from tmx_compile.lowering.triton.hopper import hopper_kernel
-from tmx_compile.lowering.triton.prepared import Kind, Prepared, empty, scratch_memory
+from tmx_compile.lowering.triton.prepared import Kind, Prepared
 from tmx_compile.mask.geometry import Geometry
 from tmx_compile.operator.layout import strides_by_tokens
 
 _GROUP_ROWS = 64  # stacked rows of a computing group: one wgmma tile
 _GROUPS = 2  # computing groups of a CTA
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
-KEYS = 64  # per block
-STAGES = 4  # blocks in flight; with two queries deep this fills the shared memory at head dim 128
-REGISTERS = (168, 232, 40)  # per thread: at launch, computing, copying
 
 
 def takes(query: Kind, key: Kind, value: Kind) -> bool:
@@ -45,85 +43,69 @@ def _fits_tma(x: Kind) -> bool:
     return x.stride[3] == 1 and x.aligned and aligned and 0 not in x.shape
 
 
-class Launch:
+def forward(
+    query: Kind,
+    key: Kind,
+    value: Kind,
+    key_mask: Kind | None,
+    geometry: Geometry,
+    scale: float,
+    out: Kind | None,
+    with_lse: bool = False,
+) -> Forward:
     """A launch of the Hopper kernel for tensors that :func:`takes` accepts.
 
-    Arguments and results are those of ``launch.prepare``; no count of ``geometry`` is beyond its length.
+    Arguments are those of ``launch.prepare``; no count of ``geometry`` is beyond its length.
     """
-
-    def __init__(
-        self,
-        query: Kind,
-        key: Kind,
-        value: Kind,
-        key_mask: Kind | None,
-        geometry: Geometry,
-        scale: float,
-        out: Kind | None,
-        with_lse: bool = False,
-    ) -> None:
-        batch, heads, q_len, dim = query.shape
-        sink, window, last = geometry.counts
-        kv_heads, kv_len = key.shape[1], key.shape[2]
-        block_d = triton.next_power_of_2(dim)
-        group = heads // kv_heads
-        head_box = triton.next_power_of_2(group)
-        positions = _GROUP_ROWS // head_box
-        rows = positions * _GROUPS
-        all_heads = batch * kv_heads
-        tiles, last_tiles = triton.cdiv(q_len, rows), max(1, triton.cdiv(last, rows))
-        ctas = multiprocessors(query.device)
-        splits = tuning.splits(all_heads * last_tiles, kv_len, _GROUPS * _GROUP_ROWS, ctas) if last else 1
-        split_keys = triton.cdiv(triton.cdiv(kv_len, splits), KEYS) * KEYS
-        last_items = all_heads * last_tiles * splits if last else 0
-        stream_items = all_heads * tiles
-        # Tiles that a CTA does while another does a last-row item: by their blocks, and 3 for a tile's own overhead.
-        tile_blocks = triton.cdiv(window + rows, KEYS) + 3
-        head_start = split_keys // KEYS // tile_blocks if last else 0
-        self._shape = batch, heads, q_len, dim
-        self._strides = strides_by_tokens(heads, q_len, dim) if out is None else out.stride
-        self._with_lse, self._lse_strides = with_lse, (heads * q_len, q_len, 1)
-        # Partial results and their log-sum-exps, of each computing group.
-        parts = last_items * _GROUPS * _GROUP_ROWS * (block_d + 1)
-        self._scratch = tuning.COUNTERS + parts if splits > 1 else 0
-        self._launch = Prepared(
-            hopper_kernel,
-            min(ctas, stream_items + last_items),
-            (
-                *self._strides[:3], 0 if key_mask is None else key_mask.stride[0],
-                q_len, kv_len, sink, window, last, geometry.reach_within(kv_len), scale * math.log2(math.e),
-                last_items, last_tiles, splits, split_keys, tiles, stream_items, head_start,
-            ),
-            (
-                _describe(query, head_box, positions, block_d),
-                *(_describe(x, 1, KEYS, block_d) for x in (key, value)),
-                *(_describe(x, 1, 16, 64) for x in (key, value)),
-            ),
-            HEADS=heads, KV_HEADS=kv_heads, GROUP=group, HEAD_BOX=head_box, DIM=dim, BLOCK_D=block_d,
-            BLOCK_N=KEYS, STAGES=STAGES, PADDED=key_mask is not None, REACH=geometry.reach is not None,
-            WRITE_LSE=with_lse, CONSUMER_REGISTERS=REGISTERS[1], PRODUCER_REGISTERS=REGISTERS[2],
-            num_warps=4, maxnreg=REGISTERS[0],
-        )  # fmt: skip
-
-    def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_mask: Tensor | None,
-        extent: Tensor | None,
-        _done: None,
-        _sink_logits: None,
-        out: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Launch it."""
-        out = empty(query, self._shape, self._strides) if out is None else out
-        lse = None
-        if self._with_lse:
-            lse = empty(query, self._shape[:3], self._lse_strides, torch.float32)
-        scratch = scratch_memory(out, self._scratch) if self._scratch else None
-        self._launch(out, query, key, value, key, value, out, lse, key_mask, extent, scratch)
-        return out, lse
+    batch, heads, q_len, dim = query.shape
+    sink, window, last = geometry.counts
+    kv_heads, kv_len = key.shape[1], key.shape[2]
+    block_d = triton.next_power_of_2(dim)
+    group = heads // kv_heads
+    head_box = triton.next_power_of_2(group)
+    positions = _GROUP_ROWS // head_box
+    rows = positions * _GROUPS
+    all_heads = batch * kv_heads
+    shapes = tuning.choose_hopper(sink, window, rows, mostly_last=4 * last >= q_len)
+    tiles, last_tiles = triton.cdiv(q_len, rows), max(1, triton.cdiv(last, rows))
+    ctas = multiprocessors(query.device)
+    stacked = _GROUPS * _GROUP_ROWS
+    splits = tuning.splits(all_heads * last_tiles, kv_len, stacked, ctas, shapes.split_keys) if last else 1
+    split_keys = triton.cdiv(triton.cdiv(kv_len, splits), shapes.keys) * shapes.keys
+    last_items = all_heads * last_tiles * splits if last else 0
+    stream_items = all_heads * tiles
+    # Tiles that a CTA does while another does a last-row item.
+    tile_blocks = triton.cdiv(window + rows, shapes.keys) + shapes.overhead
+    head_start = split_keys // shapes.keys // tile_blocks if last else 0
+    shape = batch, heads, q_len, dim
+    strides = strides_by_tokens(heads, q_len, dim) if out is None else out.stride
+    result = Kind(torch.Size(shape), strides, query.dtype, query.device, out is None or out.aligned)
+    # The copy engine writes boxes of heads: where one has more than the group, it would write another group's rows.
+    copy_out = head_box == group and _fits_tma(result)
+    # Partial results and their log-sum-exps, of each computing group.
+    parts = last_items * _GROUPS * _GROUP_ROWS * (block_d + 1) if splits > 1 else 0
+    launch = Prepared(
+        hopper_kernel,
+        query.device,
+        min(ctas, stream_items + last_items),
+        (
+            *strides[:3], 0 if key_mask is None else key_mask.stride[0],
+            q_len, kv_len, sink, window, last, geometry.reach_within(kv_len), scale * math.log2(math.e),
+            last_items, last_tiles, splits, split_keys, tiles, stream_items, head_start,
+        ),
+        (
+            _describe(query, head_box, positions, block_d),
+            *(_describe(x, 1, shapes.keys, block_d) for x in (key, value)),
+            *(_describe(x, 1, 16, 64) for x in (key, value)),
+            _describe(result if copy_out else query, head_box, positions, block_d),
+        ),
+        HEADS=heads, KV_HEADS=kv_heads, GROUP=group, HEAD_BOX=head_box, DIM=dim, BLOCK_D=block_d,
+        BLOCK_N=shapes.keys, FIRST=shapes.first, MANY_SINKS=sink > shapes.first, STAGES=shapes.stages,
+        PADDED=key_mask is not None, REACH=geometry.reach is not None, WRITE_LSE=with_lse, COPY_OUT=copy_out,
+        CONSUMER_REGISTERS=tuning.HOPPER_REGISTERS[1], PRODUCER_REGISTERS=tuning.HOPPER_REGISTERS[2],
+        num_warps=4, maxnreg=tuning.HOPPER_REGISTERS[0],
+    )  # fmt: skip
+    return Forward(launch, query, value, with_lse, parts, takes_pieces=True, copies_out=copy_out)
 
 
 def _describe(x: Kind, heads: int, rows: int, block_dim: int) -> Callable[[Tensor], TensorDescriptor]:

@@ -105,15 +105,19 @@ def item(
         batch = rest // splits
         split = rest - batch * splits
     else:
-        index = index - lasts
+        turn = index - lasts
         number = gl.where(
-            index < early, index * (ctas - last_items) + cta - last_items, ahead + (index - early) * ctas + cta
+            turn < early, turn * (ctas - last_items) + cta - last_items, ahead + (turn - early) * ctas + cta
         )
+        # The item after a CTA's last one may be beyond all: any will do.
+        number = gl.minimum(number, counts.stream_items - 1)
         # Heads first: rows of one position lie together in models' memory, and so are read and written together.
         head_block = number % HEAD_BLOCKS
-        rest = number // HEAD_BLOCKS
-        batch = rest // counts.tiles
-        tile = rest - batch * counts.tiles
+        tile = number // HEAD_BLOCKS
+        batch = 0
+        if tile >= counts.tiles:
+            batch = tile // counts.tiles
+            tile = tile - batch * counts.tiles
     start = 0
     end = kv_len
     holes = 0
@@ -125,6 +129,10 @@ def item(
         is_last, tile, split, start, end, offset, kv_len, counts.sink, counts.window, counts.last, counts.reach,
         counts.split_keys, ROWS, REACH,
     )  # fmt: skip
+    # Sinks have slots of their own where the window reaches them too.
+    if (is_last == 0) & (low < start + counts.sink) & ((high > low) | (sinks > 0)):
+        low = gl.maximum(gl.minimum(start + counts.sink, high), sink_low)
+        sinks = low - sink_low
     high = gl.maximum(high, low)
     return Item(
         is_last, tile, head_block, batch, split, start, end, holes, last_low, span, sinks, sink_low, first, stop, low,
@@ -133,12 +141,28 @@ def item(
 
 
 @gluon.jit
-def layout_slots(sinks, low, high, BLOCK_N: gl.constexpr):
+def layout_slots(sinks, low, high, FIRST: gl.constexpr, BLOCK_N: gl.constexpr):
     """The slots of an item: (slots of the sinks, in whole pieces of 16; blocks; what turns a later slot into its key).
 
-    The sinks come first, the window's keys follow and end with the last slot. At least one block: ptxas 12.8 loses the
-    query's descriptor where the first product is in a branch.
+    The sinks come first, the window's keys follow and end with the last slot. The first block has ``FIRST`` slots, the
+    others, at least one if they are larger, ``BLOCK_N``. Never no block: ptxas 12.8 loses the query's descriptor where
+    the first product is in a branch.
     """
     far = (sinks + 15) // 16 * 16
-    blocks = gl.maximum((far + high - low + BLOCK_N - 1) // BLOCK_N, 1)
-    return far, blocks, high - blocks * BLOCK_N
+    LEAST: gl.constexpr = 1 if FIRST != BLOCK_N else 0
+    more = gl.maximum((far + high - low - FIRST + BLOCK_N - 1) // BLOCK_N, LEAST)
+    return far, more + 1, high - FIRST - more * BLOCK_N
+
+
+@gluon.jit
+def masked_slots(work, first, far, blocks, shift, POSITIONS: gl.constexpr, FIRST: gl.constexpr, BLOCK_N: gl.constexpr):
+    """Of an item's slots, for rows from ``first`` on: (up to where a mask is needed, from where on another one is).
+
+    At the front are unused slots, sinks, and keys that the last row no longer sees; at the end keys that the first row
+    does not see yet.
+    """
+    stop = gl.minimum(first + POSITIONS, work.stop)
+    front = gl.maximum(far, gl.maximum(work.low, stop - 1 - work.span) - shift)
+    if work.holes != 0:
+        front = FIRST + blocks * BLOCK_N
+    return front, first + 1 - shift

@@ -18,9 +18,8 @@ import triton
 import triton.language as tl
 
 from tmx_compile.lowering.triton.tiles import (
-    COUNTERS,
     LOG2_E,
-    arrived,
+    all_arrived,
     bent,
     blocks_of,
     load_rows,
@@ -73,8 +72,9 @@ def triangle_kernel(
     lse_ptr,  # (B, H, Sq) float32, with WRITE_LSE
     mask_ptr,  # (B, Skv) bool, with PADDED
     extent_ptr,  # (B, 3) int32: start, end, whether a key between them is masked; with PADDED
+    part_ptr,  # float32: parts (last tiles of all heads, splits, BLOCK_M, DIM_V), and behind them their lse, base 2
+    counter_ptr,  # (last tiles of all heads) int32, zeros before and after
     done_ptr,  # (B, 2) int32: the positions [from, to) whose rows are in out already; with DONE
-    scratch_ptr,  # float32: COUNTERS zeros, then parts (last tiles of all heads, splits, BLOCK_M, DIM_V) and their lse
     sink_ptr,  # (H,) logits of any floating dtype, with SINK_LOGITS
     q_batch,
     q_head,
@@ -185,7 +185,8 @@ def triangle_kernel(
         if splits > 1:
             slot_of_tile = (batch * HEAD_BLOCKS + head_block) * last_tiles + tile
             acc, lse, mine = _merge(
-                acc, lse, mine, scratch_ptr, slot_of_tile, split, splits, last_programs, DIM_V, BLOCK_DV, BLOCK_M,
+                acc, lse, mine, part_ptr, counter_ptr, slot_of_tile, split, splits, last_programs,
+                DIM_V, BLOCK_DV, BLOCK_M,
             )  # fmt: skip
     else:
         mine = exists & ((position < last_low) | (position >= end))
@@ -219,7 +220,8 @@ def _merge(
     acc,
     lse,
     mine,
-    scratch_ptr,
+    part_ptr,
+    counter_ptr,
     tile,
     split,
     splits,
@@ -231,14 +233,12 @@ def _merge(
     """Leave this split's result for the one that arrives last; that one returns the whole, every other no rows."""
     row = tl.arange(0, BLOCK_M)
     column = tl.arange(0, BLOCK_DV)
-    part_ptr = scratch_ptr + COUNTERS
-    # The log-sum-exps, base 2, of (last tiles of all heads, splits, BLOCK_M) rows lie behind all parts.
     lse_at = part_ptr + last_programs.to(tl.int64) * BLOCK_M * DIM_V + tile.to(tl.int64) * splits * BLOCK_M + row
     part_at = part_ptr + (tile.to(tl.int64) * splits * BLOCK_M + row[:, None]) * DIM_V + column[None, :]
     keep = mine[:, None] & (column < DIM_V)[None, :]
     tl.store(part_at + split * BLOCK_M * DIM_V, acc, mask=keep)
     tl.store(lse_at + split * BLOCK_M, lse, mask=mine)
-    if arrived(scratch_ptr, tile) != splits - 1:
+    if not all_arrived(counter_ptr, tile, splits):
         mine = mine & False
     else:
         acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)

@@ -48,11 +48,12 @@ def _differentiate(operator: Any, run: Callable[..., Any], function: Any) -> Non
     """Let ``function`` compute ``operator`` where a gradient is wanted; its first argument computes it without one."""
 
     def with_keys(keys: DispatchKeySet, *args: Any) -> Any:
-        # The next kernel is ours, and needs no dispatcher to be found.
-        below = run
-        if keys.raw_repr() not in _PLAIN:
-            below = functools.partial(_below_autograd, operator, keys & torch._C._after_autograd_keyset)
-        if torch.is_grad_enabled() and any(x.requires_grad for x in (*args[:3], *_sink_logits(args))):
+        plain = keys.raw_repr() in _PLAIN
+        if plain and not _is_grad_enabled():
+            # The next kernel is ours, and needs no dispatcher to be found.
+            return run(*args)
+        below = run if plain else functools.partial(_below_autograd, operator, keys & torch._C._after_autograd_keyset)
+        if _is_grad_enabled() and any(x.requires_grad for x in (*args[:3], *_sink_logits(args))):
             return function.apply(below, *args)
         return below(*args)
 
@@ -67,6 +68,7 @@ def _below_autograd(operator: Any, below: DispatchKeySet, *args: Any) -> Any:
 _geometry = functools.lru_cache(maxsize=1024)(Geometry)
 
 
+_is_grad_enabled = torch.is_grad_enabled
 _NOTHING: Any = contextlib.nullcontext()
 
 
@@ -81,6 +83,11 @@ def on_device_of(x: Tensor) -> Any:
 @functools.cache
 def _launch() -> Any:
     return importlib.import_module("tmx_compile.lowering.triton.launch")
+
+
+@functools.cache
+def _forward() -> Any:
+    return _launch().forward
 
 
 @functools.cache
@@ -101,19 +108,16 @@ def _run_training(
     reach: int | None = None,
     sink_logits: Tensor | None = None,
     softcap: float | None = None,
-    *,
-    with_lse: bool = True,
-) -> tuple[Tensor, Tensor | None]:
-    attend, geometry = _launch().attend, _geometry(sink, window, last, reach)
-    with on_device_of(query):
-        made: tuple[Tensor, Tensor | None] = attend(
-            query, key, value, key_mask, extent, geometry, scale, sink_logits, softcap, with_lse
-        )
+) -> tuple[Tensor, Tensor]:
+    made: tuple[Tensor, Tensor] = _forward()(
+        query, key, value, key_mask, extent, sink, window, last, scale, reach, sink_logits, softcap, True
+    )
     return made
 
 
 def _run_forward(*arguments: Any) -> Tensor:
-    return _run_training(*arguments, with_lse=False)[0]
+    made: Tensor = _forward()(*arguments)[0]
+    return made
 
 
 def attend_into(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry, scale: float, out: Tensor) -> None:
@@ -124,8 +128,7 @@ def attend_into(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry, s
         geometry: the mask.
         out: (B, H, Sq, Dv) of query's dtype: the memory to write into.
     """
-    with on_device_of(query):
-        _launch().attend(query, key, value, None, None, geometry, scale, out=out)
+    _launch().attend(query, key, value, None, None, geometry, scale, out=out)
 
 
 def _run_backward(

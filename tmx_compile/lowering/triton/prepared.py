@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
@@ -11,11 +12,13 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 
 from tmx_compile.lowering.triton import driver
-from tmx_compile.lowering.triton.tuning import COUNTERS
 
 TRIED_VERSION = triton.__version__.startswith(("3.6.", "3.7."))
 """Whether this version of Triton is one that was tried with what changes between versions: Gluon, and what parameters
 a compiled kernel has."""
+
+MOST_KINDS = 4096
+"""Kinds of calls that are remembered. One prompt makes one call a layer, with its own length."""
 
 
 class Kind(NamedTuple):
@@ -29,28 +32,49 @@ class Kind(NamedTuple):
 
 
 def kind(x: Tensor) -> Kind:
-    """That of a tensor, in a form that can be a key."""
-    # As ``Kind(...)`` makes it, less a call: every launch asks for three.
-    return tuple.__new__(Kind, (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16 == 0))
+    """That of a tensor."""
+    return Kind(x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16 == 0)
 
 
-# What Inductor's own code calls: the memory of ``empty_strided`` without its way through the dispatcher.
-_EMPTY_ON_GPU = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
+def as_key(tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    """What differs where a kind does, in a form that is found and compared sooner."""
+    return tuple([
+        None if x is None else (x.shape, x.stride(), x.dtype, x.get_device(), x.data_ptr() % 16 == 0) for x in tensors
+    ])  # fmt: skip
 
 
-def empty(like: Tensor, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
-    """As ``like.new_empty_strided``, for a ``like`` on the current device; a ``torch.Size`` is no tuple here."""
-    if _EMPTY_ON_GPU is not None and like.is_cuda:
-        made: Tensor = _EMPTY_ON_GPU(shape, strides, like.dtype if dtype is None else dtype)
-        return made
-    return like.new_empty_strided(shape, strides, dtype=dtype)
+_Value = TypeVar("_Value")
 
 
-def scratch_memory(like: Tensor, count: int) -> Tensor:
-    """(count,) float32 on a tensor's device for the splits of one launch: their counters, which are 0, and parts."""
-    made = empty(like, (count,), (1,), torch.float32)
-    driver.clear(made, COUNTERS)
-    return made
+def remember(known: dict[Any, _Value], key: Any, value: _Value) -> _Value:
+    """Put a value where it will be found by its key; where there are too many, the others are forgotten."""
+    if len(known) >= MOST_KINDS:
+        known.clear()
+    known[key] = value
+    return value
+
+
+Allocate = Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor]
+"""Empty memory of a shape, strides and a dtype; a ``torch.Size`` is no shape here."""
+
+# What Inductor's own code calls: ``empty_strided`` without its way through the dispatcher, on the current device.
+_ON_GPU: Allocate | None = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
+
+
+def allocator(device: torch.device) -> Allocate:
+    """What allocates on a device, which has to be the current one."""
+    if _ON_GPU is not None and device.type == "cuda":
+        return _ON_GPU
+    return functools.partial(_allocate, device)
+
+
+def _allocate(device: torch.device, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty_strided(shape, strides, dtype=dtype, device=device)
+
+
+def number_of(device: torch.device) -> int:
+    """As ``Tensor.get_device`` has it: -1 for the CPU."""
+    return -1 if device.index is None else device.index
 
 
 class Prepared:
@@ -62,6 +86,7 @@ class Prepared:
 
     Args:
         kernel: Triton's or Gluon's.
+        device: of the tensors.
         programs: of the one-dimensional grid.
         numbers: the arguments between the tensors and the constants.
         describe: what makes a descriptor of each of the first tensors, for a kernel that takes descriptors.
@@ -71,31 +96,37 @@ class Prepared:
     def __init__(
         self,
         kernel: Any,
+        device: torch.device,
         programs: int,
         numbers: tuple[Any, ...],
         describe: tuple[Callable[[Tensor], Any], ...] = (),
         **options: Any,
     ) -> None:
         self._kernel, self._programs, self._numbers, self._options = kernel, programs, numbers, options
-        self._describe = describe
-        self._again: driver.Launch | None = None
+        self._describe, self._device = describe, number_of(device)
         self._known = TRIED_VERSION
+        self.again: driver.Launch | None = None
+        """The launch past Triton; None before the first, and where there is none."""
 
     def __call__(self, stand_in: Tensor, *tensors: Tensor | None) -> None:
         """Launch; ``stand_in`` takes the place of tensors that are not there, and that the kernel does not read."""
-        if self._again is not None:
+        if self.again is not None:
             addresses = [0 if x is None else x.data_ptr() for x in tensors]
-            if self._again(addresses, driver.stream_of(stand_in.device)):
+            if self.again(addresses, driver.stream_of(self._device)):
                 return
+        self.by_triton(stand_in, *tensors)
+
+    def by_triton(self, stand_in: Tensor, *tensors: Tensor | None) -> None:
+        """The first launch, and every one that the driver does not do."""
         there = [stand_in if x is None else x for x in tensors]
         described = [make(x) for make, x in zip(self._describe, there, strict=False)]
         pointers = [*described, *there[len(described) :]]
         compiled = self._kernel[(self._programs,)](*pointers, *self._numbers, **self._options)
         # The interpreter compiles nothing.
-        if self._again is None and self._known and isinstance(compiled, CompiledKernel):
+        if self.again is None and self._known and isinstance(compiled, CompiledKernel):
             constants = [self._options[name] for name in self._kernel.arg_names if name in self._options]
             arguments = [*pointers, *self._numbers, *constants]
             try:
-                self._again = driver.Launch(compiled, self._programs, arguments, len(pointers))
+                self.again = driver.Launch(compiled, self._programs, arguments, len(pointers))
             except driver.Unknown:
                 self._known = False

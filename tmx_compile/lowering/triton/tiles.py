@@ -10,12 +10,9 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from tmx_compile.lowering.triton import tuning
 from tmx_compile.lowering.triton.walk import seen
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-# The head of a launch's scratch memory: for each tile how many of its splits arrived, int32, all 0 before the launch.
-COUNTERS = tl.constexpr(tuning.COUNTERS)
 
 
 class Work(NamedTuple):
@@ -157,17 +154,20 @@ def load_rows(base, rows, stride, DIM: tl.constexpr, BLOCK: tl.constexpr, keep):
 
 
 @triton.jit
-def counter(scratch_ptr, tile):
-    """Where the splits of a tile are counted."""
-    return scratch_ptr.to(tl.pointer_type(tl.int32)) + tile
+def counter(counter_ptr, tile):
+    """Where the splits of a tile are counted; the pointer is another tensor's where nothing is split."""
+    return counter_ptr.to(tl.pointer_type(tl.int32)) + tile
 
 
 @triton.jit
-def arrived(scratch_ptr, tile):
-    """How many splits of a tile left their part before this one."""
+def all_arrived(counter_ptr, tile, splits):
+    """Whether the other splits of a tile left their parts before this one; then its counter is 0 again."""
     # Every thread's stores before the one thread's release.
     tl.debug_barrier()
-    return tl.atomic_add(counter(scratch_ptr, tile), 1, sem="acq_rel")
+    all_here = tl.atomic_add(counter(counter_ptr, tile), 1, sem="acq_rel") == splits - 1
+    if all_here:
+        tl.store(counter(counter_ptr, tile), 0)
+    return all_here
 
 
 @triton.jit

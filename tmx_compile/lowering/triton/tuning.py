@@ -50,6 +50,35 @@ FLOAT32_LARGE_HEADS = Tuning(32, 16, 4, 1)
 
 
 @dataclass(frozen=True)
+class HopperTuning:
+    """A launch of the Hopper kernel.
+
+    Attributes:
+        keys: per block.
+        first: keys of a tile's first block; the same, or fewer where that wastes less.
+        stages: blocks in flight. With the queries of two tiles they fill the shared memory at head dim 128.
+        overhead: what a tile takes beside its blocks, in blocks.
+        split_keys: keys that one of more than two splits of the last rows walks at least.
+    """
+
+    keys: int
+    first: int
+    stages: int
+    overhead: int
+    split_keys: int
+
+
+HOPPER_REGISTERS = (168, 232, 40)
+"""Per thread of the Hopper kernel: at launch, computing, copying."""
+
+_HOPPER_SMALL = HopperTuning(64, 64, 4, 3, 16384)
+"""Narrow windows: a tile's few keys would leave half of a larger block empty.
+
+Last rows run beside more tiles in few splits, and the merge, which one program does, is shorter.
+"""
+
+
+@dataclass(frozen=True)
 class BackwardTuning:
     """The launches of the backward pass: over tiles of rows, over tiles of keys, over the sinks.
 
@@ -109,6 +138,21 @@ def choose(element_size: int, dim: int, slots: int, rows: int, multiprocessors: 
     return SMALL if few or one_block(slots) else LARGE
 
 
+def choose_hopper(sink: int, window: int, positions: int, *, mostly_last: bool = False) -> HopperTuning:
+    """The Hopper kernel's shapes for tiles of so many positions.
+
+    Blocks of 128 keys halve the work beside the products; a first one of 64 spares half a block where so much would be
+    empty. ``mostly_last``: last rows decide, which walk all keys.
+    """
+    # Sinks take whole pieces of 16 slots.
+    slots = (sink + 15) // 16 * 16 + window + positions
+    # More sinks than a block holds take more registers than large blocks leave.
+    if (slots <= 320 and not mostly_last) or sink > 128:
+        return _HOPPER_SMALL
+    half = 0 < slots % 128 <= 64 and sink <= 64 and not mostly_last
+    return HopperTuning(128, 64 if half else 128, 2, 2, LEAST_SPLIT)
+
+
 def choose_backward(element_size: int, dim: int) -> BackwardTuning:
     """The backward kernels' shapes for a dtype's size in bytes and the larger padded head dim."""
     if element_size == 4:
@@ -121,15 +165,15 @@ def one_block(slots: int) -> bool:
     return slots + 16 <= SMALL.keys
 
 
-def splits(tiles: int, kv_len: int, rows: int, multiprocessors: int) -> int:
+def splits(tiles: int, kv_len: int, rows: int, multiprocessors: int, least: int = LEAST_SPLIT) -> int:
     """Parts of the keys for the last rows: work for every multiprocessor, bounded partial results, no part too small.
 
     Partial results take ``multiprocessors x 128`` rows at most: on an H100 8.7 MB at head dim 128, under 1% of the
-    result at 131,072 tokens and 32 heads.
+    result at 131,072 tokens and 32 heads. More than two have ``least`` keys.
     """
     if tiles > COUNTERS:
         return 1
-    return max(1, min(multiprocessors * 128 // rows // tiles, kv_len // LEAST_SPLIT))
+    return max(1, min(multiprocessors * 128 // rows // tiles, kv_len // LEAST_SPLIT, max(2, kv_len // least)))
 
 
 def sink_splits(tiles: int, rows: int, multiprocessors: int) -> int:
