@@ -190,10 +190,16 @@ def _record(
         "way": [dynamic.method, dynamic.group, dynamic.block] if dynamic.layers else None,
         "share": list(dynamic.shares),
         "density_by_layer": list(densities),
-        "density": 1 - sum(1 - x for x in densities) / (LAYERS - len(triangle)) if triangle or densities else 1.0,
+        "density": density(densities, len(triangle)),
         "choosing_accuracy": choosing,
         "accuracy": judging,
     }
+
+
+def density(dynamic: Sequence[float], triangle: int) -> float:
+    """Over the layers that are no triangle layers, dense ones counting 1; 1 where there are none."""
+    others = LAYERS - triangle
+    return 1 - sum(1 - x for x in dynamic) / others if others else 1.0
 
 
 def finish(records: Records) -> None:

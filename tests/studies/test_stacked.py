@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from studies.softmax_skip import attend_plain
+from studies.stacked_mixes import density
 from studies.stacked_peaks import peak_lists
 from tests.support.blocks import visits
 from tmx_compile.mask.selection import Selection
@@ -22,6 +23,11 @@ def test_a_single_row_that_looks_back_keeps_its_block():
     assert lists.visited.tolist() == [int(lists.counts.sum()), 2 * 36]
     whole = peak_lists(query, key, Selection("pooled", 1.0, 32, 16), 1.0)
     assert whole.visited.tolist() == [72, 72]
+
+
+def test_density_of_a_mix_is_that_of_the_layers_that_are_no_triangle_layers():
+    assert density([0.5, 0.25], 2) == 1 - (0.5 + 0.75) / 4
+    assert density([], 3) == density([], 6) == 1.0
 
 
 @pytest.mark.parametrize("near_first", [False, True])

@@ -199,19 +199,24 @@ def _timed(result: Fields) -> str:
 def _mixes(result: Fields) -> str:
     """The recall model's mixes: dense, the triangle layers alone, the chosen one, and those that no other beats."""
     records = result["records"]
-    rows = []
-    for r in sorted(records, key=lambda r: -r["ms"]):
-        beaten = any(x["ms"] <= r["ms"] and _least(x) > _least(r) for x in records)
+    rows: list[list[str]] = []
+    seen: list[tuple[object, ...]] = []
+    for r in sorted(records, key=lambda r: (-(r["ms"] or 0), len(r["triangle_layers"]), -r["density"])):
+        beaten = r["ms"] is not None and any(x["ms"] <= r["ms"] and _least(x) > _least(r) for x in records)
         known = r["variant"] in ("dense", "triangle 3-4-5")
-        if not (known or r["chosen"] or (not beaten and _least(r) >= 0.9)):
+        # Several ways of choosing blocks propose the same triangle layers.
+        layers = r["triangle_layers"], r["dynamic_layers"], r["share"], r["way"]
+        if layers in seen or not (known or r["chosen"] or (not beaten and _least(r) >= 0.9)):
             continue
+        seen.append(layers)
         shares = [f"{layer} at {share:g}" for layer, share in zip(r["dynamic_layers"], r["share"], strict=True)]
         way = "-" if r["way"] is None else "{} {}, {}".format(*r["way"])
         triangle = ", ".join(map(str, r["triangle_layers"])) or "-"
         each = ", ".join(f"{x:.0%}" for x in r["density_by_layer"]) or "-"
         right = [f"{min(r['choosing_accuracy'].values()):.1%}", *(f"{x:.1%}" for x in r["accuracy"].values())]
         name = "**chosen**" if r["chosen"] else r["variant"] if known else ""
-        rows.append([name, triangle, ", ".join(shares) or "-", way, each, *right, ms(r["ms"]), f"{r['of_dense']:.2f}"])
+        times = ["-", "-"] if r["ms"] is None else [ms(r["ms"]), f"{r['of_dense']:.2f}"]
+        rows.append([name, triangle, ", ".join(shares) or "-", way, each, *right, *times])
     names = [name.replace("hops", "names away") for name in records[0]["accuracy"]]
     head = ["", "triangle", "dynamic", "method, block", "their density", "worst of those that choose", *names]
     return table([*head, "ms", "of dense"], rows)
