@@ -66,7 +66,7 @@ def measure(part: str, quick: bool) -> Records:
         for heads in sizes
     )
     dense: dict[str, Callable[[], Any]] = dict(dense_variants(query, key, value)[0])
-    dense |= _working("fa4", lambda: _fa4_dense(query, key, value))
+    dense |= _working("fa4", lambda: fa4.by_sequences(query, key, value, None, plan["head_dim"] ** -0.5))
     times = {name: x.median for name, x in interleaved(dense, budget_s=1.0, least=3, most=10).items()}
     backend = min(times, key=times.__getitem__)
     select_ms = _select_ms(query, key)
@@ -192,11 +192,6 @@ def _cute_causal() -> Any:
         return key <= row
 
     return causal
-
-
-def _fa4_dense(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    dense, _ = fa4.functions()
-    return fa4.result_of(dense(*fa4.by_tokens(query, key, value), causal=True))
 
 
 def _working(name: str, run: Callable[[], Any]) -> dict[str, Callable[[], Any]]:
