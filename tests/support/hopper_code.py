@@ -62,7 +62,7 @@ def compiled(dim, group, padded, reach, sink=8, window=512):
     }
     constants = dict(
         HEADS=2 * group, KV_HEADS=2, GROUP=group, HEAD_BOX=box, DIM=dim, BLOCK_D=block, BLOCK_N=keys, STAGES=stages,
-        FIRST=found.first, MANY_SINKS=sink > found.first, COPY_OUT=group == box,
+        FIRST=found.first, QUERIES=found.queries, MANY_SINKS=sink > found.first, COPY_OUT=group == box,
         PADDED=padded, REACH=reach, WRITE_LSE=padded, CONSUMER_REGISTERS=consumer, PRODUCER_REGISTERS=producer,
     )  # fmt: skip
     pointers = {"out_ptr": "*bf16", "mask_ptr": "*i1", "extent_ptr": "*i32", "counter_ptr": "*i32"}

@@ -73,10 +73,10 @@ def _end(common, product, weights, taken, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _release(common, index):
+def _release(common, index, QUERIES: gl.constexpr):
     """Free the query slot of the item before, once its result was copied from there."""
     tma.store_wait(0)
-    mbarrier.arrive(common.q_empty.index((index + 1) % 2), count=1, pred=index > 0)
+    mbarrier.arrive(common.q_empty.index((index + QUERIES - 1) % QUERIES), count=1, pred=index > 0)
 
 
 @gluon.jit
@@ -84,12 +84,12 @@ def _step(
     common, rows, acc, weights, maximum, total, taken, block, RELEASE: gl.constexpr, POSITIONS: gl.constexpr,
     S: gl.constexpr, P: gl.constexpr, OUT: gl.constexpr, KEYS: gl.constexpr, FIRST: gl.constexpr,
     MANY_SINKS: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
-    PADDED: gl.constexpr, REACH: gl.constexpr,
+    QUERIES: gl.constexpr, PADDED: gl.constexpr, REACH: gl.constexpr,
 ):  # fmt: skip
     """One block of keys, and the values of the block before, which has ``KEYS`` of them."""
     pending, product = _start(common, acc, weights, taken, rows.query, S, KEYS, BLOCK_N, BLOCK_N, BLOCK_D, STAGES)
     if RELEASE:
-        _release(common, rows.index)
+        _release(common, rows.index, QUERIES)
     scores = warpgroup_mma_wait(1, deps=[pending])
     first_slot = FIRST + (block - 1) * BLOCK_N
     if first_slot < rows.masked_front:
@@ -136,7 +136,7 @@ def _consume(
     c, common,
     GROUP: gl.constexpr, HEADS: gl.constexpr, HEAD_BOX: gl.constexpr, DIM: gl.constexpr, BLOCK_D: gl.constexpr,
     BLOCK_N: gl.constexpr, FIRST: gl.constexpr, MANY_SINKS: gl.constexpr, STAGES: gl.constexpr,
-    PADDED: gl.constexpr, REACH: gl.constexpr, WRITE_LSE: gl.constexpr, COPY_OUT: gl.constexpr,
+    QUERIES: gl.constexpr, PADDED: gl.constexpr, REACH: gl.constexpr, WRITE_LSE: gl.constexpr, COPY_OUT: gl.constexpr,
 ):  # fmt: skip
     """A computing group of four warps: 64 stacked rows of every tile, number ``c`` of the CTA's groups."""
     counts, q_bufs = common.counts, common.q_bufs
@@ -170,7 +170,7 @@ def _consume(
         mask_ptr = common.mask_ptr
         if PADDED:
             mask_ptr = common.mask_ptr + work.batch.to(gl.int64) * common.mask_batch
-        slot = index % 2 * CONSUMERS + c
+        slot = index % QUERIES * CONSUMERS + c
         far, blocks, shift = layout_slots(work.sinks, work.low, work.high, FIRST, BLOCK_N)
         masked_front, masked_end = masked_slots(work, first, far, blocks, shift, POSITIONS, FIRST, BLOCK_N)
         query = q_bufs.index(slot).reshape([64, BLOCK_D])
@@ -178,26 +178,26 @@ def _consume(
         acc = gl.zeros([64, BLOCK_D], gl.float32, OUT)
         if FIRST == BLOCK_N:
             if COPY_OUT:
-                _release(common, index)
+                _release(common, index, QUERIES)
             wide = weights
             START: gl.constexpr = 1
         else:
             # Of the first block the weights have another shape.
             acc, wide, maximum, total, taken = _step(
                 common, rows, acc, weights, maximum, total, taken, 1, COPY_OUT, POSITIONS, S, P, OUT, FIRST, FIRST,
-                MANY_SINKS, BLOCK_N, BLOCK_D, STAGES, PADDED, REACH,
+                MANY_SINKS, BLOCK_N, BLOCK_D, STAGES, QUERIES, PADDED, REACH,
             )  # fmt: skip
             START: gl.constexpr = 2
         for block in range(START, blocks):
             acc, wide, maximum, total, taken = _step(
                 common, rows, acc, wide, maximum, total, taken, block, False, POSITIONS, S, P, OUT, BLOCK_N, FIRST,
-                MANY_SINKS, BLOCK_N, BLOCK_D, STAGES, PADDED, REACH,
+                MANY_SINKS, BLOCK_N, BLOCK_D, STAGES, QUERIES, PADDED, REACH,
             )  # fmt: skip
 
         # The last values, beside the first block of the next item.
         following = item(index + 1, share, counts, common.extent_ptr, GROUP, HEADS, ROWS, PADDED, REACH)
-        next_q = (index + 1) % 2
-        mbarrier.wait(common.q_full.index(next_q), (index + 1) // 2 & 1)
+        next_q = (index + 1) % QUERIES
+        mbarrier.wait(common.q_full.index(next_q), (index + 1) // QUERIES & 1)
         next_query = q_bufs.index(next_q * CONSUMERS + c).reshape([64, BLOCK_D])
         pending, product = _start(
             common, acc, wide, taken, next_query, S_FIRST, BLOCK_N, FIRST, BLOCK_N, BLOCK_D, STAGES
@@ -216,7 +216,7 @@ def _consume(
             store_lse(common, lse, work, first, wrote, HEADS, GROUP, POSITIONS, ROW)
         store(common, acc, work, first, wrote, slot, GROUP, POSITIONS, DIM, BLOCK_D, COPY_OUT)
         if not COPY_OUT:
-            mbarrier.arrive(common.q_empty.index(index % 2), count=1)
+            mbarrier.arrive(common.q_empty.index(index % QUERIES), count=1)
         work = following
         maximum, total = gl.convert_layout(next_maximum, ROW), gl.convert_layout(next_total, ROW)
     if COPY_OUT:
@@ -237,7 +237,7 @@ def hopper_kernel(
     last_items, last_tiles, splits, split_keys, tiles, stream_items, head_start,
     HEADS: gl.constexpr, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_BOX: gl.constexpr, DIM: gl.constexpr,
     BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, FIRST: gl.constexpr, MANY_SINKS: gl.constexpr,
-    STAGES: gl.constexpr, PADDED: gl.constexpr, REACH: gl.constexpr, WRITE_LSE: gl.constexpr,
+    STAGES: gl.constexpr, QUERIES: gl.constexpr, PADDED: gl.constexpr, REACH: gl.constexpr, WRITE_LSE: gl.constexpr,
     COPY_OUT: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """See the module. Strides are in elements.
@@ -246,15 +246,15 @@ def hopper_kernel(
     ``COPY_OUT``: the copy engine can write the result, for a head's rows in a group of heads that is a power of two.
     """
     dtype: gl.constexpr = k_desc.dtype
-    q_bufs = gl.allocate_shared_memory(dtype, [2 * CONSUMERS] + q_desc.block_type.shape, q_desc.layout)
+    q_bufs = gl.allocate_shared_memory(dtype, [QUERIES * CONSUMERS] + q_desc.block_type.shape, q_desc.layout)
     k_bufs = gl.allocate_shared_memory(dtype, [STAGES] + k_desc.block_type.shape, k_desc.layout)
     v_bufs = gl.allocate_shared_memory(dtype, [STAGES] + v_desc.block_type.shape, v_desc.layout)
-    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    q_full = gl.allocate_shared_memory(gl.int64, [QUERIES, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [QUERIES, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     kv_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(2):
+    for i in gl.static_range(QUERIES):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(q_empty.index(i), count=CONSUMERS)
     for i in gl.static_range(STAGES):
@@ -277,20 +277,20 @@ def hopper_kernel(
             (
                 _consume,
                 (
-                    0, common, GROUP, HEADS, HEAD_BOX, DIM, BLOCK_D, BLOCK_N, FIRST, MANY_SINKS, STAGES, PADDED,
-                    REACH, WRITE_LSE, COPY_OUT,
+                    0, common, GROUP, HEADS, HEAD_BOX, DIM, BLOCK_D, BLOCK_N, FIRST, MANY_SINKS, STAGES, QUERIES,
+                    PADDED, REACH, WRITE_LSE, COPY_OUT,
                 ),
             ),
             (
                 _consume,
                 (
-                    1, common, GROUP, HEADS, HEAD_BOX, DIM, BLOCK_D, BLOCK_N, FIRST, MANY_SINKS, STAGES, PADDED,
-                    REACH, WRITE_LSE, COPY_OUT,
+                    1, common, GROUP, HEADS, HEAD_BOX, DIM, BLOCK_D, BLOCK_N, FIRST, MANY_SINKS, STAGES, QUERIES,
+                    PADDED, REACH, WRITE_LSE, COPY_OUT,
                 ),
             ),
             (
                 produce,
-                (common, GROUP, HEADS, KV_HEADS, HEAD_BOX, BLOCK_D, BLOCK_N, FIRST, STAGES, PADDED, REACH),
+                (common, GROUP, HEADS, KV_HEADS, HEAD_BOX, BLOCK_D, BLOCK_N, FIRST, STAGES, QUERIES, PADDED, REACH),
             ),
         ],
         [4, 1], [CONSUMER_REGISTERS, PRODUCER_REGISTERS],

@@ -101,7 +101,8 @@ def forward(
         ),
         HEADS=heads, KV_HEADS=kv_heads, GROUP=group, HEAD_BOX=head_box, DIM=dim, BLOCK_D=block_d,
         BLOCK_N=shapes.keys, FIRST=shapes.first, MANY_SINKS=sink > shapes.first, STAGES=shapes.stages,
-        PADDED=key_mask is not None, REACH=geometry.reach is not None, WRITE_LSE=with_lse, COPY_OUT=copy_out,
+        QUERIES=shapes.queries, PADDED=key_mask is not None, REACH=geometry.reach is not None, WRITE_LSE=with_lse,
+        COPY_OUT=copy_out,
         CONSUMER_REGISTERS=tuning.HOPPER_REGISTERS[1], PRODUCER_REGISTERS=tuning.HOPPER_REGISTERS[2],
         num_warps=4, maxnreg=tuning.HOPPER_REGISTERS[0],
     )  # fmt: skip

@@ -26,7 +26,7 @@ class Common(NamedTuple):
     piece_k: Any  # the same keys in pieces of 16 by 64 columns
     piece_v: Any
     o_desc: Any
-    q_full: Any  # barriers: two query slots, and STAGES slots of keys and of values
+    q_full: Any  # barriers: QUERIES slots of queries, and STAGES slots of keys and of values
     q_empty: Any
     k_full: Any
     v_full: Any
@@ -122,9 +122,10 @@ def _copy_values(
 def produce(
     common,
     GROUP: gl.constexpr, HEADS: gl.constexpr, KV_HEADS: gl.constexpr, HEAD_BOX: gl.constexpr, BLOCK_D: gl.constexpr,
-    BLOCK_N: gl.constexpr, FIRST: gl.constexpr, STAGES: gl.constexpr, PADDED: gl.constexpr, REACH: gl.constexpr,
+    BLOCK_N: gl.constexpr, FIRST: gl.constexpr, STAGES: gl.constexpr, QUERIES: gl.constexpr, PADDED: gl.constexpr,
+    REACH: gl.constexpr,
 ):  # fmt: skip
-    """The copying warp: queries two tiles deep, sinks, and a ring of key and value blocks.
+    """The copying warp: queries ``QUERIES`` tiles deep, sinks, and a ring of key and value blocks.
 
     After the last item come queries and keys of one more, whose scores the groups start before that item's end.
     """
@@ -138,8 +139,8 @@ def produce(
     for index in range(share.items + 1):
         work = item(index, share, counts, common.extent_ptr, GROUP, HEADS, ROWS, PADDED, REACH)
         kv_head = work.head_block * GROUP // (HEADS // KV_HEADS)
-        q_slot = index % 2
-        mbarrier.wait(common.q_empty.index(q_slot), (index // 2 & 1) ^ 1)
+        q_slot = index % QUERIES
+        mbarrier.wait(common.q_empty.index(q_slot), (index // QUERIES & 1) ^ 1)
         mbarrier.expect(common.q_full.index(q_slot), CONSUMERS * q_desc.block_type.nbytes)
         for c in gl.static_range(CONSUMERS):
             tma.async_copy_global_to_shared(

@@ -56,7 +56,9 @@ class HopperTuning:
     Attributes:
         keys: per block.
         first: keys of a tile's first block; the same, or fewer where that wastes less.
-        stages: blocks in flight. With the queries of two tiles they fill the shared memory at head dim 128.
+        stages: blocks in flight.
+        queries: tiles whose queries are there or on their way. With the blocks they fill the shared memory at head dim
+            128.
         overhead: what a tile takes beside its blocks, in blocks.
         split_keys: keys that one of more than two splits of the last rows walks at least.
     """
@@ -64,6 +66,7 @@ class HopperTuning:
     keys: int
     first: int
     stages: int
+    queries: int
     overhead: int
     split_keys: int
 
@@ -71,7 +74,7 @@ class HopperTuning:
 HOPPER_REGISTERS = (168, 232, 40)
 """Per thread of the Hopper kernel: at launch, computing, copying."""
 
-_HOPPER_SMALL = HopperTuning(64, 64, 4, 3, 16384)
+_HOPPER_SMALL = HopperTuning(64, 64, 4, 2, 3, 16384)
 """Narrow windows: a tile's few keys would leave half of a larger block empty.
 
 Last rows run beside more tiles in few splits, and the merge, which one program does, is shorter.
@@ -150,7 +153,7 @@ def choose_hopper(sink: int, window: int, positions: int, *, mostly_last: bool =
     if (slots <= 320 and not mostly_last) or sink > 128:
         return _HOPPER_SMALL
     half = 0 < slots % 128 <= 64 and sink <= 64 and not mostly_last
-    return HopperTuning(128, 64 if half else 128, 2, 2, LEAST_SPLIT)
+    return HopperTuning(128, 64 if half else 128, 2, 2, 2, LEAST_SPLIT)
 
 
 def choose_backward(element_size: int, dim: int) -> BackwardTuning:
