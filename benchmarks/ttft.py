@@ -150,6 +150,8 @@ def measure(part: str, quick: bool) -> Records:
                 prefill = Prefill(model, compiled, tokens, mask=variant.mask, dynamic=True, graphs=variant.graphs)
                 record |= timed(prefill, tokens, plan, place, first=tokens == lengths[0], graphs=variant.graphs)
                 check_layers(backend, wanted)
+                compiled_in = f", compiled in {record['compile_s']:.0f} s" if record["compile_s"] is not None else ""
+                note(f"{part}, {tokens:,} tokens: {record['ms']:.1f} ms{compiled_in}")
                 if variant.accounted and tokens == plan["account_at"]:
                     record["account"] = {**account(prefill, place), "copy_bytes_per_s": copy_rate(place)}
             # A length that fails says how, and the others are measured all the same.

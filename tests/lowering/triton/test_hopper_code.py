@@ -23,6 +23,8 @@ SHARED_BYTES = 232448
         dict(dim=64, group=1, padded=True, reach=False),
         dict(dim=128, group=4, padded=False, reach=False, sink=64, window=1024),
         dict(dim=128, group=4, padded=True, reach=False, sink=4, window=32),
+        dict(dim=128, group=4, padded=True, reach=True, sink=0, window=512),
+        dict(dim=128, group=1, padded=True, reach=False, sink=0, window=400),
     ],
     ids=str,
 )

@@ -241,8 +241,9 @@ def test_from_which_rows_on_another_kernel_runs(heads, multiprocessors):
 
 def test_shapes_of_the_hopper_kernel():
     """A smaller first block where it wastes less, small blocks for narrow windows, and large ones for last rows."""
-    chosen = [tuning.choose_hopper(*counts, 32) for counts in ((8, 512), (64, 1024), (4, 32), (300, 512))]
-    assert [(x.keys, x.first) for x in chosen] == [(128, 64), (128, 128), (64, 64), (64, 64)]
+    cases = (8, 512), (0, 512), (64, 1024), (4, 32), (17, 32), (300, 512)
+    chosen = [tuning.choose_hopper(*counts, 32) for counts in cases]
+    assert [(x.keys, x.first) for x in chosen] == [(128, 64), (128, 32), (128, 128), (64, 16), (64, 32), (64, 64)]
     dense = tuning.choose_hopper(0, 0, 32, mostly_last=True)
     assert (dense.keys, dense.first) == (128, 128)
     # A first block holds the sinks where blocks are large; shared memory holds as many keys.
@@ -251,6 +252,9 @@ def test_shapes_of_the_hopper_kernel():
             x = tuning.choose_hopper(sink, window, 32)
             assert x.keys * x.stages == 256
             assert x.keys == 64 or sink <= x.first
+            # What is left beside whole blocks fits, and nothing smaller would do.
+            slots = -(-sink // 16) * 16 + window + 32
+            assert x.first == x.keys or max(slots % x.keys, 1) <= x.first
 
 
 def test_splits_of_the_last_rows():

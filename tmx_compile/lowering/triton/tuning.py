@@ -74,12 +74,6 @@ class HopperTuning:
 HOPPER_REGISTERS = (168, 232, 40)
 """Per thread of the Hopper kernel: at launch, computing, copying."""
 
-_HOPPER_SMALL = HopperTuning(64, 64, 4, 2, 3, 16384)
-"""Narrow windows: a tile's few keys would leave half of a larger block empty.
-
-Last rows run beside more tiles in few splits, and the merge, which one program does, is shorter.
-"""
-
 
 @dataclass(frozen=True)
 class BackwardTuning:
@@ -144,16 +138,22 @@ def choose(element_size: int, dim: int, slots: int, rows: int, multiprocessors: 
 def choose_hopper(sink: int, window: int, positions: int, *, mostly_last: bool = False) -> HopperTuning:
     """The Hopper kernel's shapes for tiles of so many positions.
 
-    Blocks of 128 keys halve the work beside the products; a first one of 64 spares half a block where so much would be
-    empty. ``mostly_last``: last rows decide, which walk all keys.
+    Blocks of 128 keys halve the work beside the products. Narrow windows get blocks of 64, of which fewer keys are
+    empty; their last rows run beside more tiles in few splits. ``mostly_last``: last rows decide, which walk all keys.
     """
     # Sinks take whole pieces of 16 slots.
-    slots = (sink + 15) // 16 * 16 + window + positions
+    sinks = (sink + 15) // 16 * 16
+    slots = sinks + window + positions
     # More sinks than a block holds take more registers than large blocks leave.
     if (slots <= 320 and not mostly_last) or sink > 128:
-        return _HOPPER_SMALL
-    half = 0 < slots % 128 <= 64 and sink <= 64 and not mostly_last
-    return HopperTuning(128, 64 if half else 128, 2, 2, 2, LEAST_SPLIT)
+        return HopperTuning(64, _first_block(sinks, slots, 64), 4, 2, 3, 32768)
+    return HopperTuning(128, 128 if mostly_last else _first_block(sinks, slots, 128), 2, 3, 2, 2048)
+
+
+def _first_block(sinks: int, slots: int, keys: int) -> int:
+    """Keys of the first block: no more than are left beside whole blocks, and room for the sinks."""
+    left = max(slots % keys or keys, sinks)
+    return next((first for first in (16, 32, 64) if left <= first), keys)
 
 
 def choose_backward(element_size: int, dim: int) -> BackwardTuning:
