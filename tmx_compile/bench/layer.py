@@ -270,8 +270,11 @@ def _at(
     gc.collect()
     device = torch.device(plan.device)
     generator = torch.Generator(device).manual_seed(n)
+    # In memory as models leave them, (B, N, H, D): a result in another order would be a copy.
     query, key, value = (
-        torch.randn(1, heads, n, plan.head_dim, generator=generator, device=device, dtype=getattr(torch, dtype))
+        torch.randn(
+            1, n, heads, plan.head_dim, generator=generator, device=device, dtype=getattr(torch, dtype)
+        ).transpose(1, 2)
         for heads in (plan.heads, plan.kv_heads, plan.kv_heads)
     )
     if plan.dynamic:
