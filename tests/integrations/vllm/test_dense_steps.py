@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 
 import tmx_compile
-from tests.integrations.vllm.test_backend import (
+from tests.support.paged_platform import (
     CONFIG,
     CPU,
     SIZE,
@@ -24,7 +25,6 @@ from tests.integrations.vllm.test_backend import (
     Sequences,
     configured,
 )
-from tests.integrations.vllm.test_lengths import SecondRunner
 from tmx_compile.integrations.vllm import lengths
 from tmx_compile.integrations.vllm.rows import Step
 from tmx_compile.integrations.vllm.settings import KEY, Settings
@@ -44,7 +44,7 @@ def engine_of(layers: int) -> Any:
     return engine
 
 
-def calls_of(run: Any) -> Counter[str]:
+def calls_of(run: Callable[[], None]) -> Counter[str]:
     """The functions of this package that ``run`` calls, by file and name."""
     found: Counter[str] = Counter()
 
@@ -61,17 +61,28 @@ def calls_of(run: Any) -> Counter[str]:
     return found
 
 
-def second_runners_step(engine: Any, prompt: int) -> Any:
-    """A function that runs a step of a whole prompt: as much of vLLM's second runner as the hooks look at."""
+class Runner:
+    """As much of vLLM's second runner as the hooks look at, and of its graphs and its model's state."""
+
+    def __init__(self, engine: Any, prompt: int) -> None:
+        self.vllm_config, self.cudagraph_manager = engine, SimpleNamespace()
+        self.req_states = SimpleNamespace(
+            req_id_to_index={"one": 0},
+            prompt_len=SimpleNamespace(np=np.array([prompt])),
+            num_computed_tokens_np=np.array([0]),
+        )
+
+
+def step_of(engine: Any, prompt: int) -> Callable[[], None]:
+    """A function that runs a step of a whole prompt."""
     layers = engine.compilation_config.static_forward_context
     builder = Builder(SimpleNamespace(block_size=SIZE), list(layers), engine, CPU)
-    runner = SecondRunner(0)
-    runner.vllm_config = engine
-    runner.req_states.prompt_len.np[:] = prompt
-    update = lengths.looking_ahead(SecondRunner.update_requests)
-    dispatch = lengths.second_runners_choice(type(runner.cudagraph_manager).dispatch)
-    inputs = lengths.remembering(lambda self: SimpleNamespace(idx_mapping_np=np.array([2])))
+    runner = Runner(engine, prompt)
+    update = lengths.looking_ahead(lambda self, scheduled: None)
+    dispatch = lengths.second_runners_choice(lambda self, *sizes: None)
+    inputs = lengths.remembering(lambda self: SimpleNamespace(idx_mapping_np=np.array([0])))
     attention = lengths.second_runner(lambda self, batch, common: builder.build(0, common))
+    scheduled = SimpleNamespace(num_scheduled_tokens={"one": prompt}, total_num_scheduled_tokens=prompt)
     sequences = Sequences([prompt], [0])
     starts, ends = torch.tensor([0, prompt], dtype=torch.int32), torch.tensor([prompt], dtype=torch.int32)
     common = Common(starts, starts, ends, 1, prompt, prompt, prompt, sequences.table, torch.arange(prompt))
@@ -80,8 +91,8 @@ def second_runners_step(engine: Any, prompt: int) -> Any:
     sequences.pages[sequences.table[0, place // SIZE].long(), :, place % SIZE] = torch.cat([k, v], -1)
 
     def step() -> None:
-        update(runner, SimpleNamespace(num_scheduled_tokens={"one": prompt}, total_num_scheduled_tokens=prompt))
-        dispatch(runner.cudagraph_manager, 1, prompt, None, num_active_loras=0)
+        update(runner, scheduled)
+        dispatch(runner.cudagraph_manager, 1, prompt, None)
         metadata = attention(None, inputs(runner), common)
         for layer in layers.values():
             layer.impl.forward(layer, q, k, v, sequences.pages, metadata, torch.empty_like(q))
@@ -92,7 +103,7 @@ def second_runners_step(engine: Any, prompt: int) -> Any:
 def test_a_step_without_streaming_rows_costs_a_few_calls_whatever_the_number_of_layers() -> None:
     found = []
     for layers in (2, 9):
-        step = second_runners_step(engine_of(layers), prompt=10)
+        step = step_of(engine_of(layers), prompt=10)
         step()  # the first one behind a step with streaming rows, or behind none, changes the layers' functions
         found.append(calls_of(step))
     assert found[0] == found[1]
@@ -100,7 +111,7 @@ def test_a_step_without_streaming_rows_costs_a_few_calls_whatever_the_number_of_
     assert found[0]["backend.build"] == found[0]["rows.look"] == 1
     assert found[0].total() <= 16
     # It counts what there is to count.
-    assert calls_of(second_runners_step(engine_of(9), prompt=30))["backend.forward"] == 9
+    assert calls_of(step_of(engine_of(9), prompt=30))["backend.forward"] == 9
 
 
 def test_layers_have_the_platforms_own_function_until_rows_stream() -> None:
