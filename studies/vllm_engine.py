@@ -335,16 +335,15 @@ def _switch(worker: Any, triangle: bool) -> None:
     """Put the plugin's methods and functions in place, or vLLM's own: what is between them is all that differs."""
     from tmx_compile.integrations.vllm import hooks
 
-    layers = _runner(worker).vllm_config.compilation_config.static_forward_context.values()
-    parts = [(builder, "build") for builder in _builders(worker)]
-    parts += [(layer.impl, "forward") for layer in layers if hasattr(layer, "impl")]
-    for part, name in parts:
-        # A layer that is no triangle layer has vLLM's own in any case.
-        if type(part).__module__.startswith("tmx_compile.") and (triangle or name not in vars(part)):
+    for builder in _builders(worker):
+        kind = type(builder)
+        if kind.__module__.startswith("tmx_compile."):
+            vars(builder).pop("build", None)
             if not triangle:
-                setattr(part, name, functools.partial(getattr(type(part).__bases__[-1], name), part))
-            elif isinstance(vars(part).get(name), functools.partial):
-                delattr(part, name)
+                builder.build = functools.partial(kind.__bases__[-1].build, builder)
+                # As in any step without streaming rows: the layers have vLLM's own function.
+                if builder.active is not None:
+                    builder.active.follow(False)
     for hook in hooks.HOOKS:
         owner_name, _, name = hook.name.rpartition(".")
         owner = getattr(sys.modules.get(hook.module), owner_name, None)

@@ -11,6 +11,7 @@ VLLM_USE_V2_MODEL_RUNNER=0 picks the first model runner. That the answers are ri
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import sys
@@ -31,7 +32,18 @@ from tmx_compile.bench import record
 
 GEOMETRY = (8, 512, 128)
 CHUNK = 8192
-PHASES = ("ttft:32768", "ttft:65536", "waiting", "ttft:8192", "short", "decode", "kernels", "ttft:131072", "mixed")
+PHASES = (
+    "ttft:32768",
+    "ttft:65536",
+    "waiting",
+    "ttft:8192",
+    "short",
+    "host",
+    "decode",
+    "kernels",
+    "ttft:131072",
+    "mixed",
+)
 
 
 class Bench:
@@ -131,10 +143,29 @@ class Bench:
                 return self.engine.ask([self.prompt(n) for _ in range(batch)])[0]
 
             # The second is what the way of measuring alone gives.
-            for control in (False, True) if batch == 1 and n in (32, 1000) and not only else (False,):
+            for control in (False, True) if batch == 1 and n in (32, 256, 1000) and not only else (False,):
                 rounds = self.engine.in_turns(run, 0.5 if self.quick else seconds, control=control)
                 what = "short prompts, dense twice" if control else "short prompts"
                 about = {"layers": self.layers, "triangle_layers": len(self.triangle), "batch": batch, "new_tokens": 1}
+                yield self.engine.compared_in_turns(what, rounds, n=n, chunk=self.most, **about)
+
+    def host(self, n: int = 256, seconds: int = 8) -> Iterator[dict[str, Any]]:
+        """Milliseconds of the host for the step of such a short prompt, in which the GPU's own time is not.
+
+        What the plugin adds to it is too little to be seen in the time to the first token.
+        """
+        n = 32 if self.quick else n
+        with host_times(self.engine) as times:
+
+            def run() -> float:
+                times.clear()
+                self.engine.ask([self.prompt(n)])
+                return max(times)
+
+            for control in (False, True):
+                rounds = self.engine.in_turns(run, 0.5 if self.quick else seconds, control=control)
+                what = "the host of a short prompt's step" + (", dense twice" if control else "")
+                about = {"layers": self.layers, "triangle_layers": len(self.triangle), "batch": 1, "new_tokens": 1}
                 yield self.engine.compared_in_turns(what, rounds, n=n, chunk=self.most, **about)
 
     def decode(self) -> Iterator[dict[str, Any]]:
@@ -224,6 +255,26 @@ class Bench:
             hosts = {f"host_{name}": _host_ms(call) for name, call in found.items()}
             records.append({"what": "one layer's chunk", "rows": rows, "position": 8192, **times, **hosts})
         return records
+
+
+@contextlib.contextmanager
+def host_times(engine: Engine) -> Iterator[list[float]]:
+    """Milliseconds of the host for each step from here on: until all is launched, the GPU not waited for."""
+    runner = engine.core.model_executor.driver_worker.worker.model_runner
+    plain, found = runner.execute_model, []
+
+    def execute_model(*args: Any, **kwargs: Any) -> Any:
+        started = time.perf_counter()
+        try:
+            return plain(*args, **kwargs)
+        finally:
+            found.append((time.perf_counter() - started) * 1e3)
+
+    runner.execute_model = execute_model
+    try:
+        yield found
+    finally:
+        del runner.execute_model
 
 
 def _gpu_ms(call: Callable[[], Any], rounds: int = 20) -> float:

@@ -80,10 +80,12 @@ def test_a_softcap_and_learned_sinks(attention, name, lowering, sides):
 
 @pytest.mark.parametrize("lowering", ["triton", "operator"])
 def test_a_lowering_by_name(lowering):
-    """``triton`` in its interpreter."""
+    """``triton`` in its interpreter, or on a GPU where there is one."""
+    device = "cuda" if lowering == "triton" and torch.cuda.is_available() else "cpu"
     ids, mask = prompt(2, 50), padded(((5, 10), (12, 3)), 50)
     with registered(lowering=lowering) as attention, torch.no_grad():
-        close(switched_model()(ids, attention_mask=mask).logits, plan_oracle("Llama", CONFIG, ids, mask), mask)
+        got = switched_model().to(device)(ids.to(device), attention_mask=mask.to(device)).logits.cpu()
+        close(got, plan_oracle("Llama", CONFIG, ids, mask), mask)
     assert {site.lowering for site in attention.report.triangle()} == {lowering}
 
 

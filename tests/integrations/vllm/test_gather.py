@@ -15,6 +15,8 @@ from tmx_compile.lowering.scoring import Scoring
 from tmx_compile.mask.geometry import Geometry
 
 SIZE = 4
+# Triton's interpreter runs the kernel where there is no GPU.
+KERNELS = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Pages:
@@ -68,14 +70,14 @@ def test_a_prompt_in_chunks_is_the_prompt_as_a_whole(prompt, chunk, sink, window
     st.booleans(),
 )
 def test_the_kernel_puts_together_what_the_pages_and_the_chunk_hold(position, sink, window, rows, dim, heads_first):
-    """In Triton's interpreter. Pages have heads or tokens first in memory; a chunk's rows are parts of longer ones."""
+    """Pages have heads or tokens first in memory; a chunk's rows are parts of longer ones."""
     scratch, geometry = Scratch(), Geometry(sink, window, 0)
-    _, k, v = torch.randn(rows, 2 + 2 + 2, dim).split(2, 1)
+    _, k, v = torch.randn(rows, 2 + 2 + 2, dim, device=KERNELS).split(2, 1)
     blocks = -(-position // SIZE) + 3
-    cache = torch.randn(blocks, 2, SIZE, 2 * dim)
+    cache = torch.randn(blocks, 2, SIZE, 2 * dim, device=KERNELS)
     if not heads_first:
         cache = cache.transpose(1, 2).contiguous().transpose(1, 2)
-    table = torch.randperm(blocks).to(torch.int32)
+    table = torch.randperm(blocks).to(KERNELS, torch.int32)
     earlier = places(Streaming(0, 0, rows, position), table, SIZE, geometry)
     if earlier is None:
         return

@@ -12,7 +12,7 @@ from tmx_compile.integrations.vllm import lengths
 from tmx_compile.integrations.vllm.rows import Step, look
 from tmx_compile.mask.geometry import Geometry
 
-ON = SimpleNamespace(limit=64, geometry=Geometry(4, 16, 24), step=None)
+ON = SimpleNamespace(limit=64, geometry=Geometry(4, 16, 24), step=None, follow=lambda plan: None)
 """Rows up to position N - 24 of prompts over 64 tokens stream."""
 
 
@@ -135,6 +135,22 @@ def test_the_first_runners_builders_are_told_of_whole_steps(change: dict[str, An
     assert ON.step is None
     runner.vllm_config = config(None)
     assert build(runner, num_tokens=9, num_scheduled_tokens={}) is None
+
+
+def test_the_first_runner_looks_at_a_step_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[int] = []
+    monkeypatch.setattr(lengths, "look", lambda *args: looks.append(1) or look(*args))
+    choose = lengths.first_runners_choice(FirstRunner._determine_batch_execution_and_padding)
+    build = lengths.first_runner(FirstBuilder._build_attention_metadata)
+    runner = FirstBuilder(40)
+    runner.input_batch.num_reqs = 2
+    assert choose(runner, num_reqs=2) is False
+    assert build(runner, num_tokens=9, num_scheduled_tokens={}) == (9, True, [100, 100])
+    assert len(looks) == 1
+    # What was seen is of that step alone.
+    runner.input_batch.num_computed_tokens_cpu[0] = 80
+    assert build(runner, num_tokens=2, num_scheduled_tokens={}) == (2, False, [100, 100])
+    assert len(looks) == 2
 
 
 @pytest.mark.parametrize(("computed", "streams"), [(40, True), (80, False)])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any
 
 import torch
@@ -46,6 +47,8 @@ class Active:
         scratch: memory for gathered keys and values.
         prepared: whether the kernels are compiled and the memory is there.
         step: the step whose metadata are being built; None: none, or no whole step of a scheduler.
+        impls: implementations of the sparse layers.
+        following: whether these look at a step's plan.
     """
 
     settings: Settings
@@ -57,6 +60,18 @@ class Active:
     scratch: Scratch = field(default_factory=Scratch)
     prepared: bool = False
     step: Step | None = None
+    impls: tuple[TriangleImpl, ...] = ()
+    following: bool = True
+
+    def follow(self, plan: bool) -> None:
+        """Before a step's metadata are built: whether its layers look at a plan, or are the platform's own.
+
+        Most steps have no plan, and a layer that looks for one costs the host a call in each of them.
+        """
+        if plan is not self.following:
+            self.following = plan
+            for impl in self.impls:
+                impl.leave_alone(not plan)
 
 
 @dataclass(frozen=True)
@@ -99,9 +114,10 @@ def active(config: Any, device: torch.device) -> Active | None:
         layers = [facts_of(name, layer, config, device, geometry, lowering) for name, layer in attention_layers(config)]
         found.counts.layers(layers, lowering, whole_model=config.parallel_config.pipeline_parallel_size == 1)
         found.sparse = frozenset(site.path for site in found.counts.report.triangle())
-        for name, layer in attention_layers(config):
-            if is_ours(layer.impl):
-                layer.impl.leave_alone(name not in found.sparse)
+        ours = [(name, layer.impl) for name, layer in attention_layers(config) if is_ours(layer.impl)]
+        for name, impl in ours:
+            impl.leave_alone(name not in found.sparse)
+        found.impls = tuple(impl for name, impl in ours if name in found.sparse)
         setattr(config.compilation_config, _PLAN, found)
     return found
 
@@ -173,9 +189,10 @@ class TriangleBuilder:
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
         """The platform's metadata, with a plan where rows of this step stream."""
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)  # type: ignore[misc]
-        plan = None if self.active is None else self.plan(self.active, common_attn_metadata)
-        if plan is not None:
-            setattr(metadata, _PLAN, plan)
+        if self.active is not None:
+            plan = self.plan(self.active, common_attn_metadata)
+            if plan is not None:
+                setattr(metadata, _PLAN, plan)
         return metadata
 
     def plan(self, on: Active, common: Any) -> Plan | None:
@@ -257,9 +274,9 @@ class TriangleImpl:
 
     def leave_alone(self, always: bool) -> None:
         """Whether the platform's implementation computes every step, without a look at it; else one without a plan."""
-        vars(self).pop("forward", None)
-        if always:
-            self.forward = super().forward  # type: ignore[misc,method-assign]
+        ours = MethodType(type(self).forward, self)
+        # Set, not deleted: so the objects of all layers stay alike, which Python's own caches like.
+        self.forward = super().forward if always else ours  # type: ignore[misc,method-assign]
 
     def profiled(self, layer: Any, query: Tensor, key: Tensor, value: Tensor) -> None:
         """Called in the engine's profiling run, which has no metadata, with a layer's largest step."""

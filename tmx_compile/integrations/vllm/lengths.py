@@ -37,7 +37,8 @@ def install(device: str) -> None:
 
 
 def told(on: Active, step: Step, build: Any, *args: Any, **kwargs: Any) -> Any:
-    """Build a step's metadata, whose builders then know of the step."""
+    """Build a step's metadata, whose builders then know of the step; its layers run before the next step is told."""
+    on.follow(step.streams)
     on.step = step
     try:
         return build(*args, **kwargs)
@@ -54,16 +55,19 @@ def first_runner(plain: Any) -> Any:
         real = kwargs.get("num_scheduled_tokens") is not None and kwargs.get("ubatch_slices") is None
         if on is None or not real or kwargs.get("for_cudagraph_capture"):
             return plain(self, *args, **kwargs)
-        step = first_runners_step(on, self.input_batch, self.input_batch.num_reqs, kwargs["num_tokens"])
+        step = self.__dict__.pop(_STEP, None)
+        if step is None:  # as on a CPU, where nothing is chosen before
+            step = first_runners_step(on, self.input_batch, self.input_batch.num_reqs)
+        step.rows = kwargs["num_tokens"]
         return told(on, step, plain, self, *args, **kwargs)
 
     return _build_attention_metadata
 
 
-def first_runners_step(on: Active, batch: Any, requests: int, rows: int) -> Step:
-    """A step of so many of a batch's requests."""
+def first_runners_step(on: Active, batch: Any, requests: int) -> Step:
+    """A step of so many of a batch's requests, and of rows that are not known yet."""
     prompts = batch.num_prompt_tokens[:requests]
-    step = look(rows, prompts, batch.num_computed_tokens_cpu[:requests], on.limit, on.geometry.last)
+    step = look(0, prompts, batch.num_computed_tokens_cpu[:requests], on.limit, on.geometry.last)
     step.prompts = prompts
     return step
 
@@ -74,13 +78,17 @@ def is_no_decode_step(step: Step) -> bool:
 
 
 def first_runners_choice(plain: Any) -> Any:
-    """Of how a step is run, in the first runner: a step with streaming rows is no decode step."""
+    """Of how a step is run, in the first runner: a step with streaming rows is no decode step.
+
+    What was seen of the step waits for its metadata.
+    """
 
     def _determine_batch_execution_and_padding(self: Any, *args: Any, **kwargs: Any) -> Any:
         on = known(self.vllm_config)
         # Where it is told, this is no step of the scheduler.
         if on is not None and kwargs.get("force_uniform_decode") is None:
-            step = first_runners_step(on, self.input_batch, kwargs["num_reqs"], 0)
+            step = first_runners_step(on, self.input_batch, kwargs["num_reqs"])
+            setattr(self, _STEP, step)
             if is_no_decode_step(step):
                 kwargs["force_uniform_decode"] = False
         return plain(self, *args, **kwargs)

@@ -89,7 +89,8 @@ def look(rows: int, prompts: Any, computed: Any, limit: int, last: int) -> Step:
         limit: up to how many tokens a prompt stays dense.
         last: last rows of the geometry.
     """
-    longest = int(prompts.max()) if len(prompts) else 0
+    # NumPy's own maximum takes twice as long for so few.
+    longest = int(prompts[prompts.argmax()]) if len(prompts) else 0
     # Where all prompts are short, this was all: they would notice most what a step costs the host.
     return Step(rows, longest, longest > limit and bool(((prompts > limit) & (computed < prompts - last)).any()))
 
