@@ -150,8 +150,7 @@ def measure(part: str, quick: bool) -> Records:
                 prefill = Prefill(model, compiled, tokens, mask=variant.mask, dynamic=True, graphs=variant.graphs)
                 record |= timed(prefill, tokens, plan, place, first=tokens == lengths[0], graphs=variant.graphs)
                 check_layers(backend, wanted)
-                compiled_in = f", compiled in {record['compile_s']:.0f} s" if record["compile_s"] is not None else ""
-                note(f"{part}, {tokens:,} tokens: {record['ms']:.1f} ms{compiled_in}")
+                note(f"{part}, {tokens:,} tokens: {record['ms']:.1f} ms; seconds to compile: {record['compile_s']}")
                 if variant.accounted and tokens == plan["account_at"]:
                     record["account"] = {**account(prefill, place), "copy_bytes_per_s": copy_rate(place)}
             # A length that fails says how, and the others are measured all the same.
@@ -162,9 +161,8 @@ def measure(part: str, quick: bool) -> Records:
                     record["failed"] = describe(error)
                 note(f"{part}, {tokens:,} tokens: {describe(error)}")
             prefill = None
-            record["compilations"] = counters["stats"]["unique_graphs"] - before
-            record["lowerings"] = lowerings(backend)
-            records.append(record)
+            compiled_graphs = counters["stats"]["unique_graphs"] - before
+            records.append(record | {"compilations": compiled_graphs, "lowerings": lowerings(backend)})
     del compiled
     torch._dynamo.reset()
     free()
