@@ -76,10 +76,16 @@ def _copy_pieces(desc, first_slot, far, work, shift, kv_head, bar, buf, KEYS: gl
 
 @gluon.jit
 def _copy(
-    desc, piece, first_slot, far, work, shift, kv_head, bar, buf,
-    KEYS: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
+    common, desc, piece, full, bufs, loaded, free, first_slot, far, work, shift, kv_head,
+    KEYS: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """A block of ``KEYS`` keys or values."""
+    """A block of ``KEYS`` keys or values into the ring, as block ``loaded`` of all of the CTA's.
+
+    Their slot is free once the groups have gone through block ``free - STAGES``.
+    """
+    mbarrier.wait(common.kv_empty.index(free % STAGES), (free // STAGES & 1) ^ 1)
+    bar = full.index(loaded % STAGES)
+    buf = bufs.index(loaded % STAGES)
     mbarrier.expect(bar, desc.block_type.nbytes * KEYS // BLOCK_N)
     if KEYS == BLOCK_N:
         if first_slot < far:
@@ -95,12 +101,9 @@ def _copy_keys(
     common, loaded, first_slot, far, work, shift, kv_head,
     KEYS: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Keys into the ring, as block ``loaded`` of all of the CTA's, once the slot is free."""
-    slot = loaded % STAGES
-    mbarrier.wait(common.kv_empty.index(slot), (loaded // STAGES & 1) ^ 1)
     _copy(
-        common.k_desc, common.piece_k, first_slot, far, work, shift, kv_head, common.k_full.index(slot),
-        common.k_bufs.index(slot), KEYS, BLOCK_N, BLOCK_D,
+        common, common.k_desc, common.piece_k, common.k_full, common.k_bufs, loaded, loaded,
+        first_slot, far, work, shift, kv_head, KEYS, BLOCK_N, BLOCK_D, STAGES,
     )  # fmt: skip
 
 
@@ -109,12 +112,10 @@ def _copy_values(
     common, loaded, first_slot, far, work, shift, kv_head,
     KEYS: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The values of the same block: their slot is free one step later than that of the keys."""
-    slot = loaded % STAGES
-    mbarrier.wait(common.kv_empty.index((loaded + 1) % STAGES), ((loaded + 1) // STAGES & 1) ^ 1)
+    """Of the same block: the groups are through with its values one step later than with its keys."""
     _copy(
-        common.v_desc, common.piece_v, first_slot, far, work, shift, kv_head, common.v_full.index(slot),
-        common.v_bufs.index(slot), KEYS, BLOCK_N, BLOCK_D,
+        common, common.v_desc, common.piece_v, common.v_full, common.v_bufs, loaded, loaded + 1,
+        first_slot, far, work, shift, kv_head, KEYS, BLOCK_N, BLOCK_D, STAGES,
     )  # fmt: skip
 
 
