@@ -78,7 +78,7 @@ def settings(quick: bool) -> dict[str, Any]:
         "geometries": [list(x.counts) for x in GEOMETRIES],
         "library": "/".join(library.parts[-2:]),
         "library_bytes": library.stat().st_size,
-        "isa": _isa(),
+        "isa": isa_here(),
         "block": BLOCK,
         "fields": TOLD,
         "timing": "wall time of a call on all threads; all in turns",
@@ -95,8 +95,8 @@ def _library() -> Path:
     return path
 
 
-def _isa() -> str:
-    # As vLLM chooses on an x86 for bfloat16 and blocks of 128 tokens.
+def isa_here() -> str:
+    """Which of its kernels vLLM takes on this x86, for bfloat16 and blocks of 128 tokens."""
     return "amx" if amx.has_amx() else "vec"
 
 
@@ -110,7 +110,8 @@ def load() -> Any:
     try:
         torch.ops.load_library(library)
     except OSError as error:
-        raise ValueError(f"{LIBRARY}={str(library)!r} does not load with torch {torch.__version__}: {error}") from error
+        why = error.__cause__ or error
+        raise ValueError(f"{LIBRARY}={str(library)!r} does not load with torch {torch.__version__}: {why}") from error
     if amx.has_amx():
         # The system's leave to use tiles, which other threads inherit.
         torch.cpu._init_amx()
@@ -198,7 +199,7 @@ def compared(kernels: Any, name: str, plan: dict[str, Any]) -> Records:
             for count in (heads, kv_heads, kv_heads)
         ]
         qkv = [x.transpose(0, 1)[None] for x in tokens]
-        pages = Pages(kernels, *tokens, _isa())
+        pages = Pages(kernels, *tokens, isa_here())
         once = {
             "cache_ms": 1e3 * min(seconds(pages.write) for _ in range(3)),
             "plan_ms": 1e3 * min(seconds(partial(pages.plan, n)) for _ in range(3)),
