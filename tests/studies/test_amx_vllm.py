@@ -56,7 +56,7 @@ def test_every_form_is_right_and_has_its_record():
     records = amx_vllm.compared(kernels, NAME, amx_vllm.QUICK)
     amx_vllm.finish(records)
     assert [(r["form"], tuple(r["geometry"])) for r in records] == [
-        (form, x.counts) for x in amx_vllm.GEOMETRIES for form in ("whole", "plugin")
+        (form, x.counts) for x in amx_vllm.GEOMETRIES for form in amx_vllm.FORMS
     ]
     heads, kv_heads, dim = amx.SHAPES[NAME]
     assert {plan[:4] for plan in ((*x[:3], tuple(x[3])) for x in kernels.plans)} == {(heads, kv_heads, dim, (n,))}
