@@ -1,8 +1,8 @@
 """Streaming rows by vLLM's own CPU kernel, which knows causal attention and one sliding window, and no sinks.
 
-Attention does not mind the order of its keys. So rows go in blocks of at most ``window + 1``, each a sequence of its own
-whose keys are ordered [the window before its first row | sinks | its rows]: ``window + sink + 1`` keys that end at a
-row are then exactly those that it attends to, since one more row takes one more key at the end and drops one at the
+Attention does not mind the order of its keys. So rows go in blocks of at most ``window + 1``, each a sequence of its
+own whose keys are ordered [the window before its first row | sinks | its rows]: ``window + sink + 1`` keys that end at
+a row are then exactly those that it attends to, since one more row takes one more key at the end and drops one at the
 start. Rows so early that sinks and window meet attend to every key before them, as that many keys let them.
 """
 
