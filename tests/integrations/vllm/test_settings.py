@@ -97,7 +97,7 @@ def test_analysis_without_a_profile_warns():
         ({"num_triangle_layers": "4"}, "trianglemix.num_triangle_layers in additional_config: .*got '4'"),
         ({"enable_trianglemix": 1}, "trianglemix.enable_trianglemix in additional_config: .*must be a bool, got 1"),
         ({"strict": "yes"}, "trianglemix.strict in additional_config: strict must be a bool, got 'yes'"),
-        ({"lowering": "flex"}, "lowering must be one of auto, triton, blocked, operator, got 'flex'"),
+        ({"lowering": "flex"}, "lowering must be one of auto, triton, blocked, operator, vllm, got 'flex'"),
         ({"stats_log_interval": -1}, "stats_log_interval must be a number of seconds from 0 on, got -1"),
         ({"stats_log_interval": True}, "stats_log_interval must be a number of seconds from 0 on, got True"),
         ({"profile": 7}, "profile must be the path of a file, got 7"),

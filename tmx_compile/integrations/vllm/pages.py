@@ -17,8 +17,17 @@ from torch import Tensor
 
 from tmx_compile.mask.geometry import Geometry
 
-_TILE = 32
+NAME = "vllm"
+"""What ``lowering`` calls this."""
+TILE = 32
 """Keys that vLLM's kernels take at once: pages are multiples of it."""
+_SHORTEST = 16
+"""A window shorter than this makes blocks of so few rows that the blocked lowering is chosen instead."""
+
+
+def pays(geometry: Geometry) -> bool:
+    """Whether this is what computes streaming rows on a CPU unless told otherwise."""
+    return geometry.window >= _SHORTEST and geometry.reach is None
 
 
 @dataclass(frozen=True)
@@ -55,7 +64,7 @@ def sequences(rows: int, keys: int, geometry: Geometry) -> Sequences:
     counts = [early] if early else []
     before = window + sink
     # Whole tiles: as many rows as fill them.
-    page = max((before + window + 1) // _TILE, before // _TILE + 1) * _TILE
+    page = max((before + window + 1) // TILE, before // TILE + 1) * TILE
     size = min(window + 1, page - before)
     for begin in range(first + early, keys, size):
         end = min(begin + size, keys)
