@@ -168,14 +168,15 @@ def matmul_rate(size: int, dtype: str) -> float:
 
 def _layer(form: str, geometry: Geometry, plan: dict[str, Any]) -> Callable[..., Tensor]:
     if form in ("eager", "avx512"):
-        return partial(_eagerly, geometry)
+        return partial(eagerly, geometry)
     config = TriangleMixConfig(*geometry.counts, triangle_layer_indices=[0], min_seq_len=plan["min_seq_len"] // 2)
     backend = tmx_backend(config, lowering="flex" if form == "flex" else "auto", strict=True)
     compiled: Callable[..., Tensor] = torch.compile(Model(), backend=backend)
     return compiled
 
 
-def _eagerly(geometry: Geometry, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def eagerly(geometry: Geometry, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """The triangle by ``blocked``, call by call."""
     call = AttentionCall(query, key, value, None, geometry, query.shape[3] ** -0.5, needs_grad=False)
     return immediate(BLOCKED, call)
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from benchmarks import common
 from studies import (
     amx,
+    amx_vllm,
     calibration,
     dense,
     first_n,
@@ -42,6 +43,7 @@ CASES = (
     *(pass_cost.CASE, prefill_memory.CASE, kv_cache.CASE, million.CASE, stages.CASE, switch.CASE, training.CASE),
     *(
         amx.CASE,
+        amx_vllm.CASE,
         dense.CASE,
         floor.CASE,
         short_prompts.CASE,

@@ -2,9 +2,9 @@
 
     .vllm/bin/python -m studies.vllm_cpu OUT/vllm_cpu.json [--quick]
 
-Needs vLLM's CPU build; so it is no case of ``studies.run``. Triangle: streaming rows by this package's blocked
-lowering, last rows by vLLM's kernel. One thread, and its processor time, which other work on the machine lengthens
-least; medians of rounds that are taken in turns.
+Needs vLLM's CPU build; so it is no case of ``studies.run``. Triangle: streaming rows by vLLM's kernel from pages of
+their own, which are written in that time, last rows by it from the prompt's. One thread, and its processor time, which
+other work on the machine lengthens least; medians of rounds that are taken in turns.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from tmx_compile.bench import record
+from tmx_compile.integrations.vllm import pages
 from tmx_compile.mask import Geometry, pair_counts
 
 BLOCK = 128  # tokens of a block, vLLM's default on a CPU
@@ -30,6 +31,7 @@ GEOMETRIES = (Geometry(8, 256, 128), Geometry(8, 512, 128))
 SHAPES = {"SmolLM2-135M": (9, 3, 64), "Llama-3.1-8B, a quarter of the heads": (8, 2, 128)}
 DTYPES = (torch.bfloat16, torch.float32)
 ROUNDS = 5
+LOWERING = pages.NAME  # of streaming rows, what "auto" takes
 
 
 class Layer:
@@ -89,7 +91,7 @@ class Layer:
 
     def triangle(self, geometry: Geometry, metadata: Any) -> None:
         """As the plugin does it: streaming rows by its own lowering, ``metadata`` is of the last rows."""
-        on: Any = SimpleNamespace(lowering="blocked", geometry=geometry)
+        on: Any = SimpleNamespace(lowering=LOWERING, geometry=geometry)
         rows = slice(0, self.n - geometry.last)
         self.impl.stream(on, self.query[rows], self.key[rows], self.value[rows], 0, self.out[rows])
         self.dense(geometry.last, metadata)
@@ -122,7 +124,12 @@ def measure(quick: bool) -> list[dict[str, Any]]:
             times = taken(calls, 2 if quick else ROUNDS)
             for geometry in geometries:
                 found = {"what": "one layer", "shape": name, "dtype": str(dtype).removeprefix("torch."), "n": n}
-                found |= {"isa": layer.isa, "geometry": list(geometry.counts), "share": share(geometry, n)}
+                found |= {
+                    "isa": layer.isa,
+                    "lowering": LOWERING,
+                    "geometry": list(geometry.counts),
+                    "share": share(geometry, n),
+                }
                 for prefix, took in (("dense_", times[None]), ("", times[geometry])):
                     found |= {f"{prefix}ms": statistics.median(took), f"{prefix}range_ms": [min(took), max(took)]}
                 found |= {"rounds": len(times[None]), "speedup": found["dense_ms"] / found["ms"]}

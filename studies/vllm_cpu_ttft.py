@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
     torch.set_num_threads(1)
     before = record.hardware()
-    more: dict[str, Any] = {"min_seq_len": LEAST, "lowering": "blocked"}
+    more: dict[str, Any] = {"min_seq_len": LEAST, "lowering": "vllm"}
     common: dict[str, Any] = {"enforce_eager": True, "enable_prefix_caching": False, "max_num_seqs": 2}
     if options.quick:
         shape = Shape(4, 128, 192, 4, 2, 32, 512, 4096)

@@ -26,7 +26,7 @@ SETTINGS: dict[str, Any] = GEOMETRY | {
     "triangle_layer_indices": [1, 3],
     "min_seq_len": 64,
     # "auto" would leave such short prompts dense.
-    "lowering": "blocked",
+    "lowering": "vllm",
     "strict": True,
 }
 SIZES: dict[str, Any] = dict(

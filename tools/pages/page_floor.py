@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from tmx_compile.bench.floor import Shape
 from tools.pages.blocks import filled
@@ -10,7 +11,7 @@ from tools.pages.markdown import Fields, ms, percent, slashed, table, times
 from tools.pages.results import load, origin
 
 PAGE = "floor.md"
-GPU, AMX = "floor.json", "operator_cpu_amx.json"
+GPU, AMX, VLLM = "floor.json", "operator_cpu_amx.json", "operator_cpu_amx_vllm.json"
 _PARTS = {
     "pairs": "pairs at the dense rate",
     "pace": "slower on each key",
@@ -19,6 +20,11 @@ _PARTS = {
     "last rows": "last rows",
 }
 
+_IN_VLLM = {
+    "whole": "`blocked`",
+    "plugin": "`blocked`, last rows by vLLM",
+    "pages": "all by vLLM's kernel",
+}
 _FORMS = {"eager": "eager", "compiled": "compiled", "flex": "compiled", "avx512": "eager, AMX off"}
 
 
@@ -30,7 +36,7 @@ def generate(results: Path, docs: Path) -> str | None:
     """
     if not (results / GPU).is_file():
         return None
-    gpu, amx = load(results / GPU), load(results / AMX)
+    gpu, amx, vllm = (load(results / file) for file in (GPU, AMX, VLLM))
     source = f"\n\n<sub>{origin(gpu, GPU)}</sub>"
     return filled(
         docs / PAGE,
@@ -39,6 +45,7 @@ def generate(results: Path, docs: Path) -> str | None:
             "window": _window(gpu),
             "parts": _parts(gpu),
             "amx": f"{_amx(amx)}\n\n<sub>{origin(amx, AMX)}</sub>",
+            "amx_vllm": f"{_vllm(vllm)}\n\n<sub>{origin(vllm, VLLM)}</sub>",
         },
     )
 
@@ -128,6 +135,38 @@ def _amx(result: Fields) -> str:
         f"{percent(min(r['dense_of_matmul'] for r in amx))} to {percent(max(r['dense_of_matmul'] for r in amx))} of "
         "that rate.\n\n"
         + table([*head, "keys in blocks over mask", "rate in blocks over dense", "share in SDPA"], rows)
+    )
+
+
+def _vllm(result: Fields) -> str:
+    """The same beside vLLM's own kernel."""
+    records = result["records"]
+    layers: dict[Any, dict[str, Fields]] = {}
+    for r in sorted(records, key=lambda r: (r["shape"] != records[0]["shape"], r["n"])):
+        layers.setdefault((r["shape"], r["n"], *r["geometry"]), {})[r["form"]] = r
+    rows, shown = [], [name for name in _IN_VLLM if any(r["form"] == name for r in records)]
+    for forms in layers.values():
+        r = min(forms.values(), key=lambda x: x["ms"])
+        cells = [f"{ms(x['ms'])} ({times(r['vllm_ms'] / x['ms'])})" for x in (forms[name] for name in shown)]
+        dense = [ms(r["sdpa_ms"]), ms(r["vllm_ms"])]
+        rows.append([r["shape"], f"{r['n']:,}", slashed(r["geometry"]), *dense, *cells, times(r["over_floor"])])
+    rates = [r["vllm_of_matmul"] for r in records]
+    return (
+        f"Milliseconds, {result['settings']['dtype']}, {result['hardware']['threads']} threads; in brackets, times "
+        f"faster than vLLM's dense kernel, which reaches {percent(min(rates))} to {percent(max(rates))} of the rate of "
+        f"`torch.matmul` ({_matmul(records)}). Library: `{result['settings']['library']}`.\n\n"
+        + table(
+            [
+                "model",
+                "tokens",
+                "geometry",
+                "SDPA",
+                "dense",
+                *(_IN_VLLM[name] for name in shown),
+                "best over the floor",
+            ],
+            rows,
+        )
     )
 
 

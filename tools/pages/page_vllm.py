@@ -165,7 +165,8 @@ def engine_section(result: Fields, words: dict) -> str:
     """Whole engine: processor time, then the time that passed."""
     machine, _ = machine_and_versions(result)
     settings, rows = result["settings"], []
-    loads = [record["load_average"] for record in result["records"]]
+    loads = sorted({f"{record['load_average']:.0f}" for record in result["records"]}, key=int)
+    load = loads[0] if len(loads) == 1 else f"{loads[0]} to {loads[-1]}"
     for record in result["records"]:
         processor = record["dense_processor_ms"], record["processor_ms"]
         passed = record["dense_ms"], record["ms"]
@@ -174,8 +175,8 @@ def engine_section(result: Fields, words: dict) -> str:
             rows[-1] += [ms(dense), ms(triangle), times(dense / triangle)]
     about = (
         f"{settings['model']}, {settings['dtype']}, {settings['triangle_layers']} {words['of']} {settings['layers']} x "
-        f"{slashed(settings['geometry'])}; vLLM {settings['vllm']}, {machine}, load average {min(loads):.0f} to "
-        f"{max(loads):.0f} {_made_by(result, ENGINE_FILE)}"
+        f"{slashed(settings['geometry'])}; vLLM {settings['vllm']}, {machine}, load average {load} "
+        f"{_made_by(result, ENGINE_FILE)}"
     )
     return "\n\n".join([table(words["engine"], rows), about])
 

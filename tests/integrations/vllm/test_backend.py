@@ -33,7 +33,7 @@ from tests.support.paged_platform import (
 )
 from tmx_compile import StrictModeError, TriangleMixConfig
 from tmx_compile.integrations.vllm import backend
-from tmx_compile.integrations.vllm.backend import active, of_dense_rows
+from tmx_compile.integrations.vllm.backend import active, of_dense_rows, why_not
 from tmx_compile.integrations.vllm.rows import Dense, Split
 from tmx_compile.report import Reason
 
@@ -199,6 +199,17 @@ def test_a_group_without_triangle_layers_is_left_alone():
     builder = Builder(SimpleNamespace(block_size=SIZE), ["model.layers.0.self_attn.attn"], engine, CPU)
     assert builder.active is None
     assert not hasattr(builder.build(0, None), "trianglemix")
+
+
+def test_auto_on_a_cpu_is_the_engines_own_kernel_but_for_short_windows():
+    for config, lowering in ((CONFIG.replace(sliding_window_size=16), "vllm"), (CONFIG, "blocked")):
+        on = active(configured(config, Impl(), "auto"), CPU)
+        assert (on.lowering, on.sparse) == (lowering, {NAME})
+
+
+def test_the_cpus_kernel_is_refused_elsewhere():
+    answer = why_not(Impl(), torch.float32, torch.device("meta"), CONFIG.geometry, "vllm")
+    assert (answer.reason, answer.detail) == (Reason.NO_LOWERING, "vllm is for CPUs")
 
 
 def test_what_is_on_is_one_thing_for_a_process():

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tmx_compile.integrations.vllm import pages
 from tmx_compile.integrations.vllm.counts import Counts, why_dense
 from tmx_compile.integrations.vllm.gather import Places, Scratch, places, seen
 from tmx_compile.integrations.vllm.layers import LayerFacts
@@ -105,10 +106,10 @@ def active(config: Any, device: torch.device) -> Active | None:
     # One for the process: draft models get copies of the configuration, but the same layers.
     found = known(config)
     if found is None or found.settings != settings:
-        lowering = settings.lowering
+        lowering, geometry = settings.lowering, settings.config.geometry
         if lowering == "auto":
-            lowering = Triton.name if device.type == "cuda" else Blocked.name
-        geometry = settings.config.geometry
+            on_cpu = pages.NAME if pages.pays(geometry) else Blocked.name
+            lowering = Triton.name if device.type == "cuda" else on_cpu
         found = Active(settings, settings.limit(device.type), geometry, lowering, Counts(settings))
         found.counts.limit = found.limit
         layers = [facts_of(name, layer, config, device, geometry, lowering) for name, layer in attention_layers(config)]
@@ -163,6 +164,8 @@ def is_ours(impl: object) -> bool:
 
 def why_not(impl: Any, dtype: torch.dtype, device: torch.device, geometry: Geometry, lowering: str) -> Rejected | None:
     """Why the lowering cannot take a layer's tensors; None: it can."""
+    if lowering == pages.NAME:
+        return None if device.type == "cpu" else Rejected(Reason.NO_LOWERING, f"{pages.NAME} is for CPUs")
     query = torch.empty(1, impl.num_heads, 1, impl.head_size, dtype=dtype, device=device)
     key = torch.empty(1, impl.num_kv_heads, 1, impl.head_size, dtype=dtype, device=device)
     call = AttentionCall(query, key, key, None, dataclasses.replace(geometry, last=0), impl.scale, False)

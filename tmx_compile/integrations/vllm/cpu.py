@@ -12,9 +12,11 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
     CPUAttentionBackendImpl,
     CPUAttentionMetadataBuilder,
+    _get_attn_isa,
 )
 
-from tmx_compile.integrations.vllm.backend import TriangleBuilder, TriangleImpl
+from tmx_compile.integrations.vllm import pages
+from tmx_compile.integrations.vllm.backend import Active, TriangleBuilder, TriangleImpl
 
 
 class Builder(TriangleBuilder, CPUAttentionMetadataBuilder):
@@ -28,6 +30,14 @@ class Builder(TriangleBuilder, CPUAttentionMetadataBuilder):
 
 class Impl(TriangleImpl, CPUAttentionBackendImpl):
     """Computes streaming rows."""
+
+    def stream(self, on: Active, query: Tensor, key: Tensor, value: Tensor, last: int, out: Tensor) -> None:
+        """See :class:`TriangleImpl`; ``last`` is 0 here, where last rows are the platform's."""
+        if on.lowering != pages.NAME:
+            super().stream(on, query, key, value, last, out)
+            return
+        isa = _get_attn_isa(query.dtype, pages.TILE, query.shape[2])
+        pages.stream(torch.ops._C, query, key, value, on.geometry, self.scale, isa, out)
 
     def tokens(self, layer: Any, kv_cache: Tensor, blocks: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
         """See :class:`TriangleImpl`. The cache (blocks, Hkv, size, 2 D) is two halves, ordered as the kernels like."""

@@ -140,6 +140,21 @@ HOOKS = (
         "key value key_cache value_cache slot_mapping isa k_scale v_scale kv_cache_dtype",
         devices=("cpu",),
     ),
+    Hook(
+        "vllm._custom_ops",
+        "cpu_attn_get_scheduler_metadata",
+        "num_reqs num_heads num_kv_heads head_dim seq_lens dtype query_start_loc causal sliding_window_size isa "
+        "enable_kv_split dynamic_causal",
+        (("0.32", "kv_cache_dtype"),),
+        devices=("cpu",),
+    ),
+    Hook(
+        "vllm._custom_ops",
+        "cpu_attention_with_kv_cache",
+        "query key_cache value_cache output query_start_loc seq_lens scale causal alibi_slopes sliding_window "
+        "block_table softcap scheduler_metadata s_aux dynamic_causal k_scale v_scale kv_cache_dtype",
+        devices=("cpu",),
+    ),
     Hook(f"{_ATTENTION}.backends.flash_attn", "FlashAttentionImpl.__init__", _IMPL, devices=("cuda",)),
     Hook(f"{_ATTENTION}.backends.flash_attn", "FlashAttentionImpl.forward", _FORWARD, devices=("cuda",)),
     Hook(f"{_ATTENTION}.backends.flash_attn", "FlashAttentionMetadataBuilder.__init__", _BUILDER, devices=("cuda",)),

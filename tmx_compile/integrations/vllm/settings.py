@@ -16,6 +16,7 @@ from tmx_compile.config import TriangleMixConfig
 from tmx_compile.config.prices import first_n_message
 from tmx_compile.config.profile import GEOMETRY
 from tmx_compile.config.values import as_bool, as_count
+from tmx_compile.integrations.vllm import pages
 from tmx_compile.legacy.inference import TriangleMixInferenceConfig
 from tmx_compile.lowering.table import CHUNK_LOWERINGS
 from tmx_compile.lowering.worth import break_even, least_length
@@ -27,9 +28,7 @@ PROFILE_VARIABLE = "VLLM_TRIANGLEMIX_PROFILE"
 _SWITCH, _VARIABLE = "enable_trianglemix", "VLLM_TRIANGLEMIX_ENABLED"
 _INFERENCE = tuple(field.name for field in fields(TriangleMixInferenceConfig))
 _OWN = ("profile", "min_seq_len", "lowering", "strict", "stats_log_interval")
-_CPU_SHARE = 0.35
-"""Of its causal pairs a prompt's mask keeps at most so many where ours was faster than vLLM's own CPU kernel in every
-case, but for its AMX kernel (benchmarks/results/vllm_cpu.json)."""
+_LOWERINGS = (*CHUNK_LOWERINGS, pages.NAME)
 _RESOLVED = "_num_layers"  # only what a process has written for the others has it
 _ANALYSIS = (
     "use_gradient_analysis asks for layers chosen by gradients, and there is no profile: calibrate the model with "
@@ -59,7 +58,8 @@ class Settings:
         """Up to which length a prompt stays dense on a type of device; "auto" leaves it so where it would lose."""
         geometry, least = self.config.geometry, self.config.min_seq_len
         if device == "cpu" and self.lowering == "auto":
-            return max(least, break_even(geometry, _CPU_SHARE) - 1)
+            # The share that a GPU has; ours lost no case that was measured (benchmarks/results/vllm_cpu.json).
+            return max(least, break_even(geometry) - 1)
         return least_length(self.lowering, torch.device(device), least, geometry)
 
     def to_dict(self) -> dict[str, Any]:
@@ -211,8 +211,8 @@ def _check(name: str, value: Any) -> None:
     elif name == "min_seq_len":
         as_count(name, value)
     elif name == "lowering":
-        if value not in CHUNK_LOWERINGS:
-            raise ValueError(f"lowering must be one of {', '.join(CHUNK_LOWERINGS)}, got {value!r}")
+        if value not in _LOWERINGS:
+            raise ValueError(f"lowering must be one of {', '.join(_LOWERINGS)}, got {value!r}")
     elif name == "strict":
         as_bool(name, value)
     elif name == "stats_log_interval":
