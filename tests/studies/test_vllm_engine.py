@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from types import ModuleType, SimpleNamespace
+from types import MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +11,7 @@ import torch
 
 from studies import vllm_engine
 from studies.ratios import of_pairs, of_rounds, quantile
+from tmx_compile.integrations.vllm.backend import Active
 from tmx_compile.integrations.vllm.wrap import wrap
 
 
@@ -81,6 +82,9 @@ def test_dense_has_nothing_of_the_plugin_in_a_worker(monkeypatch: pytest.MonkeyP
 
         forward = build
 
+        def leave_alone(self, always: bool) -> None:
+            self.forward = super().forward if always else MethodType(Common.forward, self)  # type: ignore[misc]
+
     class Ours(Common, Platform):
         pass
 
@@ -102,6 +106,9 @@ def test_dense_has_nothing_of_the_plugin_in_a_worker(monkeypatch: pytest.MonkeyP
     wrap(Runner, "step", around)
     builder, other = Ours(), Platform()
     layers = {"one": SimpleNamespace(impl=Ours()), "rotary": object()}
+    on: Any = Active.__new__(Active)
+    on.impls, on.following = (layers["one"].impl,), True  # type: ignore[attr-defined]
+    builder.active = on  # type: ignore[attr-defined]
     runner = SimpleNamespace(
         attn_groups=[[SimpleNamespace(metadata_builders=[builder, other])]],
         vllm_config=SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context=layers)),
@@ -111,6 +118,9 @@ def test_dense_has_nothing_of_the_plugin_in_a_worker(monkeypatch: pytest.MonkeyP
     engine.llm = SimpleNamespace(collective_rpc=lambda call, args: call(worker, *args))
     for triangle in (False, False, True, True, False, True):
         engine.switch(triangle)
+        if triangle:
+            # As the runner's hook does before a step with streaming rows.
+            on.follow(True)
         said = builder.build(3), layers["one"].impl.forward(4), Runner().step()
         plain = "vLLM's 3", "vLLM's 4", "vLLM's step"
         assert said == (tuple(f"ours around {each}" for each in plain) if triangle else plain)
