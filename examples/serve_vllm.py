@@ -176,7 +176,6 @@ def main() -> int:
         "sliding_window_size": 256,
         "num_last_tokens": 128,
         "min_seq_len": 1024,
-        "lowering": "blocked",  # also where "auto" would leave every layer dense: on a CPU with AMX
         "stats_log_interval": 1,
     }
     folder = ROOT / ".vllm" / NAME

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import vllm
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
@@ -72,22 +71,6 @@ def test_the_environment_switches_it_on(
     config = configure(model, None, dtype="float32")
     assert handed_over(config.additional_config).config.layers() == (0, 1)
     assert "num_triangle_layers=2 makes the first 2 layers sparse" in caplog.text
-
-
-def test_where_vllm_has_amx_it_stays_dense_unless_told_otherwise(
-    model: str, environ: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    environ.setattr(logging.getLogger("vllm"), "propagate", True)
-    environ.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    auto = {"triangle_layer_indices": [1]}
-    assert handed_over(configure(model, auto, dtype="float32").additional_config) is not None
-    assert "NOT_FASTER" not in caplog.text
-    assert handed_over(configure(model, auto, dtype="bfloat16").additional_config) is None
-    assert "NOT_FASTER" in caplog.text
-    by_name = auto | {"lowering": "blocked"}
-    assert handed_over(configure(model, by_name, dtype="bfloat16").additional_config) is not None
-    environ.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    assert handed_over(configure(model, auto, dtype="bfloat16").additional_config) is not None
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,9 @@ def folder(tmp_path):
     compiled = one | {"form": "compiled", "ms": 5.0, "speedup": 6.0, "rate_of_dense": None}
     cpu = WHERE | {"settings": {"dtype": "bfloat16"}, "records": [one, compiled]}
     (tmp_path / page_floor.GPU).write_text(json.dumps(gpu), encoding="utf-8")
+    other = json.loads(json.dumps(gpu))
+    other["records"][2] |= {"ms": 0.72, "over_floor": 1.44}
+    (tmp_path / page_floor.H200).write_text(json.dumps(other), encoding="utf-8")
     (tmp_path / page_floor.AMX).write_text(json.dumps(cpu), encoding="utf-8")
     one = {"shape": "A model", "n": 6000, "geometry": [4, 32, 64], "vllm_ms": 30.0, "sdpa_ms": 40.0, "over_floor": 1.5}
     one |= {"vllm_of_matmul": 0.9, "matmul_flops_per_s": 5e12}
@@ -52,7 +55,9 @@ def folder(tmp_path):
     (tmp_path / page_floor.VLLM).write_text(
         json.dumps(WHERE | {"settings": settings, "records": forms}), encoding="utf-8"
     )
-    empty = "\n".join("\n".join(marks(name)) for name in ("layer", "window", "parts", "amx", "amx_vllm"))
+    empty = "\n".join(
+        "\n".join(marks(name)) for name in ("layer", "window", "parts", "h200", "h200_window", "amx", "amx_vllm")
+    )
     (tmp_path / page_floor.PAGE).write_text(f"before\n{empty}\nbehind\n", encoding="utf-8")
     return tmp_path
 
@@ -62,6 +67,10 @@ def test_the_page_says_what_the_results_say(folder):
     assert "For the floor: 652 TFLOP/s, of `fa4` at 32,768 tokens, and 3,000 GB/s." in text
     assert "| 32,768 | 8/512/128 | 0.8 | 0.5 (pairs) | 1.60x | 13.5 (`fa4`) | 16.9x |" in text
     assert "| 32,768 | 512 | 0.77 | 8 | 0.7 (1.10x) | 0.68 (1.13x) |" in text
+    assert (
+        "| 32,768 | 8/512/128 | 0.72 | 0.5 (pairs) | 1.44x | 13.5 (`fa4`) | 16.9x |"
+        in text.split("<!-- begin h200 -->")[1]
+    )
     parts = "0.4 (50%) | 0.08 (10%) | 0.2 (25%) | 0.02 (2%) | 0.1 (12%)"
     assert f"| 32,768 | 8/512/128 | 0.8 | {parts} |" in text
     assert "ours, window 512: 83%, 0.2 ms; its, window 512: 90%, 0.3 ms." in text

@@ -5,9 +5,12 @@ import json
 import pytest
 import torch
 
+from benchmarks.common import RESULTS
 from studies import amx, amx_vllm
 from tests.support.vllm_kernels import Kernels
+from tmx_compile import TriangleMixConfig
 from tmx_compile.bench.floor import Shape, causal_pairs
+from tmx_compile.integrations.vllm.settings import Settings
 from tmx_compile.mask.geometry import Geometry
 
 NAME = "SmolLM2-135M"
@@ -73,3 +76,15 @@ def test_a_cpu_without_amx_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     with pytest.raises(RuntimeError, match="needs a CPU with AMX"):
         amx_vllm.measure(NAME, quick=False)
+
+
+def test_with_amx_too_the_plugin_lost_no_measured_case_that_it_takes():
+    result = json.loads((RESULTS / amx_vllm.CASE.file_name).read_text(encoding="utf-8"))
+    assert result["settings"]["isa"] == "amx"
+    taken = []
+    for r in result["records"]:
+        config = TriangleMixConfig(*r["geometry"], triangle_layer_indices=[3], min_seq_len=1)
+        if r["form"] == "pages" and r["n"] > Settings(config, 5).limit("cpu"):
+            taken.append((r["shape"], r["n"], r["geometry"], r["vllm_ms"] / r["ms"]))
+    assert len(taken) > 10
+    assert [each for each in taken if each[-1] < 1] == []

@@ -11,7 +11,8 @@ from tools.pages.markdown import Fields, ms, percent, slashed, table, times
 from tools.pages.results import load, origin
 
 PAGE = "floor.md"
-GPU, AMX, VLLM = "floor.json", "operator_cpu_amx.json", "operator_cpu_amx_vllm.json"
+GPU, H200 = "floor.json", "floor_h200.json"
+AMX, VLLM = "operator_cpu_amx.json", "operator_cpu_amx_vllm.json"
 _PARTS = {
     "pairs": "pairs at the dense rate",
     "pace": "slower on each key",
@@ -36,7 +37,7 @@ def generate(results: Path, docs: Path) -> str | None:
     """
     if not (results / GPU).is_file():
         return None
-    gpu, amx, vllm = (load(results / file) for file in (GPU, AMX, VLLM))
+    gpu, h200, amx, vllm = (load(results / file) for file in (GPU, H200, AMX, VLLM))
     source = f"\n\n<sub>{origin(gpu, GPU)}</sub>"
     return filled(
         docs / PAGE,
@@ -44,6 +45,8 @@ def generate(results: Path, docs: Path) -> str | None:
             "layer": _layer(gpu) + source,
             "window": _window(gpu),
             "parts": _parts(gpu),
+            "h200": f"{_layer(h200)}\n\n<sub>{origin(h200, H200)}</sub>",
+            "h200_window": _window(h200),
             "amx": f"{_amx(amx)}\n\n<sub>{origin(amx, AMX)}</sub>",
             "amx_vllm": f"{_vllm(vllm)}\n\n<sub>{origin(vllm, VLLM)}</sub>",
         },

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import MutableMapping
 from typing import Any
 
-import torch
 import vllm
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
@@ -18,7 +17,6 @@ from tmx_compile.integrations.vllm import hooks
 from tmx_compile.integrations.vllm.counts import log
 from tmx_compile.integrations.vllm.settings import KEY, read
 from tmx_compile.integrations.vllm.wrap import wrap
-from tmx_compile.report import Reason
 
 WORKERS = "VLLM_TRIANGLEMIX_WORKERS"
 """Set for the processes that an engine with TriangleMix starts. By vLLM's prefix, Ray hands it on too."""
@@ -65,22 +63,10 @@ def settle(config: Any, environ: MutableMapping[str, str]) -> None:
     if settings is None:
         return
     refuse(config)
-    if settings.lowering == "auto" and current_platform.is_cpu() and has_amx_kernel(config.model_config.dtype):
-        log.warning(
-            "TriangleMix: %s: on this CPU vLLM's own attention uses AMX and is at least as fast, and every layer stays "
-            "dense. lowering='blocked' takes the triangle layers all the same",
-            Reason.NOT_FASTER.name,
-        )
-        return
     # A new mapping: the one that is there may be the user's own.
     config.additional_config = {**config.additional_config, KEY: settings.to_dict()}
     environ[WORKERS] = "1"
     install()
-
-
-def has_amx_kernel(dtype: torch.dtype) -> bool:
-    """Whether vLLM's attention of this dtype multiplies by AMX on this machine."""
-    return dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
 
 
 def refuse(config: Any) -> None:

@@ -135,18 +135,23 @@ def choose(element_size: int, dim: int, slots: int, rows: int, multiprocessors: 
     return SMALL if few or one_block(slots) else LARGE
 
 
+_NEVER = 1 << 40
+"""Keys that a split walks at least, where there are no more than two."""
+
+
 def choose_hopper(sink: int, window: int, positions: int, *, mostly_last: bool = False) -> HopperTuning:
     """The Hopper kernel's shapes for tiles of so many positions.
 
     Blocks of 128 keys halve the work beside the products. Narrow windows get blocks of 64, of which fewer keys are
-    empty; their last rows run beside more tiles in few splits. ``mostly_last``: last rows decide, which walk all keys.
+    empty. Tiles of the narrowest wait for memory: last rows run beside them, in two splits. ``mostly_last``: last rows
+    decide, which walk all keys.
     """
     # Sinks take whole pieces of 16 slots.
     sinks = (sink + 15) // 16 * 16
     slots = sinks + window + positions
     # More sinks than a block holds take more registers than large blocks leave.
     if (slots <= 320 and not mostly_last) or sink > 128:
-        return HopperTuning(64, _first_block(sinks, slots, 64), 4, 2, 3, 32768)
+        return HopperTuning(64, _first_block(sinks, slots, 64), 4, 2, 3, _NEVER if slots <= 192 else 2048)
     return HopperTuning(128, 128 if mostly_last else _first_block(sinks, slots, 128), 2, 3, 2, 2048)
 
 
