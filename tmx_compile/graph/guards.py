@@ -271,7 +271,8 @@ class RangeGuards:
     def drop_held(self) -> None:
         """Remove those of the new guards that hold for every length: they would bind lengths that never come here.
 
-        Such as that the elements of a mask of N x N can be counted in 32 bits, which Inductor asks on a GPU. None where a length was found to be another or its range was narrowed: that may be by what would be removed.
+        Such as that the elements of a mask of N x N can be counted in 32 bits, which Inductor asks on a GPU. None where
+        a length was found to be another or its range was narrowed: that may be by what would be removed.
         """
         if any(getattr(self._env, name) != was for name, was in self._known.items()):
             return
