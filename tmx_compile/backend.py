@@ -275,7 +275,7 @@ def tmx_backend(
             ``register_attention`` too, such a call is sparse. Without it a layer is known by its path in a whole graph.
         report: a report to fill; a new one by default, found as ``backend.report``.
         target: what compiles the graphs. "inductor"; "ascend", torchair; "auto" takes torchair for graphs on an NPU.
-        compiler_config: a ``torchair.CompilerConfig`` for "ascend" (``mode``: GE graphs, the default, or "npugraph_ex").
+        compiler_config: a ``torchair.CompilerConfig`` for "ascend" (``mode``: GE graphs by default, or "npugraph_ex").
         decode: what triangle layers do in a call with one row: "dense" leaves it as it is; "streaming" attends to sinks
             and window only. The cache still holds every key: for one that does not, see
             :class:`tmx_compile.integrations.transformers.StreamingCache`.
