@@ -256,7 +256,6 @@ class RangeGuards:
         self._env = length.node.shape_env
         self._symbol = length.node.expr
         self._before = len(self._env.guards)
-        self._known = {name: copy.copy(getattr(self._env, name)) for name in _LENGTHS}
         self._above, self._up_to = above, up_to
 
     def settle(self) -> str:
@@ -267,18 +266,6 @@ class RangeGuards:
                 return str(guard.expr)
         self.forget()
         return ""
-
-    def drop_held(self) -> None:
-        """Remove those of the new guards that hold for every length: they would bind lengths that never come here.
-
-        Such as that the elements of a mask of N x N can be counted in 32 bits, which Inductor asks on a GPU. None where
-        a length was found to be another or its range was narrowed: that may be by what would be removed.
-        """
-        if any(getattr(self._env, name) != was for name, was in self._known.items()):
-            return
-        bounds, new = self._bounds(), self._env.guards[self._before :]
-        self.forget()
-        self._env.guards += [guard for guard in new if not holds_always(guard.expr, bounds)]
 
     def forget(self) -> None:
         """Remove the new guards of a compilation that is thrown away."""
