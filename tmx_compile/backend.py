@@ -166,10 +166,13 @@ class TmxBackend:
             return self._compile_range(plan, gm, compiler, example_inputs)
         if plan.length is None:
             return self._compile_long(plan, gm, compiler, example_inputs)
+        as_given, length = copy_graph(gm), plan.length.symbolic
+        long, done = self._compile_long(plan, gm, compiler, example_inputs)
+        guards = RangeGuards(length, up_to=plan.limit)
         # Under our key: a cached graph brings the guards of the one who compiled it, such as a bound on the length.
         with _cache_tag(plan.config):
-            short = compiler.compile(copy_graph(gm), example_inputs)
-        long, done = self._compile_long(plan, gm, compiler, example_inputs)
+            short = compiler.compile(as_given, example_inputs)
+        guards.drop_held()
         return dispatch(plan.length, plan.limit, short, long), done
 
     def _compile_long(
@@ -196,13 +199,12 @@ class TmxBackend:
         """Compile for a range of lengths that the user fixed: no guard may be left, and both sides may be needed."""
         assert plan.fixed_length is not None
         guards = RangeGuards(plan.fixed_length, above=plan.limit)
-        first = plan
 
         def attempt(request: Request) -> tuple[tuple[Callable[..., Any], Plan], str]:
             again = request is not self.request
             if again:
                 guards.forget()
-            decided = pipeline.decide(gm, request, plan.host, example_inputs) if again else first
+            decided = pipeline.decide(gm, request, plan.host, example_inputs) if again else plan
             done = self._compile_long(decided, gm, compiler, example_inputs)
             return done, guards.settle()
 
@@ -270,12 +272,10 @@ def tmx_backend(
             carries what it is to be: layers compiled one by one, behind hooks or after graph breaks are placed, by two
             kinds of graphs and not one a layer, and a triangle layer that runs uncompiled on a long prompt warns (or
             raises, if strict) until :meth:`TmxBackend.allow_uncompiled`. If the model runs under
-            ``register_attention`` too, such a call is sparse. Without it a layer is known by its path in a graph of the
-            whole model.
+            ``register_attention`` too, such a call is sparse. Without it a layer is known by its path in a whole graph.
         report: a report to fill; a new one by default, found as ``backend.report``.
         target: what compiles the graphs. "inductor"; "ascend", torchair; "auto" takes torchair for graphs on an NPU.
-        compiler_config: a ``torchair.CompilerConfig`` for the target "ascend" (its ``mode`` chooses GE graphs, the
-            default, or "npugraph_ex").
+        compiler_config: a ``torchair.CompilerConfig`` for "ascend" (``mode``: GE graphs by default, or "npugraph_ex").
         decode: what triangle layers do in a call with one row: "dense" leaves it as it is; "streaming" attends to sinks
             and window only. The cache still holds every key: for one that does not, see
             :class:`tmx_compile.integrations.transformers.StreamingCache`.

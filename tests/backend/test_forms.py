@@ -5,9 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.support.layers import CONFIG, N, Stack, random
+from tests.support.layers import CONFIG, N, OneLayer, Stack, causal, random
 from tmx_compile import LoweringError, TriangleMixConfig, explain, prefill, rewrite, tmx_backend
 from tmx_compile import backend as api
+from tmx_compile.graph.nodes import value_of
 
 ONE = TriangleMixConfig(
     triangle_layer_indices=[0], num_sink_tokens=4, sliding_window_size=16, num_last_tokens=8, min_seq_len=100
@@ -64,6 +65,32 @@ def test_the_second_form_for_a_range_is_sparse_and_watched(least, range_refused,
         # The form for short prompts reads the buffer as it is.
         x = input_of(60)
         torch.testing.assert_close(compiled(x), model(x))
+
+
+@pytest.mark.parametrize("power", [1, 2])
+@pytest.mark.parametrize(("most", "graphs"), [(200, 1), (60, 2)], ids=["held by every short one", "not by all"])
+def test_a_long_prompt_is_bound_by_what_the_short_form_asks_only_where_short_ones_differ(
+    most, graphs, power, eager, monkeypatch
+):
+    """Inductor asks on a GPU whether the elements of a tensor, of N x N say, can be counted in 32 bits."""
+    compile_ = api.Inductor.compile
+
+    def asking(self, gm, example_inputs, needed=None):
+        if not any("tmx" in str(node.target) for node in gm.graph.nodes):
+            x = next(
+                v for node in gm.graph.find_nodes(op="placeholder") if isinstance(v := value_of(node), torch.Tensor)
+            )
+            asked.append(bool(x.shape[2] ** power <= most**power))
+        return compile_(self, gm, example_inputs, needed)
+
+    asked = []
+    monkeypatch.setattr(api.Inductor, "compile", asking)
+    compiled = torch.compile(OneLayer(causal), backend=tmx_backend(ONE, lowering="operator"))
+    for n in (150, 300, 90, 390) if graphs == 1 else (50, 55, 80):
+        x = random(1, 2, n, 16)
+        torch._dynamo.mark_dynamic(x, 2)
+        compiled(x)
+    assert asked == [True, False][:graphs]
 
 
 def test_a_row_of_a_prompt_reads_a_buffer_as_it_is(eager):

@@ -256,6 +256,7 @@ class RangeGuards:
         self._env = length.node.shape_env
         self._symbol = length.node.expr
         self._before = len(self._env.guards)
+        self._known = {name: copy.copy(getattr(self._env, name)) for name in _STATE}
         self._above, self._up_to = above, up_to
 
     def settle(self) -> str:
@@ -266,6 +267,22 @@ class RangeGuards:
                 return str(guard.expr)
         self.forget()
         return ""
+
+    def drop_held(self) -> None:
+        """Remove those of the new guards that hold for every length: they would bind lengths that never come here.
+
+        Such as that the elements of a mask of N x N can be counted in 32 bits, which Inductor asks on a GPU. What they
+        told of the lengths is forgotten with them. None is removed where two lengths were found to be one.
+        """
+        if self._env.replacements != self._known["replacements"]:
+            return
+        for name, before in self._known.items():
+            setattr(self._env, name, before)
+        bounds, new = self._bounds(), self._env.guards[self._before :]
+        self.forget()
+        self._env.guards += [guard for guard in new if not holds_always(guard.expr, bounds)]
+        self._env._update_version_counter()
+        _forget_answers(self._env)
 
     def forget(self) -> None:
         """Remove the new guards of a compilation that is thrown away."""

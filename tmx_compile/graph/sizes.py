@@ -38,6 +38,13 @@ class SizeInput:
     position: int
     dim: int | None
 
+    @property
+    def symbolic(self) -> torch.SymInt:
+        """The size as the graph was captured."""
+        value = value_of(self.node)
+        size: torch.SymInt = value if self.dim is None else value.shape[self.dim]
+        return size
+
     def read(self, args: Sequence[Any]) -> int:
         """The size in one call."""
         arg = args[self.position]
