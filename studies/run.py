@@ -30,7 +30,6 @@ from studies import (
     stacked_model,
     stacked_recall,
     stacked_selection,
-    stages,
     switch,
     training,
     training_step,
@@ -40,7 +39,7 @@ from studies.clients import case as clients
 
 CASES = (
     *(clients.CASE, first_n.CASE, calibration.CASE, quality.CASE, recall.CASE, stacked.CASE),
-    *(pass_cost.CASE, prefill_memory.CASE, kv_cache.CASE, million.CASE, stages.CASE, switch.CASE, training.CASE),
+    *(pass_cost.CASE, prefill_memory.CASE, kv_cache.CASE, million.CASE, switch.CASE, training.CASE),
     *(
         amx.CASE,
         amx_vllm.CASE,

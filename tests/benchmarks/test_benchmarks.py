@@ -23,7 +23,7 @@ FILES = ("operator_cpu.json", "pass_cost.json", "prefill_memory.json", "first_n.
 # Measured on a GPU; the page has their sections where they are there.
 GPU_FILES = tuple(
     name
-    for name in ("operator_cuda.json", "ttft.json", "throughput_cuda.json", "million.json", "stages.json")
+    for name in ("operator_cuda.json", "ttft.json", "throughput_cuda.json", "million.json", "operator_cuda_peer.json")
     if (RESULTS / name).is_file()
 )
 

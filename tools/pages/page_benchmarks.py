@@ -68,7 +68,7 @@ def _pass_cost(result: Fields) -> str:
 
 BLOCKS: dict[str, Callable[[Fields], str]] = {
     "operator_cuda": section_layer.section,
-    "stages": section_layer.stages,
+    "operator_cuda_peer": section_layer.peer,
     "million": section_layer.million,
     "training": section_layer.training,
     "training_step": section_layer.training_step,

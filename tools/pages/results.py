@@ -17,7 +17,6 @@ MOVED = {
     "benchmarks.run quality": "studies.run quality",
     "benchmarks.run recall": "studies.run recall",
     "benchmarks.run stacked": "studies.run stacked_layer",
-    "benchmarks.run stages": "studies.run stages",
     "benchmarks.run training": "studies.run training",
     "benchmarks.recall_model": "studies.recall_model",
 }

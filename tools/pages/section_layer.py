@@ -53,20 +53,15 @@ def million(result: Fields) -> str:
     )
 
 
-def stages(result: Fields) -> str:
-    """One call taken apart, at the largest length."""
+def peer(result: Fields) -> str:
+    """A sentence on others' kernels for the same mask, timed beside ours at the largest length."""
     settings, records = result["settings"], result["records"]
+    (name,) = settings["peers"]
     n = max(settings["lengths"])
-    geometries = list(dict.fromkeys(tuple(r["geometry"]) for r in records))
-    found = {(tuple(r["geometry"]), r["variant"]): r for r in records if r["n"] == n}
-    small = min(geometries, key=lambda g: found[g, "whole"]["floor_ms"])
-    of = {name: found[small, name] for name in settings["variants"] if (small, name) in found}
-    return (
-        f"At {n:,} tokens and {slashed(small)} a call of `triton` takes {ms(of['whole']['ms'])} ms, "
-        f"{times(of['whole']['over_floor'])} the floor; copying the query to the result alone takes "
-        f"{times(of['copy']['over_floor'])}. Without last rows it takes {ms(of['without last rows']['ms'])} ms, with "
-        f"one key a row besides {ms(of['one key a row']['ms'])} ms. So the window costs nothing, and the last rows "
-        f"{ms(of['whole']['ms'] - of['without last rows']['ms'])} ms: their programs hold slots that other tiles need."
+    of = {(r["lowering"], slashed(r["geometry"])): r["ms"] for r in records if r["n"] == n}
+    faster = [f"{times(ms / of['triton', geometry])} ({geometry})" for (who, geometry), ms in of.items() if who == name]
+    return f"The authors' kernel, `{name}`, was measured beside an earlier `triton`: at {n:,} tokens that is " + (
+        f"{', '.join(faster)} as fast."
     )
 
 
