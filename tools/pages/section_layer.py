@@ -59,8 +59,9 @@ def peer(result: Fields) -> str:
     (name,) = settings["peers"]
     n = max(settings["lengths"])
     of = {(r["lowering"], slashed(r["geometry"])): r["ms"] for r in records if r["n"] == n}
-    faster = [f"{times(ms / of['triton', geometry])} ({geometry})" for (who, geometry), ms in of.items() if who == name]
-    return f"The authors' kernel, `{name}`, was measured beside an earlier `triton`: at {n:,} tokens that is " + (
+    faster = [f"{times(its / of['triton', case])} ({case})" for (who, case), its in of.items() if who == name]
+    return (
+        f"The authors' kernel, `{name}`, was measured beside an earlier `triton`: at {n:,} tokens that is "
         f"{', '.join(faster)} as fast."
     )
 
