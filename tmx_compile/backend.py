@@ -166,14 +166,20 @@ class TmxBackend:
             return self._compile_range(plan, gm, compiler, example_inputs)
         if plan.length is None:
             return self._compile_long(plan, gm, compiler, example_inputs)
-        as_given, length = copy_graph(gm), plan.length.symbolic
         long, done = self._compile_long(plan, gm, compiler, example_inputs)
-        guards = RangeGuards(length, up_to=plan.limit)
+        return self._beside_short(plan, gm, compiler, example_inputs, long), done
+
+    def _beside_short(
+        self, plan: Plan, gm: GraphModule, compiler: Compiler, example_inputs: Sequence[Any], long: Callable[..., Any]
+    ) -> Callable[..., Any]:
+        """The form for long prompts, and beside it, compiled after it, the graph as it is for short ones."""
+        assert plan.length is not None
+        guards = RangeGuards(plan.length.symbolic, up_to=plan.limit)
         # Under our key: a cached graph brings the guards of the one who compiled it, such as a bound on the length.
         with _cache_tag(plan.config):
-            short = compiler.compile(as_given, example_inputs)
+            short = compiler.compile(gm, example_inputs)
         guards.drop_held()
-        return dispatch(plan.length, plan.limit, short, long), done
+        return dispatch(plan.length, plan.limit, short, long)
 
     def _compile_long(
         self, plan: Plan, gm: GraphModule, compiler: Compiler, example_inputs: Sequence[Any]
@@ -205,18 +211,12 @@ class TmxBackend:
             if again:
                 guards.forget()
             decided = pipeline.decide(gm, request, plan.host, example_inputs) if again else plan
-            done = self._compile_long(decided, gm, compiler, example_inputs)
-            return done, guards.settle()
+            return self._compile_long(decided, gm, compiler, example_inputs), guards.settle()
 
         (long, done), _ = pipeline.retried(attempt, self.request, plan.host, "the fixed range of lengths forbids")
         if plan.prompt is not Prompt.BOTH:
             return long, done
-        assert plan.length is not None
-        # Even Inductor's own graph may bring guards: its cache may hold it with those of another context.
-        guards = RangeGuards(plan.fixed_length, up_to=plan.limit)
-        short = compiler.compile(gm, example_inputs)
-        guards.settle()
-        return dispatch(plan.length, plan.limit, short, long), done
+        return self._beside_short(plan, gm, compiler, example_inputs, long), done
 
     def explain(self, gm: GraphModule, example_inputs: Sequence[Any]) -> None:
         """Report what compiling one graph would make of it; compiles nothing. :func:`tmx_compile.explain` calls it.

@@ -44,7 +44,7 @@ def no_guard_added(fake_mode: Any) -> Iterator[Unshown]:
         yield result
         return
     frozen, count, caching = env.frozen, len(env.guards), fake_mode.cache_enabled
-    state = {name: copy.copy(getattr(env, name)) for name in _STATE}
+    state = _facts(env)
     env.frozen, fake_mode.cache_enabled = False, False
     _forget_answers(env)
     try:
@@ -54,10 +54,7 @@ def no_guard_added(fake_mode: Any) -> Iterator[Unshown]:
         added = [guard.expr for guard in env.guards[count:]]
         changed = [name for name in _LENGTHS if getattr(env, name) != state[name]]
         del env.guards[count:]
-        for name, before in state.items():
-            setattr(env, name, before)
-        env._update_version_counter()
-        _forget_answers(env)
+        _go_back(env, state)
         ranges = bounds_of(state["var_to_range"])
         failed = [str(expr) for expr in added if not holds_always(expr, ranges)]
         result.guard = next(iter(failed or (f"a change of the lengths' {name}" for name in changed)), "")
@@ -66,6 +63,18 @@ def no_guard_added(fake_mode: Any) -> Iterator[Unshown]:
 # What a guard changes: facts about the lengths, and what follows from the guards.
 _LENGTHS = ("replacements", "var_to_range")
 _STATE = (*_LENGTHS, "axioms", "divisible")
+
+
+def _facts(env: Any) -> dict[str, Any]:
+    return {name: copy.copy(getattr(env, name)) for name in _STATE}
+
+
+def _go_back(env: Any, facts: Mapping[str, Any]) -> None:
+    """Let an environment know no more than then."""
+    for name, before in facts.items():
+        setattr(env, name, before)
+    env._update_version_counter()
+    _forget_answers(env)
 
 
 def _forget_answers(env: Any) -> None:
@@ -256,7 +265,7 @@ class RangeGuards:
         self._env = length.node.shape_env
         self._symbol = length.node.expr
         self._before = len(self._env.guards)
-        self._known = {name: copy.copy(getattr(self._env, name)) for name in _STATE}
+        self._known = _facts(self._env)
         self._above, self._up_to = above, up_to
 
     def settle(self) -> str:
@@ -276,13 +285,10 @@ class RangeGuards:
         """
         if self._env.replacements != self._known["replacements"]:
             return
-        for name, before in self._known.items():
-            setattr(self._env, name, before)
+        _go_back(self._env, self._known)
         bounds, new = self._bounds(), self._env.guards[self._before :]
         self.forget()
         self._env.guards += [guard for guard in new if not holds_always(guard.expr, bounds)]
-        self._env._update_version_counter()
-        _forget_answers(self._env)
 
     def forget(self) -> None:
         """Remove the new guards of a compilation that is thrown away."""

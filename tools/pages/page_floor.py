@@ -38,11 +38,10 @@ def generate(results: Path, docs: Path) -> str | None:
     if not (results / GPU).is_file():
         return None
     gpu, h200, amx, vllm = (load(results / file) for file in (GPU, H200, AMX, VLLM))
-    source = f"\n\n<sub>{origin(gpu, GPU)}</sub>"
     return filled(
         docs / PAGE,
         {
-            "layer": _layer(gpu) + source,
+            "layer": f"{_layer(gpu)}\n\n<sub>{origin(gpu, GPU)}</sub>",
             "window": _window(gpu),
             "parts": _parts(gpu),
             "h200": f"{_layer(h200)}\n\n<sub>{origin(h200, H200)}</sub>",
